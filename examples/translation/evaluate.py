@@ -1,0 +1,455 @@
+"""Translate with an exported model and score it; or score files of translations.
+
+    python evaluate.py --model-dir out/model --dataset path/or/hub-name --split test --beams 4 --out results.json
+    python evaluate.py --hypotheses mine.txt --references ref1.txt ref2.txt --json scores.json
+
+Reports BLEU of sacreBLEU, cased and uncased (-lc), and chrF, each with its signature. Under torchrun or the deepspeed
+launcher the sentences are spread over the processes; the translations do not depend on their number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from model import load_pretrained
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from sacrebleu.metrics import BLEU, CHRF
+from torch import nn
+from transformers import AutoTokenizer, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
+
+METRICS = ("bleu", "bleu_uncased", "chrf")
+
+
+# ---------------------------------------------------------------------------------------------------- translation
+
+
+def translate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Sequence[str],
+    *,
+    beams: int = 4,
+    batch_tokens: int = 2048,
+    length_penalty: float = 1.0,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """The translations of `sources`, in their order, on every rank; all ranks must call it with the same arguments.
+
+    Where torch.distributed is initialised every rank translates a share and the shares are gathered. Arguments as in
+    `translate_share`.
+    """
+    rank, world_size = _rank_and_world_size()
+    share = translate_share(
+        model,
+        tokenizer,
+        sources,
+        beams=beams,
+        batch_tokens=batch_tokens,
+        length_penalty=length_penalty,
+        rank=rank,
+        world_size=world_size,
+        progress=progress,
+    )
+    return gather(share, len(sources))
+
+
+def translate_share(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Sequence[str],
+    *,
+    beams: int = 4,
+    batch_tokens: int = 2048,
+    length_penalty: float = 1.0,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[int, str]:
+    """This rank's translations, by position in `sources`. Deterministic, and the same text for any `world_size`.
+
+    `model` is the Hugging Face model itself, not its DDP or DeepSpeed wrapper; it is left in the mode it came in.
+    `beams` = 1 is greedy search. A batch holds `batch_tokens` source tokens, padding included (one sentence at least).
+    A translation has at most 1.5 x + 20 tokens, x being the longest source of its batch, and never more than the model
+    has positions; a longer source is cut to them. `progress(done, total)` is called with this rank's sentences.
+    """
+    if beams < 1 or batch_tokens < 1:
+        raise ValueError(f"beams={beams}, batch_tokens={batch_tokens}: at least 1 each. Set --beams, --batch-tokens.")
+    positions = getattr(model.config, "max_position_embeddings", None)
+    cut = {"truncation": True, "max_length": positions} if positions else {}
+    tokens = tokenizer(list(sources), **cut)["input_ids"] if sources else []
+    batches = batches_by_tokens([len(ids) for ids in tokens], batch_tokens)
+
+    # Whole batches are dealt out, so that a sentence has the same neighbours, and the same rounding, at any world size.
+    mine = batches[rank::world_size]
+    total = sum(map(len, mine))
+    # Under ZeRO-3 every forward pass gathers weights from all ranks: they must take part in equally many.
+    partitioned = world_size > 1 and any(hasattr(p, "ds_id") for p in model.parameters())
+    idle = math.ceil(len(batches) / world_size) - len(mine) if partitioned else 0
+
+    options = copy.deepcopy(model.generation_config)
+    options.update(num_beams=beams, do_sample=False, use_cache=True, max_length=None)
+    if beams > 1:
+        options.update(length_penalty=length_penalty, early_stopping=False)
+    # inference_mode is a little faster, but weights gathered under it could not be trained on afterwards.
+    no_grad = torch.no_grad if partitioned else torch.inference_mode
+
+    hypotheses: dict[int, str] = {}
+    training = model.training
+    model.eval()
+    try:
+        with no_grad():
+            for number, batch in enumerate(mine + batches[-1:] * idle):
+                rows = {"input_ids": [tokens[i] for i in batch]}
+                inputs = tokenizer.pad(rows, padding_side="right", return_tensors="pt")
+                options.max_new_tokens = _max_new_tokens(inputs["input_ids"].shape[1], positions)
+                output = model.generate(
+                    inputs["input_ids"].to(model.device),
+                    attention_mask=inputs["attention_mask"].to(model.device),
+                    generation_config=options,
+                    synced_gpus=partitioned,
+                )
+                if number >= len(mine):
+                    continue
+                texts = tokenizer.batch_decode(output, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+                hypotheses.update(zip(batch, (text.strip() for text in texts), strict=True))
+                if progress:
+                    progress(len(hypotheses), total)
+    finally:
+        model.train(training)
+    return hypotheses
+
+
+def gather(share: dict[int, str], count: int) -> list[str]:
+    """All ranks' shares as one list of `count` translations in input order, on every rank."""
+    _, world_size = _rank_and_world_size()
+    shares: list[dict[int, str]] = [share] * world_size
+    if world_size > 1:
+        dist.all_gather_object(shares, share)
+    merged = {position: text for part in shares for position, text in part.items()}
+    assert len(merged) == count, (len(merged), count)
+    return [merged[position] for position in range(count)]
+
+
+def batches_by_tokens(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Positions of sequences grouped by length, longest first, so that rows x longest row <= `batch_tokens`.
+
+    >>> batches_by_tokens([2, 9, 3, 3], batch_tokens=6)
+    [[1], [2, 3], [0]]
+    """
+    batches: list[list[int]] = []
+    for position in sorted(range(len(lengths)), key=lambda position: (-lengths[position], position)):
+        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= batch_tokens:
+            batches[-1].append(position)
+        else:
+            batches.append([position])
+    return batches
+
+
+def _max_new_tokens(source_tokens: int, positions: int | None) -> int:
+    limit = source_tokens * 3 // 2 + 20
+    return limit if positions is None else min(limit, positions - 1)  # one position holds the start token
+
+
+# -------------------------------------------------------------------------------------------------------- scoring
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Corpus scores in percent; a metric that was not asked for is None. `signatures` says how each was computed."""
+
+    bleu: float | None
+    bleu_uncased: float | None
+    chrf: float | None
+    signatures: dict[str, str]
+    sentences: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def __str__(self) -> str:
+        names = {"bleu": "BLEU", "bleu_uncased": "BLEU uncased", "chrf": "chrF"}
+        return "\n".join(f"{names[m]:12} {getattr(self, m):6.2f}  {how}" for m, how in self.signatures.items())
+
+
+class Scorer:
+    """Scores any number of systems against the same references, which are tokenised and counted once.
+
+    `references`: one text per sentence, or a list of such lists, one for each set of references; None stands for a
+    reference that a sentence does not have. `metrics`: of METRICS; chrF takes most of the time.
+    """
+
+    def __init__(self, references: Sequence[Any], metrics: Sequence[str] = METRICS) -> None:
+        sets = [references] if len(references) == 0 or isinstance(references[0], str) else references
+        self.sentences = len(sets[0])
+        if self.sentences == 0 or any(len(texts) != self.sentences for texts in sets):
+            raise ValueError(
+                f"references of {', '.join(str(len(texts)) for texts in sets)} lines: must be equally many,"
+                " and at least one, in every set. Set --references."
+            )
+        unknown = sorted(set(metrics) - set(METRICS))
+        if unknown or not metrics:
+            raise ValueError(f"metrics={list(metrics)}: must be of {', '.join(METRICS)}. Set --metrics.")
+        make: dict[str, Callable[[], BLEU | CHRF]] = {
+            "bleu": lambda: BLEU(references=sets),
+            "bleu_uncased": lambda: BLEU(references=sets, lowercase=True),
+            "chrf": lambda: CHRF(references=sets),
+        }
+        self.metrics = {name: make[name]() for name in METRICS if name in metrics}
+
+    def __call__(self, hypotheses: Sequence[str]) -> Scores:
+        if len(hypotheses) != self.sentences:
+            raise ValueError(
+                f"hypotheses of {len(hypotheses)} lines: must be {self.sentences}, as the references have."
+                " Set --hypotheses or --references."
+            )
+        values: dict[str, float] = {}
+        signatures: dict[str, str] = {}
+        for name, metric in self.metrics.items():
+            result = metric.corpus_score(hypotheses, None)
+            values[name] = result.score
+            signatures[name] = f"{result.name}|{metric.get_signature()}"  # complete only after scoring
+        return Scores(
+            bleu=values.get("bleu"),
+            bleu_uncased=values.get("bleu_uncased"),
+            chrf=values.get("chrf"),
+            signatures=signatures,
+            sentences=self.sentences,
+        )
+
+
+def score(hypotheses: Sequence[str], references: Sequence[Any], metrics: Sequence[str] = METRICS) -> Scores:
+    """Scores of one system; arguments as in `Scorer`.
+
+    >>> round(score(["ein Hund schläft hier"], ["Ein Hund schläft hier"]).bleu_uncased, 2)
+    100.0
+    """
+    return Scorer(references, metrics)(hypotheses)
+
+
+def count_zeros(model: nn.Module) -> dict[str, dict[str, float]]:
+    """Weights that are exactly zero: among the entries (matrices inside the repeated blocks) and in the whole model.
+
+    A tied weight counts once. Embeddings, norms and biases are no entries.
+    """
+    names = {
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        if any(part.isdigit() for part in prefix.split(".")) and not isinstance(module, nn.Embedding)
+        for name, weight in module.named_parameters(recurse=False)
+        if weight.dim() >= 2
+    }
+    counts = {}
+    for group, wanted in (("entries", names), ("model", None)):
+        weights = [weight for name, weight in model.named_parameters() if wanted is None or name in wanted]
+        numel = sum(weight.numel() for weight in weights)
+        zeros = sum(weight.numel() - int(weight.count_nonzero()) for weight in weights)
+        counts[group] = {"zeros": zeros, "numel": numel, "sparsity": zeros / numel if numel else 0.0}
+    return counts
+
+
+# --------------------------------------------------------------------------------------------------- command line
+
+
+@dataclass
+class Arguments:
+    """Translate and score (--model-dir, --dataset), or score text files (--hypotheses, --references)."""
+
+    model_dir: str | None = field(default=None, metadata={"help": "folder of an exported Hugging Face model"})
+    dataset: str | None = field(default=None, metadata={"help": "folder, file or hub name; default: generated"})
+    dataset_config: str | None = field(default=None, metadata={"help": "configuration of a hub dataset, e.g. de-en"})
+    split: str = field(default="test", metadata={"help": "split of the dataset"})
+    source_lang: str = field(default="en", metadata={"help": "language translated from"})
+    target_lang: str = field(default="de", metadata={"help": "language translated into"})
+    limit: int | None = field(default=None, metadata={"help": "score the first N sentences only"})
+    beams: int = field(default=4, metadata={"help": "width of the beam; 1 is greedy search"})
+    length_penalty: float = field(default=1.0, metadata={"help": "exponent of the length a hypothesis is divided by"})
+    batch_tokens: int = field(default=2048, metadata={"help": "source tokens in a batch, padding included"})
+    dtype: Literal["float32", "bfloat16", "float16"] = field(default="float32", metadata={"help": "of the weights"})
+    device: str | None = field(default=None, metadata={"help": "cpu or cuda; default: cuda where there is one"})
+    threads: int | None = field(default=None, metadata={"help": "CPU threads of each process"})
+    samples: int = field(default=3, metadata={"help": "translations to print"})
+    trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with the model"})
+    hypotheses: str | None = field(default=None, metadata={"help": "text file, one translation a line"})
+    references: list[str] | None = field(default=None, metadata={"help": "text files, one reference a line"})
+    metrics: list[str] = field(
+        default_factory=lambda: list(METRICS), metadata={"help": "what to score: " + ", ".join(METRICS)}
+    )
+    out: str | None = field(default=None, metadata={"help": "JSON file for the results", "aliases": ["--json"]})
+    overwrite: bool = field(default=False, metadata={"help": "replace the file --out names"})
+    local_rank: int = field(default=-1, metadata={"help": "set by launchers; ignored, LOCAL_RANK is read instead"})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0, or 2 on every rank with one sentence on rank 0's stderr."""
+    rank = int(os.environ.get("RANK", 0))
+    with contextlib.ExitStack() as quiet:
+        if rank != 0:
+            quiet.enter_context(contextlib.redirect_stdout(None))
+            quiet.enter_context(contextlib.redirect_stderr(None))
+        parsed = HfArgumentParser(Arguments, description=Arguments.__doc__).parse_args_into_dataclasses(args=argv)
+    try:
+        run(parsed[0])
+    except (ValueError, OSError) as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(arguments: Arguments) -> None:
+    """What the command line does. ValueError for settings or files that do not fit together."""
+    sources = ("model_dir", "dataset", "hypotheses", "references")
+    given = ["--" + name.replace("_", "-") for name in sources if getattr(arguments, name) is not None]
+    of_files = given == ["--hypotheses", "--references"]
+    if not of_files and given not in (["--model-dir"], ["--model-dir", "--dataset"]):
+        raise ValueError(
+            f"{', '.join(given) or 'nothing to score'}: must be --model-dir with or without --dataset,"
+            " or --hypotheses with --references."
+        )
+    if arguments.out and Path(arguments.out).exists() and not arguments.overwrite:
+        raise ValueError(f"out={arguments.out!r}: exists and must not be lost. Set another --out, or --overwrite.")
+
+    if of_files:
+        results = score_files(arguments)
+    else:
+        with _processes(arguments.device) as device:
+            results = score_model(arguments, device)
+    if arguments.out and int(os.environ.get("RANK", 0)) == 0:
+        _write_json(Path(arguments.out), results)
+
+
+def score_files(arguments: Arguments) -> dict[str, Any]:
+    """Scores of a text file of translations against one or more of references, printed and returned."""
+    assert arguments.hypotheses is not None and arguments.references is not None
+    hypotheses = _read_lines(arguments.hypotheses)
+    references = [_read_lines(path) for path in arguments.references]
+    for path, lines in zip(arguments.references, references, strict=True):
+        if len(lines) != len(hypotheses):
+            raise ValueError(
+                f"{path} has {len(lines)} lines: must be {len(hypotheses)}, as {arguments.hypotheses} has."
+                " Set --hypotheses or --references."
+            )
+    scores = score(hypotheses, references, arguments.metrics)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(scores)
+    return {**scores.to_dict(), "hypotheses": arguments.hypotheses, "references": arguments.references}
+
+
+def score_model(arguments: Arguments, device: torch.device) -> dict[str, Any]:
+    """Scores of an exported model on a dataset, printed and returned."""
+    from data import load_rows  # here: scoring text files needs no `datasets`
+
+    assert arguments.model_dir is not None
+    if not Path(arguments.model_dir).is_dir():
+        raise ValueError(f"model_dir={arguments.model_dir!r}: must be a folder with a saved model. Set --model-dir.")
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    rank, world_size = _rank_and_world_size()
+    console = Console(stderr=True, quiet=rank != 0)
+
+    rows = load_rows(
+        arguments.dataset,
+        arguments.split,
+        arguments.source_lang,
+        arguments.target_lang,
+        config=arguments.dataset_config,
+        limit=arguments.limit,
+    )
+    sources, references = list(rows["source"]), list(rows["target"])
+    scorer = Scorer(references, arguments.metrics)
+    code = arguments.trust_remote_code
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model_dir, local_files_only=True, trust_remote_code=code)
+    dtype = getattr(torch, arguments.dtype)
+    model = load_pretrained(arguments.model_dir, trust_remote_code=code, dtype=dtype).to(device)
+
+    start = time.perf_counter()
+    with _progress(console) as progress:
+        hypotheses = translate(
+            model,
+            tokenizer,
+            sources,
+            beams=arguments.beams,
+            batch_tokens=arguments.batch_tokens,
+            length_penalty=arguments.length_penalty,
+            progress=progress,
+        )
+    seconds = time.perf_counter() - start
+    scores = scorer(hypotheses)
+
+    if rank == 0:
+        for i in range(min(arguments.samples, len(sources))):
+            print(f"{'source':12} {sources[i]}\n{'reference':12} {references[i]}\n{'translation':12} {hypotheses[i]}\n")
+        print(scores)
+    settings = ("model_dir", "dataset", "dataset_config", "split", "source_lang", "target_lang", "limit")
+    search = ("beams", "length_penalty", "batch_tokens", "dtype")
+    return {
+        **scores.to_dict(),
+        "zeros": count_zeros(model),
+        **{name: getattr(arguments, name) for name in settings + search},
+        "seconds": round(seconds, 3),
+        "sentences_per_second": round(len(sources) / seconds, 2),
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "world_size": world_size,
+    }
+
+
+@contextlib.contextmanager
+def _processes(wanted: str | None) -> Iterator[torch.device]:
+    """This process's device, with the process group of the launcher, if there is one, set up around it."""
+    kind = wanted or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        yield device
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _progress(console: Console) -> Iterator[Callable[[int, int], None]]:
+    columns = TextColumn("translating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("translating", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _rank_and_world_size() -> tuple[int, int]:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def _read_lines(path: str) -> list[str]:
+    # Not str.splitlines: news text holds U+2028 and the like inside a sentence, which end no line for sacreBLEU.
+    with open(path, encoding="utf-8", newline="\n") as file:
+        return [line.rstrip() for line in file]
+
+
+def _write_json(path: Path, results: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)  # a kill leaves either the whole file or none
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""Backends: the only place with other libraries' private names.
+
+A backend is one value: where the pieces lie (`shards`), which optimizer updates them, and four things that the sharding
+library does its own way. `detect` builds it from the objects that a user already has. Nothing outside this folder asks
+which backend it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gap_ds.comm import Comm
+from gap_ds.shard import Shard
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What the engine needs to know of a sharding library.
+
+    name: for people: logs and results; nothing is decided by it.
+    forward: what is called with a batch.
+    module: the model inside, whose module tree has the names of the plan.
+    optimizer: the innermost optimizer; its post-step hook fires after the fp32 weights changed and before the library
+        copies them to low precision and spreads them.
+    comm: the ranks among which the pieces of one parameter are spread.
+    shards: this rank's piece of every parameter, trainable or not, in an order that is the same on all ranks.
+    publish: makes a change of the fp32 pieces outside an optimizer step known to working copies and other ranks.
+    backward, step: one micro-batch's backward pass; the update, if this micro-batch completes one.
+    save, load: the library's own checkpoint of weights and optimizer, in a folder that exists on every rank.
+    """
+
+    name: str
+    forward: nn.Module
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    comm: Comm
+    shards: Callable[[], list[Shard]]
+    publish: Callable[[], None]
+    backward: Callable[[Tensor], None]
+    step: Callable[[], None]
+    save: Callable[[Path], None]
+    load: Callable[[Path], None]
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a plain loop would do around the optimizer and a backend without an engine of its own must do itself."""
+
+    optimizer: torch.optim.Optimizer | None = None
+    lr_scheduler: Any = None
+    gradient_accumulation_steps: int = 1
+    gradient_clipping: float = 0.0
+    grad_scaler: Any = None
+
+
+def detect(model: nn.Module, training: Training) -> Backend:
+    """The backend of the objects that a user has: a DeepSpeed engine, a DDP module or a plain model.
+
+    Raises:
+        ValueError: the combination is not supported, with the reason and the setting to change.
+    """
+    from gap_ds.backends import plain, zero
+
+    for backend in (zero, plain):
+        if backend.recognises(model):
+            return backend.build(model, training)
+    raise AssertionError("the plain backend takes every model")

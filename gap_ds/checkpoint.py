@@ -1,0 +1,228 @@
+"""Checkpoints: masks in the coordinates of the full parameters, next to the sharding library's own files.
+
+    FOLDER/latest                 tag of the newest complete checkpoint
+    FOLDER/TAG/...                the library's own checkpoint of weights, optimizer and learning-rate schedule
+    FOLDER/TAG/gap/masks.safetensors   one uint8 tensor of bits per sparse entry, and the plan's fingerprint
+    FOLDER/TAG/gap/state.json     applied steps, schedule, signature, what the caller added
+    FOLDER/TAG/gap/rng_R.json     random state of rank R
+
+A checkpoint is written aside, flushed to disk and renamed: it is whole or absent. Nothing of ours is pickled. Masks do
+not depend on the backend or on the number of ranks; no rank ever holds the mask of more than one entry whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gap_ds import masks
+from gap_ds.comm import Comm
+from gap_ds.plan import Plan
+from gap_ds.shard import Shard
+
+FORMAT = "gap_ds.masks"
+VERSION = 1
+
+
+def write_masks(path: Path, plan: Plan, shards: Mapping[str, Shard], bits: Mapping[str, Tensor], comm: Comm) -> None:
+    """Writes the masks of the sparse entries, from every rank's pieces. All ranks of `comm` must call this.
+
+    Args:
+        shards: this rank's piece of every entry.
+        bits: packed mask of this rank's piece of every sparse entry; empty where the rank owns nothing.
+    """
+    sparse = [entry for entry in plan.entries if entry.name in bits]
+    layout = pieces_by_rank([shards[entry.name] for entry in sparse], comm)
+    tensors = {entry.name: masks.nbytes(entry.numel) for entry in sparse}
+    metadata = {"format": FORMAT, "version": str(VERSION), "plan": plan.fingerprint}
+
+    def values() -> Iterator[bytes]:
+        for entry, (starts, numels) in zip(sparse, layout, strict=True):
+            kept = masks.unpack(bits[entry.name], shards[entry.name].numel).to(torch.uint8)
+            whole = comm.assemble(kept, starts, numels, entry.numel)
+            yield b"" if whole is None else masks.pack(whole.bool()).numpy().tobytes()
+
+    if comm.rank == 0:
+        _write_safetensors(path, metadata, tensors, values())
+    else:
+        for _ in values():
+            pass
+
+
+def read_masks(path: Path, plan: Plan, sparse: set[str], shards: Mapping[str, Shard], comm: Comm) -> dict[str, Tensor]:
+    """This rank's piece of each sparse entry's mask, on the CPU; reads only the bytes that cover the piece.
+
+    Raises:
+        ValueError: the file is truncated, of another format, version or plan, its sparse entries are not `sparse`, or
+            a mask does not keep exactly the entry's budget. On all ranks alike.
+    """
+    found: dict[str, Tensor] = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            _check_header(path, file.metadata() or {}, plan)
+            if names := sparse.symmetric_difference(file.keys()):
+                raise ValueError(f"{path}: holds a mask where the schedule has none, or lacks one: {min(names)}")
+            for entry in plan.entries:
+                if entry.name not in sparse:
+                    continue
+                shard, piece = shards[entry.name], file.get_slice(entry.name)
+                if piece.get_shape() != [masks.nbytes(entry.numel)] or piece.get_dtype() != "U8":
+                    raise ValueError(f"{path}: the mask of {entry.name} does not have the size of its entry")
+                lo, hi = shard.start // 8, masks.nbytes(shard.start + shard.numel)
+                found[entry.name] = masks.pack(masks.unpack(piece[lo:hi], shard.numel, start=shard.start - 8 * lo))
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: the mask file is truncated or damaged ({error}). Use an earlier checkpoint.") from None
+    entries = [entry for entry in plan.entries if entry.name in sparse]
+    kept = comm.sum(torch.tensor([masks.count(found[entry.name]) for entry in entries], dtype=torch.int64))
+    for entry, n in zip(entries, kept.tolist(), strict=True):
+        if n != entry.keep:
+            raise ValueError(f"{path}: the mask of {entry.name} keeps {n} weights instead of {entry.keep}: it is damaged")
+    return found
+
+
+def _check_header(path: Path, metadata: Mapping[str, str], plan: Plan) -> None:
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path}: is no mask file of gap_ds")
+    if metadata.get("version") != str(VERSION):
+        raise ValueError(f"{path}: mask format {metadata.get('version')}; this version of gap_ds reads format {VERSION}")
+    if metadata.get("plan") != plan.fingerprint:
+        raise ValueError(
+            f"{path}: was written for another plan ({metadata.get('plan')}, now {plan.fingerprint}): the model, the "
+            "sparsity, the distribution or the partitions differ. Restore them, or start in a new folder."
+        )
+
+
+def pieces_by_rank(shards: Sequence[Shard], comm: Comm) -> list[tuple[list[int], list[int]]]:
+    """(starts, numels) over the R ranks of each parameter, known to every rank."""
+    own = torch.tensor([[shard.start, shard.numel] for shard in shards], dtype=torch.int64).reshape(-1, 2)
+    every = comm.all_gather(own)
+    return [(every[:, i, 0].tolist(), every[:, i, 1].tolist()) for i in range(len(shards))]
+
+
+def _write_safetensors(path: Path, metadata: dict[str, str], sizes: dict[str, int], values: Iterator[bytes]) -> None:
+    """A safetensors file of uint8 vectors, one after the other, without holding more than one of them."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, size in sizes.items():
+        header[name] = {"dtype": "U8", "shape": [size], "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for value in values:
+            file.write(value)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON so that the file is either whole or as before."""
+    try:
+        text = json.dumps(value, indent=1)
+    except TypeError as error:
+        raise ValueError(f"{path.name}: a checkpoint holds only what JSON can say: {error}") from None
+    aside = path.with_name(path.name + ".partial")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """Reads what `write_json` wrote.
+
+    Raises:
+        ValueError: the file is missing, truncated or no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}). Use an earlier checkpoint.") from None
+
+
+def save(folder: Path, tag: str, world: Comm, write: Callable[[Path], None]) -> Path:
+    """Writes FOLDER/TAG by `write(folder aside)` on all ranks, then makes it visible at once, and names it the latest."""
+    final, aside = folder / tag, folder / f"{tag}.partial"
+    if world.rank == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+        (aside / "gap").mkdir(parents=True)
+    world.barrier()
+    write(aside)
+    world.barrier()
+    if world.rank == 0:
+        if final.exists():  # the same step saved again; the old one is as good until the rename
+            shutil.rmtree(folder / f"{tag}.old", ignore_errors=True)
+            final.rename(folder / f"{tag}.old")
+        aside.rename(final)
+        shutil.rmtree(folder / f"{tag}.old", ignore_errors=True)
+        latest = folder / "latest.partial"
+        latest.write_text(tag, encoding="utf-8")
+        latest.replace(folder / "latest")
+        _sync_folder(folder)
+    world.barrier()
+    return final
+
+
+def find(folder: Path, tag: str | None = None) -> Path:
+    """The checkpoint FOLDER/TAG; without a tag the latest one.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if tag is None:
+        try:
+            tag = (folder / "latest").read_text(encoding="utf-8").strip()
+        except OSError:
+            raise ValueError(f'{folder}: holds no checkpoint (it has no file "latest")') from None
+    if not (folder / tag / "gap" / "state.json").is_file() or Path(tag).name != tag:
+        raise ValueError(f"{folder}: holds no complete checkpoint {tag!r}")
+    return folder / tag
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def random_state() -> dict[str, Any]:
+    """State of this process's random generators: torch (CPU and current GPU), NumPy, Python."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # type: ignore[misc]
+    state: dict[str, Any] = {
+        "torch": bytes(torch.get_rng_state().numpy()).hex(),
+        "numpy": [kind, np.asarray(keys).tolist(), position, has_gauss, gauss],
+        "python": random.getstate(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = bytes(torch.cuda.get_rng_state().numpy()).hex()
+    return state
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Restores what `random_state` returned."""
+
+    def tensor(text: str) -> Tensor:
+        return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
+
+    torch.set_rng_state(tensor(state["torch"]))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensor(state["cuda"]))

@@ -1,0 +1,79 @@
+"""A group of ranks and the few collectives that the method needs. R ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Comm:
+    """The ranks among which the pieces of a parameter are spread; without a process group, one rank.
+
+    Tensors may be on any device: they travel on the one that the group's library can send from.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, *, single: bool = False) -> None:
+        self._alone = single or not dist.is_initialized()
+        self._group = None if self._alone else (group or dist.group.WORLD)
+        self.rank = 0 if self._alone else dist.get_rank(self._group)
+        self.size = 1 if self._alone else dist.get_world_size(self._group)
+        #: Whether global rank 0 is in this group: where groups hold the same pieces, that one writes for all.
+        ranks = [0] if not dist.is_initialized() else [dist.get_rank()] if single else dist.get_process_group_ranks(self._group)
+        self.writes = 0 in ranks
+        nccl = not self._alone and "nccl" in str(dist.get_backend(self._group))
+        self._device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+
+    def sum(self, counts: Tensor) -> Tensor:
+        """Elementwise sum over the ranks, on the CPU."""
+        if self.size == 1:
+            return counts
+        travelling = counts.to(self._device)
+        dist.all_reduce(travelling, group=self._group)
+        return travelling.cpu()
+
+    def all_gather(self, row: Tensor) -> Tensor:
+        """The equally long rows of all ranks, stacked along a new first dimension (R, ...), on the CPU."""
+        if self.size == 1:
+            return row[None].cpu()
+        travelling = row.to(self._device)
+        rows = [torch.empty_like(travelling) for _ in range(self.size)]
+        dist.all_gather(rows, travelling, group=self._group)
+        return torch.stack(rows).cpu()
+
+    def assemble(self, piece: Tensor, starts: Sequence[int], numels: Sequence[int], total: int) -> Tensor | None:
+        """On rank 0 the tensor (total,) that the ranks' pieces make up, on the CPU; None on the other ranks.
+
+        Args:
+            piece: this rank's values, `numels[rank]` of them.
+            starts: where each rank's piece begins; known to every rank.
+        """
+        if self.size == 1 or numels[0] == total:
+            return piece.cpu() if self.rank == 0 else None
+        widest = max(numels)
+        sent = torch.zeros(widest, dtype=piece.dtype, device=self._device)
+        sent[: piece.numel()] = piece
+        received = [torch.empty_like(sent) for _ in range(self.size)] if self.rank == 0 else None
+        dist.gather(sent, received, group=self._group, group_dst=0)
+        if received is None:
+            return None
+        whole = torch.empty(total, dtype=piece.dtype)
+        for start, numel, values in zip(starts, numels, received, strict=True):
+            whole[start : start + numel] = values[:numel]
+        return whole
+
+    def from_first(self, value: Any) -> Any:
+        """Rank 0's value of a small plain object, on every rank."""
+        if self.size == 1:
+            return value
+        box = [value if self.rank == 0 else None]
+        dist.broadcast_object_list(box, group=self._group, group_src=0, device=self._device)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        if self.size > 1:
+            self.sum(torch.zeros(1))

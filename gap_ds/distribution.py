@@ -1,0 +1,73 @@
+"""Distributions: how one target sparsity becomes an integer budget `keep` for every entry.
+
+A distribution is a function (shapes of E entries, sparsity) -> E budgets. It is handed over as a value; nothing is
+registered. Ratios end here: everything after this module handles integers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+
+Distribution = Callable[[Sequence[Sequence[int]], float], list[int]]
+
+
+def keep_count(numel: int, sparsity: float) -> int:
+    """Weights kept out of `numel` at `sparsity`, rounded half up, at least 1: the project's one rounding rule.
+
+    The sparsity is taken as the decimal number that was written down, so that 0.9 of 1000 leaves exactly 100.
+
+    >>> keep_count(1000, 0.9), keep_count(10, 0.75), keep_count(7, 0.0), keep_count(5, 0.99)
+    (100, 3, 7, 1)
+    """
+    if not 0.0 <= sparsity < 1.0:
+        raise ValueError(f'sparsity={sparsity}: must lie in [0, 1). Set "sparsity".')
+    kept = (1 - Fraction(repr(sparsity))) * numel
+    return max(1, math.floor(kept + Fraction(1, 2)))
+
+
+def uniform(shapes: Sequence[Sequence[int]], sparsity: float) -> list[int]:
+    """Every entry gets the same sparsity.
+
+    >>> uniform([(10, 10), (4, 5)], 0.8)
+    [20, 4]
+    """
+    return [keep_count(math.prod(shape), sparsity) for shape in shapes]
+
+
+def erk(shapes: Sequence[Sequence[int]], sparsity: float) -> list[int]:
+    """Erdos-Renyi-Kernel: density proportional to sum(shape) / prod(shape), saturated at 1; the total is exact.
+
+    Entries whose density would exceed 1 stay dense, and the rest share what is left of the budget. The sum of the
+    budgets equals `keep_count` of all weights together; the remainders go to the largest fractions, ties to the first.
+
+    Source: Evci et al., "Rigging the Lottery", arXiv 1911.11134, section 3.
+
+    >>> erk([(10, 10), (100, 100)], 0.8)  # 2020 of 10100; densities c * 0.2 (saturates at 1) and c * 0.02
+    [100, 1920]
+    >>> erk([(8, 8), (8, 8)], 0.75)
+    [16, 16]
+    """
+    sizes = [math.prod(shape) for shape in shapes]
+    total = keep_count(sum(sizes), sparsity)
+    dense: set[int] = set()
+    while True:
+        free = [e for e in range(len(sizes)) if e not in dense]
+        weight = sum(sum(shapes[e]) for e in free)
+        budget = total - sum(sizes[e] for e in dense)
+        # Expected keep of entry e is budget * sum(shape_e) / weight; exact fractions keep the total exact.
+        shares = {e: Fraction(budget * sum(shapes[e]), weight) for e in free}
+        saturated = {e for e in free if shares[e] >= sizes[e]}
+        if not saturated or saturated == set(free):
+            break
+        dense |= saturated
+    keep = [sizes[e] if e in dense else min(sizes[e], math.floor(shares[e])) for e in range(len(sizes))]
+    by_fraction = sorted(shares, key=lambda e: (-(shares[e] % 1), e))
+    while (missing := total - sum(keep)) > 0:
+        for e in [e for e in by_fraction if keep[e] < sizes[e]][:missing]:
+            keep[e] += 1
+    return keep
+
+
+DISTRIBUTIONS: dict[str, Distribution] = {"uniform": uniform, "erk": erk}

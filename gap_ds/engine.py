@@ -1,0 +1,455 @@
+"""`GaPEngine`: joins what is kept (schedule, budgets, selection) with where it lies (backend), in one place.
+
+A step: forward, backward, reduce, clip -> the innermost optimizer updates the fp32 pieces -> our post-step hook zeroes
+their pruned weights -> the library copies them to bf16 and spreads them, zeros included -> `step()` counts the update
+and asks the schedule. At a boundary: select over shards, set bits, zero weights, clear the moments of grown weights,
+publish, one log line.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gap_ds import checkpoint, export, masks, methods, plan, schedule, selection
+from gap_ds._version import __version__
+from gap_ds.backends import Training, detect
+from gap_ds.comm import Comm
+from gap_ds.config import GaPConfig
+from gap_ds.schedule import Phase
+from gap_ds.shard import Shard
+
+log = logging.getLogger("gap_ds")
+
+
+class GaPEngine:
+    """Trains a model sparse by grow-and-prune, inside the sharding engine it already has.
+
+    Use it as DeepSpeed's engine is used, whatever the backend::
+
+        engine = GaPEngine(model_or_deepspeed_engine, "configs/gap/cyclic_80.json", steps_per_epoch=len(loader))
+        for batch in loader:
+            loss = engine(**batch).loss
+            engine.backward(loss)
+            engine.step()
+
+    After every applied step the pruned weights are exactly 0, in the fp32 weights and in the working copies, on every
+    rank. Gradients are not masked: a clipping norm is that of the dense gradient. Attributes that the engine does not
+    have are those of the wrapped model or DeepSpeed engine.
+
+    Args:
+        model: a DeepSpeed engine, a DistributedDataParallel module or a plain model, on its device.
+        config: a GaPConfig, a dict, or the path of a JSON or YAML file.
+        optimizer: of a model that is no DeepSpeed engine; already built over its parameters.
+        lr_scheduler: stepped once per applied step. With `lr: restart` it starts again in every phase, so it should
+            cover one phase.
+        steps_per_epoch: applied optimizer steps in an epoch; needed where the config counts in epochs.
+        gradient_accumulation_steps, gradient_clipping, grad_scaler: for a model that is no DeepSpeed engine: `step()`
+            updates at every n-th call; norm to clip at (0: off); a torch.amp.GradScaler.
+    Raises:
+        ValueError: a mistake in the config, or a combination that is not supported; the message names the setting.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: GaPConfig | dict[str, Any] | str | Path,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        lr_scheduler: Any = None,
+        steps_per_epoch: int | None = None,
+        gradient_accumulation_steps: int = 1,
+        gradient_clipping: float = 0.0,
+        grad_scaler: Any = None,
+    ) -> None:
+        self.config = GaPConfig.load(config)
+        self.schedule = schedule.build(self.config, steps_per_epoch)
+        training = Training(optimizer, lr_scheduler, gradient_accumulation_steps, gradient_clipping, grad_scaler)
+        self._backend = detect(model, training)
+        self._world = Comm()
+        self._lr_scheduler = lr_scheduler if lr_scheduler is not None else getattr(model, "lr_scheduler", None)
+        self._grad_scaler = grad_scaler
+        if self.config.lr == "restart" and self._lr_scheduler is None:
+            raise ValueError('lr="restart" has no effect without a learning-rate scheduler: pass lr_scheduler, or set "lr"')
+        self._first_lr = self._lr_state()
+
+        shards = self._backend.shards()
+        frozen = {shard.name for shard in shards if not shard.trainable}
+        shapes = {shard.name: shard.shape for shard in shards}
+        self.plan = plan.build(self._backend.module, self.config, shapes, frozen)
+        by_name = {shard.name: shard for shard in shards}
+        self._shards: dict[str, Shard] = {entry.name: by_name[entry.name] for entry in self.plan.entries}
+        #: Packed mask of this rank's piece of each sparse entry. A dense entry is not in it: None means not masked.
+        self._bits: dict[str, Tensor] = {}
+        self._rule = methods.rule(self.config)
+        self.applied_steps = 0
+        self._updated = False
+        self.last_boundary_seconds = 0.0
+        self._hook = self._backend.optimizer.register_step_post_hook(self._after_update)
+        self._say(self.signature)
+        self._enter(None, self.phase)
+
+    @classmethod
+    def initialize(
+        cls,
+        *,
+        model: nn.Module,
+        config: dict[str, Any] | str | Path,
+        gap_config: GaPConfig | dict[str, Any] | str | Path,
+        steps_per_epoch: int | None = None,
+        **deepspeed_arguments: Any,
+    ) -> GaPEngine:
+        """As `deepspeed.initialize`, which gets `model`, `config` and all further arguments; returns a GaPEngine.
+
+        Args:
+            config: the DeepSpeed config, a dict or a JSON file.
+            gap_config: the GaP config; it is validated before DeepSpeed starts.
+        """
+        import deepspeed
+
+        gap = GaPConfig.load(gap_config)
+        schedule.build(gap, steps_per_epoch)  # complains before anything is allocated
+        if not {"optimizer", "model_parameters"} & deepspeed_arguments.keys():
+            deepspeed_arguments["model_parameters"] = [p for p in model.parameters() if p.requires_grad]
+        config = str(config) if isinstance(config, Path) else config
+        engine, *_ = deepspeed.initialize(model=model, config=config, **deepspeed_arguments)
+        return cls(engine, gap, steps_per_epoch=steps_per_epoch)
+
+    # -- training --------------------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped model's forward pass."""
+        return self._backend.forward(*args, **kwargs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward pass of one micro-batch; the loss is its mean, whatever the number of accumulated micro-batches."""
+        self._backend.backward(loss)
+
+    def step(self) -> None:
+        """Ends a micro-batch. Where this completes an update: optimizer step, masks, and at a boundary prune and grow."""
+        self._backend.step()
+        self.after_step()
+
+    def after_step(self) -> bool:
+        """Counts the update that the optimizer has applied since the last call, if any, and crosses a boundary.
+
+        `step` does this. Call it yourself only where something else steps the optimizer. Returns whether there was an
+        update: micro-batches that only accumulate, and steps skipped for an fp16 overflow, are none.
+        """
+        if not self._updated:
+            return False
+        self._updated = False
+        before = self.phase
+        self.applied_steps += 1
+        if self.phase is not before:
+            self._enter(before, self.phase)
+        return True
+
+    @property
+    def phase(self) -> Phase:
+        """The phase that the next step belongs to."""
+        return self.schedule.phase_at(self.applied_steps)
+
+    @property
+    def module(self) -> nn.Module:
+        """The model inside all wrappers."""
+        return self._backend.module
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The innermost optimizer; its `param_groups[0]["lr"]` is the learning rate of the next step."""
+        return self._backend.optimizer
+
+    @property
+    def finished(self) -> bool:
+        """Whether the whole schedule has been trained. Training on stays in the last phase."""
+        return self.applied_steps >= self.schedule.total_steps
+
+    @property
+    def signature(self) -> str:
+        """One line with everything of the method that changes the result."""
+        return self.config.signature(__version__)
+
+    def _after_update(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Post-step hook: zeroes the pruned weights that the optimizer has just changed.
+
+        A sharding library may step its optimizer several times per update, with some of the weights each time; only
+        those are masked.
+        """
+        self._updated = True
+        owners = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for name, bits in self._bits.items():
+            shard = self._shards[name]
+            if shard.numel and id(owner := shard.owner()) in owners:
+                masks.zero_pruned_(shard.of(owner), bits)
+
+    def _enter(self, before: Phase | None, after: Phase) -> None:
+        """Applies to every entry what the boundary between two phases asks for."""
+        started = time.perf_counter()
+        updates = {entry: self._rule(entry, before, after) for entry in self.plan.entries}
+        selected = {e: u for e, u in updates.items() if isinstance(u, methods.Largest | methods.Random)}
+        for name, bits in self._select(selected).items():
+            self._bits[name] = bits
+        for entry, update in updates.items():
+            shard = self._shards[entry.name]
+            if isinstance(update, methods.Dense):
+                self._grow(shard)
+            elif entry in selected and shard.numel:
+                masks.zero_pruned_(shard.weight(), self._bits[entry.name])
+        if before is not None and self.config.optimizer_state == "reset":
+            _reset(self._backend.optimizer)
+        if selected:
+            self._backend.publish()
+        if before is not None and self.config.lr == "restart":
+            self._restart_lr()
+        self.last_boundary_seconds = time.perf_counter() - started
+        density = self.density
+        self._say(
+            f"step {self.applied_steps}: {after}, density {density:.4f}, {len(selected)} entries pruned, "
+            f"{sum(isinstance(u, methods.Dense) for u in updates.values())} grown, {self.last_boundary_seconds:.3f} s"
+        )
+
+    def _select(self, updates: dict[plan.Entry, methods.Update]) -> dict[str, Tensor]:
+        """Exact masks of this rank's pieces for the entries to prune; changes nothing."""
+        if not updates:
+            return {}
+        pieces, keep = [], []
+        for entry, update in updates.items():
+            assert isinstance(update, methods.Largest | methods.Random)
+            shard, weight = self._shards[entry.name], self._shards[entry.name].weight()
+            if isinstance(update, methods.Largest):
+                keys = selection.magnitude_keys(weight)
+            else:
+                keys = selection.random_keys(self.config.seed, entry.name, shard.start, weight.device)
+            pieces.append(selection.Piece(entry.name, shard.start, shard.numel, keys, budget=len(keep)))
+            keep.append(update.keep)
+        bits = selection.select_largest(pieces, keep, self._backend.comm)
+        return {piece.name: b for piece, b in zip(pieces, bits, strict=True)}
+
+    def _grow(self, shard: Shard) -> None:
+        """Takes the mask off. The weights it had pruned are zero already; their moments become zero."""
+        bits = self._bits.pop(shard.name, None)
+        if bits is not None:
+            for moment in shard.moments(self._backend.optimizer):
+                masks.zero_pruned_(moment, bits)
+
+    # -- learning rate ---------------------------------------------------------------------------------------------
+
+    def _lr_state(self) -> Any:
+        """The scheduler's state and the learning rates, before the first step."""
+        if self._lr_scheduler is None:
+            return None
+        lrs = [group["lr"] for group in self._backend.optimizer.param_groups]
+        return copy.deepcopy(self._lr_scheduler.state_dict()), lrs
+
+    def _restart_lr(self) -> None:
+        state, lrs = self._first_lr
+        self._lr_scheduler.load_state_dict(copy.deepcopy(state))
+        for group, lr in zip(self._backend.optimizer.param_groups, lrs, strict=True):
+            group["lr"] = lr
+
+    # -- figures ---------------------------------------------------------------------------------------------------
+
+    @property
+    def density(self) -> float:
+        """Density of all entries together, by their budgets (which every mask meets exactly)."""
+        active = sum(e.keep if e.name in self._bits else e.numel for e in self.plan.entries)
+        return active / self.plan.numel
+
+    def stats(self) -> dict[str, Any]:
+        """Exact figures of the current masks, counted over all ranks; all ranks must call this.
+
+        Returns:
+            kept, numel: weights of the entries kept by the masks, and all; density: their ratio.
+            model_sparsity: pruned weights relative to all weights of the model, embeddings and biases included.
+            mask_bytes: memory of this rank's masks.
+            entries: per entry name: kept, numel, partition, dense.
+        """
+        entries = self.plan.entries
+        local = [masks.count(self._bits[e.name]) if e.name in self._bits else self._shards[e.name].numel for e in entries]
+        kept = self._backend.comm.sum(torch.tensor(local, dtype=torch.int64))
+        rows = {
+            e.name: {"kept": n, "numel": e.numel, "partition": e.partition, "dense": e.name not in self._bits}
+            for e, n in zip(entries, kept.tolist(), strict=True)
+        }
+        total = int(kept.sum())
+        return {
+            "applied_steps": self.applied_steps,
+            "phase": self.phase.index,
+            "kept": total,
+            "numel": self.plan.numel,
+            "density": total / self.plan.numel,
+            "model_sparsity": (self.plan.numel - total) / self.plan.total,
+            "mask_bytes": sum(bits.numel() for bits in self._bits.values()),
+            "entries": rows,
+        }
+
+    def mask(self, name: str) -> Tensor | None:
+        """This rank's piece of an entry's mask as a bool tensor; None while the entry is dense."""
+        bits = self._bits.get(name)
+        return None if bits is None else masks.unpack(bits, self._shards[name].numel)
+
+    # -- checkpoint and export -------------------------------------------------------------------------------------
+
+    def save_checkpoint(self, folder: str | Path, tag: str | None = None, client_state: Any = None) -> Path:
+        """Saves everything that decides the next step to FOLDER/TAG; all ranks must call this, between two updates.
+
+        Args:
+            tag: name of the checkpoint; `step_N` if not given.
+            client_state: what the caller wants back from `load_checkpoint`: anything that JSON can say.
+        """
+
+        def write(aside: Path) -> None:
+            self._backend.save(aside)
+            if self._backend.comm.writes:
+                path = aside / "gap" / "masks.safetensors"
+                checkpoint.write_masks(path, self.plan, self._shards, self._bits, self._backend.comm)
+            checkpoint.write_json(aside / "gap" / f"rng_{self._world.rank}.json", checkpoint.random_state())
+            if self._world.rank == 0:
+                checkpoint.write_json(aside / "gap" / "state.json", self._state(client_state))
+
+        return checkpoint.save(Path(folder), tag or f"step_{self.applied_steps}", self._world, write)
+
+    def load_checkpoint(self, folder: str | Path, tag: str | None = None) -> Any:
+        """Restores FOLDER/TAG, or the latest; returns the caller's `client_state`. All ranks must call this.
+
+        The run goes on bit for bit as if it had never stopped, given the same ranks and data.
+
+        Raises:
+            ValueError: there is no complete checkpoint, it is damaged, or it belongs to another plan or schedule.
+        """
+        path = checkpoint.find(Path(folder), tag)
+        state = checkpoint.read_json(path / "gap" / "state.json")
+        self._check_state(path, state)
+        phase = self.schedule.phase_at(state["applied_steps"])
+        sparse = {entry.name for entry in self.plan.entries if entry.partition not in phase.dense}
+        bits = checkpoint.read_masks(
+            path / "gap" / "masks.safetensors", self.plan, sparse, self._shards, self._backend.comm
+        )
+        self._backend.load(path)
+        self._bits = {name: b.to(self._shards[name].weight().device) for name, b in bits.items()}
+        self.applied_steps = state["applied_steps"]
+        self._updated = False
+        if state["lr_scheduler"] is not None and self._lr_scheduler is not None:
+            self._lr_scheduler.load_state_dict(state["lr_scheduler"])
+        if state["grad_scaler"] is not None and self._grad_scaler is not None:
+            self._grad_scaler.load_state_dict(state["grad_scaler"])
+        rng = path / "gap" / f"rng_{self._world.rank}.json"
+        if rng.exists() and state["ranks"] == self._world.size:
+            checkpoint.set_random_state(checkpoint.read_json(rng))
+        else:
+            warnings.warn(f"saved by {state['ranks']} ranks: the random state is not restored", stacklevel=2)
+        self._say(f"resumed {path} at step {self.applied_steps}: {self.phase}")
+        return state["client_state"]
+
+    def _state(self, client_state: Any) -> dict[str, Any]:
+        return {
+            "applied_steps": self.applied_steps,
+            "signature": self.signature,
+            "plan": self.plan.fingerprint,
+            "first_steps": [phase.first_step for phase in self.schedule.phases],
+            "ranks": self._world.size,
+            "backend": self._backend.name,
+            "lr_scheduler": None if self._lr_scheduler is None else _plain(self._lr_scheduler.state_dict()),
+            "grad_scaler": None if self._grad_scaler is None else self._grad_scaler.state_dict(),
+            "client_state": client_state,
+        }
+
+    def _check_state(self, path: Path, state: dict[str, Any]) -> None:
+        if state["plan"] != self.plan.fingerprint:
+            raise ValueError(
+                f"{path}: was written for another plan ({state['plan']}, now {self.plan.fingerprint}): the model, the "
+                "sparsity, the distribution or the partitions differ. Restore them, or start in a new folder."
+            )
+        was, now = (s.rpartition("|v:")[0].split("|") for s in (state["signature"], self.signature))
+        if was != now:
+            changed = [f"{a} (now {b})" for a, b in zip(was, now, strict=False) if a != b] or ["other settings"]
+            raise ValueError(f"{path}: was written with {', '.join(changed)}. Restore the config, or start in a new folder.")
+        first_steps = [phase.first_step for phase in self.schedule.phases]
+        if state["first_steps"] != first_steps:
+            raise ValueError(
+                f"{path}: its phases start at steps {state['first_steps'][:4]}..., now at {first_steps[:4]}...: an epoch "
+                "had another number of steps. Restore the data and the batch size, or start in a new folder."
+            )
+
+    def export(
+        self, folder: str | Path, *, tokenizer: Any = None, dtype: torch.dtype = torch.float32, overwrite: bool = False
+    ) -> Path:
+        """Writes the final sparse model; a partition that is dense now is pruned in the copy, the run is not disturbed.
+
+        A Hugging Face model becomes a folder for `from_pretrained`, with the tokenizer if given; any other model
+        becomes `model.safetensors`. `gap.json` holds the signature and exact counts. All ranks must call this.
+
+        Raises:
+            ValueError: the folder holds something already and `overwrite` is not set.
+        """
+        folder = Path(folder)
+        if self._world.from_first(folder.exists() and any(folder.iterdir())) and not overwrite:
+            raise ValueError(f"{folder}: is not empty. Choose another folder, or overwrite it on purpose (overwrite=True).")
+        dense = {e: methods.Largest(e.keep) for e in self.plan.entries if e.name not in self._bits}
+        bits = {**self._bits, **self._select(dense)}
+        if self._backend.comm.writes:
+            shards, comm = self._backend.shards(), self._backend.comm
+            weights = export.full_weights(self._backend.module, shards, bits, comm, dtype)
+            if self._world.rank == 0:
+                info = self._export_info(weights)
+                export.write_model(folder, self._backend.module, weights, dtype, info, tokenizer)
+        self._world.barrier()
+        return folder
+
+    def _export_info(self, weights: dict[str, Tensor]) -> dict[str, Any]:
+        kept = {e.name: int(weights[e.name].count_nonzero()) for e in self.plan.entries}
+        pruned = sum(e.numel - e.keep for e in self.plan.entries)
+        return {
+            "signature": self.signature,
+            "applied_steps": self.applied_steps,
+            "entry_sparsity": pruned / self.plan.numel,
+            "model_sparsity": pruned / self.plan.total,
+            "kept": self.plan.keep,
+            "numel": self.plan.numel,
+            "entries": {
+                e.name: {"keep": e.keep, "nonzero": kept[e.name], "numel": e.numel, "partition": e.partition}
+                for e in self.plan.entries
+            },
+        }
+
+    # -- the rest --------------------------------------------------------------------------------------------------
+
+    def _say(self, message: str) -> None:
+        if self._world.rank == 0:
+            log.info(message)
+
+    def close(self) -> None:
+        """Takes the hook off the optimizer; the model keeps its present weights."""
+        self._hook.remove()
+
+    def __getattr__(self, name: str) -> Any:
+        # Only reached for what the engine itself does not have.
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._backend.forward, name)
+
+
+def _reset(optimizer: torch.optim.Optimizer) -> None:
+    """Clears all optimizer state, step counts included, as if training had just begun."""
+    for state in optimizer.state.values():
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                value.zero_()
+            elif isinstance(value, int | float):
+                state[key] = 0
+    for group in optimizer.param_groups:
+        if "step" in group:  # DeepSpeed's fused optimizers count here
+            group["step"] = 0
+
+
+def _plain(state: dict[str, Any]) -> dict[str, Any]:
+    """A scheduler's state without what JSON cannot say and `load_state_dict` does not need (functions of lr)."""
+    return {key: value for key, value in state.items() if not callable(value)}

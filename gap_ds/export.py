@@ -1,0 +1,86 @@
+"""Export: the final sparse model as a complete Hugging Face folder, from any backend, at any time of a run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from gap_ds import masks
+from gap_ds.checkpoint import pieces_by_rank, write_json
+from gap_ds.comm import Comm
+from gap_ds.plan import clean_name
+from gap_ds.shard import Shard
+
+INFO = "gap.json"
+
+
+def full_weights(
+    module: nn.Module, shards: Sequence[Shard], bits: Mapping[str, Tensor], comm: Comm, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """On rank 0 all weights and buffers of the model with masks applied, on the CPU; on other ranks an empty dict.
+
+    The run's own weights are not touched. Parameters travel one at a time. All ranks of `comm` must call this.
+
+    Args:
+        bits: packed mask of this rank's piece of each entry that is to be sparse.
+    """
+    weights: dict[str, Tensor] = {}
+    for shard, (starts, numels) in zip(shards, pieces_by_rank(shards, comm), strict=True):
+        piece = shard.weight().clone()
+        if shard.name in bits and shard.numel:
+            masks.zero_pruned_(piece, bits[shard.name])
+        whole = comm.assemble(piece.to(dtype), starts, numels, shard.full_numel)
+        if whole is not None:
+            weights[shard.name] = whole.view(shard.shape)
+    if comm.rank == 0:
+        weights |= {name: buffer.detach().cpu().clone() for name, buffer in _buffers(module)}
+    return weights
+
+
+
+
+def _buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Buffers that a checkpoint holds; they are whole on every rank."""
+    return [
+        (clean_name(f"{prefix}.{name}" if prefix else name), buffer)
+        for prefix, owner in module.named_modules()
+        for name, buffer in owner._buffers.items()
+        if buffer is not None and name not in owner._non_persistent_buffers_set
+    ]
+
+
+def write_model(
+    folder: Path, module: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype, info: dict[str, Any], tokenizer: Any
+) -> None:
+    """Writes a model folder so that it is whole or absent. For rank 0.
+
+    A Hugging Face model becomes what `from_pretrained` reads; any other model becomes `model.safetensors` alone.
+    """
+    aside = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    save_pretrained = getattr(module, "save_pretrained", None)
+    if callable(save_pretrained):
+        save_pretrained(aside, state_dict=weights)
+        _say_dtype(aside / "config.json", dtype)
+    else:
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, aside / "model.safetensors")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(aside)
+    write_json(aside / INFO, info)
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
+
+
+def _say_dtype(path: Path, dtype: torch.dtype) -> None:
+    """The working copies may be bf16 where the exported weights are fp32: the config must say what the file holds."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,332 @@
+"""The plan: which weights of a model are entries, which partition each belongs to, and how many weights it keeps.
+
+Everything here works on the module tree and on shapes alone, so a model on the meta device will do. E entries, K
+partitions, N weights. The plan of a model and a config is the same for every backend and any number of ranks.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import random
+import re
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from gap_ds.config import GaPConfig
+from gap_ds.distribution import DISTRIBUTIONS
+
+#: Name components that wrappers insert: FSDP1, activation checkpointing, torch.compile.
+_WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
+
+
+def clean_name(name: str) -> str:
+    """The name that a module or parameter has in the model that was wrapped.
+
+    >>> clean_name("_orig_mod.layers.0._checkpoint_wrapped_module.fc1.weight")
+    'layers.0.fc1.weight'
+    """
+    return _WRAPPERS.sub("", name + ".").removesuffix(".")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One prunable weight tensor and its budget."""
+
+    name: str
+    shape: tuple[int, ...]
+    partition: int
+    keep: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The entries of a model in module order, and what the figures of the whole model need.
+
+    `total` is the number of weights of the model, tied ones once. `dense_matmul` is the number of weights outside the
+    entries that are multiplied with (a tied head included, embedding look-ups not).
+    """
+
+    entries: tuple[Entry, ...]
+    kappa: int
+    total: int
+    dense_matmul: int
+
+    @property
+    def numel(self) -> int:
+        """Weights in all entries."""
+        return sum(entry.numel for entry in self.entries)
+
+    @property
+    def keep(self) -> int:
+        """Weights that all entries keep in the final model."""
+        return sum(entry.keep for entry in self.entries)
+
+    def per_partition(self) -> tuple[list[int], list[int]]:
+        """(kept weights, weights) of each of the K partitions."""
+        keep, numel = [0] * self.kappa, [0] * self.kappa
+        for entry in self.entries:
+            keep[entry.partition] += entry.keep
+            numel[entry.partition] += entry.numel
+        return keep, numel
+
+    def training_flops(self, mean_density: float) -> float:
+        """FLOPs of training relative to the dense model, given the entries' mean density over the run.
+
+        Counted are the products with weights, forward and backward alike; attention scores and norms are not.
+        """
+        return (mean_density * self.numel + self.dense_matmul) / (self.numel + self.dense_matmul)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all names, shapes, partitions and budgets: equal plans, equal fingerprints, on any machine."""
+        rows = [[e.name, list(e.shape), e.partition, e.keep] for e in self.entries]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+
+
+def build(
+    model: nn.Module,
+    config: GaPConfig,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    frozen: Container[str] | None = None,
+) -> Plan:
+    """The plan of a model.
+
+    Args:
+        shapes: full shape of every parameter by its clean name. A sharding backend hands this over, because the
+            parameters it leaves in the module tree may be empty or flattened.
+        frozen: names of the parameters that are not trained, and so never entries.
+
+    Raises:
+        ValueError: no entry was found, a pattern matches nothing, there are more partitions than blocks, or the
+            written partitions overlap or leave entries out.
+    """
+    parameters = {clean_name(name): p for name, p in model.named_parameters()}
+    if shapes is None:
+        shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+    if frozen is None:
+        frozen = {name for name, p in parameters.items() if not p.requires_grad}
+    modules = {clean_name(name): module for name, module in model.named_modules()}
+    total, matrices = sum(math.prod(shape) for shape in shapes.values()), shapes
+    shapes = _in_module_order({name: shape for name, shape in shapes.items() if name not in frozen}, modules)
+    blocks = find_blocks(modules, shapes)
+    names = _entry_names(modules, shapes, blocks, config)
+    partition = _assign(names, shapes, blocks, config)
+    keep = DISTRIBUTIONS[config.distribution]([shapes[name] for name in names], config.sparsity)
+    entries = tuple(Entry(n, tuple(shapes[n]), partition[n], k) for n, k in zip(names, keep, strict=True))
+    kappa = 1 + max(partition.values())
+    return Plan(entries, kappa, total, _dense_matmul(modules, matrices, set(names)))
+
+
+def find_blocks(modules: Mapping[str, nn.Module], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Names of the repeated blocks of a model, in module order, without naming any model class.
+
+    A stack is an outermost list of two or more modules that hold prunable weights. Where the members of a stack are
+    themselves mere shells around such lists (the stages of a ResNet or Swin), the inner members are the blocks.
+    """
+    candidates = [name for name in shapes if _prunable(name, modules, shapes)]
+    stacks: list[str] = []
+    for name in modules:
+        if not any(_inside(name, stack) for stack in stacks) and len(_members(name, modules, candidates)) >= 2:
+            stacks.append(name)
+    return [block for stack in stacks for block in _refine(stack, modules, candidates)]
+
+
+def _refine(stack: str, modules: Mapping[str, nn.Module], candidates: Sequence[str]) -> list[str]:
+    members = _members(stack, modules, candidates)
+    inner = [[n for n in modules if _parent(n) == m and _one_class(n, modules)] for m in members]
+    blocks = [block for names in inner for name in names for block in _members(name, modules, candidates)]
+    is_staged = all(inner) and any(len(modules[name]._modules) > 1 for names in inner for name in names)
+    return blocks if is_staged and blocks else members
+
+
+def _members(name: str, modules: Mapping[str, nn.Module], candidates: Sequence[str]) -> list[str]:
+    """The members of a list of modules that hold prunable weights; none if this is no list of like, nested modules."""
+    module = modules[name]
+    if not (isinstance(module, nn.ModuleList) or isinstance(module, nn.Sequential) and _one_class(name, modules)):
+        return []
+    members = [f"{name}.{child}" if name else child for child in module._modules]
+    if not all(any(_parent(other) == member for other in modules) for member in members):
+        return []
+    return [member for member in members if any(_inside(candidate, member) for candidate in candidates)]
+
+
+def _one_class(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether this is a list of modules of one class."""
+    children = [modules.get(f"{name}.{child}" if name else child) for child in modules[name]._modules]
+    return isinstance(modules[name], nn.ModuleList | nn.Sequential) and len({type(child) for child in children}) == 1
+
+
+def _prunable(name: str, modules: Mapping[str, nn.Module], shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether a parameter is of the kind that is pruned: the matrix of a Linear-like or convolution module.
+
+    That is a parameter of two or more dimensions called `...weight`, or the stacked matrices of experts (three
+    dimensions). Embeddings are not, nor is a router that decides which expert sees a token.
+    """
+    owner = modules.get(_parent(name))
+    if owner is None or len(shapes[name]) < 2 or isinstance(owner, nn.Embedding | nn.EmbeddingBag):
+        return False
+    is_weight = name.endswith("weight") or len(shapes[name]) == 3 and "expert" in type(owner).__name__.lower()
+    path = [_parent(name)]
+    while path[-1]:
+        path.append(_parent(path[-1]))
+    return is_weight and not any("router" in type(modules[p]).__name__.lower() for p in path[:2] if p in modules)
+
+
+def _entry_names(
+    modules: Mapping[str, nn.Module], shapes: Mapping[str, tuple[int, ...]], blocks: Sequence[str], config: GaPConfig
+) -> list[str]:
+    """Names of the entries in module order."""
+    embeddings = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
+    tied = {name for name in shapes if id(getattr(modules.get(_parent(name)), "weight", None)) in embeddings}
+    chosen = {
+        name
+        for name in shapes
+        if _prunable(name, modules, shapes) and name not in tied and any(_inside(name, block) for block in blocks)
+    }
+    matrices = [name for name, shape in shapes.items() if len(shape) >= 2]
+    for pattern in config.include:
+        if not (found := _matching(pattern, matrices)):
+            raise ValueError(_no_match("include", pattern, matrices))
+        chosen.update(found)
+    if not isinstance(config.partitions, int) and not blocks:
+        # Without repeated blocks the written partitions say what the entries are.
+        prunable = [name for name in matrices if _prunable(name, modules, shapes) and name not in tied]
+        chosen.update(n for group in config.partitions for pattern in group for n in _matching(pattern, prunable))
+    for pattern in config.exclude:
+        if not (found := _matching(pattern, sorted(chosen))):
+            raise ValueError(_no_match("exclude", pattern, sorted(chosen)))
+        chosen.difference_update(found)
+    if not chosen:
+        raise ValueError(
+            "no entry found: the model has no repeated blocks with trainable weights of 2 or more dimensions. "
+            'Name the weights to prune by "include".'
+        )
+    return [name for name in shapes if name in chosen]
+
+
+def _assign(
+    names: Sequence[str], shapes: Mapping[str, tuple[int, ...]], blocks: Sequence[str], config: GaPConfig
+) -> dict[str, int]:
+    """Partition of each entry."""
+    if not isinstance(config.partitions, int):
+        return _assign_written(names, config.partitions)
+    kappa = 1 if config.method == "dsd" else config.partitions
+    # An entry outside every block goes with the block before it (a ResNet's stem with the first).
+    units: list[list[str]] = [[]]
+    current = None
+    for name in names:
+        block = next((b for b in blocks if _inside(name, b)), None if blocks else name)
+        if block is not None and current is not None and block != current:
+            units.append([])
+        current = block or current
+        units[-1].append(name)
+    if kappa > len(units):
+        raise ValueError(
+            f'partitions={kappa}: the model has {len(units)} blocks with entries, so at most {len(units)} are possible. '
+            'Lower "partitions".'
+        )
+    if config.assign == "random":
+        random.Random(f"assign {config.seed}").shuffle(units)
+    sizes = [sum(math.prod(shapes[name]) for name in unit) for unit in units]
+    groups = [u % kappa for u in range(len(units))] if config.assign == "interleaved" else balanced_cut(sizes, kappa)
+    return {name: k for unit, k in zip(units, groups, strict=True) for name in unit}
+
+
+def _assign_written(names: Sequence[str], partitions: Sequence[Sequence[str]]) -> dict[str, int]:
+    partition: dict[str, int] = {}
+    for k, patterns in enumerate(partitions):
+        for pattern in patterns:
+            if not (found := _matching(pattern, names)):
+                raise ValueError(_no_match(f"partitions[{k}]", pattern, names))
+            for name in found:
+                if partition.setdefault(name, k) != k:
+                    raise ValueError(
+                        f'partitions: {name} matches partitions {partition[name]} and {k} (by "{pattern}"). '
+                        "Each entry must belong to exactly one."
+                    )
+    if left := [name for name in names if name not in partition]:
+        raise ValueError(
+            f"partitions: {len(left)} entries belong to none, for example {left[0]}. Add a pattern for them, or list "
+            'them in "exclude" to keep them dense.'
+        )
+    return partition
+
+
+def balanced_cut(sizes: Sequence[int], parts: int) -> list[int]:
+    """Cuts a row of sizes into contiguous non-empty parts with the least sum of squared totals; part of each item.
+
+    >>> balanced_cut([1, 1, 1, 3], 2), balanced_cut([5, 1, 1], 3)
+    ([0, 0, 0, 1], [0, 1, 2])
+    """
+    assert 1 <= parts <= len(sizes)
+    ends = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+    # best[i] = (cost, first item of the last part) for the first i items; of equal costs the earliest cut wins.
+    best: list[tuple[float, int]] = [(0, 0)] + [(math.inf, 0)] * len(sizes)
+    cuts: list[list[int]] = []
+    for part in range(1, parts + 1):
+        best = [(math.inf, 0)] * part + [
+            min((best[j][0] + (ends[i] - ends[j]) ** 2, j) for j in range(part - 1, i)) for i in range(part, len(ends))
+        ]
+        cuts.append([first for _, first in best])
+    group, end = [0] * len(sizes), len(sizes)
+    for part in range(parts - 1, -1, -1):
+        first = cuts[part][end]
+        group[first:end] = [part] * (end - first)
+        end = first
+    return group
+
+
+def _dense_matmul(modules: Mapping[str, nn.Module], shapes: Mapping[str, tuple[int, ...]], entries: set[str]) -> int:
+    """Weights outside the entries that are multiplied with; a head tied to an embedding counts once."""
+    seen: dict[int, int] = {}
+    for name, module in modules.items():
+        weight = getattr(module, "weight", None)
+        if f"{name}.weight" in entries or isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            continue
+        if not isinstance(weight, torch.Tensor):
+            continue
+        shape = shapes.get(f"{name}.weight", tuple(weight.shape))
+        if len(shape) >= 2:
+            seen[id(weight)] = math.prod(shape)
+    return sum(seen.values())
+
+
+def _in_module_order(
+    shapes: Mapping[str, tuple[int, ...]], modules: Iterable[str]
+) -> dict[str, tuple[int, ...]]:
+    """The shapes sorted by the place of their module in the tree: backends list parameters in different orders."""
+    place = {name: i for i, name in enumerate(modules)}
+    return {name: shapes[name] for name in sorted(shapes, key=lambda n: (place.get(_parent(n), len(place)), n))}
+
+
+def _matching(pattern: str, names: Iterable[str]) -> list[str]:
+    """Names in which the pattern matches whole components: `layers.1` is in `layers.1.fc1` but not in `layers.10`."""
+    try:
+        regex = re.compile(rf"(?:.*\.)?(?:{pattern})(?:\..*)?")
+    except re.error as error:
+        raise ValueError(f'pattern "{pattern}" is not a regular expression: {error}.') from None
+    return [name for name in names if regex.fullmatch(name)]
+
+
+def _no_match(setting: str, pattern: str, names: Sequence[str]) -> str:
+    parents = dict.fromkeys(prefix for name in names for prefix in (name, _parent(name), _parent(_parent(name))) if prefix)
+    near = difflib.get_close_matches(pattern, parents, n=3, cutoff=0.4) or list(names)[:3]
+    return f'{setting}: pattern "{pattern}" matches none of {len(names)} weights. Near matches: {", ".join(near)}.'
+
+
+def _inside(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".") if prefix else True
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]

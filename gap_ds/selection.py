@@ -1,0 +1,210 @@
+"""Exact top-k over shards: which weights of an entry are kept, decided without gathering anything.
+
+Every weight has an integer key, and a budget keeps its `keep` weights of largest key. Of equal keys the lowest (entry
+order, flat index) wins, so that a mask has exactly `keep` weights and does not depend on the number of ranks. A rank
+holds one contiguous piece of each entry (possibly empty).
+
+The k-th largest key is found by radix selection: three passes over the local weights, each a histogram of some bits of
+the keys and one all-reduce of (budgets x bins) counts for all budgets of a boundary at once. Ties, where a budget does
+not take all of them, cost one all-gather of a count per entry. Whatever the size of the model, nothing else travels.
+
+E pieces (one per entry, in plan order), G budgets, N weights of a piece, R ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gap_ds import masks
+
+#: Bits of a 31-bit key that each pass looks at, from the most significant: (shift, bins).
+_PASSES = ((20, 2048), (10, 1024), (0, 1024))
+#: Weights looked at at a time; bounds the scratch memory of a boundary.
+_CHUNK = 1 << 20
+
+#: Key of a weight that has no place in the order (NaN). Any such key stops the selection on all ranks.
+INVALID = -1
+
+
+class Reduce(Protocol):
+    """What a selection needs from a group of ranks."""
+
+    rank: int
+
+    def sum(self, counts: Tensor) -> Tensor:
+        """Elementwise sum over the ranks of an int64 tensor."""
+
+    def all_gather(self, row: Tensor) -> Tensor:
+        """The rows (E,) of all ranks, stacked to (R, E)."""
+
+
+class Single:
+    """A group of one rank."""
+
+    rank = 0
+
+    def sum(self, counts: Tensor) -> Tensor:
+        return counts
+
+    def all_gather(self, row: Tensor) -> Tensor:
+        return row[None]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """This rank's weights [start, start + numel) of one entry, and how to get their keys.
+
+    `keys(lo, hi)` returns the int32 keys, in [0, 2^31), of the weights lo to hi of the piece (counted from its start).
+    """
+
+    name: str
+    start: int
+    numel: int
+    keys: Callable[[int, int], Tensor]
+    budget: int
+
+    def chunks(self) -> Iterator[tuple[int, Tensor]]:
+        """(position in the piece, keys) chunk by chunk; every chunk but the last is a multiple of 8 long."""
+        for lo in range(0, self.numel, _CHUNK):
+            yield lo, self.keys(lo, min(lo + _CHUNK, self.numel))
+
+
+def magnitude_keys(weights: Tensor) -> Callable[[int, int], Tensor]:
+    """Keys that order the weights of a piece (N,) by magnitude.
+
+    The bit pattern of a non-negative fp32 number, read as an integer, has the order of the number; fp16 and bf16
+    convert exactly.
+
+    >>> magnitude_keys(torch.tensor([0.0, -1.0, 1.0, float("nan")]))(0, 4).tolist()
+    [0, 1065353216, 1065353216, -1]
+    """
+
+    def keys(lo: int, hi: int) -> Tensor:
+        magnitude = weights[lo:hi].float().abs()
+        return magnitude.view(torch.int32).masked_fill_(magnitude.isnan(), INVALID)
+
+    return keys
+
+
+def random_keys(seed: int, name: str, start: int, device: torch.device) -> Callable[[int, int], Tensor]:
+    """Keys from a counter-based hash of (seed, entry name, flat index): the same for any sharding and device.
+
+    The index passes through two rounds of multiply-xorshift (the finaliser of MurmurHash3, modulo 2^32), started from a
+    SHA-256 of seed and name.
+    """
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    a, b = (int.from_bytes(digest[i : i + 4], "little") for i in (0, 4))
+
+    def keys(lo: int, hi: int) -> Tensor:
+        x = torch.arange(start + lo, start + hi, dtype=torch.int64, device=device)
+        # Both halves of the index count: entries of more than 2^32 weights do not repeat.
+        x = (x ^ a) & 0xFFFFFFFF ^ ((x >> 32) * 0x9E3779B1 & 0xFFFFFFFF)
+        for constant in (0x85EBCA6B, 0xC2B2AE35, b | 1):
+            x ^= x >> 16
+            # The product of two 32-bit numbers may wrap around 2^63; its low 32 bits are right all the same.
+            x = (x * constant) & 0xFFFFFFFF
+        return ((x ^ (x >> 15)) >> 1).to(torch.int32)
+
+    return keys
+
+
+def select_largest(pieces: Sequence[Piece], keep: Sequence[int], reduce: Reduce) -> list[Tensor]:
+    """Bits of the kept weights of each piece: every budget's `keep` largest keys over all of its entries and ranks.
+
+    All ranks must call this with the same E names, budgets and `keep`.
+
+    Args:
+        pieces: this rank's piece of each of the E entries.
+        keep: for each of the G budgets, how many weights it keeps; at most the weights it has.
+    Returns:
+        E masks as `gap_ds.masks` packs them, on the device of the keys.
+    Raises:
+        ValueError: on all ranks, if a key is invalid (a weight is NaN) or a budget exceeds its weights.
+    """
+    # Above all weights of a higher prefix are kept; `need` of those with the current prefix are still to be chosen.
+    prefix = torch.zeros(len(keep), dtype=torch.int64)
+    need = torch.tensor(list(keep), dtype=torch.int64)
+    ties = torch.zeros(len(keep), dtype=torch.int64)
+    for shift, bins in _PASSES:
+        counts = reduce.sum(_histogram(pieces, len(keep), prefix, shift, bins, first=shift == _PASSES[0][0]))
+        if shift == _PASSES[0][0]:
+            _check(pieces, counts, need, reduce)
+        counts = counts[: len(keep), :bins]
+        # at_least[g, b]: candidates in bin b or above. The threshold's bin is the highest b with at_least >= need.
+        at_least = counts.flip(1).cumsum(1).flip(1)
+        chosen = (at_least >= need[:, None]).sum(1) - 1
+        ties = counts.gather(1, chosen[:, None])[:, 0]
+        need = need - (at_least.gather(1, chosen[:, None])[:, 0] - ties)
+        prefix = prefix * bins + chosen
+    quota = _tie_quota(pieces, prefix, need, reduce) if bool((ties > need).any()) else None
+    return [_mask(p, int(prefix[p.budget]), None if quota is None else quota[e]) for e, p in enumerate(pieces)]
+
+
+def _histogram(
+    pieces: Sequence[Piece], budgets: int, prefix: Tensor, shift: int, bins: int, first: bool
+) -> Tensor:
+    """Local counts (G, bins) of the keys with the given prefix by their next bits.
+
+    The first pass appends the invalid keys of each entry as further rows, so that one reduction tells all ranks.
+    """
+    rows = torch.zeros(budgets + (-(-len(pieces) // bins) if first else 0), bins, dtype=torch.int64)
+    invalid = rows[budgets:].view(-1)
+    for e, piece in enumerate(pieces):
+        for _, keys in piece.chunks():
+            if first:
+                bad = keys < 0
+                invalid[e] += int(bad.sum())
+                keys = keys.masked_fill(bad, 0) >> shift
+            else:
+                keys = keys[(keys >> (shift + bins.bit_length() - 1)) == int(prefix[piece.budget])]
+                keys = (keys >> shift) & (bins - 1)
+            rows[piece.budget] += torch.bincount(keys, minlength=bins).cpu()
+    return rows
+
+
+def _check(pieces: Sequence[Piece], counts: Tensor, keep: Tensor, reduce: Reduce) -> None:
+    """Refuses invalid keys and budgets that exceed the weights, alike on all ranks because `counts` is reduced."""
+    invalid = counts[len(keep) :].reshape(-1)[: len(pieces)]
+    if bool((invalid != 0).any()):
+        e = int(invalid.nonzero()[0, 0])
+        raise ValueError(
+            f"{pieces[e].name}: {int(invalid[e])} weights are NaN, so their magnitudes have no order. The training has "
+            "diverged before this boundary: lower the learning rate, or resume from an earlier checkpoint."
+        )
+    available = counts[: len(keep)].sum(1)
+    if bool((keep > available).any()):
+        g = int((keep > available).nonzero()[0, 0])
+        raise ValueError(f"budget {g}: keep={int(keep[g])} exceeds its {int(available[g])} weights")
+
+
+def _tie_quota(pieces: Sequence[Piece], threshold: Tensor, need: Tensor, reduce: Reduce) -> list[int]:
+    """How many of the weights at the threshold each local piece may keep: the first `need` by (entry, flat index)."""
+    local = [sum(int((k == threshold[p.budget]).sum()) for _, k in p.chunks()) for p in pieces]
+    ties = reduce.all_gather(torch.tensor(local, dtype=torch.int64))
+    starts = reduce.all_gather(torch.tensor([p.start for p in pieces], dtype=torch.int64))
+    left = need.clone()
+    quota = []
+    for e, piece in enumerate(pieces):
+        before = int(ties[starts[:, e] < piece.start, e].sum())
+        quota.append(max(0, min(local[e], int(left[piece.budget]) - before)))
+        left[piece.budget] = max(0, int(left[piece.budget]) - int(ties[:, e].sum()))
+    return quota
+
+
+def _mask(piece: Piece, threshold: int, quota: int | None) -> Tensor:
+    """Bits of the weights above the threshold and of the first `quota` at it (all of them if None)."""
+    packed = []
+    for _, keys in piece.chunks():
+        kept = keys >= threshold if quota is None else keys > threshold
+        if quota:
+            at = (keys == threshold).nonzero()[:quota, 0]
+            kept[at] = True
+            quota -= at.numel()
+        packed.append(masks.pack(kept))
+    return torch.cat(packed) if packed else torch.empty(0, dtype=torch.uint8, device=piece.keys(0, 0).device)

@@ -1,0 +1,64 @@
+"""Where a rank's piece of each parameter lies.
+
+    parameter (4, 5), flattened, on 3 ranks:   | 0 1 2 3 4 5 6 | 7 8 9 10 11 12 13 | 14 15 16 17 18 19 |
+    the owner on rank 1, e.g. a flat buffer:   [ other ... | 7 8 9 10 11 12 13 | other ... ]
+                                                             ^ offset            start = 7, numel = 7
+
+In every backend a rank's piece of a parameter is one contiguous range of the flattened parameter, inside one tensor (the
+owner) that the innermost optimizer updates. So this record is the whole truth about a backend's geometry, and the same
+slice of the owner, of its gradient and of its optimizer state is the weight, the gradient and the moment.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+@dataclass(frozen=True)
+class Shard:
+    """flatten(parameter)[start : start + numel] == flatten(owner())[offset : offset + numel], on this rank.
+
+    `owner` is asked afresh at every use: libraries replace tensors, and a view kept across steps may stop being the
+    weight. Where this rank owns nothing of the parameter, numel is 0 and `owner` is not asked.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    numel: int
+    offset: int
+    owner: Callable[[], Tensor]
+    trainable: bool = True
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """This piece (numel,) of a tensor that is laid out as the owner; a view."""
+        return local(tensor).detach().view(-1)[self.offset : self.offset + self.numel]
+
+    def weight(self) -> Tensor:
+        """The weights (numel,), as the optimizer updates them; a view."""
+        return self.of(self.owner()) if self.numel else torch.empty(0)
+
+    def moments(self, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+        """The optimizer's state (numel,) for each weight, such as Adam's two moments; views."""
+        if self.numel == 0:
+            return
+        owner = self.owner()
+        for value in optimizer.state.get(owner, {}).values():
+            if isinstance(value, Tensor) and value.dim() and local(value).numel() == local(owner).numel():
+                yield self.of(value)
+
+    @property
+    def full_numel(self) -> int:
+        """Weights of the whole parameter."""
+        return math.prod(self.shape)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The tensor that this rank holds: of a DTensor its local shard, else the tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
