@@ -82,12 +82,16 @@ def read_masks(path: Path, plan: Plan, sparse: set[str], shards: Mapping[str, Sh
                 lo, hi = shard.start // 8, masks.nbytes(shard.start + shard.numel)
                 found[entry.name] = masks.pack(masks.unpack(piece[lo:hi], shard.numel, start=shard.start - 8 * lo))
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: the mask file is truncated or damaged ({error}). Use an earlier checkpoint.") from None
+        raise ValueError(
+            f"{path}: the mask file is truncated or damaged ({error}). Use an earlier checkpoint."
+        ) from None
     entries = [entry for entry in plan.entries if entry.name in sparse]
     kept = comm.sum(torch.tensor([masks.count(found[entry.name]) for entry in entries], dtype=torch.int64))
     for entry, n in zip(entries, kept.tolist(), strict=True):
         if n != entry.keep:
-            raise ValueError(f"{path}: the mask of {entry.name} keeps {n} weights instead of {entry.keep}: it is damaged")
+            raise ValueError(
+                f"{path}: the mask of {entry.name} keeps {n} weights instead of {entry.keep}: it is damaged"
+            )
     return found
 
 
@@ -95,7 +99,9 @@ def _check_header(path: Path, metadata: Mapping[str, str], plan: Plan) -> None:
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path}: is no mask file of gap_ds")
     if metadata.get("version") != str(VERSION):
-        raise ValueError(f"{path}: mask format {metadata.get('version')}; this version of gap_ds reads format {VERSION}")
+        raise ValueError(
+            f"{path}: mask format {metadata.get('version')}; this version of gap_ds reads format {VERSION}"
+        )
     if metadata.get("plan") != plan.fingerprint:
         raise ValueError(
             f"{path}: was written for another plan ({metadata.get('plan')}, now {plan.fingerprint}): the model, the "
@@ -154,7 +160,7 @@ def read_json(path: Path) -> Any:
 
 
 def save(folder: Path, tag: str, world: Comm, write: Callable[[Path], None]) -> Path:
-    """Writes FOLDER/TAG by `write(folder aside)` on all ranks, then makes it visible at once, and names it the latest."""
+    """Writes FOLDER/TAG by `write(folder aside)` on all ranks, then makes it visible at once and names it the latest."""
     final, aside = folder / tag, folder / f"{tag}.partial"
     if world.rank == 0:
         shutil.rmtree(aside, ignore_errors=True)
@@ -202,7 +208,7 @@ def _sync_folder(folder: Path) -> None:
 
 def random_state() -> dict[str, Any]:
     """State of this process's random generators: torch (CPU and current GPU), NumPy, Python."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # type: ignore[misc]
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
         "torch": bytes(torch.get_rng_state().numpy()).hex(),
         "numpy": [kind, np.asarray(keys).tolist(), position, has_gauss, gauss],

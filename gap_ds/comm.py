@@ -22,7 +22,13 @@ class Comm:
         self.rank = 0 if self._alone else dist.get_rank(self._group)
         self.size = 1 if self._alone else dist.get_world_size(self._group)
         #: Whether global rank 0 is in this group: where groups hold the same pieces, that one writes for all.
-        ranks = [0] if not dist.is_initialized() else [dist.get_rank()] if single else dist.get_process_group_ranks(self._group)
+        ranks = (
+            [0]
+            if not dist.is_initialized()
+            else [dist.get_rank()]
+            if single
+            else dist.get_process_group_ranks(self._group)
+        )
         self.writes = 0 in ranks
         nccl = not self._alone and "nccl" in str(dist.get_backend(self._group))
         self._device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")

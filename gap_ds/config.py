@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 Method = Literal["cyclic", "dsd", "static", "dense"]
 
@@ -33,9 +33,11 @@ class GaPConfig(BaseModel):
             would have no effect. `GaPConfig.load` turns it into one readable sentence per mistake.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
-    method: Method = Field("cyclic", description="cyclic: C-GaP. dsd: C-GaP with one partition. static: fixed masks. dense: none.")
+    method: Method = Field(
+        "cyclic", description="cyclic: C-GaP. dsd: C-GaP with one partition. static: fixed masks. dense: none."
+    )
     sparsity: float = Field(ge=0.0, lt=1.0, description="Fraction of the entries' weights that the final model drops.")
     distribution: Literal["uniform", "erk"] = Field(
         "uniform", description="How the sparsity is spread: the same for every entry, or Erdos-Renyi-Kernel."
@@ -63,7 +65,7 @@ class GaPConfig(BaseModel):
     lr: Literal["continuous", "restart"] = Field(
         "continuous", description="One learning-rate schedule over the run, or the same one again in every phase."
     )
-    seed: int = Field(0, ge=0, description="Seed of the random masks, of the random order and of the random assignment.")
+    seed: int = Field(0, ge=0, description="Seed of the random masks, the random order and the random assignment.")
 
     @model_validator(mode="before")
     @classmethod
@@ -75,6 +77,18 @@ class GaPConfig(BaseModel):
                     data = {**data, key: float(data[key])}
         return data
 
+    @field_validator("partitions", mode="before")
+    @classmethod
+    def _partitions(cls, value: Any) -> Any:
+        # Checked here, because pydantic reports a mistake in a union once per member.
+        if type(value) is int and value >= 1:
+            return value
+        groups = value if isinstance(value, list) else []
+        lists = bool(groups) and all(isinstance(group, list) and group for group in groups)
+        if lists and all(isinstance(pattern, str) for group in groups for pattern in group):
+            return value
+        raise ValueError("must be an integer of at least 1, or a list of non-empty lists of name patterns")
+
     @model_validator(mode="after")
     def _coherent(self) -> GaPConfig:
         for epochs, steps in (("phase_epochs", "phase_steps"), ("finetune_epochs", "finetune_steps")):
@@ -82,12 +96,7 @@ class GaPConfig(BaseModel):
                 raise ValueError(f'exactly one of "{epochs}" and "{steps}" must be set')
         if (self.phase_epochs is None) != (self.finetune_epochs is None):
             raise ValueError('"phase_..." and "finetune_..." must have the same unit: both _epochs or both _steps')
-        if isinstance(self.partitions, int):
-            if self.partitions < 1:
-                raise ValueError(f"partitions={self.partitions}: must be at least 1")
-        elif not self.partitions or not all(self.partitions):
-            raise ValueError("partitions: every partition needs at least one name pattern")
-        elif "assign" in self.model_fields_set:
+        if not isinstance(self.partitions, int) and "assign" in self.model_fields_set:
             raise ValueError('"assign" has no effect when "partitions" lists the patterns: remove one of the two')
         for key in sorted(set(_UNUSED[self.method]) & self.model_fields_set):
             raise ValueError(f'"{key}" has no effect with method={self.method!r}: remove it')
@@ -143,7 +152,8 @@ class GaPConfig(BaseModel):
         finetune = self.finetune_epochs if self.in_epochs else self.finetune_steps
         parts: dict[str, object] = {"method": self.method}
         parts["k"] = self.kappa if isinstance(self.partitions, int) else json.dumps(self.partitions)
-        parts |= {"T": f"{length:g}{unit}", "rounds": self.rounds, "ft": f"{finetune:g}{unit}", "s": f"{self.sparsity:g}"}
+        parts |= {"T": f"{_exact(length)}{unit}", "rounds": self.rounds, "ft": f"{_exact(finetune)}{unit}"}
+        parts["s"] = _exact(self.sparsity)
         parts |= {"dist": self.distribution, "pat": "unstructured"}
         if "init" not in _UNUSED[self.method]:
             parts["init"] = self.init
@@ -153,6 +163,15 @@ class GaPConfig(BaseModel):
                 parts[key] = getattr(self, key)
         parts |= {"seed": self.seed, "v": version}
         return "|".join(["gap", *(f"{key}:{value}" for key, value in parts.items())])
+
+
+def _exact(number: float | None) -> str:
+    """The shortest text that means just this number: two settings never share a signature.
+
+    >>> _exact(10.0), _exact(0.8), _exact(1234567)
+    ('10', '0.8', '1234567')
+    """
+    return str(number).removesuffix(".0")
 
 
 def _read(path: Path) -> Any:
@@ -169,7 +188,7 @@ def _read(path: Path) -> Any:
             return yaml.safe_load(text)
         return json.loads(text)
     except ImportError:
-        raise ValueError(f"{path}: YAML configs need PyYAML (pip install pyyaml), or write the config as JSON") from None
+        raise ValueError(f"{path}: YAML configs need PyYAML (pip install pyyaml); JSON needs nothing") from None
     except Exception as error:  # the parsers raise many kinds; all mean the same to the user
         raise ValueError(f"{path}: not valid {'YAML' if path.suffix != '.json' else 'JSON'}: {error}") from None
 
@@ -180,7 +199,7 @@ def explain(error: ValidationError, origin: str, known: list[str]) -> str:
 
     lines = []
     for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"] if not str(part).endswith("]"))
+        where = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
             near = difflib.get_close_matches(where, known, n=1)
             hint = f'did you mean "{near[0]}"?' if near else f"known settings: {', '.join(known)}."
@@ -190,8 +209,9 @@ def explain(error: ValidationError, origin: str, known: list[str]) -> str:
         elif not where:
             lines.append(f"{item['msg'].removeprefix('Value error, ')} (in {origin}).")
         else:
-            message = item["msg"][0].lower() + item["msg"][1:]
-            lines.append(f'{where}={item["input"]!r}: {message}. Set "{where}" in {origin}.')
+            message = item["msg"].removeprefix("Value error, ")
+            message = message[0].lower() + message[1:]
+            lines.append(f'{where}={item["input"]!r}: {message}. Set "{item["loc"][0]}" in {origin}.')
     return "\n".join(lines)
 
 

@@ -41,6 +41,7 @@ def erk(shapes: Sequence[Sequence[int]], sparsity: float) -> list[int]:
 
     Entries whose density would exceed 1 stay dense, and the rest share what is left of the budget. The sum of the
     budgets equals `keep_count` of all weights together; the remainders go to the largest fractions, ties to the first.
+    No entry is cut off: each keeps at least 1, at the expense of the largest (or of the total, if that is less than E).
 
     Source: Evci et al., "Rigging the Lottery", arXiv 1911.11134, section 3.
 
@@ -50,7 +51,7 @@ def erk(shapes: Sequence[Sequence[int]], sparsity: float) -> list[int]:
     [16, 16]
     """
     sizes = [math.prod(shape) for shape in shapes]
-    total = keep_count(sum(sizes), sparsity)
+    total = max(keep_count(sum(sizes), sparsity), len(sizes))
     dense: set[int] = set()
     while True:
         free = [e for e in range(len(sizes)) if e not in dense]
@@ -62,11 +63,13 @@ def erk(shapes: Sequence[Sequence[int]], sparsity: float) -> list[int]:
         if not saturated or saturated == set(free):
             break
         dense |= saturated
-    keep = [sizes[e] if e in dense else min(sizes[e], math.floor(shares[e])) for e in range(len(sizes))]
+    keep = [sizes[e] if e in dense else max(1, min(sizes[e], math.floor(shares[e]))) for e in range(len(sizes))]
     by_fraction = sorted(shares, key=lambda e: (-(shares[e] % 1), e))
     while (missing := total - sum(keep)) > 0:
         for e in [e for e in by_fraction if keep[e] < sizes[e]][:missing]:
             keep[e] += 1
+    for _ in range(sum(keep) - total):
+        keep[keep.index(max(keep))] -= 1
     return keep
 
 

@@ -12,6 +12,7 @@ import copy
 import logging
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,9 @@ class GaPEngine:
         self._lr_scheduler = lr_scheduler if lr_scheduler is not None else getattr(model, "lr_scheduler", None)
         self._grad_scaler = grad_scaler
         if self.config.lr == "restart" and self._lr_scheduler is None:
-            raise ValueError('lr="restart" has no effect without a learning-rate scheduler: pass lr_scheduler, or set "lr"')
+            raise ValueError(
+                'lr="restart" has no effect without a learning-rate scheduler: pass lr_scheduler, or set "lr"'
+            )
         self._first_lr = self._lr_state()
 
         shards = self._backend.shards()
@@ -133,7 +136,7 @@ class GaPEngine:
         self._backend.backward(loss)
 
     def step(self) -> None:
-        """Ends a micro-batch. Where this completes an update: optimizer step, masks, and at a boundary prune and grow."""
+        """Ends a micro-batch. If that completes an update: optimizer step, masks, and at a boundary prune and grow."""
         self._backend.step()
         self.after_step()
 
@@ -216,13 +219,13 @@ class GaPEngine:
             f"{sum(isinstance(u, methods.Dense) for u in updates.values())} grown, {self.last_boundary_seconds:.3f} s"
         )
 
-    def _select(self, updates: dict[plan.Entry, methods.Update]) -> dict[str, Tensor]:
+    def _select(self, updates: Mapping[plan.Entry, methods.Largest | methods.Random]) -> dict[str, Tensor]:
         """Exact masks of this rank's pieces for the entries to prune; changes nothing."""
         if not updates:
             return {}
-        pieces, keep = [], []
+        pieces: list[selection.Piece] = []
+        keep: list[int] = []
         for entry, update in updates.items():
-            assert isinstance(update, methods.Largest | methods.Random)
             shard, weight = self._shards[entry.name], self._shards[entry.name].weight()
             if isinstance(update, methods.Largest):
                 keys = selection.magnitude_keys(weight)
@@ -250,6 +253,7 @@ class GaPEngine:
         return copy.deepcopy(self._lr_scheduler.state_dict()), lrs
 
     def _restart_lr(self) -> None:
+        assert self._lr_scheduler is not None
         state, lrs = self._first_lr
         self._lr_scheduler.load_state_dict(copy.deepcopy(state))
         for group, lr in zip(self._backend.optimizer.param_groups, lrs, strict=True):
@@ -273,7 +277,9 @@ class GaPEngine:
             entries: per entry name: kept, numel, partition, dense.
         """
         entries = self.plan.entries
-        local = [masks.count(self._bits[e.name]) if e.name in self._bits else self._shards[e.name].numel for e in entries]
+        local = [
+            masks.count(self._bits[e.name]) if e.name in self._bits else self._shards[e.name].numel for e in entries
+        ]
         kept = self._backend.comm.sum(torch.tensor(local, dtype=torch.int64))
         rows = {
             e.name: {"kept": n, "numel": e.numel, "partition": e.partition, "dense": e.name not in self._bits}
@@ -308,6 +314,7 @@ class GaPEngine:
 
         def write(aside: Path) -> None:
             self._backend.save(aside)
+            self._updated = False  # to have any state to save, an optimizer before its first step is stepped with lr 0
             if self._backend.comm.writes:
                 path = aside / "gap" / "masks.safetensors"
                 checkpoint.write_masks(path, self.plan, self._shards, self._bits, self._backend.comm)
@@ -371,12 +378,14 @@ class GaPEngine:
         was, now = (s.rpartition("|v:")[0].split("|") for s in (state["signature"], self.signature))
         if was != now:
             changed = [f"{a} (now {b})" for a, b in zip(was, now, strict=False) if a != b] or ["other settings"]
-            raise ValueError(f"{path}: was written with {', '.join(changed)}. Restore the config, or start in a new folder.")
+            raise ValueError(
+                f"{path}: was written with {', '.join(changed)}. Restore the config, or start in a new folder."
+            )
         first_steps = [phase.first_step for phase in self.schedule.phases]
         if state["first_steps"] != first_steps:
             raise ValueError(
-                f"{path}: its phases start at steps {state['first_steps'][:4]}..., now at {first_steps[:4]}...: an epoch "
-                "had another number of steps. Restore the data and the batch size, or start in a new folder."
+                f"{path}: its phases start at steps {state['first_steps'][:4]}..., now at {first_steps[:4]}...: "
+                "an epoch had another number of steps. Restore the data and the batch size, or start in a new folder."
             )
 
     def export(
@@ -392,7 +401,9 @@ class GaPEngine:
         """
         folder = Path(folder)
         if self._world.from_first(folder.exists() and any(folder.iterdir())) and not overwrite:
-            raise ValueError(f"{folder}: is not empty. Choose another folder, or overwrite it on purpose (overwrite=True).")
+            raise ValueError(
+                f"{folder}: is not empty. Choose another folder, or overwrite it on purpose (overwrite=True)."
+            )
         dense = {e: methods.Largest(e.keep) for e in self.plan.entries if e.name not in self._bits}
         bits = {**self._bits, **self._select(dense)}
         if self._backend.comm.writes:

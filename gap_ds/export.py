@@ -44,8 +44,6 @@ def full_weights(
     return weights
 
 
-
-
 def _buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
     """Buffers that a checkpoint holds; they are whole on every rank."""
     return [
@@ -57,7 +55,12 @@ def _buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def write_model(
-    folder: Path, module: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype, info: dict[str, Any], tokenizer: Any
+    folder: Path,
+    module: nn.Module,
+    weights: dict[str, Tensor],
+    dtype: torch.dtype,
+    info: dict[str, Any],
+    tokenizer: Any,
 ) -> None:
     """Writes a model folder so that it is whole or absent. For rank 0.
 

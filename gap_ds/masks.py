@@ -90,6 +90,6 @@ _WORD = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @functools.cache
 def _table(element_size: int, device: str) -> Tensor:
-    """(256, 8): for each mask byte, a word per weight that is -1 (all ones) where the weight is kept and 0 elsewhere."""
+    """(256, 8): for each mask byte, a word per weight: -1 (all ones) where the weight is kept, 0 elsewhere."""
     kept = (torch.arange(256)[:, None] >> torch.arange(8)) & 1
     return (-kept).to(_WORD[element_size]).contiguous().to(device)

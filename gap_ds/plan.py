@@ -15,14 +15,13 @@ import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from gap_ds.config import GaPConfig
 from gap_ds.distribution import DISTRIBUTIONS
 
-#: Name components that wrappers insert: FSDP1, activation checkpointing, torch.compile.
-_WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
+#: Name components that wrappers insert: FSDP1 and fairscale, activation checkpointing, torch.compile.
+_WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module|_orig_mod)\.")
 
 
 def clean_name(name: str) -> str:
@@ -116,7 +115,7 @@ def build(
     if frozen is None:
         frozen = {name for name, p in parameters.items() if not p.requires_grad}
     modules = {clean_name(name): module for name, module in model.named_modules()}
-    total, matrices = sum(math.prod(shape) for shape in shapes.values()), shapes
+    total, full = sum(math.prod(shape) for shape in shapes.values()), shapes
     shapes = _in_module_order({name: shape for name, shape in shapes.items() if name not in frozen}, modules)
     blocks = find_blocks(modules, shapes)
     names = _entry_names(modules, shapes, blocks, config)
@@ -124,7 +123,8 @@ def build(
     keep = DISTRIBUTIONS[config.distribution]([shapes[name] for name in names], config.sparsity)
     entries = tuple(Entry(n, tuple(shapes[n]), partition[n], k) for n, k in zip(names, keep, strict=True))
     kappa = 1 + max(partition.values())
-    return Plan(entries, kappa, total, _dense_matmul(modules, matrices, set(names)))
+    tied = {clean_name(name): p for name, p in model.named_parameters(remove_duplicate=False)}
+    return Plan(entries, kappa, total, _dense_matmul(tied, modules, full, set(names)))
 
 
 def find_blocks(modules: Mapping[str, nn.Module], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
@@ -152,7 +152,7 @@ def _refine(stack: str, modules: Mapping[str, nn.Module], candidates: Sequence[s
 def _members(name: str, modules: Mapping[str, nn.Module], candidates: Sequence[str]) -> list[str]:
     """The members of a list of modules that hold prunable weights; none if this is no list of like, nested modules."""
     module = modules[name]
-    if not (isinstance(module, nn.ModuleList) or isinstance(module, nn.Sequential) and _one_class(name, modules)):
+    if not (isinstance(module, nn.ModuleList) or (isinstance(module, nn.Sequential) and _one_class(name, modules))):
         return []
     members = [f"{name}.{child}" if name else child for child in module._modules]
     if not all(any(_parent(other) == member for other in modules) for member in members):
@@ -166,20 +166,27 @@ def _one_class(name: str, modules: Mapping[str, nn.Module]) -> bool:
     return isinstance(modules[name], nn.ModuleList | nn.Sequential) and len({type(child) for child in children}) == 1
 
 
-def _prunable(name: str, modules: Mapping[str, nn.Module], shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether a parameter is of the kind that is pruned: the matrix of a Linear-like or convolution module.
+def _multiplied(name: str, modules: Mapping[str, nn.Module], shape: Sequence[int]) -> bool:
+    """Whether a parameter is multiplied with: the matrix of a Linear-like or convolution module, or of experts.
 
     That is a parameter of two or more dimensions called `...weight`, or the stacked matrices of experts (three
-    dimensions). Embeddings are not, nor is a router that decides which expert sees a token.
+    dimensions). Embeddings and norms over several dimensions are not.
     """
     owner = modules.get(_parent(name))
-    if owner is None or len(shapes[name]) < 2 or isinstance(owner, nn.Embedding | nn.EmbeddingBag):
+    if owner is None or len(shape) < 2 or isinstance(owner, _LOOKED_UP | _NORMS):
         return False
-    is_weight = name.endswith("weight") or len(shapes[name]) == 3 and "expert" in type(owner).__name__.lower()
-    path = [_parent(name)]
-    while path[-1]:
-        path.append(_parent(path[-1]))
-    return is_weight and not any("router" in type(modules[p]).__name__.lower() for p in path[:2] if p in modules)
+    return name.endswith("weight") or (len(shape) == 3 and "expert" in type(owner).__name__.lower())
+
+
+_LOOKED_UP = nn.Embedding | nn.EmbeddingBag
+_NORMS = nn.LayerNorm | nn.RMSNorm
+
+
+def _prunable(name: str, modules: Mapping[str, nn.Module], shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether a parameter is of the kind that is pruned: multiplied with, and not in a router that picks experts."""
+    owners = [modules[p] for p in (_parent(name), _parent(_parent(name))) if p in modules]
+    is_router = any("router" in type(owner).__name__.lower() for owner in owners)
+    return _multiplied(name, modules, shapes[name]) and not is_router
 
 
 def _entry_names(
@@ -232,8 +239,8 @@ def _assign(
         units[-1].append(name)
     if kappa > len(units):
         raise ValueError(
-            f'partitions={kappa}: the model has {len(units)} blocks with entries, so at most {len(units)} are possible. '
-            'Lower "partitions".'
+            f"partitions={kappa}: the model has {len(units)} blocks with entries, and a partition needs at least one. "
+            f'Lower "partitions" to {len(units)} or less.'
         )
     if config.assign == "random":
         random.Random(f"assign {config.seed}").shuffle(units)
@@ -286,24 +293,29 @@ def balanced_cut(sizes: Sequence[int], parts: int) -> list[int]:
     return group
 
 
-def _dense_matmul(modules: Mapping[str, nn.Module], shapes: Mapping[str, tuple[int, ...]], entries: set[str]) -> int:
-    """Weights outside the entries that are multiplied with; a head tied to an embedding counts once."""
-    seen: dict[int, int] = {}
-    for name, module in modules.items():
-        weight = getattr(module, "weight", None)
-        if f"{name}.weight" in entries or isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            continue
-        if not isinstance(weight, torch.Tensor):
-            continue
-        shape = shapes.get(f"{name}.weight", tuple(weight.shape))
-        if len(shape) >= 2:
-            seen[id(weight)] = math.prod(shape)
-    return sum(seen.values())
+def _dense_matmul(
+    parameters: Mapping[str, nn.Parameter],
+    modules: Mapping[str, nn.Module],
+    shapes: Mapping[str, tuple[int, ...]],
+    entries: set[str],
+) -> int:
+    """Weights outside the entries that are multiplied with; a head tied to an embedding counts once.
+
+    Args:
+        parameters: every parameter under each of its names. Where it is sharded it may be empty, and `shapes` knows
+            a tied one under one name only: hence the way from a name over the parameter to its shape.
+    """
+    shape_of = {id(parameters[name]): shape for name, shape in shapes.items() if name in parameters}
+    pruned = {id(parameters[name]) for name in entries if name in parameters}
+    sizes = {
+        id(p): math.prod(shape_of[id(p)])
+        for name, p in parameters.items()
+        if id(p) not in pruned and _multiplied(name, modules, shape_of.get(id(p), ()))
+    }
+    return sum(sizes.values())
 
 
-def _in_module_order(
-    shapes: Mapping[str, tuple[int, ...]], modules: Iterable[str]
-) -> dict[str, tuple[int, ...]]:
+def _in_module_order(shapes: Mapping[str, tuple[int, ...]], modules: Iterable[str]) -> dict[str, tuple[int, ...]]:
     """The shapes sorted by the place of their module in the tree: backends list parameters in different orders."""
     place = {name: i for i, name in enumerate(modules)}
     return {name: shapes[name] for name in sorted(shapes, key=lambda n: (place.get(_parent(n), len(place)), n))}
@@ -319,7 +331,9 @@ def _matching(pattern: str, names: Iterable[str]) -> list[str]:
 
 
 def _no_match(setting: str, pattern: str, names: Sequence[str]) -> str:
-    parents = dict.fromkeys(prefix for name in names for prefix in (name, _parent(name), _parent(_parent(name))) if prefix)
+    parents = dict.fromkeys(
+        prefix for name in names for prefix in (name, _parent(name), _parent(_parent(name))) if prefix
+    )
     near = difflib.get_close_matches(pattern, parents, n=3, cutoff=0.4) or list(names)[:3]
     return f'{setting}: pattern "{pattern}" matches none of {len(names)} weights. Near matches: {", ".join(near)}.'
 

@@ -106,7 +106,8 @@ def build(config: GaPConfig, steps_per_epoch: int | None = None) -> Schedule:
     ]
     if any(phase.steps < 1 for phase in phases):
         raise ValueError(
-            f'phase_epochs={config.phase_epochs}: with {unit} steps in an epoch a phase has no step. Raise "phase_epochs".'
+            f"phase_epochs={config.phase_epochs}: with {unit} steps in an epoch a phase has no step. "
+            'Raise "phase_epochs".'
         )
     end = _round(unit * (length * len(dense) + finetune))
     # Without fine-tuning there is still a last boundary: the partition that was dense is pruned, and the run is over.

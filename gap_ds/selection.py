@@ -146,9 +146,7 @@ def select_largest(pieces: Sequence[Piece], keep: Sequence[int], reduce: Reduce)
     return [_mask(p, int(prefix[p.budget]), None if quota is None else quota[e]) for e, p in enumerate(pieces)]
 
 
-def _histogram(
-    pieces: Sequence[Piece], budgets: int, prefix: Tensor, shift: int, bins: int, first: bool
-) -> Tensor:
+def _histogram(pieces: Sequence[Piece], budgets: int, prefix: Tensor, shift: int, bins: int, first: bool) -> Tensor:
     """Local counts (G, bins) of the keys with the given prefix by their next bits.
 
     The first pass appends the invalid keys of each entry as further rows, so that one reduction tells all ranks.

@@ -4,9 +4,9 @@
     the owner on rank 1, e.g. a flat buffer:   [ other ... | 7 8 9 10 11 12 13 | other ... ]
                                                              ^ offset            start = 7, numel = 7
 
-In every backend a rank's piece of a parameter is one contiguous range of the flattened parameter, inside one tensor (the
-owner) that the innermost optimizer updates. So this record is the whole truth about a backend's geometry, and the same
-slice of the owner, of its gradient and of its optimizer state is the weight, the gradient and the moment.
+In every backend a rank's piece of a parameter is one contiguous range of the flattened parameter, inside one tensor
+(the owner) that the innermost optimizer updates. So this record is the whole truth about a backend's geometry, and the
+same slice of the owner, of its gradient and of its optimizer state is the weight, the gradient and the moment.
 """
 
 from __future__ import annotations

@@ -28,7 +28,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from sacrebleu.metrics import BLEU, CHRF
 from torch import nn
-from transformers import AutoTokenizer, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    HfArgumentParser,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.logging import disable_progress_bar
 
 METRICS = ("bleu", "bleu_uncased", "chrf")
 
@@ -82,8 +90,8 @@ def translate_share(
 
     `model` is the Hugging Face model itself, not its DDP or DeepSpeed wrapper; it is left in the mode it came in.
     `beams` = 1 is greedy search. A batch holds `batch_tokens` source tokens, padding included (one sentence at least).
-    A translation has at most 1.5 x + 20 tokens, x being the longest source of its batch, and never more than the model
-    has positions; a longer source is cut to them. `progress(done, total)` is called with this rank's sentences.
+    A translation ends after 1.5 x + 20 tokens at the latest, x being those of its source, and never has more than the
+    model has positions; a longer source is cut to them. `progress(done, total)` counts this rank's sentences.
     """
     if beams < 1 or batch_tokens < 1:
         raise ValueError(f"beams={beams}, batch_tokens={batch_tokens}: at least 1 each. Set --beams, --batch-tokens.")
@@ -114,11 +122,13 @@ def translate_share(
             for number, batch in enumerate(mine + batches[-1:] * idle):
                 rows = {"input_ids": [tokens[i] for i in batch]}
                 inputs = tokenizer.pad(rows, padding_side="right", return_tensors="pt")
-                options.max_new_tokens = _max_new_tokens(inputs["input_ids"].shape[1], positions)
+                limits = [max_new_tokens(len(ids), positions) for ids in rows["input_ids"]]
+                options.max_new_tokens = max(limits)
                 output = model.generate(
                     inputs["input_ids"].to(model.device),
                     attention_mask=inputs["attention_mask"].to(model.device),
                     generation_config=options,
+                    logits_processor=LogitsProcessorList([_EndAt(limits, beams, options.eos_token_id, model.device)]),
                     synced_gpus=partitioned,
                 )
                 if number >= len(mine):
@@ -158,9 +168,34 @@ def batches_by_tokens(lengths: Sequence[int], batch_tokens: int) -> list[list[in
     return batches
 
 
-def _max_new_tokens(source_tokens: int, positions: int | None) -> int:
+def max_new_tokens(source_tokens: int, positions: int | None) -> int:
+    """The most tokens a translation may have, `</s>` included, for a model with so many positions (None: any number).
+
+    >>> max_new_tokens(10, None), max_new_tokens(10, 30)
+    (35, 29)
+    """
     limit = source_tokens * 3 // 2 + 20
     return limit if positions is None else min(limit, positions - 1)  # one position holds the start token
+
+
+class _EndAt(LogitsProcessor):  # type: ignore[misc]
+    """Leaves only `</s>` to a sentence that has reached its own limit.
+
+    The limit of the batch alone would let a translation that repeats itself grow with its neighbours' lengths.
+    """
+
+    def __init__(self, limits: Sequence[int], beams: int, eos: int | list[int], device: torch.device) -> None:
+        self.first = min(limits)
+        self.limits = torch.tensor(limits, device=device).repeat_interleave(beams).unsqueeze(-1)
+        self.eos = [eos] if isinstance(eos, int) else eos
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """input_ids [B * beams, start token and tokens so far], scores [B * beams, vocabulary]."""
+        if input_ids.shape[1] < self.first:
+            return scores
+        ended = torch.full_like(scores, -torch.inf)
+        ended[:, self.eos] = scores[:, self.eos]
+        return torch.where(input_ids.shape[1] >= self.limits, ended, scores)
 
 
 # -------------------------------------------------------------------------------------------------------- scoring
@@ -357,6 +392,7 @@ def score_model(arguments: Arguments, device: torch.device) -> dict[str, Any]:
         raise ValueError(f"model_dir={arguments.model_dir!r}: must be a folder with a saved model. Set --model-dir.")
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
+    disable_progress_bar()  # of loading: every process would show one
     rank, world_size = _rank_and_world_size()
     console = Console(stderr=True, quiet=rank != 0)
 

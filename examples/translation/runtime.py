@@ -122,7 +122,7 @@ class Interrupt:
 
 
 class Monitor:
-    """Progress on rank 0: a bar on a terminal and plain lines elsewhere, `metrics.jsonl`, TensorBoard when asked for."""
+    """Progress on rank 0: a bar on a terminal, else plain lines; `metrics.jsonl`; TensorBoard when asked for."""
 
     def __init__(self, folder: Path, total: int, start: int, every: int, tensorboard: bool) -> None:
         self._leads, self._every, self._start, self._total = rank() == 0, every, time.perf_counter(), total
@@ -146,7 +146,9 @@ class Monitor:
             self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._leads:
             self._bar.stop()
             self._file.close()
@@ -157,7 +159,9 @@ class Monitor:
         """After every step; writes a line every `every` steps."""
         if not self._leads:
             return
-        text = "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in figures.items())
+        text = "  ".join(
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in figures.items()
+        )
         self._bar.update(self._task, completed=step, description=text)
         if step % self._every == 0 or step == self._total:
             self.write("train", step, **figures)

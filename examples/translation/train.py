@@ -118,7 +118,10 @@ def main(args: Arguments) -> int:
     tokens, stopped = train_model(args, engine, folder, (train, sampler), (validation, held_out), tokenizer, device)
     if stopped:
         if runtime.rank() == 0:
-            print(f"stopped at step {engine.applied_steps} and saved. Go on with the same command and --resume.", file=sys.stderr)
+            print(
+                f"stopped at step {engine.applied_steps} and saved. Go on with the same command and --resume.",
+                file=sys.stderr,
+            )
         return 128 + stopped
     seconds = time.perf_counter() - started
 
@@ -216,7 +219,11 @@ def train_model(
 
 
 def forward(
-    engine: GaPEngine, tokenizer: PreTrainedTokenizerBase, batch: dict[str, torch.Tensor], labels: torch.Tensor, device: Any
+    engine: GaPEngine,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: dict[str, torch.Tensor],
+    labels: torch.Tensor,
+    device: Any,
 ) -> torch.Tensor:
     """Logits (B, T, V) of the model given the labels shifted by one as the decoder's input."""
     inputs = {name: tensor.to(device) for name, tensor in batch.items()}
@@ -315,7 +322,9 @@ def prepare_folder(args: Arguments) -> Path:
         shutil.rmtree(folder)
     elif begun and not args.overwrite and (not args.resume or found == "a finished run"):
         hint = "" if found == "a finished run" else " Go on with --resume, or"
-        raise ValueError(f"output_dir={args.output_dir!r}: holds {found}.{hint} start afresh with --overwrite, or set another.")
+        raise ValueError(
+            f"output_dir={args.output_dir!r}: holds {found}.{hint} start afresh with --overwrite, or set another."
+        )
     if runtime.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
     runtime.barrier()

@@ -60,14 +60,29 @@ class Training:
 
 
 def detect(model: nn.Module, training: Training) -> Backend:
-    """The backend of the objects that a user has: a DeepSpeed engine, a DDP module or a plain model.
+    """The backend of the objects that a user has; `model` may be compiled by torch.compile.
 
     Raises:
         ValueError: the combination is not supported, with the reason and the setting to change.
     """
-    from gap_ds.backends import plain, zero
+    from gap_ds.backends import fairscale, fsdp, plain, zero
 
-    for backend in (zero, plain):
-        if backend.recognises(model):
-            return backend.build(model, training)
-    raise AssertionError("the plain backend takes every model")
+    inside = uncompiled(model)
+    if meta := [name for name, parameter in inside.named_parameters() if parameter.is_meta]:
+        raise ValueError(
+            f"{meta[0]}: is on the meta device and has no weights to select from. Give the parameters a device and their "
+            "values (to_empty, load_state_dict) before the engine is built."
+        )
+    kinds: tuple[tuple[Callable[[nn.Module], bool], Callable[[nn.Module, Training], Backend]], ...]
+    kinds = (
+        (zero.recognises, zero.build),
+        (fairscale.recognises, fairscale.build),
+        (fsdp.recognises, fsdp.build),
+        (plain.recognises, plain.build),
+    )
+    return next(build for recognises, build in kinds if recognises(inside))(model, training)
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module that torch.compile has wrapped, if it has."""
+    return model._modules.get("_orig_mod") or model

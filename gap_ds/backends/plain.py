@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from gap_ds.backends import Backend, Training
+from gap_ds.backends import Backend, Training, uncompiled
 from gap_ds.comm import Comm
 from gap_ds.plan import clean_name
 from gap_ds.shard import Shard
@@ -22,11 +32,22 @@ def recognises(model: nn.Module) -> bool:
 
 
 def build(model: nn.Module, training: Training) -> Backend:
-    """The backend of a model whose parameters are whole on every rank."""
-    ddp = isinstance(model, DistributedDataParallel)
-    module = model.module if isinstance(model, DistributedDataParallel) else model
+    """The backend of a model whose parameters are whole on every rank.
+
+    Raises:
+        ValueError: a parameter is sharded in a way that no backend knows.
+    """
+    wrapper = uncompiled(model)
+    ddp = isinstance(wrapper, DistributedDataParallel)
+    module = uncompiled(wrapper.module) if isinstance(wrapper, DistributedDataParallel) else wrapper
     optimizer = require_optimizer(training)
-    loop = Loop(model, training, optimizer)
+    for name, parameter in module.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise ValueError(
+                f"{clean_name(name)}: is sharded ({parameter.placements}), but the model is not wrapped by fully_shard: "
+                "tensor parallelism alone is not supported. Shard the model by fully_shard."
+            )
+    loop = Loop(training, sync=NoSync(wrapper) if isinstance(wrapper, DistributedDataParallel) else None)
     return Backend(
         name="ddp" if ddp else "plain",
         forward=model,
@@ -43,11 +64,21 @@ def build(model: nn.Module, training: Training) -> Backend:
 
 
 def require_optimizer(training: Training) -> torch.optim.Optimizer:
-    """The optimizer of a user's own loop."""
+    """The optimizer of a user's own loop.
+
+    Raises:
+        ValueError: there is none, or it only wraps the one that updates the weights.
+    """
     if not isinstance(training.optimizer, torch.optim.Optimizer):
         raise ValueError(
-            f"optimizer={training.optimizer!r}: must be the torch.optim.Optimizer of the model's parameters, unless the "
-            "model is a DeepSpeed engine, which brings its own."
+            f"optimizer={training.optimizer!r}: must be the torch.optim.Optimizer of the model's parameters, unless "
+            "the model is a DeepSpeed engine, which brings its own."
+        )
+    if isinstance(getattr(training.optimizer, "optim", None), torch.optim.Optimizer):
+        raise ValueError(
+            f"optimizer={type(training.optimizer).__name__}: shards the optimizer of an unsharded model, so that its "
+            "state would be out of reach. Wrap the model by fairscale's ShardedDataParallel (with OSS), or by "
+            "fully_shard and use a plain torch optimizer."
         )
     return training.optimizer
 
@@ -62,19 +93,49 @@ def whole_shards(module: nn.Module) -> list[Shard]:
     return [shard(name, parameter) for name, parameter in module.named_parameters()]
 
 
-class Loop:
-    """The steps around a bare optimizer: accumulation, loss scaling, clipping, learning rate, cleared gradients."""
+class NoSync:
+    """Called with whether the next backward pass is to be reduced over the ranks: holds `model.no_sync()` open if not."""
 
-    def __init__(self, model: nn.Module, training: Training, optimizer: torch.optim.Optimizer) -> None:
-        self.model, self.training, self.optimizer = model, training, optimizer
+    def __init__(self, model: Any) -> None:
+        self._model, self._open = model, contextlib.ExitStack()
+
+    def __call__(self, sync: bool) -> None:
+        self._open.close()
+        if not sync:
+            self._open.enter_context(self._model.no_sync())
+
+
+class Loop:
+    """The steps around a bare optimizer: accumulation, loss scaling, clipping, learning rate, cleared gradients.
+
+    Args:
+        sync: told before each forward pass whether its backward pass is to be reduced over the ranks.
+        clip: clips the gradients of all ranks together at a norm.
+        clear: forgets the gradients.
+    """
+
+    def __init__(
+        self,
+        training: Training,
+        *,
+        sync: Callable[[bool], None] | None = None,
+        clip: Callable[[float], Any] | None = None,
+        clear: Callable[[], None] | None = None,
+    ) -> None:
+        assert training.optimizer is not None
+        self.training, self.optimizer = training, training.optimizer
+        self.sync, self.clip = sync, clip or self._clip_whole
+        self.clear = clear or self.optimizer.zero_grad
         self.micro_step = 0
         self._announce()
 
     def _announce(self) -> None:
-        """Tells DDP before a forward pass whether its backward pass is to be reduced over the ranks."""
-        if isinstance(self.model, DistributedDataParallel):
-            last = (self.micro_step + 1) % self.training.gradient_accumulation_steps == 0
-            self.model.require_backward_grad_sync = last
+        if self.sync is not None and self.training.gradient_accumulation_steps > 1:
+            self.sync((self.micro_step + 1) % self.training.gradient_accumulation_steps == 0)
+
+    def _clip_whole(self, norm: float) -> None:
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grad_norm_(parameters, norm)
 
     def backward(self, loss: Tensor) -> None:
         loss = loss / self.training.gradient_accumulation_steps
@@ -92,8 +153,7 @@ class Loop:
         if training.gradient_clipping > 0:
             if scaler:
                 scaler.unscale_(self.optimizer)
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(parameters, training.gradient_clipping)
+            self.clip(training.gradient_clipping)
         if scaler:
             scaler.step(self.optimizer)
             scaler.update()
@@ -102,19 +162,45 @@ class Loop:
         skipped = scaler is not None and scaler.get_scale() < before
         if training.lr_scheduler is not None and not skipped:
             training.lr_scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.clear()
 
 
 def save_state(module: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
     """Weights and optimizer state by torch.distributed.checkpoint, which also reshards them."""
+    initialise_state(module, optimizer)
     model_state, optimizer_state = get_state_dict(module, optimizer)
     alone = not torch.distributed.is_initialized()
-    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder / "state", no_dist=alone)
+    save_distributed(
+        {"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder / "state", no_dist=alone
+    )
 
 
 def load_state(module: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
     """Reads what `save_state` wrote, into the same module and optimizer."""
+    initialise_state(module, optimizer)
+    forget_state(optimizer)  # a parameter that had no state when it was saved has none in the file
     model_state, optimizer_state = get_state_dict(module, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state}
-    dcp.load(state, checkpoint_id=folder / "state", no_dist=not torch.distributed.is_initialized())
-    set_state_dict(module, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    model: dict[str, Any] = {"model": model_state}
+    state: dict[str, Any] = {"optimizer": optimizer_state}
+    path, alone = folder / "state", not torch.distributed.is_initialized()
+    load_distributed(model, checkpoint_id=path, no_dist=alone)
+    load_distributed(state, checkpoint_id=path, no_dist=alone, planner=DefaultLoadPlanner(allow_partial_load=True))
+    set_state_dict(module, optimizer, model_state_dict=model["model"], optim_state_dict=state["optimizer"])
+
+
+def initialise_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Gives an optimizer that has not stepped yet the state that it has just before its first step.
+
+    torch.distributed.checkpoint gives it one by a step with zero gradients and learning rate, which it counts.
+    """
+    if not optimizer.state:
+        get_optimizer_state_dict(module, optimizer)
+        forget_state(optimizer)
+
+
+def forget_state(optimizer: torch.optim.Optimizer) -> None:
+    """Sets all optimizer state, step counts included, to what it is before the first step."""
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, Tensor):
+                value.zero_()

@@ -11,8 +11,9 @@ DeepSpeed keeps fp32 weights in flat buffers, one per parameter group (stages 1 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from gap_ds.backends import Backend, Training
 from gap_ds.comm import Comm
 from gap_ds.plan import clean_name
 from gap_ds.shard import Shard
+
 
 def recognises(model: nn.Module) -> bool:
     """Whether this is a DeepSpeed engine; deepspeed itself need not be installed to say no."""
@@ -65,7 +67,9 @@ def _refuse(engine: Any, training: Training) -> None:
             "deepspeed.initialize, or set it in the DeepSpeed config."
         )
     if engine.optimizer is None or type(engine.optimizer).__name__ == "DummyOptim":
-        raise ValueError("the DeepSpeed engine has no optimizer: pass one to deepspeed.initialize, or set it in its config")
+        raise ValueError(
+            "the DeepSpeed engine has no optimizer: pass one to deepspeed.initialize, or set it in its config"
+        )
 
     def refuse(setting: str, value: object, reason: str, change: str) -> None:
         raise ValueError(f"DeepSpeed config: {setting}={value!r} is not supported: {reason}. {change}")
@@ -103,7 +107,12 @@ def _refuse(engine: Any, training: Training) -> None:
             "Remove it.",
         )
     if getattr(engine, "has_moe_layers", False):
-        refuse("MoE layers", "deepspeed.moe", "expert groups shard their parameters differently", "Use experts held on every rank.")
+        refuse(
+            "MoE layers",
+            "deepspeed.moe",
+            "expert groups shard their parameters differently",
+            "Use experts held on every rank.",
+        )
     if engine.mp_world_size > 1:
         refuse("tensor parallelism", engine.mp_world_size, "an entry would be cut in two ways", "Set its size to 1.")
 
@@ -182,16 +191,21 @@ def _publish_stage3(optimizer: Any) -> None:
 
 def _copied_place(optimizer: Any) -> Callable[[nn.Parameter], _Place]:
     """Stage 0 in 16 bits: whole fp32 copies, in one flat tensor per group or one tensor per parameter."""
+    flat = hasattr(optimizer, "fp32_groups_flat")
     places: dict[int, _Place] = {}
     for g, group in enumerate(optimizer.fp16_groups):
         offset = 0
         for i, parameter in enumerate(group):
-            if hasattr(optimizer, "fp32_groups_flat"):
-                places[id(parameter)] = (0, parameter.numel(), offset, lambda g=g: optimizer.fp32_groups_flat[g])
-            else:
-                places[id(parameter)] = (0, parameter.numel(), 0, lambda g=g, i=i: optimizer.fp32_groups[g][i])
+            places[id(parameter)] = (0, parameter.numel(), offset if flat else 0, partial(_copy, optimizer, g, i))
             offset += parameter.numel()
     return lambda parameter: places.get(id(parameter)) or _whole_place(parameter)
+
+
+def _copy(optimizer: Any, group: int, index: int) -> Tensor:
+    """The fp32 tensor that holds a parameter: its group's flat one, or its own."""
+    if hasattr(optimizer, "fp32_groups_flat"):
+        return cast(Tensor, optimizer.fp32_groups_flat[group])
+    return cast(Tensor, optimizer.fp32_groups[group][index])
 
 
 def _publish_copies(optimizer: Any) -> None:

@@ -1,0 +1,202 @@
+"""Tables and pictures of the figures, for a terminal of any width. K partitions."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from gap_ds.cli import forecast
+
+#: Above this many phases the table shows the first and the last ones only; the timeline shows all.
+_MAX_PHASES = 24
+_SHOWN = (12, 8)
+_LABEL = 4  # columns left of the timeline
+
+
+def plan(console: Console, name: str, figures: dict[str, Any]) -> None:
+    """Prints everything that `gap-ds plan` knows."""
+    model = figures["model"]
+    console.print(Text(figures["signature"], style="dim"), soft_wrap=True)
+    counts = f"{model['weights']:,} weights, {figures['weights']:,} prunable"
+    console.print(Text.assemble((name, "bold"), f": {model['class']}, {counts}"), soft_wrap=True)
+    _section(console, "Partitions", _partitions(figures))
+    if "entries" in figures:
+        _section(console, "Entries", _entries(figures["entries"]))
+    _section(console, _phases_title(figures), _phases(figures))
+    _section(console, "Timeline", _timeline(figures, console.width, console.options.ascii_only))
+    _section(console, "The whole run", _summary(figures))
+    if "ranks" in figures:
+        ranks = figures["ranks"]["world_size"]
+        _section(console, f"On each of {ranks:,} rank{'s' * (ranks > 1)}", _ranks(figures["ranks"]))
+
+
+def doctor(console: Console, report: dict[str, Any]) -> None:
+    """Prints what there is and what works."""
+    facts = _grid()
+    facts.add_row("gap_ds", report["gap_ds"])
+    facts.add_row("Python", f"{report['python']}, {report['system']}, {report['cores']} CPU cores")
+    for package in ("torch", "deepspeed", "transformers", "fairscale", "accelerate"):
+        facts.add_row(package, report["packages"].get(package, "not installed"))
+    facts.add_row("accelerators", ", ".join(report["accelerators"]) or "none")
+    facts.add_row("launchers", ", ".join(report["launchers"]) or "none")
+    facts.add_row("C++ compiler", report["compiler"] or "none")
+    console.print(facts)
+    table = _table(("works here", "left"), ("", "left"), ("why, or what to do", "left"))
+    styles = {"yes": "green", "limited": "yellow", "no": "red"}
+    for finding in report["findings"]:
+        table.add_row(finding["what"], Text(finding["works"], styles[finding["works"]]), finding["why"])
+    console.print()
+    console.print(table)
+
+
+def size(count: float) -> str:
+    """A number of bytes with its unit.
+
+    >>> size(0), size(1023), size(1536), size(5 * 2**30)
+    ('0 B', '1023 B', '1.50 KiB', '5.00 GiB')
+    """
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
+    while count >= 1024 and len(units) > 1:
+        count, units = count / 1024, units[1:]
+    return f"{count} B" if units[0] == "B" else f"{count:.2f} {units[0]}"
+
+
+def _section(console: Console, title: str, body: RenderableType) -> None:
+    console.print()
+    console.print(Text(title, style="bold"))
+    console.print(body)
+
+
+def _table(*columns: tuple[str, str]) -> Table:
+    """An empty table with columns of a heading and a side to align to."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    for heading, side in columns:
+        table.add_column(heading, justify="right" if side == "right" else "left", overflow="fold")
+    return table
+
+
+def _grid() -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
+def _partitions(figures: dict[str, Any]) -> Table:
+    right = [(heading, "right") for heading in ("entries", "weights", "kept", "share")]
+    table = _table(("", "right"), ("blocks", "left"), *right)
+    for row in figures["partitions"]:
+        split = set(row["split_blocks"])
+        blocks = forecast.abbreviate([block for block in row["blocks"] if block not in split])
+        blocks += [f"part of {block}" for block in forecast.abbreviate([b for b in row["blocks"] if b in split])]
+        counts = (f"{row[key]:,}" for key in ("entries", "weights", "kept"))
+        table.add_row(str(row["partition"]), "\n".join(blocks), *counts, f"{row['share']:.1%}")
+    entries = sum(row["entries"] for row in figures["partitions"])
+    table.add_section()
+    table.add_row("", "all", f"{entries:,}", f"{figures['weights']:,}", f"{figures['kept']:,}", "100.0%")
+    return table
+
+
+def _entries(entries: Sequence[dict[str, Any]]) -> Table:
+    table = _table(("", "right"), ("entry", "left"), ("shape", "right"), ("kept", "right"), ("density", "right"))
+    for entry in entries:
+        shape, density = " x ".join(map(str, entry["shape"])), entry["kept"] / entry["weights"]
+        table.add_row(str(entry["partition"]), entry["name"], shape, f"{entry['kept']:,}", f"{density:.4f}")
+    return table
+
+
+def _phases_title(figures: dict[str, Any]) -> str:
+    title = f"Phases: {len(figures['phases'])} in {figures['length']:,} {figures['unit']}s"
+    return title + (f", {figures['steps_per_epoch']:,} steps in an epoch" if figures["steps_per_epoch"] else "")
+
+
+def _phases(figures: dict[str, Any]) -> Table:
+    unit, phases = figures["unit"], figures["phases"]
+    columns = [(heading, "right") for heading in ("phase", "round", f"first {unit}", f"{unit}s")]
+    table = _table(*columns, ("dense partitions", "left"), ("density", "right"))
+    first, last = _SHOWN if len(phases) > _MAX_PHASES else (len(phases), 0)
+    for phase in phases[:first]:
+        table.add_row(*_phase(phase, unit))
+    if left_out := phases[first : len(phases) - last]:
+        table.add_row("...", "", "", "", f"{len(left_out)} more, see the timeline", "")
+    for phase in phases[len(phases) - last :] if last else ():
+        table.add_row(*_phase(phase, unit))
+    return table
+
+
+def _phase(phase: dict[str, Any], unit: str) -> tuple[str, ...]:
+    is_last = phase["kind"] == "finetune"
+    dense = ", ".join(map(str, phase["dense"])) or ("none (fine-tuning)" if is_last else "none")
+    first, length = phase[f"first_{unit}"], phase[f"{unit}s"]
+    round_ = "" if is_last else str(phase["round"])
+    return str(phase["phase"]), round_, f"{first:,}", f"{length:,}", dense, f"{phase['density']:.4f}"
+
+
+def _timeline(figures: dict[str, Any], width: int, ascii_only: bool) -> Text:
+    """Which partitions are dense when: a line per partition, to scale where every phase has a column of its own."""
+    unit, phases = figures["unit"], figures["phases"]
+    width = max(20, min(width, 100) - _LABEL - 1)
+    starts = [phase[f"first_{unit}"] for phase in phases] + [figures["length"]]
+    columns = [round(width * start / figures["length"]) for start in starts]
+    widths = [end - start for start, end in itertools.pairwise(columns)]
+    is_to_scale = all(w > 0 for w, phase in zip(widths, phases, strict=True) if phase[f"{unit}s"])
+    if not is_to_scale:
+        widths = [int(phase[f"{unit}s"] > 0) for phase in phases]
+        per_round = sum(phase["round"] == 0 for phase in phases)
+        width -= width % per_round if per_round < width else 0  # rounds are not broken across lines
+    full, empty = "#." if ascii_only else "█·"
+    lines = [
+        "".join((full if k in phase["dense"] else empty) * w for phase, w in zip(phases, widths, strict=True))
+        for k in range(len(figures["partitions"]))
+    ]
+    marks = _marks(phases, widths)
+    scale = "to scale" if is_to_scale else "a column per phase"
+    text = Text(f"{full} dense, {empty} sparse, r round, ft fine-tuning; {scale}\n")
+    for start in range(0, sum(widths), width):
+        end = start + width if start + width < sum(widths) else len(marks)
+        text.append(f"{'':{_LABEL}}{marks[start:end].rstrip()}\n", style="dim")
+        for k, line in enumerate(lines):
+            text.append(f"{k:>{_LABEL - 1}} {line[start : start + width]}\n")
+    text.rstrip()
+    return text
+
+
+def _marks(phases: Sequence[dict[str, Any]], widths: Sequence[int]) -> str:
+    """Above the timeline: where rounds and the fine-tuning begin, as far as there is room."""
+    line, position, seen = "", 0, set()
+    for phase, w in zip(phases, widths, strict=True):
+        mark = "ft" if phase["kind"] == "finetune" else f"r{phase['round']}"
+        if w and mark not in seen and (not line or len(line) < position):
+            line = line.ljust(position) + mark
+        seen.add(mark)
+        position += w
+    return line.ljust(position)
+
+
+def _summary(figures: dict[str, Any]) -> Table:
+    grid = _grid()
+    of_model = figures["model"]["weights"]
+    pruned = figures["weights"] - figures["kept"]
+    grid.add_row("sparsity of the entries", f"{figures['entry_sparsity']:.2%}: {pruned:,} of {figures['weights']:,}")
+    grid.add_row("sparsity of the whole model", f"{figures['model_sparsity']:.2%}: {pruned:,} of {of_model:,}")
+    grid.add_row("mean density of the entries", f"{figures['mean_density']:.4f} over all {figures['unit']}s")
+    counted = figures["training_flops_counted"]
+    grid.add_row("training FLOPs", f"{figures['training_flops']:.4f} of dense training's (counted: {counted})")
+    return grid
+
+
+def _ranks(ranks: dict[str, Any]) -> Table:
+    grid = _grid()
+    grid.add_row("masks", f"{size(ranks['mask_bytes'])}, where each entry is split (ZeRO-3, FSDP)")
+    if ranks["world_size"] > 1:
+        grid.add_row("", f"at most {size(ranks['mask_bytes_flat_buffer'])}, where a flat buffer is cut (ZeRO-1, -2)")
+        grid.add_row("", f"{size(ranks['mask_bytes_unsharded'])}, where each rank has all (DDP, ZeRO-0)")
+    grid.add_row("sent at a boundary", f"at most {size(ranks['boundary_bytes'])} of counts, all-reduced")
+    grid.add_row("sent at the start", f"{size(ranks['start_bytes'])} of counts, all-reduced")
+    return grid

@@ -1,0 +1,62 @@
+"""Runs a worker script in real processes that form a group over gloo, and always ends them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+
+
+def run_workers(script: str, ranks: int, out: Path, *arguments: str, timeout: float = 900.0) -> None:
+    """Runs `python SCRIPT OUT ...` on `ranks` processes; they leave their results in `out`.
+
+    Raises:
+        AssertionError: a process failed (with the end of its output) or the time was over; none is left running.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    workers, logs = [], []
+    for rank in range(ranks):
+        environment = {
+            **os.environ,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")]),
+        }
+        if not torch.cuda.is_available():
+            environment["DS_ACCELERATOR"] = "cpu"
+        logs.append((out / f"{script}.{rank}.log").open("w+"))
+        command = [sys.executable, str(HERE / script), str(out), *arguments]
+        workers.append(subprocess.Popen(command, env=environment, stdout=logs[-1], stderr=subprocess.STDOUT))
+    try:
+        end = time.monotonic() + timeout
+        while any(worker.poll() is None for worker in workers) and time.monotonic() < end:
+            if any(worker.poll() not in (None, 0) for worker in workers):
+                break
+            time.sleep(0.1)
+    finally:
+        codes = [worker.poll() for worker in workers]
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    if any(codes):
+        time.sleep(0.2)
+    if codes != [0] * ranks:
+        first = next(rank for rank, code in enumerate(codes) if code != 0 and (code or not any(codes)))
+        logs[first].seek(0)
+        raise AssertionError(f"{script}: exit codes {codes}; rank {first} said:\n{logs[first].read()[-6000:]}")
+    for log in logs:
+        log.close()

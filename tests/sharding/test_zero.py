@@ -1,0 +1,128 @@
+"""Parity and invariants over DeepSpeed's stages, DDP and plain PyTorch: every row really trained by 2 processes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launch import run_workers
+from safetensors.torch import load_file
+
+import toy  # isort: skip
+
+ROWS: list[dict[str, Any]] = [{"name": "ddp_adamw", "stage": None, "dtype": "fp32", "optimizer": "adamw"}]
+ROWS += [{"name": "ddp_sgd", "stage": None, "dtype": "fp32", "optimizer": "sgd"}]
+for stage in (0, 1, 2, 3):
+    for dtype in ("fp32", "bf16"):
+        for offload in (False, True) if stage else (False,):
+            name = f"zero{stage}_{dtype}" + ("_offload" if offload else "")
+            ROWS.append({"name": name, "stage": stage, "dtype": dtype, "offload": offload, "optimizer": "adamw"})
+for stage in (0, 1, 2, 3):
+    ROWS.append({"name": f"zero{stage}_fp32_sgd", "stage": stage, "dtype": "fp32", "optimizer": "sgd"})
+ROWS.append({"name": "zero3_bf16_persistent", "stage": 3, "dtype": "bf16", "persistence": 10**5, "optimizer": "adamw"})
+ROWS.append({"name": "zero3_fp32_persistent", "stage": 3, "dtype": "fp32", "persistence": 10**5, "optimizer": "adamw"})
+
+NAMES = [row["name"] for row in ROWS]
+BY_NAME = {row["name"]: row for row in ROWS}
+EXACT = [row["name"] for row in ROWS if row["dtype"] == "fp32"]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("zero")
+    (out / "rows.json").write_text(json.dumps(ROWS))
+    run_workers("worker_zero.py", 2, out)
+    return out
+
+
+def result(out: Path, name: str, rank: int = 0) -> dict[str, Any]:
+    found = torch.load(out / f"{name}.{rank}.pt", weights_only=False)
+    assert "error" not in found, found["error"]
+    return found
+
+
+def reference(out: Path, name: str) -> dict[str, Any]:
+    return result(out, f"reference_{BY_NAME[name]['optimizer']}_{BY_NAME[name]['stage'] is not None}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_invariants_hold_after_every_step(trained: Path, name: str) -> None:
+    """Pruned weights are 0 in fp32 and working copies, budgets exact, masks by a stable sort, steps counted once."""
+    for rank in (0, 1):
+        assert result(trained, name, rank)["wrong"] == []
+    assert len(result(trained, name)["masks"]) == 5
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_fp32_equals_the_independent_reference_bit_for_bit(trained: Path, name: str) -> None:
+    ours, reference_ = result(trained, name), reference(trained, name)
+    for got, wanted in zip(ours["masks"], reference_["masks"], strict=True):
+        assert got.keys() == wanted.keys()
+        assert all(torch.equal(got[n], wanted[n]) for n in wanted)
+    assert ours["losses"] == reference_["losses"]
+    for key, weight in ours["weights"].items():
+        assert torch.equal(weight, reference_["weights"][key]), key
+    for key, moments in ours["moments"].items():
+        assert len(moments) == len(reference_["moments"][key]) > 0
+        assert all(torch.equal(a, b) for a, b in zip(moments, reference_["moments"][key], strict=True)), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_both_ranks_agree(trained: Path, name: str) -> None:
+    first, second = result(trained, name, 0), result(trained, name, 1)
+    for a, b in zip(first["masks"], second["masks"], strict=True):
+        assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_resume_in_mid_phase_equals_never_having_stopped(trained: Path, name: str) -> None:
+    straight = result(trained, name)
+    resumed = straight["resumed"]
+    for key, weight in straight["weights"].items():
+        assert torch.equal(weight, resumed["weights"][key]), key
+        assert all(torch.equal(a, b) for a, b in zip(straight["moments"][key], resumed["moments"][key], strict=True)), (
+            key
+        )
+    assert all(torch.equal(resumed["masks"][n], mask) for n, mask in straight["masks"][-1].items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_export_is_the_final_sparse_model(trained: Path, name: str) -> None:
+    ours = result(trained, name)
+    exported = load_file(trained / "final" / name / "model.safetensors")
+    for key, weight in ours["weights"].items():
+        assert torch.equal(exported[key], weight.view(exported[key].shape)), key
+    assert "frozen.weight" in exported
+    info = json.loads((trained / "final" / name / "gap.json").read_text())
+    assert info["kept"] == 8 * 118 and all(row["nonzero"] == 118 for row in info["entries"].values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_export_in_mid_phase_prunes_the_dense_partition_in_the_copy(trained: Path, name: str) -> None:
+    # That the run itself is not disturbed is shown by every other test: all rows export in step 4.
+    exported = load_file(trained / "mid" / name / "model.safetensors")
+    for block in range(toy.BLOCKS):
+        for matrix in ("fc1", "fc2"):
+            assert int(exported[f"layers.{block}.{matrix}.weight"].count_nonzero()) == 118
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_mask_takes_one_bit_per_owned_weight(trained: Path, name: str) -> None:
+    row, total = BY_NAME[name], 0
+    for rank in (0, 1):
+        bits, weights, masks = result(trained, name, rank)["mask_bits"]
+        assert bits <= weights + 7 * masks  # a piece ends in the middle of a byte at most once
+        total += weights
+    shares = 2 if row["stage"] in (None, 0) and row["dtype"] == "fp32" else 1
+    assert total >= 8 * 592 * shares
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_boundary_sends_counts_and_no_weights(trained: Path, name: str) -> None:
+    for sums, other in result(trained, name)["traffic"]:
+        # 4 entries leave their partition: three histograms, whose size does not depend on the weights.
+        assert sums == [(4 + 1, 2048), (4, 1024), (4, 1024)]
+        assert all(call == "all_gather 4" for call in other)

@@ -1,0 +1,362 @@
+"""All rows of PyTorch's own sharding, one after the other in one group of processes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import observe
+import reference
+import toy
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffload,
+    CPUOffloadPolicy,
+    FullyShardedDataParallel,
+    MixedPrecision,
+    MixedPrecisionPolicy,
+    ShardingStrategy,
+    fully_shard,
+)
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+from torch.distributed.fsdp.wrap import CustomPolicy
+from torch.nn.parallel import DistributedDataParallel
+
+from gap_ds import GaPEngine
+from gap_ds.plan import clean_name
+
+warnings.filterwarnings("ignore", category=FutureWarning)
+warnings.filterwarnings("ignore", category=UserWarning)
+
+
+def groups_by_unit(model: nn.Module) -> list[dict[str, object]]:
+    """Parameter groups that flat parameters allow: the blocks, and the rest."""
+    trained = [(clean_name(name).startswith("layers."), p) for name, p in model.named_parameters() if p.requires_grad]
+    return [
+        {"params": [p for block, p in trained if block], "weight_decay": 0.01},
+        {"params": [p for block, p in trained if not block], "weight_decay": 0.0},
+    ]
+
+
+MATRICES = {name for name, p in toy.build().named_parameters() if p.dim() >= 2}
+
+
+def groups_by_name(model: nn.Module) -> list[dict[str, object]]:
+    """The groups of `toy.groups`, where the parameters no longer have their shapes."""
+    trained = [(clean_name(name) in MATRICES, p) for name, p in model.named_parameters() if p.requires_grad]
+    return [
+        {"params": [p for matrix, p in trained if matrix], "weight_decay": 0.01},
+        {"params": [p for matrix, p in trained if not matrix], "weight_decay": 0.0},
+    ]
+
+
+def by_unit(row: dict[str, Any]) -> bool:
+    return bool(row.get("flat"))
+
+
+def wrap(row: dict[str, Any]) -> nn.Module:
+    """The toy, wrapped as the row says."""
+    model: nn.Module = toy.build()
+    if row.get("checkpointing"):
+        apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, toy.Block))
+    if row["kind"] == "fsdp1":
+        model = wrap_fsdp1(model, row)
+    elif row["kind"] == "fsdp2":
+        model = wrap_fsdp2(model, row)
+    elif row["kind"] == "ddp":
+        model = DistributedDataParallel(model, find_unused_parameters=True)
+    return torch.compile(model, backend="eager") if row.get("compile") else model
+
+
+def wrap_fsdp1(model: nn.Module, row: dict[str, Any]) -> nn.Module:
+    bf16 = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16, buffer_dtype=torch.bfloat16)
+    strategy = ShardingStrategy[row.get("strategy", "FULL_SHARD")]
+    arguments: dict[str, Any] = {
+        "device_id": torch.device("cpu"),
+        "use_orig_params": not row.get("flat"),
+        "sharding_strategy": strategy,
+        "mixed_precision": bf16 if row.get("bf16") else None,
+        "cpu_offload": CPUOffload(offload_params=bool(row.get("offload"))),
+    }
+    if "HYBRID" in strategy.name:
+        arguments["device_mesh"] = init_device_mesh("cpu", (2, dist.get_world_size() // 2))
+    # A flat parameter is frozen or trained as a whole: flat, the frozen layer needs a unit of its own.
+    frozen = model.frozen if row.get("flat") else None
+    policy = CustomPolicy(lambda module: isinstance(module, toy.Block) or module is frozen)
+    return FullyShardedDataParallel(model, auto_wrap_policy=policy, **arguments)
+
+
+def wrap_fsdp2(model: nn.Module, row: dict[str, Any]) -> nn.Module:
+    arguments: dict[str, Any] = {}
+    if row.get("bf16"):
+        arguments["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    if row.get("offload"):
+        arguments["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
+    shape = (2, dist.get_world_size() // 2) if row.get("hybrid") else (dist.get_world_size(),)
+    arguments["mesh"] = init_device_mesh("cpu", shape)
+    for layer in model.layers:
+        fully_shard(layer, **arguments)
+    return fully_shard(model, **arguments)
+
+
+def build(row: dict[str, Any], **training: Any) -> GaPEngine:
+    model = wrap(row)
+    if row.get("evaluate"):
+        evaluate(model)
+    inside = getattr(model, "_orig_mod", model)
+    optimizer = toy.OPTIMIZERS[row["optimizer"]]((groups_by_unit if by_unit(row) else groups_by_name)(inside))
+    training = {"gradient_accumulation_steps": toy.ACCUMULATION, "gradient_clipping": row.get("clip", 0.0), **training}
+    return GaPEngine(model, toy.GAP, optimizer=optimizer, **training)
+
+
+def evaluate(model: nn.Module) -> None:
+    """A forward pass without a backward pass, which leaves whole parameters behind."""
+    with torch.no_grad():
+        model(*toy.batch(99, 0, 0))
+
+
+def working_copy(engine: GaPEngine, row: dict[str, Any]) -> Callable[[str], Tensor]:
+    """The whole parameter, by the library's own means."""
+
+    def fsdp1(name: str) -> Tensor:
+        block, leaf = name.removeprefix("layers.").split(".", 1)
+        unit = engine.module.layers[int(block)]
+        with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=False):
+            full = {clean_name(n): p for n, p in unit.named_parameters()}
+            return full[leaf].detach().clone()
+
+    def fsdp2(name: str) -> Tensor:
+        full = {clean_name(n): p for n, p in engine.module.named_parameters()}[name]
+        return full.full_tensor().detach()
+
+    def whole(name: str) -> Tensor:
+        return {clean_name(n): p for n, p in engine.module.named_parameters()}[name].detach()
+
+    return {"fsdp1": fsdp1, "fsdp2": fsdp2}.get(row["kind"], whole)
+
+
+def run(row: dict[str, Any], out: Path) -> dict[str, Any]:
+    engine = build(row)
+    name = row["name"]
+
+    def save_and_export() -> None:
+        engine.save_checkpoint(out / "checkpoints" / name, client_state={"row": name})
+        engine.export(out / "mid" / name)
+
+    at = {4: save_and_export}
+    if row.get("evaluate"):
+        at |= {step: lambda: evaluate(engine._backend.forward) for step in (2, 7, 11)}
+    result = observe.train(engine, working_copy(engine, row), at=at)
+    result |= observe.final_state(engine) | {"plan": engine.plan, "backend": engine._backend.name}
+    engine.export(out / "final" / name)
+    result["reloaded"] = reload(out / "final" / name) if dist.get_rank() == 0 else {}
+    engine.close()
+
+    resumed = build(row)
+    client_state = resumed.load_checkpoint(out / "checkpoints" / name)
+    again = observe.train(resumed, working_copy(resumed, row), first=5)
+    result["wrong"] += again["wrong"] + ([] if client_state == {"row": name} else ["client_state is lost"])
+    result["resumed"] = observe.final_state(resumed) | {"masks": observe.full_masks(resumed)}
+    resumed.close()
+    return result
+
+
+def reload(folder: Path) -> dict[str, Tensor]:
+    """The exported weights as the unsharded model has them after loading."""
+    model = toy.build()
+    missing, unexpected = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    assert missing == ["head.weight"] and not unexpected, (missing, unexpected)  # tied: written once
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def overflow(row: dict[str, Any]) -> dict[str, Any]:
+    """Steps 2 and 3 overflow on one rank only: they are not counted, nothing changes, masks hold."""
+    scaler = ShardedGradScaler("cpu", init_scale=8.0) if row["kind"] == "fsdp1" else torch.amp.GradScaler("cpu", 8.0)
+    engine = build(row, grad_scaler=scaler)
+    applied, changed, wrong = [], [], []
+    for step in range(6):
+        before = observe.final_state(engine)["weights"]
+        for micro in range(toy.ACCUMULATION):
+            tokens, use_all = toy.batch(step, micro, dist.get_rank())
+            loss = engine(tokens, use_all)
+            if step in (2, 3) and micro == 1 and dist.get_rank() == 1:
+                loss = loss * float("inf")
+            engine.backward(loss)
+            engine.step()
+        after = observe.final_state(engine)["weights"]
+        applied.append(engine.applied_steps)
+        changed.append(any(not torch.equal(before[n], after[n]) for n in after))
+        for name, mask in observe.full_masks(engine).items():
+            if after[name][~mask].count_nonzero() or int(mask.sum()) != reference.KEEP:
+                wrong.append(f"step {step}: {name}")
+    return {"applied": applied, "changed": changed, "wrong": wrong, "scale": scaler.get_scale()}
+
+
+def early(row: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Saving before the first step, and at a step, changes nothing; a resume from before the first step neither."""
+    engine = build(row)
+    engine.save_checkpoint(out / "checkpoints" / row["name"])
+    result = observe.train(engine, working_copy(engine, row), last=4) | observe.final_state(engine)
+    resumed = build(row)
+    resumed.load_checkpoint(out / "checkpoints" / row["name"])
+    result["wrong"] += observe.train(resumed, working_copy(resumed, row), last=4)["wrong"]
+    # Back into an engine that has gone on: nothing of the later state may survive.
+    engine.load_checkpoint(out / "checkpoints" / row["name"])
+    result["wrong"] += observe.train(engine, working_copy(engine, row), last=4)["wrong"]
+    plain = build(row)
+    observe.train(plain, working_copy(plain, row), last=4)
+    return result | {"resumed": observe.final_state(resumed), "back": observe.final_state(engine)} | {
+        "plain": observe.final_state(plain)
+    }
+
+
+def refused(out: Path) -> dict[str, str]:
+    """The message of each combination that is refused."""
+
+    def sgd(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def sharded_on_1() -> GaPEngine:
+        model = nn.Sequential(*(nn.Sequential(nn.Linear(16, 16), nn.ReLU()) for _ in range(4)))
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        from torch.distributed.tensor import Shard
+
+        fully_shard(model, mesh=mesh, shard_placement_fn=lambda p: Shard(p.dim() - 1))
+        return GaPEngine(model, toy.GAP, optimizer=sgd(model))
+
+    def tensor_parallel(fsdp: bool) -> GaPEngine:
+        from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+        model = nn.Sequential(*(nn.Sequential(nn.Linear(16, 16), nn.ReLU()) for _ in range(4)))
+        mesh = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("dp", "tp"))
+        parallelize_module(model, mesh["tp"], {f"{i}.0": ColwiseParallel() for i in range(4)})
+        if fsdp:
+            fully_shard(model, mesh=mesh["dp"])
+        return GaPEngine(model, toy.GAP, optimizer=sgd(model))
+
+    def flat_compiled() -> GaPEngine:
+        model = torch.compile(wrap({"kind": "fsdp1", "flat": True}), backend="eager")
+        return GaPEngine(model, toy.GAP, optimizer=sgd(model))
+
+    def meta() -> GaPEngine:
+        with torch.device("meta"):
+            model = toy.Toy()
+        for layer in model.layers:
+            fully_shard(layer, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        return GaPEngine(model, toy.GAP, optimizer=sgd(model))
+
+    def optimizer_too_early(kind: str) -> GaPEngine:
+        model = toy.build()
+        optimizer = sgd(model)
+        model = (wrap_fsdp1 if kind == "fsdp1" else wrap_fsdp2)(model, {"flat": True})
+        return GaPEngine(model, toy.GAP, optimizer=optimizer)
+
+    def root_not_wrapped() -> GaPEngine:
+        model = toy.build()
+        for layer in model.layers:
+            fully_shard(layer, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        return GaPEngine(model, toy.GAP, optimizer=sgd(model))
+
+    def ignored() -> GaPEngine:
+        model = toy.build()
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        fully_shard(model, mesh=mesh, ignored_params={model.layers[0].fc1.weight})
+        return GaPEngine(model, toy.GAP, optimizer=sgd(model))
+
+    def mixed_strategies() -> GaPEngine:
+        model = toy.build()
+        for i, layer in enumerate(model.layers):
+            model.layers[i] = FullyShardedDataParallel(
+                layer, device_id=torch.device("cpu"), sharding_strategy=ShardingStrategy.NO_SHARD, use_orig_params=True
+            )
+        model = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+        return GaPEngine(model, toy.GAP, optimizer=sgd(model))
+
+    def sharding_optimizer() -> GaPEngine:
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        model = DistributedDataParallel(toy.build())
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = ZeroRedundancyOptimizer(trained, torch.optim.SGD, lr=0.1)
+        return GaPEngine(model, toy.GAP, optimizer=optimizer)
+
+    def no_optimizer() -> GaPEngine:
+        return GaPEngine(wrap({"kind": "fsdp2"}), toy.GAP)
+
+    cases: dict[str, Callable[[], GaPEngine]] = {
+        "sharded_on_1": sharded_on_1,
+        "tensor_parallel": partial(tensor_parallel, False),
+        "tensor_parallel_fsdp": partial(tensor_parallel, True),
+        "flat_compiled": flat_compiled,
+        "meta": meta,
+        "optimizer_too_early_fsdp1": partial(optimizer_too_early, "fsdp1"),
+        "optimizer_too_early_fsdp2": partial(optimizer_too_early, "fsdp2"),
+        "root_not_wrapped": root_not_wrapped,
+        "ignored": ignored,
+        "mixed_strategies": mixed_strategies,
+        "sharding_optimizer": sharding_optimizer,
+        "no_optimizer": no_optimizer,
+    }
+    messages = {}
+    for name, case in cases.items():
+        messages[name] = "not refused"
+        with contextlib.suppress(ValueError):
+            try:
+                case()
+            except ValueError as error:
+                messages[name] = str(error)
+                raise
+    return messages
+
+
+def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return work()
+    except Exception:
+        return {"error": traceback.format_exc()}
+
+
+def main(out: Path) -> None:
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    rows = json.loads((out / "rows.json").read_text())
+    wanted = {(row["optimizer"], by_unit(row), row.get("clip", 0.0)) for row in rows}
+    for optimizer, unit, clip in sorted(wanted):
+        for unused in (True, False):
+            name = f"reference_{optimizer}_{unit}_{clip}_{unused}"
+            groups = groups_by_unit if unit else toy.groups
+            observe.hand_over(out, name, reference.train(optimizer, unused, groups, clip))
+    works: dict[str, Callable[[], dict[str, Any]]] = {}
+    for row in rows:
+        works[row["name"]] = {
+            "overflow": partial(overflow, row),
+            "early": partial(early, row, out),
+        }.get(row.get("what", ""), partial(run, row, out))
+    if dist.get_world_size() == 2:
+        works["refused"] = partial(refused, out)
+    for name, work in works.items():
+        result = attempt(work)
+        observe.hand_over(out, name, result)
+        if "error" in result:
+            break  # the other ranks may be waiting: the parent ends them
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
+    sys.stdout.flush()
+    os._exit(0)  # results are handed over: no library's clean-up at exit can spoil them

@@ -1,0 +1,112 @@
+"""All DeepSpeed, DDP and plain rows of the parity table, one after the other in one group of processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import observe
+import reference
+import torch
+import torch.distributed as dist
+import toy
+from torch.nn.parallel import DistributedDataParallel
+
+from gap_ds import GaPEngine
+
+warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def deepspeed_config(row: dict[str, Any]) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": row["stage"], "stage3_param_persistence_threshold": row.get("persistence", 0)}
+    if row.get("offload"):
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": toy.ACCUMULATION,
+        "gradient_clipping": 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+    if row["dtype"] == "bf16":
+        config |= {"bf16": {"enabled": True}, "data_types": {"buffer_dtype": "bf16"}}
+    if row["dtype"] == "fp16":
+        config |= {"fp16": {"enabled": True, "initial_scale_power": 8, "loss_scale_window": 1000}}
+    return config
+
+
+def build(row: dict[str, Any]) -> GaPEngine:
+    model = toy.build()
+    optimizer = toy.OPTIMIZERS[row["optimizer"]](toy.groups(model))
+    if row["stage"] is None:
+        wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+        return GaPEngine(wrapped, toy.GAP, optimizer=optimizer, gradient_accumulation_steps=toy.ACCUMULATION)
+    return GaPEngine.initialize(model=model, config=deepspeed_config(row), gap_config=toy.GAP, optimizer=optimizer)
+
+
+def observers(engine: GaPEngine, row: dict[str, Any]) -> dict[str, Any]:
+    """How DeepSpeed itself shows a whole parameter: the working copy, and the fp32 copy."""
+    parameters = dict(engine.module.named_parameters())
+
+    def working_copy(name: str) -> torch.Tensor:
+        with deepspeed.zero.GatheredParameters([parameters[name]], enabled=row["stage"] == 3):
+            return parameters[name].detach().clone()
+
+    def full_fp32(name: str) -> torch.Tensor:
+        return deepspeed.utils.safe_get_full_fp32_param(parameters[name])
+
+    return {"working_copy": working_copy, "full_fp32": full_fp32 if row["stage"] in (1, 2, 3) else None}
+
+
+def run(row: dict[str, Any], out: Path) -> dict[str, Any]:
+    engine = build(row)
+    seen = observers(engine, row)
+    name = row["name"]
+
+    def save_and_export() -> None:
+        engine.save_checkpoint(out / "checkpoints" / name, client_state={"row": name})
+        engine.export(out / "mid" / name)
+
+    result = observe.train(engine, **seen, at={4: save_and_export})
+    result |= observe.final_state(engine) | {"stats": engine.stats(), "mask_bits": observe.mask_bits(engine)}
+    engine.export(out / "final" / name)
+    engine.close()
+
+    resumed = build(row)
+    client_state = resumed.load_checkpoint(out / "checkpoints" / name)
+    again = observe.train(resumed, **observers(resumed, row), first=5)
+    result["wrong"] += again["wrong"] + ([] if client_state == {"row": name} else ["client_state is lost"])
+    result["resumed"] = observe.final_state(resumed) | {"masks": observe.full_masks(resumed)}
+    resumed.close()
+    return result
+
+
+def main(out: Path) -> None:
+    deepspeed.init_distributed()
+    torch.set_num_threads(1)
+    for optimizer in toy.OPTIMIZERS:
+        for unused in (True, False):
+            observe.hand_over(out, f"reference_{optimizer}_{unused}", reference.train(optimizer, unused_is_zero=unused))
+    for row in json.loads((out / "rows.json").read_text()):
+        try:
+            result = run(row, out)
+        except Exception:
+            result = {"error": traceback.format_exc()}
+        observe.hand_over(out, row["name"], result)
+        if "error" in result:
+            break  # the other ranks may be waiting: the parent ends them
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
+    sys.stdout.flush()
+    os._exit(0)  # results are handed over: no library's clean-up at exit can spoil them

@@ -1,0 +1,340 @@
+"""Exact selection over shards, against a stable sort of the full tensors. Ranks are threads that run the same code."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gap_ds import masks, selection
+
+PROPERTY = settings(max_examples=300, deadline=None, derandomize=True, database=None)
+
+
+class Group:
+    """Ranks that are threads: each collective waits for all of them. Records the size of all that travels."""
+
+    def __init__(self, size: int) -> None:
+        self.barrier = threading.Barrier(size, timeout=20)
+        self.slots: list[Any] = [None] * size
+        self.travelled: list[int] = []
+
+    def exchange(self, rank: int, value: Tensor) -> list[Tensor]:
+        self.slots[rank] = value
+        self.barrier.wait()
+        values = list(self.slots)
+        self.barrier.wait()
+        return values
+
+
+@dataclass
+class Rank:
+    group: Group
+    rank: int
+
+    def sum(self, counts: Tensor) -> Tensor:
+        assert counts.dtype == torch.int64
+        self.group.travelled.append(counts.numel())
+        return torch.stack(self.group.exchange(self.rank, counts)).sum(0)
+
+    def all_gather(self, row: Tensor) -> Tensor:
+        self.group.travelled.append(row.numel())
+        return torch.stack(self.group.exchange(self.rank, row))
+
+
+def on_ranks(size: int, work: Callable[[Rank], Any]) -> list[Any]:
+    """What `work` returns or raises on each of `size` ranks."""
+    group, results = Group(size), [None] * size
+
+    def run(rank: int) -> None:
+        try:
+            results[rank] = work(Rank(group, rank))
+        except Exception as error:
+            results[rank] = error
+            if isinstance(error, ValueError):
+                return  # every rank is meant to raise it; a rank that does not would break the barrier below
+            group.barrier.abort()
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+#: (start, numel) of each rank's piece, for each entry
+Cuts = list[list[tuple[int, int]]]
+
+
+def select(weights: Sequence[Tensor], cuts: Cuts, budgets: Sequence[int], keep: Sequence[int], rank: Rank) -> list[Tensor]:
+    """The masks (numel,) of this rank's pieces, as bools."""
+    pieces = []
+    for e, weight in enumerate(weights):
+        start, numel = cuts[e][rank.rank]
+        keys = selection.magnitude_keys(weight[start : start + numel])
+        pieces.append(selection.Piece(f"entry{e}", start, numel, keys, budgets[e]))
+    bits = selection.select_largest(pieces, keep, rank)
+    assert [b.numel() for b in bits] == [masks.nbytes(piece.numel) for piece in pieces]
+    return [masks.unpack(b, piece.numel) for b, piece in zip(bits, pieces, strict=True)]
+
+
+def assembled(results: Sequence[list[Tensor]], weights: Sequence[Tensor], cuts: Cuts) -> list[list[bool]]:
+    """The full mask of each entry, from all ranks' pieces."""
+    full = [[False] * len(weight) for weight in weights]
+    for rank, result in enumerate(results):
+        assert not isinstance(result, Exception), result
+        for e, kept in enumerate(result):
+            start, numel = cuts[e][rank]
+            full[e][start : start + numel] = kept.tolist()
+    return full
+
+
+def reference(weights: Sequence[Tensor], budgets: Sequence[int], keep: Sequence[int]) -> list[list[bool]]:
+    """A stable sort of everything that shares a budget, largest magnitude first: entry order, then flat index."""
+    full = [[False] * len(weight) for weight in weights]
+    for g, k in enumerate(keep):
+        pool = [(e, i, abs(x)) for e, w in enumerate(weights) if budgets[e] == g for i, x in enumerate(w.tolist())]
+        for e, i, _ in sorted(pool, key=lambda item: -item[2])[:k]:
+            full[e][i] = True
+    return full
+
+
+def whole(weights: Sequence[Tensor]) -> Cuts:
+    return [[(0, len(weight))] for weight in weights]
+
+
+# Half-precision values are exact in fp32 and bf16 keeps few of them apart: ties, zeros of both signs, infinities and
+# numbers below the normal range all come up.
+values = st.one_of(
+    st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, math.inf, -math.inf, 2.0**-24, -(2.0**-24), 2.0**-140]),
+    st.floats(width=16, allow_nan=False),
+)
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[list[Tensor], Cuts, list[int], list[int], int]:
+    dtype = draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16]))
+    lists = draw(st.lists(st.lists(values, min_size=1, max_size=30), min_size=1, max_size=5))
+    weights = [torch.tensor(entry, dtype=torch.float64).to(dtype) for entry in lists]
+    groups = draw(st.integers(1, len(weights)))
+    budgets = [e if e < groups else draw(st.integers(0, groups - 1)) for e in range(len(weights))]
+    sizes = [sum(len(w) for w, b in zip(weights, budgets, strict=True) if b == g) for g in range(groups)]
+    keep = [draw(st.integers(0, size)) for size in sizes]
+    ranks = draw(st.integers(1, 3))
+    cuts: Cuts = []
+    for weight in weights:
+        edges = [0, *sorted(draw(st.integers(0, len(weight))) for _ in range(ranks - 1)), len(weight)]
+        pieces = [(lo, hi - lo) for lo, hi in zip(edges, edges[1:], strict=False)]
+        if draw(st.booleans()):
+            pieces = [(start if numel else 0, numel) for start, numel in pieces]
+        cuts.append(draw(st.permutations(pieces)))  # a rank's number says nothing about where its piece lies
+    return weights, cuts, budgets, keep, draw(st.sampled_from([8, 16, 1 << 20]))
+
+
+@PROPERTY
+@given(problems())
+def test_equals_a_stable_sort_for_any_sharding(problem: tuple[list[Tensor], Cuts, list[int], list[int], int]) -> None:
+    weights, cuts, budgets, keep, chunk = problem
+    expected = reference(weights, budgets, keep)
+    for g, k in enumerate(keep):
+        assert sum(sum(mask) for mask, b in zip(expected, budgets, strict=True) if b == g) == k
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection, "_CHUNK", chunk)
+        results = on_ranks(len(cuts[0]), lambda rank: select(weights, cuts, budgets, keep, rank))
+        assert assembled(results, weights, cuts) == expected
+    alone = on_ranks(1, lambda rank: select(weights, whole(weights), budgets, keep, rank))
+    assert assembled(alone, weights, whole(weights)) == expected
+
+
+@settings(PROPERTY, max_examples=60)
+@given(problems(), st.data())
+def test_nan_is_refused_on_all_ranks_by_name(problem: Any, data: st.DataObject) -> None:
+    weights, cuts, budgets, keep, _ = problem
+    e = data.draw(st.integers(0, len(weights) - 1))
+    places = data.draw(st.sets(st.integers(0, len(weights[e]) - 1), min_size=1))
+    weights[e][list(places)] = math.nan
+    for result in on_ranks(len(cuts[0]), lambda rank: select(weights, cuts, budgets, keep, rank)):
+        assert isinstance(result, ValueError), result
+        assert str(result).startswith(f"entry{e}: {len(places)} weights are NaN")
+
+
+def test_a_budget_above_its_weights_is_refused_on_all_ranks() -> None:
+    weights = [torch.ones(5), torch.ones(4)]
+    cuts = [[(0, 5), (5, 0)], [(0, 2), (2, 2)]]
+    for result in on_ranks(2, lambda rank: select(weights, cuts, [0, 1], [5, 5], rank)):
+        assert isinstance(result, ValueError), result
+        assert "keep=5 exceeds its 4 weights" in str(result)
+
+
+def test_ties_go_to_the_first_entry_then_the_first_index() -> None:
+    weights = [torch.tensor([1.0, -2.0, 1.0]), torch.tensor([2.0, 1.0, -1.0])]
+    cuts = [[(0, 1), (1, 2)], [(0, 2), (2, 1)]]
+    results = on_ranks(2, lambda rank: select(weights, cuts, [0, 0], [4], rank))
+    assert assembled(results, weights, cuts) == [[True, True, True], [True, False, False]]
+
+
+def test_more_entries_than_bins() -> None:
+    """The rows that count invalid keys do not fit into one row of bins."""
+    n = selection._PASSES[0][1] + 10
+    weights = [torch.tensor([float(e % 7), float(e % 5)]) for e in range(n)]
+    keep = [n // 2]
+    got = on_ranks(1, lambda rank: select(weights, whole(weights), [0] * n, keep, rank))
+    assert assembled(got, weights, whole(weights)) == reference(weights, [0] * n, keep)
+    weights[n - 3][1] = math.nan
+    (result,) = on_ranks(1, lambda rank: select(weights, whole(weights), [0] * n, keep, rank))
+    assert str(result).startswith(f"entry{n - 3}: 1 weights are NaN")
+
+
+def test_no_weights_travel() -> None:
+    """Counts per budget and entry travel, whatever the number of weights."""
+    weights = [torch.zeros(40_000), torch.randn(40_000, generator=torch.Generator().manual_seed(0))]
+    cuts = [[(0, 20_000), (20_000, 20_000)]] * 2
+    travelled = []
+
+    def work(rank: Rank) -> list[Tensor]:
+        result = select(weights, cuts, [0, 1], [7, 9], rank)
+        if rank.rank == 0:
+            travelled.extend(rank.group.travelled)
+        return result
+
+    on_ranks(2, work)
+    assert max(travelled) <= (2 + 1) * 2048
+    assert len(travelled) <= 2 * (3 + 2)  # per rank: three histograms, and two rows for the ties
+
+
+def test_single_is_a_group_of_one() -> None:
+    weight = torch.tensor([3.0, -1.0, 2.0, 0.0])
+    piece = selection.Piece("w", 0, 4, selection.magnitude_keys(weight), 0)
+    (bits,) = selection.select_largest([piece], [2], selection.Single())
+    assert masks.unpack(bits, 4).tolist() == [True, False, True, False]
+
+
+# -- keys ----------------------------------------------------------------------------------------------------------
+
+
+@PROPERTY
+@given(st.lists(st.floats(width=32, allow_nan=False), min_size=2, max_size=20))
+def test_magnitude_keys_have_the_order_of_the_magnitudes(numbers: list[float]) -> None:
+    keys = selection.magnitude_keys(torch.tensor(numbers, dtype=torch.float32))(0, len(numbers)).tolist()
+    assert min(keys) >= 0
+    for a, x in zip(keys, numbers, strict=True):
+        for b, y in zip(keys, numbers, strict=True):
+            assert (a < b) == (abs(x) < abs(y)) and (a == b) == (abs(x) == abs(y))
+
+
+def test_magnitude_keys_leave_the_weights_alone() -> None:
+    weight = torch.tensor([-1.0, math.nan, -0.0])
+    before = weight.view(torch.int32).clone()
+    assert selection.magnitude_keys(weight)(0, 3)[1] == selection.INVALID
+    assert torch.equal(weight.view(torch.int32), before)
+
+
+def hashed(seed: int, name: str, index: int) -> int:
+    """The documented hash of one index, in Python's exact integers."""
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    a, b = int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
+    low, high = index % 2**32, index // 2**32
+    x = low ^ a ^ (high * 0x9E3779B1 % 2**32)
+    for constant in (0x85EBCA6B, 0xC2B2AE35, b | 1):
+        x = (x ^ (x >> 16)) * constant % 2**32
+    return (x ^ (x >> 15)) >> 1
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("start", [0, 1, 12_345, 2**31 - 3, 2**32 - 3, 5 * 2**32 + 17])
+def test_random_keys_are_the_documented_hash(start: int) -> None:
+    keys = selection.random_keys(3, "a.weight", start, CPU)(0, 8)
+    assert keys.dtype == torch.int32
+    assert keys.tolist() == [hashed(3, "a.weight", start + i) for i in range(8)]
+
+
+@settings(PROPERTY, max_examples=100)
+@given(st.integers(0, 2**33), st.integers(0, 50), st.integers(1, 50), st.integers(0, 20))
+def test_random_keys_do_not_depend_on_the_sharding(start: int, lo: int, numel: int, shift: int) -> None:
+    one = selection.random_keys(0, "w", start, CPU)(lo + shift, lo + shift + numel)
+    other = selection.random_keys(0, "w", start + shift, CPU)(lo, lo + numel)
+    assert torch.equal(one, other)
+
+
+def test_random_masks_do_not_depend_on_the_sharding() -> None:
+    n, keep = 1001, 137
+
+    def work(cuts: list[tuple[int, int]]) -> Callable[[Rank], Tensor]:
+        def run(rank: Rank) -> Tensor:
+            start, numel = cuts[rank.rank]
+            piece = selection.Piece("w", start, numel, selection.random_keys(7, "w", start, CPU), 0)
+            return masks.unpack(selection.select_largest([piece], [keep], rank)[0], numel)
+
+        return run
+
+    expected = torch.zeros(n, dtype=torch.bool)
+    order = sorted(range(n), key=lambda i: -hashed(7, "w", i))
+    expected[order[:keep]] = True
+    for cuts in ([(0, n)], [(0, 333), (333, n - 333)], [(0, 8), (8, 0), (8, n - 8)]):
+        assert torch.equal(torch.cat(on_ranks(len(cuts), work(cuts))), expected)
+
+
+@pytest.mark.parametrize("start", [0, 2**32 - (1 << 15)])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_random_keys_are_near_uniform(seed: int, start: int) -> None:
+    """Chi-square over 256 bins has mean 255 and standard deviation 22.6; also pairs of neighbours, over 16 x 16 bins."""
+    keys = selection.random_keys(seed, "layers.0.weight", start, CPU)(0, 1 << 16).numpy()
+    for bins in (keys >> 23, keys & 255, (keys[:-1] >> 27) * 16 + (keys[1:] >> 27)):
+        expected = len(bins) / 256
+        chi_square = float((((np.bincount(bins, minlength=256) - expected) ** 2) / expected).sum())
+        assert 165 < chi_square < 345
+
+
+def test_random_keys_differ_by_seed_name_and_high_index() -> None:
+    streams = [
+        selection.random_keys(seed, name, start, CPU)(0, 1000)
+        for seed, name, start in [(0, "a", 0), (1, "a", 0), (0, "b", 0), (0, "a", 2**32), (0, "a", 2**33)]
+    ]
+    for i, one in enumerate(streams):
+        for other in streams[:i]:
+            assert int((one == other).sum()) < 3
+
+
+# -- memory --------------------------------------------------------------------------------------------------------
+
+MEMORY = """
+import resource
+import torch
+from gap_ds import selection
+
+def run(n):
+    weights = torch.arange(n, dtype=torch.int64).remainder_(1000).float()
+    piece = selection.Piece("w", 0, n, selection.magnitude_keys(weights), 0)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    (bits,) = selection.select_largest([piece], [n // 10], selection.Single())
+    return bits.numel(), 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+torch.set_num_threads(1)
+run(1 << 12)
+run(1 << 21)  # the scratch of two chunks is allocated once
+print(*run(1 << 24))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
+def test_scratch_memory_does_not_grow_with_the_piece() -> None:
+    """16.8 M weights (67 MB): beyond the mask (2 MB, twice while its chunks are joined) hardly anything is added."""
+    result = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, timeout=120, check=True)
+    mask_bytes, extra = map(int, result.stdout.split())
+    assert mask_bytes == 1 << 21
+    assert extra < 2 * mask_bytes + (25 << 20)
