@@ -51,6 +51,8 @@ def erk(shapes: Sequence[Sequence[int]], sparsity: float) -> list[int]:
     [16, 16]
     """
     sizes = [math.prod(shape) for shape in shapes]
+    if not sizes:
+        return []
     total = max(keep_count(sum(sizes), sparsity), len(sizes))
     dense: set[int] = set()
     while True:

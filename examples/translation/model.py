@@ -9,7 +9,6 @@ Shapes: B sentences, T target positions, V vocabulary, N = B * T rows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,41 +16,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, M2M100Config, M2M100ForConditionalGeneration, PreTrainedModel
 
+from gap_ds.presets import PRESETS, Preset
+
 # The specials every tokenizer of this example starts with: <s> 0, <pad> 1, </s> 2, <unk> 3.
 BOS, PAD, EOS, UNK = 0, 1, 2, 3
 
 IGNORE = -100  # label of a position that carries no loss
 
 _CHUNK = 2**22  # logits taken to fp32 at once by `loss`: 16 MiB
-
-
-@dataclass(frozen=True)
-class Preset:
-    """Size of a model: widths, attention heads, and layers on each side."""
-
-    d_model: int
-    ffn: int
-    heads: int
-    encoder_layers: int
-    decoder_layers: int
-
-    @property
-    def prunable(self) -> int:
-        """Weights in the q/k/v/out/fc1/fc2 matrices.
-
-        >>> PRESETS["tiny"].prunable, PRESETS["big"].prunable
-        (917504, 176160768)
-        """
-        attention, feed_forward = 4 * self.d_model**2, 2 * self.d_model * self.ffn
-        return self.encoder_layers * (attention + feed_forward) + self.decoder_layers * (2 * attention + feed_forward)
-
-
-PRESETS: dict[str, Preset] = {
-    "tiny": Preset(d_model=128, ffn=512, heads=4, encoder_layers=2, decoder_layers=2),
-    "small": Preset(d_model=256, ffn=1024, heads=4, encoder_layers=3, decoder_layers=3),
-    "base": Preset(d_model=512, ffn=2048, heads=8, encoder_layers=6, decoder_layers=6),
-    "big": Preset(d_model=1024, ffn=4096, heads=16, encoder_layers=6, decoder_layers=6),
-}
 
 
 def build_config(
@@ -71,13 +43,7 @@ def build_config(
         raise ValueError(f'max_positions={max_positions}: must be at least 2. Set "--max-positions".')
     return M2M100Config(
         vocab_size=vocab_size,
-        d_model=size.d_model,
-        encoder_layers=size.encoder_layers,
-        decoder_layers=size.decoder_layers,
-        encoder_ffn_dim=size.ffn,
-        decoder_ffn_dim=size.ffn,
-        encoder_attention_heads=size.heads,
-        decoder_attention_heads=size.heads,
+        **size.m2m100(),
         dropout=dropout,
         attention_dropout=dropout,
         activation_dropout=dropout,

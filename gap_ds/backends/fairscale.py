@@ -128,7 +128,7 @@ def _fsdp(root: Any, training: Training) -> Backend:
     def use_shards(*_: object) -> None:
         """Frees the whole parameters that the root keeps after a forward pass, and points all at their pieces."""
         for unit in units:
-            if unit._is_root is not None:  # before the first forward pass there is nothing else
+            if all(hasattr(p, "_fp32_shard") for p in unit.params):  # before the first forward pass none has
                 unit._free_full_params()
                 unit._use_fp32_param_shard()
 

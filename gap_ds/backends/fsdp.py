@@ -10,6 +10,7 @@ Where every group of ranks holds the same pieces (hybrid sharding), each group d
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,16 +51,25 @@ def build(model: nn.Module, training: Training) -> Backend:
 
 def _backend(name: str, model: nn.Module, root: nn.Module, training: Training, loop: Loop, **rest: Any) -> Backend:
     optimizer = require_optimizer(training)
-    shards: list[Shard] = rest["shards"]()
-    check_optimizer(shards, optimizer)
+    publish: Callable[[], None] = rest["publish"]
+    check_optimizer(rest["shards"](), optimizer)
+
+    def save(folder: Path) -> None:
+        publish()  # whole parameters that a forward pass has left are not those of the optimizer
+        save_state(root, optimizer, folder)
+
+    def load(folder: Path) -> None:
+        publish()
+        load_state(root, optimizer, folder)
+
     return Backend(
         name=name,
         forward=model,
         optimizer=optimizer,
         backward=loop.backward,
         step=loop.step,
-        save=lambda folder: save_state(root, optimizer, folder),
-        load=lambda folder: load_state(root, optimizer, folder),
+        save=save,
+        load=load,
         **rest,
     )
 
@@ -230,6 +240,13 @@ def _handles(root: nn.Module) -> Iterator[Any]:
 
 
 def _refuse_fsdp1(model: nn.Module, root: FullyShardedDataParallel) -> None:
+    for name, module in root.named_modules():
+        if isinstance(module, FullyShardedDataParallel) and name.endswith("_checkpoint_wrapped_module"):
+            raise ValueError(
+                f"{clean_name(name)}: activation checkpointing is around FullyShardedDataParallel, which "
+                "torch.distributed.checkpoint saves but cannot load. Apply it after the model is wrapped, so that it "
+                "lies inside."
+            )
     compiled = [m for m in (model, *root.modules()) if uncompiled(m) is not m or m._compiled_call_impl is not None]
     for handle in _handles(root):
         if compiled and not handle._use_orig_params:

@@ -25,9 +25,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         from gap_ds.cli import app
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in ("typer", "rich"):
+        library = (error.name or "").partition(".")[0]
+        if library not in ("typer", "rich"):
             raise
-        _fail(f'{error.name} is not installed: the command line needs it. Run pip install "gap_ds[cli]".')
+        _fail(f'{library} is not installed: the command line needs it. Run pip install "gap_ds[cli]".')
     try:
         code = app.app(argv, prog_name="gap-ds", standalone_mode=False)
     except ValueError as error:  # by convention the library's way to tell the user of a mistake

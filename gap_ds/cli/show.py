@@ -33,7 +33,7 @@ def plan(console: Console, name: str, figures: dict[str, Any]) -> None:
     _section(console, "The whole run", _summary(figures))
     if "ranks" in figures:
         ranks = figures["ranks"]["world_size"]
-        _section(console, f"On each of {ranks:,} rank{'s' * (ranks > 1)}", _ranks(figures["ranks"]))
+        _section(console, f"On each of {ranks:,} ranks" if ranks > 1 else "On one rank", _ranks(figures["ranks"]))
 
 
 def doctor(console: Console, report: dict[str, Any]) -> None:
@@ -193,10 +193,12 @@ def _summary(figures: dict[str, Any]) -> Table:
 
 def _ranks(ranks: dict[str, Any]) -> Table:
     grid = _grid()
+    if ranks["world_size"] == 1:
+        grid.add_row("masks", size(ranks["mask_bytes"]))
+        return grid
     grid.add_row("masks", f"{size(ranks['mask_bytes'])}, where each entry is split (ZeRO-3, FSDP)")
-    if ranks["world_size"] > 1:
-        grid.add_row("", f"at most {size(ranks['mask_bytes_flat_buffer'])}, where a flat buffer is cut (ZeRO-1, -2)")
-        grid.add_row("", f"{size(ranks['mask_bytes_unsharded'])}, where each rank has all (DDP, ZeRO-0)")
+    grid.add_row("", f"at most {size(ranks['mask_bytes_flat_buffer'])}, where a flat buffer is cut (ZeRO-1, -2)")
+    grid.add_row("", f"{size(ranks['mask_bytes_unsharded'])}, where each rank has all (DDP, ZeRO-0)")
     grid.add_row("sent at a boundary", f"at most {size(ranks['boundary_bytes'])} of counts, all-reduced")
     grid.add_row("sent at the start", f"{size(ranks['start_bytes'])} of counts, all-reduced")
     return grid

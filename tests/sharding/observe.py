@@ -71,6 +71,7 @@ def train(
     engine: GaPEngine,
     working_copy: Callable[[str], Tensor],
     *,
+    skip: bool = True,
     first: int = 0,
     last: int = toy.STEPS,
     full_fp32: Callable[[str], Tensor] | None = None,
@@ -80,6 +81,7 @@ def train(
 
     Args:
         working_copy: the parameter that the forward pass uses, whole, through the library's own means.
+        skip: whether one parameter gets no gradient in every other step.
         full_fp32: the fp32 parameter, whole, through the library's own means, where it has any.
         at: what to do after a step, by its number.
     """
@@ -96,7 +98,7 @@ def train(
     for step in range(first, last):
         phase = engine.phase
         for micro in range(toy.ACCUMULATION):
-            tokens, use_all = toy.batch(step, micro, dist.get_rank())
+            tokens, use_all = toy.batch(step, micro, dist.get_rank(), skip)
             loss = engine(tokens, use_all)
             losses.append(loss.item())
             engine.backward(loss)

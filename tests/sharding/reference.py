@@ -54,13 +54,22 @@ def random_scores(seed: int, name: str, numel: int) -> Tensor:
 
 
 def train(
-    optimizer_name: str, unused_is_zero: bool = True, groups: Any = toy.groups, clip: float = 0.0
+    optimizer_name: str,
+    unused_is_zero: bool = True,
+    groups: Any = toy.groups,
+    clip: float = 0.0,
+    *,
+    skip: bool = True,
+    every_micro_batch: bool = False,
 ) -> dict[str, Any]:
     """Trains the toy; final weights, moments, losses, and the masks after each boundary.
 
     unused_is_zero: whether a parameter without gradient is updated as if its gradient were zero (libraries with flat
     buffers do that) or left alone (as torch's optimizers do).
     groups: the model's parameter groups; clip: norm of all gradients together to clip at (0: off).
+    skip: whether one parameter gets no gradient in every other step.
+    every_micro_batch: whether gradients are averaged over the ranks before they are summed over micro-batches, or
+        after. The two orders of summation differ in the last bit.
     """
     model = toy.build()
     weights = dict(model.named_parameters())
@@ -73,14 +82,19 @@ def train(
             _cross(step, boundaries[step], masks, weights, optimizer)
             history.append({name: mask.clone() for name, mask in masks.items()})
         for micro in range(toy.ACCUMULATION):
-            loss = model(*toy.batch(step, micro, dist.get_rank()))
+            loss = model(*toy.batch(step, micro, dist.get_rank(), skip))
             losses.append(loss.item())
-            (loss / toy.ACCUMULATION).backward()
-        for parameter in model.parameters():
-            if parameter.requires_grad and (unused_is_zero or parameter.grad is not None):
-                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                dist.all_reduce(parameter.grad)
-                parameter.grad /= dist.get_world_size()
+            trained = [p for p in model.parameters() if p.requires_grad]
+            gradients = torch.autograd.grad(loss / toy.ACCUMULATION, trained, allow_unused=True)
+            for parameter, gradient in zip(trained, gradients, strict=True):
+                if gradient is None and unused_is_zero:
+                    gradient = torch.zeros_like(parameter)
+                if gradient is not None:
+                    gradient = _average(gradient) if every_micro_batch else gradient
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        for parameter in trained:
+            if parameter.grad is not None and not every_micro_batch:
+                parameter.grad = _average(parameter.grad)
         if clip:
             torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], clip)
         optimizer.step()
@@ -97,6 +111,13 @@ def train(
         "masks": history,
         "losses": losses,
     }
+
+
+def _average(gradient: Tensor) -> Tensor:
+    """The mean over the ranks."""
+    gradient = gradient.clone()
+    dist.all_reduce(gradient)
+    return gradient / dist.get_world_size()
 
 
 @torch.no_grad()

@@ -59,10 +59,10 @@ def build() -> Toy:
     return Toy()
 
 
-def batch(step: int, micro: int, rank: int) -> tuple[Tensor, bool]:
-    """Tokens (4, 8) of one rank's micro-batch, and whether every parameter is used in this step."""
+def batch(step: int, micro: int, rank: int, skip: bool = True) -> tuple[Tensor, bool]:
+    """Tokens (4, 8) of one rank's micro-batch, and whether every parameter is used: with `skip`, in even steps only."""
     generator = torch.Generator().manual_seed(1000 * step + 10 * micro + rank)
-    return torch.randint(0, VOCABULARY, (4, 8), generator=generator), step % 2 == 0
+    return torch.randint(0, VOCABULARY, (4, 8), generator=generator), not skip or step % 2 == 0
 
 
 def groups(model: nn.Module) -> list[dict[str, object]]:

@@ -15,9 +15,9 @@ from typing import Any
 
 import observe
 import reference
-import toy
 import torch
 import torch.distributed as dist
+import toy
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
@@ -33,6 +33,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.fsdp.wrap import CustomPolicy
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from gap_ds import GaPEngine
@@ -70,7 +71,7 @@ def by_unit(row: dict[str, Any]) -> bool:
 def wrap(row: dict[str, Any]) -> nn.Module:
     """The toy, wrapped as the row says."""
     model: nn.Module = toy.build()
-    if row.get("checkpointing"):
+    if row.get("checkpointing") == "before":
         apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, toy.Block))
     if row["kind"] == "fsdp1":
         model = wrap_fsdp1(model, row)
@@ -78,6 +79,8 @@ def wrap(row: dict[str, Any]) -> nn.Module:
         model = wrap_fsdp2(model, row)
     elif row["kind"] == "ddp":
         model = DistributedDataParallel(model, find_unused_parameters=True)
+    if row.get("checkpointing") == "after":
+        apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, toy.Block))
     return torch.compile(model, backend="eager") if row.get("compile") else model
 
 
@@ -106,7 +109,7 @@ def wrap_fsdp2(model: nn.Module, row: dict[str, Any]) -> nn.Module:
     if row.get("offload"):
         arguments["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
     shape = (2, dist.get_world_size() // 2) if row.get("hybrid") else (dist.get_world_size(),)
-    arguments["mesh"] = init_device_mesh("cpu", shape)
+    arguments["mesh"] = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
     for layer in model.layers:
         fully_shard(layer, **arguments)
     return fully_shard(model, **arguments)
@@ -128,27 +131,37 @@ def evaluate(model: nn.Module) -> None:
         model(*toy.batch(99, 0, 0))
 
 
-def working_copy(engine: GaPEngine, row: dict[str, Any]) -> Callable[[str], Tensor]:
-    """The whole parameter, by the library's own means."""
-
-    def fsdp1(name: str) -> Tensor:
-        block, leaf = name.removeprefix("layers.").split(".", 1)
-        unit = engine.module.layers[int(block)]
-        with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=False):
-            full = {clean_name(n): p for n, p in unit.named_parameters()}
-            return full[leaf].detach().clone()
-
-    def fsdp2(name: str) -> Tensor:
-        full = {clean_name(n): p for n, p in engine.module.named_parameters()}[name]
-        return full.full_tensor().detach()
-
-    def whole(name: str) -> Tensor:
-        return {clean_name(n): p for n, p in engine.module.named_parameters()}[name].detach()
-
-    return {"fsdp1": fsdp1, "fsdp2": fsdp2}.get(row["kind"], whole)
+Weights = Callable[[GaPEngine], dict[str, Tensor]]
 
 
-def run(row: dict[str, Any], out: Path) -> dict[str, Any]:
+def full_weights(engine: GaPEngine) -> dict[str, Tensor]:
+    """All whole parameters, by the library's own means."""
+    root = getattr(engine._backend.forward, "_orig_mod", engine._backend.forward)
+    fsdp1 = isinstance(root, FullyShardedDataParallel)
+    with FullyShardedDataParallel.summon_full_params(root, writeback=False) if fsdp1 else contextlib.nullcontext():
+        return {
+            clean_name(name): (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+            for name, p in (root if fsdp1 else engine.module).named_parameters()
+        }
+
+
+def working_copy(engine: GaPEngine, weights: Weights) -> Callable[[str], Tensor]:
+    """Each whole parameter; all are gathered at once, once per step."""
+    seen: dict[int, dict[str, Tensor]] = {}
+
+    def weight(name: str) -> Tensor:
+        if engine.applied_steps not in seen:
+            seen.clear()
+            seen[engine.applied_steps] = weights(engine)
+        return seen[engine.applied_steps][name]
+
+    return weight
+
+
+def run(
+    row: dict[str, Any], out: Path, build: Callable[..., GaPEngine] = build, weights: Weights = full_weights
+) -> dict[str, Any]:
+    """A whole run, saved and exported in step 4, and a second engine that goes on from there."""
     engine = build(row)
     name = row["name"]
 
@@ -159,7 +172,7 @@ def run(row: dict[str, Any], out: Path) -> dict[str, Any]:
     at = {4: save_and_export}
     if row.get("evaluate"):
         at |= {step: lambda: evaluate(engine._backend.forward) for step in (2, 7, 11)}
-    result = observe.train(engine, working_copy(engine, row), at=at)
+    result = observe.train(engine, working_copy(engine, weights), at=at)
     result |= observe.final_state(engine) | {"plan": engine.plan, "backend": engine._backend.name}
     engine.export(out / "final" / name)
     result["reloaded"] = reload(out / "final" / name) if dist.get_rank() == 0 else {}
@@ -167,7 +180,7 @@ def run(row: dict[str, Any], out: Path) -> dict[str, Any]:
 
     resumed = build(row)
     client_state = resumed.load_checkpoint(out / "checkpoints" / name)
-    again = observe.train(resumed, working_copy(resumed, row), first=5)
+    again = observe.train(resumed, working_copy(resumed, weights), first=5)
     result["wrong"] += again["wrong"] + ([] if client_state == {"row": name} else ["client_state is lost"])
     result["resumed"] = observe.final_state(resumed) | {"masks": observe.full_masks(resumed)}
     resumed.close()
@@ -205,25 +218,22 @@ def overflow(row: dict[str, Any]) -> dict[str, Any]:
     return {"applied": applied, "changed": changed, "wrong": wrong, "scale": scaler.get_scale()}
 
 
-def early(row: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Saving before the first step, and at a step, changes nothing; a resume from before the first step neither."""
-    engine = build(row)
-    engine.save_checkpoint(out / "checkpoints" / row["name"])
-    result = observe.train(engine, working_copy(engine, row), last=4) | observe.final_state(engine)
-    resumed = build(row)
-    resumed.load_checkpoint(out / "checkpoints" / row["name"])
-    result["wrong"] += observe.train(resumed, working_copy(resumed, row), last=4)["wrong"]
-    # Back into an engine that has gone on: nothing of the later state may survive.
-    engine.load_checkpoint(out / "checkpoints" / row["name"])
-    result["wrong"] += observe.train(engine, working_copy(engine, row), last=4)["wrong"]
-    plain = build(row)
-    observe.train(plain, working_copy(plain, row), last=4)
-    return result | {"resumed": observe.final_state(resumed), "back": observe.final_state(engine)} | {
-        "plain": observe.final_state(plain)
-    }
+def early(
+    row: dict[str, Any], out: Path, build: Callable[..., GaPEngine] = build, weights: Weights = full_weights
+) -> dict[str, Any]:
+    """Saving before the first step changes nothing; going on from there, in a new engine or back in this one, neither."""
+    first, second, plain = build(row), build(row), build(row)
+    found: dict[str, Any] = {"wrong": []}
+    first.save_checkpoint(out / "checkpoints" / row["name"])
+    for name, engine in (("saved", first), ("resumed", second), ("back", first), ("plain", plain)):
+        if name in ("resumed", "back"):
+            engine.load_checkpoint(out / "checkpoints" / row["name"])
+        found["wrong"] += observe.train(engine, working_copy(engine, weights), last=4)["wrong"]
+        found[name] = observe.final_state(engine)
+    return found
 
 
-def refused(out: Path) -> dict[str, str]:
+def refused() -> dict[str, Any]:
     """The message of each combination that is refused."""
 
     def sgd(model: nn.Module) -> torch.optim.Optimizer:
@@ -277,6 +287,10 @@ def refused(out: Path) -> dict[str, str]:
         fully_shard(model, mesh=mesh, ignored_params={model.layers[0].fc1.weight})
         return GaPEngine(model, toy.GAP, optimizer=sgd(model))
 
+    def checkpointing_outside() -> GaPEngine:
+        model = wrap({"kind": "fsdp1", "checkpointing": "before"})
+        return GaPEngine(model, toy.GAP, optimizer=sgd(model))
+
     def mixed_strategies() -> GaPEngine:
         model = toy.build()
         for i, layer in enumerate(model.layers):
@@ -307,20 +321,21 @@ def refused(out: Path) -> dict[str, str]:
         "optimizer_too_early_fsdp2": partial(optimizer_too_early, "fsdp2"),
         "root_not_wrapped": root_not_wrapped,
         "ignored": ignored,
+        "checkpointing_outside": checkpointing_outside,
         "mixed_strategies": mixed_strategies,
         "sharding_optimizer": sharding_optimizer,
         "no_optimizer": no_optimizer,
     }
-    messages = {}
-    for name, case in cases.items():
-        messages[name] = "not refused"
-        with contextlib.suppress(ValueError):
-            try:
-                case()
-            except ValueError as error:
-                messages[name] = str(error)
-                raise
-    return messages
+    return {name: message(case) for name, case in cases.items()}
+
+
+def message(case: Callable[[], GaPEngine]) -> str:
+    """What the refusal says."""
+    try:
+        case()
+    except ValueError as error:
+        return str(error)
+    return "not refused"
 
 
 def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -330,30 +345,32 @@ def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"error": traceback.format_exc()}
 
 
-def main(out: Path) -> None:
-    dist.init_process_group("gloo")
-    torch.set_num_threads(1)
-    rows = json.loads((out / "rows.json").read_text())
-    wanted = {(row["optimizer"], by_unit(row), row.get("clip", 0.0)) for row in rows}
-    for optimizer, unit, clip in sorted(wanted):
+def work_through(out: Path, rows: list[dict[str, Any]], works: dict[str, Callable[[], dict[str, Any]]]) -> None:
+    """The references that the rows need, then the works one after the other; each result is handed over at once."""
+    for optimizer, unit, clip in sorted({(row["optimizer"], by_unit(row), row.get("clip", 0.0)) for row in rows}):
         for unused in (True, False):
-            name = f"reference_{optimizer}_{unit}_{clip}_{unused}"
             groups = groups_by_unit if unit else toy.groups
-            observe.hand_over(out, name, reference.train(optimizer, unused, groups, clip))
-    works: dict[str, Callable[[], dict[str, Any]]] = {}
-    for row in rows:
-        works[row["name"]] = {
-            "overflow": partial(overflow, row),
-            "early": partial(early, row, out),
-        }.get(row.get("what", ""), partial(run, row, out))
-    if dist.get_world_size() == 2:
-        works["refused"] = partial(refused, out)
+            result = reference.train(optimizer, unused, groups, clip)
+            observe.hand_over(out, f"reference_{optimizer}_{unit}_{clip}_{unused}", result)
     for name, work in works.items():
         result = attempt(work)
         observe.hand_over(out, name, result)
         if "error" in result:
             break  # the other ranks may be waiting: the parent ends them
     dist.barrier()
+
+
+def main(out: Path) -> None:
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    rows = json.loads((out / "rows.json").read_text())
+    kinds: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+        "overflow": overflow,
+        "early": lambda row: early(row, out),
+        "refused": lambda row: refused(),
+        "run": lambda row: run(row, out),
+    }
+    work_through(out, rows, {row["name"]: partial(kinds[row.get("what", "run")], row) for row in rows})
 
 
 if __name__ == "__main__":

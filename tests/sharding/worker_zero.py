@@ -75,14 +75,15 @@ def run(row: dict[str, Any], out: Path) -> dict[str, Any]:
         engine.save_checkpoint(out / "checkpoints" / name, client_state={"row": name})
         engine.export(out / "mid" / name)
 
-    result = observe.train(engine, **seen, at={4: save_and_export})
+    skip = row["reference_arguments"]["skip"]
+    result = observe.train(engine, **seen, skip=skip, at={4: save_and_export})
     result |= observe.final_state(engine) | {"stats": engine.stats(), "mask_bits": observe.mask_bits(engine)}
     engine.export(out / "final" / name)
     engine.close()
 
     resumed = build(row)
     client_state = resumed.load_checkpoint(out / "checkpoints" / name)
-    again = observe.train(resumed, **observers(resumed, row), first=5)
+    again = observe.train(resumed, **observers(resumed, row), skip=skip, first=5)
     result["wrong"] += again["wrong"] + ([] if client_state == {"row": name} else ["client_state is lost"])
     result["resumed"] = observe.final_state(resumed) | {"masks": observe.full_masks(resumed)}
     resumed.close()
@@ -92,10 +93,10 @@ def run(row: dict[str, Any], out: Path) -> dict[str, Any]:
 def main(out: Path) -> None:
     deepspeed.init_distributed()
     torch.set_num_threads(1)
-    for optimizer in toy.OPTIMIZERS:
-        for unused in (True, False):
-            observe.hand_over(out, f"reference_{optimizer}_{unused}", reference.train(optimizer, unused_is_zero=unused))
-    for row in json.loads((out / "rows.json").read_text()):
+    rows = json.loads((out / "rows.json").read_text())
+    for name, arguments in {row["reference"]: row["reference_arguments"] for row in rows}.items():
+        observe.hand_over(out, name, reference.train(**arguments))
+    for row in rows:
         try:
             result = run(row, out)
         except Exception:
