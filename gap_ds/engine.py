@@ -418,6 +418,7 @@ class GaPEngine:
     def _export_info(self, weights: dict[str, Tensor]) -> dict[str, Any]:
         kept = {e.name: int(weights[e.name].count_nonzero()) for e in self.plan.entries}
         pruned = sum(e.numel - e.keep for e in self.plan.entries)
+        mean_density = self.schedule.mean_density(*self.plan.per_partition())
         return {
             "signature": self.signature,
             "applied_steps": self.applied_steps,
@@ -425,6 +426,8 @@ class GaPEngine:
             "model_sparsity": pruned / self.plan.total,
             "kept": self.plan.keep,
             "numel": self.plan.numel,
+            "mean_density": mean_density,
+            "training_flops": self.plan.training_flops(mean_density),
             "entries": {
                 e.name: {"keep": e.keep, "nonzero": kept[e.name], "numel": e.numel, "partition": e.partition}
                 for e in self.plan.entries

@@ -1,0 +1,118 @@
+"""Writes the README's tables of figures from `benchmarks/results/`, between its markers.
+
+    python benchmarks/tables.py            rewrite README.md
+    python benchmarks/tables.py --check    exit 1 if README.md would change
+    python benchmarks/tables.py --collect RUN... --note "..."   first add finished runs of the translation example
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+TRANSLATION = RESULTS / "translation_multi30k.json"
+OVERHEAD = RESULTS / "overhead.json"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--collect", nargs="+", type=Path, default=[])
+    parser.add_argument("--note", default="", help="what a reader must know of how the runs were made")
+    args = parser.parse_args()
+    if args.collect:
+        collect(args.collect, args.note)
+    readme = ROOT / "README.md"
+    before = readme.read_text(encoding="utf-8")
+    after = fill(before, {"translation": translation(), "overhead": overhead()})
+    if args.check:
+        return int(before != after)
+    readme.write_text(after, encoding="utf-8")
+    return 0
+
+
+def fill(text: str, sections: dict[str, str]) -> str:
+    """The text with what stands between `<!-- NAME -->` and `<!-- /NAME -->` replaced."""
+    for name, content in sections.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        assert pattern.search(text), f"README.md has no section {name}"
+        text = pattern.sub(lambda match, content=content: match[1] + content + match[2], text)
+    return text
+
+
+def collect(runs: list[Path], note: str) -> None:
+    """Adds the results of finished runs, with the command that repeats each."""
+    rows = json.loads(TRANSLATION.read_text(encoding="utf-8")) if TRANSLATION.exists() else []
+    for run in runs:
+        found = json.loads((run / "results.json").read_text(encoding="utf-8"))
+        losses = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        found.pop("entries")
+        found |= {"name": run.name, "command": command(found), "note": note, "cores": len(os.sched_getaffinity(0))}
+        found["machine"] = f"{platform.machine()} {found['device']}"
+        found["validation_loss"] = [round(row["loss"], 4) for row in losses if row["kind"] == "validation"]
+        found["arguments"]["dataset"] = Path(found["arguments"]["dataset"]).name
+        found["arguments"].pop("output_dir")
+        rows = [row for row in rows if row["name"] != run.name] + [found]
+    TRANSLATION.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def command(result: dict[str, Any]) -> str:
+    """The command line of a run: every argument that is not the default."""
+    sys.path.insert(0, str(ROOT / "examples" / "translation"))
+    from train import Arguments
+
+    arguments = {**result["arguments"], "dataset": f"DATA/{Path(result['arguments']['dataset']).name}"}
+    words = ["deepspeed", "--num_accelerators", str(result["ranks"]), "examples/translation/train.py"]
+    for field in dataclasses.fields(Arguments):
+        value = arguments[field.name]
+        if field.name in ("local_rank", "output_dir", "resume", "overwrite") or value == field.default:
+            continue
+        flag = "--deepspeed_config" if field.name == "deepspeed_config" else "--" + field.name.replace("_", "-")
+        words += [flag] if value is True else [flag, str(value)]
+    return shlex.join([*words, "--output-dir", "OUT"])
+
+
+def translation() -> str:
+    """BLEU of dense and sparse runs side by side."""
+    lines = [
+        "| preset | run | epochs | entries pruned | whole model pruned | training FLOPs | BLEU | uncased | chrF |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in json.loads(TRANSLATION.read_text(encoding="utf-8")) if TRANSLATION.exists() else []:
+        method = "dense" if row["dense"] else "C-GaP"
+        epochs = row["applied_steps"] / row["steps_per_epoch"]
+        lines.append(
+            f"| {row['arguments']['preset']} | {method} | {epochs:g} | {row['entry_sparsity']:.0%} | "
+            f"{row['model_sparsity']:.0%} | {row['training_flops']:.2f} | {row['bleu']['score']:.1f} | "
+            f"{row['bleu_uncased']['score']:.1f} | {row['chrf']['score']:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def overhead() -> str:
+    """Time of a step with the engine relative to the step without."""
+    lines = [
+        "| preset | backend | ranks | bare step | with the engine | median ratio | quartiles |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in json.loads(OVERHEAD.read_text(encoding="utf-8")) if OVERHEAD.exists() else []:
+        low, _, high = row["quartiles_of_ratios"]
+        lines.append(
+            f"| {row['preset']} | {row['backend']} | {row['ranks']} | {row['bare_ms']:.0f} ms | {row['engine_ms']:.0f} ms | "
+            f"{row['median_of_ratios']:.3f} | {low:.3f} to {high:.3f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
