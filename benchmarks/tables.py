@@ -1,8 +1,8 @@
 """Writes the README's tables of figures from `benchmarks/results/`, between its markers.
 
-    python benchmarks/tables.py            rewrite README.md
-    python benchmarks/tables.py --check    exit 1 if README.md would change
-    python benchmarks/tables.py --collect RUN... --note "..."   first add finished runs of the translation example
+python benchmarks/tables.py            rewrite README.md
+python benchmarks/tables.py --check    exit 1 if README.md would change
+python benchmarks/tables.py --collect RUN... --note "..."   first add finished runs of the translation example
 """
 
 from __future__ import annotations
@@ -107,10 +107,8 @@ def overhead() -> str:
     ]
     for row in json.loads(OVERHEAD.read_text(encoding="utf-8")) if OVERHEAD.exists() else []:
         low, _, high = row["quartiles_of_ratios"]
-        lines.append(
-            f"| {row['preset']} | {row['backend']} | {row['ranks']} | {row['bare_ms']:.0f} ms | {row['engine_ms']:.0f} ms | "
-            f"{row['median_of_ratios']:.3f} | {low:.3f} to {high:.3f} |"
-        )
+        times = f"{row['bare_ms']:.0f} ms | {row['engine_ms']:.0f} ms | {row['median_of_ratios']:.3f}"
+        lines.append(f"| {row['preset']} | {row['backend']} | {row['ranks']} | {times} | {low:.3f} to {high:.3f} |")
     return "\n".join(lines) + "\n"
 
 

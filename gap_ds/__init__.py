@@ -5,8 +5,22 @@
 3
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from gap_ds._version import __version__
-from gap_ds.config import GaPConfig
-from gap_ds.engine import GaPEngine
+
+if TYPE_CHECKING:
+    from gap_ds.config import GaPConfig
+    from gap_ds.engine import GaPEngine
 
 __all__ = ["GaPConfig", "GaPEngine", "__version__"]
+
+_HOMES = {"GaPConfig": "gap_ds.config", "GaPEngine": "gap_ds.engine"}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported at first use: `import gap_ds` costs nothing, and `python -m gap_ds.config` finds its module unimported.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gap_ds' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -160,7 +160,7 @@ def read_json(path: Path) -> Any:
 
 
 def save(folder: Path, tag: str, world: Comm, write: Callable[[Path], None]) -> Path:
-    """Writes FOLDER/TAG by `write(folder aside)` on all ranks, then makes it visible at once and names it the latest."""
+    """Writes FOLDER/TAG by `write(folder aside)` on all ranks, then shows it at once and names it the latest."""
     final, aside = folder / tag, folder / f"{tag}.partial"
     if world.rank == 0:
         shutil.rmtree(aside, ignore_errors=True)
@@ -193,9 +193,11 @@ def find(folder: Path, tag: str | None = None) -> Path:
             tag = (folder / "latest").read_text(encoding="utf-8").strip()
         except OSError:
             raise ValueError(f'{folder}: holds no checkpoint (it has no file "latest")') from None
-    if not (folder / tag / "gap" / "state.json").is_file() or Path(tag).name != tag:
-        raise ValueError(f"{folder}: holds no complete checkpoint {tag!r}")
-    return folder / tag
+    # A kill while a tag is saved again can leave the old folder under its second name; it is as good.
+    for name in (tag, f"{tag}.old"):
+        if Path(tag).name == tag and (folder / name / "gap" / "state.json").is_file():
+            return folder / name
+    raise ValueError(f"{folder}: holds no complete checkpoint {tag!r}")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -71,6 +71,22 @@ class Comm:
             whole[start : start + numel] = values[:numel]
         return whole
 
+    def assemble_everywhere(self, piece: Tensor, start: int, total: int) -> Tensor:
+        """On every rank the integers (total,) that the ranks' pieces make up, on the device of the piece.
+
+        Each of them lies in just one piece, so the sum of all pieces, each padded with zeros, is exact; and no rank
+        ever holds more than the whole, however unevenly it is cut.
+
+        Args:
+            piece: this rank's values; `start`: where they begin.
+        """
+        if self.size == 1:
+            return piece
+        whole = torch.zeros(total, dtype=piece.dtype, device=self._device)
+        whole[start : start + piece.numel()] = piece
+        dist.all_reduce(whole, group=self._group)
+        return whole.to(piece.device)
+
     def from_first(self, value: Any) -> Any:
         """Rank 0's value of a small plain object, on every rank."""
         if self.size == 1:

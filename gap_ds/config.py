@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from gap_ds.pattern import NofM, parse
+
 Method = Literal["cyclic", "dsd", "static", "dense"]
 
 #: Settings that a method never reads. Setting one of them is an error, because it would have no effect.
@@ -18,7 +20,7 @@ _UNUSED: dict[str, tuple[str, ...]] = {
     "cyclic": (),
     "dsd": ("partitions", "assign", "order", "init"),
     "static": ("order", "optimizer_state"),
-    "dense": ("distribution", "assign", "order", "init", "optimizer_state"),
+    "dense": ("distribution", "pattern", "assign", "order", "init", "optimizer_state"),
 }
 
 
@@ -41,6 +43,11 @@ class GaPConfig(BaseModel):
     sparsity: float = Field(ge=0.0, lt=1.0, description="Fraction of the entries' weights that the final model drops.")
     distribution: Literal["uniform", "erk"] = Field(
         "uniform", description="How the sparsity is spread: the same for every entry, or Erdos-Renyi-Kernel."
+    )
+    pattern: str = Field(
+        "unstructured",
+        description="Which weights may be kept together: unstructured, N:M (2:4) of every M inputs, or block:HxW "
+        "(block:4x4) of outputs x inputs.",
     )
     partitions: int | list[list[str]] = Field(
         1, description="Number of partitions (kappa), or the partitions written out as lists of name patterns."
@@ -77,6 +84,12 @@ class GaPConfig(BaseModel):
                     data = {**data, key: float(data[key])}
         return data
 
+    @field_validator("pattern")
+    @classmethod
+    def _pattern(cls, value: str) -> str:
+        parse(value)
+        return value
+
     @field_validator("partitions", mode="before")
     @classmethod
     def _partitions(cls, value: Any) -> Any:
@@ -104,6 +117,17 @@ class GaPConfig(BaseModel):
             raise ValueError('partitions: cyclic GaP needs at least 2; with one it is method="dsd"')
         if (self.method == "dense") != (self.sparsity == 0.0):
             raise ValueError(f'sparsity={self.sparsity} with method="{self.method}": 0 and "dense" go together')
+        pattern = parse(self.pattern)
+        if isinstance(pattern, NofM) and self.distribution != "uniform":
+            raise ValueError(
+                f'pattern="{pattern}" with distribution="{self.distribution}": every entry keeps {pattern.n} of '
+                f'{pattern.m}, so set "distribution" to "uniform"'
+            )
+        if isinstance(pattern, NofM) and self.sparsity != pattern.sparsity:
+            raise ValueError(
+                f'pattern="{pattern}" with sparsity={self.sparsity}: keeps {pattern.n} of {pattern.m}, so set '
+                f'"sparsity" to {pattern.sparsity}'
+            )
         if self.rounds == 0 and not (self.finetune_epochs or self.finetune_steps):
             raise ValueError('the run would be empty: raise "rounds" or the length of the fine-tuning')
         return self
@@ -154,7 +178,7 @@ class GaPConfig(BaseModel):
         parts["k"] = self.kappa if isinstance(self.partitions, int) else json.dumps(self.partitions)
         parts |= {"T": f"{_exact(length)}{unit}", "rounds": self.rounds, "ft": f"{_exact(finetune)}{unit}"}
         parts["s"] = _exact(self.sparsity)
-        parts |= {"dist": self.distribution, "pat": "unstructured"}
+        parts |= {"dist": self.distribution, "pat": self.pattern}
         if "init" not in _UNUSED[self.method]:
             parts["init"] = self.init
         parts["lr"] = self.lr

@@ -13,8 +13,17 @@ from fractions import Fraction
 Distribution = Callable[[Sequence[Sequence[int]], float], list[int]]
 
 
+def round_half_up(amount: Fraction) -> int:
+    """The nearest whole number, the upper of two, at least 1: the project's one rounding rule.
+
+    >>> round_half_up(Fraction(5, 2)), round_half_up(Fraction(1, 9))
+    (3, 1)
+    """
+    return max(1, math.floor(amount + Fraction(1, 2)))
+
+
 def keep_count(numel: int, sparsity: float) -> int:
-    """Weights kept out of `numel` at `sparsity`, rounded half up, at least 1: the project's one rounding rule.
+    """Weights kept out of `numel` at `sparsity`, rounded half up, at least 1.
 
     The sparsity is taken as the decimal number that was written down, so that 0.9 of 1000 leaves exactly 100.
 
@@ -23,8 +32,7 @@ def keep_count(numel: int, sparsity: float) -> int:
     """
     if not 0.0 <= sparsity < 1.0:
         raise ValueError(f'sparsity={sparsity}: must lie in [0, 1). Set "sparsity".')
-    kept = (1 - Fraction(repr(sparsity))) * numel
-    return max(1, math.floor(kept + Fraction(1, 2)))
+    return round_half_up((1 - Fraction(repr(sparsity))) * numel)
 
 
 def uniform(shapes: Sequence[Sequence[int]], sparsity: float) -> list[int]:

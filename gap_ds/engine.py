@@ -24,6 +24,7 @@ from gap_ds._version import __version__
 from gap_ds.backends import Training, detect
 from gap_ds.comm import Comm
 from gap_ds.config import GaPConfig
+from gap_ds.pattern import Unstructured
 from gap_ds.schedule import Phase
 from gap_ds.shard import Shard
 
@@ -233,8 +234,20 @@ class GaPEngine:
                 keys = selection.random_keys(self.config.seed, entry.name, shard.start, weight.device)
             pieces.append(selection.Piece(entry.name, shard.start, shard.numel, keys, budget=len(keep)))
             keep.append(update.keep)
-        bits = selection.select_largest(pieces, keep, self._backend.comm)
+        if isinstance(self.plan.pattern, Unstructured):
+            bits = selection.select_largest(pieces, keep, self._backend.comm)
+        else:
+            bits = [self._select_whole(*row) for row in zip(updates, updates.values(), pieces, strict=True)]
         return {piece.name: b for piece, b in zip(pieces, bits, strict=True)}
+
+    def _select_whole(
+        self, entry: plan.Entry, update: methods.Largest | methods.Random, piece: selection.Piece
+    ) -> Tensor:
+        """Bits of this rank's piece where the pattern needs the whole entry: all ranks assemble it and decide alike."""
+        keys = self._backend.comm.assemble_everywhere(piece.keys(0, piece.numel), piece.start, entry.numel)
+        scores = selection.magnitudes(entry.name, keys) if isinstance(update, methods.Largest) else keys
+        kept = self.plan.pattern.mask(scores.view(entry.shape), update.keep, entry.dims)
+        return masks.pack(kept.flatten()[piece.start : piece.start + piece.numel])
 
     def _grow(self, shard: Shard) -> None:
         """Takes the mask off. The weights it had pruned are zero already; their moments become zero."""

@@ -13,12 +13,13 @@ import math
 import random
 import re
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 from gap_ds.config import GaPConfig
 from gap_ds.distribution import DISTRIBUTIONS
+from gap_ds.pattern import Pattern, Unstructured, parse
 
 #: Name components that wrappers insert: FSDP1 and fairscale, activation checkpointing, torch.compile.
 _WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module|_orig_mod)\.")
@@ -35,12 +36,13 @@ def clean_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class Entry:
-    """One prunable weight tensor and its budget."""
+    """One prunable weight tensor and its budget; `dims` are its output and its input dimension."""
 
     name: str
     shape: tuple[int, ...]
     partition: int
     keep: int
+    dims: tuple[int, int] = (0, 1)
 
     @property
     def numel(self) -> int:
@@ -49,7 +51,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Plan:
-    """The entries of a model in module order, and what the figures of the whole model need.
+    """The entries of a model in module order, their pattern, and what the figures of the whole model need.
 
     `total` is the number of weights of the model, tied ones once. `dense_matmul` is the number of weights outside the
     entries that are multiplied with (a tied head included, embedding look-ups not).
@@ -59,6 +61,7 @@ class Plan:
     kappa: int
     total: int
     dense_matmul: int
+    pattern: Pattern = field(default_factory=Unstructured)
 
     @property
     def numel(self) -> int:
@@ -87,9 +90,9 @@ class Plan:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all names, shapes, partitions and budgets: equal plans, equal fingerprints, on any machine."""
-        rows = [[e.name, list(e.shape), e.partition, e.keep] for e in self.entries]
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+        """Hash of the pattern and all names, shapes, partitions and budgets: equal plans, equal fingerprints."""
+        rows = [[e.name, list(e.shape), e.partition, e.keep, list(e.dims)] for e in self.entries]
+        return hashlib.sha256(json.dumps([str(self.pattern), rows]).encode()).hexdigest()[:16]
 
 
 def build(
@@ -106,8 +109,8 @@ def build(
         frozen: names of the parameters that are not trained, and so never entries.
 
     Raises:
-        ValueError: no entry was found, a pattern matches nothing, there are more partitions than blocks, or the
-            written partitions overlap or leave entries out.
+        ValueError: no entry was found, a name pattern matches nothing, there are more partitions than blocks, the
+            written partitions overlap or leave entries out, or an entry's shape does not go with the pattern.
     """
     parameters = {clean_name(name): p for name, p in model.named_parameters()}
     if shapes is None:
@@ -120,11 +123,26 @@ def build(
     blocks = find_blocks(modules, shapes)
     names = _entry_names(modules, shapes, blocks, config)
     partition = _assign(names, shapes, blocks, config)
+    pattern = parse(config.pattern)
+    dims = {name: _dims(name, modules) for name in names}
+    _check_shapes(pattern, {name: shapes[name] for name in names}, dims)
     keep = DISTRIBUTIONS[config.distribution]([shapes[name] for name in names], config.sparsity)
-    entries = tuple(Entry(n, tuple(shapes[n]), partition[n], k) for n, k in zip(names, keep, strict=True))
+    entries = tuple(
+        Entry(n, tuple(shapes[n]), partition[n], pattern.budget(shapes[n], k, dims[n]), dims[n])
+        for n, k in zip(names, keep, strict=True)
+    )
     kappa = 1 + max(partition.values())
-    tied = {clean_name(name): p for name, p in model.named_parameters(remove_duplicate=False)}
-    return Plan(entries, kappa, total, _dense_matmul(tied, modules, full, set(names)))
+    return Plan(entries, kappa, total, _dense_matmul(_tensors(modules), modules, full, set(names)), pattern)
+
+
+def _tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Every parameter under each of its names; where it was flattened, the view that the module has in its place."""
+    return {
+        f"{name}.{leaf}".removeprefix("."): tensor
+        for name, module in modules.items()
+        for leaf, tensor in (*vars(module).items(), *module._parameters.items())
+        if isinstance(tensor, Tensor)
+    }
 
 
 def find_blocks(modules: Mapping[str, nn.Module], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
@@ -221,6 +239,33 @@ def _entry_names(
     return [name for name in shapes if name in chosen]
 
 
+def _dims(name: str, modules: Mapping[str, nn.Module]) -> tuple[int, int]:
+    """(output, input) dimension of an entry, as its module multiplies it.
+
+    Linear is (out, in) and a convolution (out, in, kernel ...); transposed convolutions and GPT-2's Conv1D have the
+    inputs first. Stacked experts are (E, out, in), and (E, in, out) where transformers says that they are transposed.
+    """
+    owner = modules.get(_parent(name))
+    if "expert" in type(owner).__name__.lower() and not name.endswith("weight"):
+        return (2, 1) if getattr(owner, "is_transposed", False) else (1, 2)
+    is_transposed = isinstance(owner, _TRANSPOSED) or type(owner).__name__ == "Conv1D"
+    return (1, 0) if is_transposed else (0, 1)
+
+
+_TRANSPOSED = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+
+
+def _check_shapes(pattern: Pattern, shapes: Mapping[str, tuple[int, ...]], dims: Mapping[str, tuple[int, int]]) -> None:
+    found = {name: misfit for name, shape in shapes.items() if (misfit := pattern.misfit(shape, dims[name]))}
+    if found:
+        name, misfit = next(iter(found.items()))
+        others = f" (and {len(found) - 1} others)" if len(found) > 1 else ""
+        raise ValueError(
+            f'pattern="{pattern}": {name}{others} does not go with it: {misfit}. List it in "exclude" to keep it '
+            'dense, or change "pattern".'
+        )
+
+
 def _assign(
     names: Sequence[str], shapes: Mapping[str, tuple[int, ...]], blocks: Sequence[str], config: GaPConfig
 ) -> dict[str, int]:
@@ -294,7 +339,7 @@ def balanced_cut(sizes: Sequence[int], parts: int) -> list[int]:
 
 
 def _dense_matmul(
-    parameters: Mapping[str, nn.Parameter],
+    parameters: Mapping[str, Tensor],
     modules: Mapping[str, nn.Module],
     shapes: Mapping[str, tuple[int, ...]],
     entries: set[str],

@@ -92,6 +92,24 @@ def magnitude_keys(weights: Tensor) -> Callable[[int, int], Tensor]:
     return keys
 
 
+def magnitudes(name: str, keys: Tensor) -> Tensor:
+    """The magnitudes (N,) in fp32 that have these keys; a view.
+
+    Raises:
+        ValueError: a weight is NaN.
+    """
+    if invalid := int((keys < 0).sum()):
+        raise _no_order(name, invalid)
+    return keys.view(torch.float32)
+
+
+def _no_order(name: str, invalid: int) -> ValueError:
+    return ValueError(
+        f"{name}: {invalid} weights are NaN, so their magnitudes have no order. The training has "
+        "diverged before this boundary: lower the learning rate, or resume from an earlier checkpoint."
+    )
+
+
 def random_keys(seed: int, name: str, start: int, device: torch.device) -> Callable[[int, int], Tensor]:
     """Keys from a counter-based hash of (seed, entry name, flat index): the same for any sharding and device.
 
@@ -171,10 +189,7 @@ def _check(pieces: Sequence[Piece], counts: Tensor, keep: Tensor, reduce: Reduce
     invalid = counts[len(keep) :].reshape(-1)[: len(pieces)]
     if bool((invalid != 0).any()):
         e = int(invalid.nonzero()[0, 0])
-        raise ValueError(
-            f"{pieces[e].name}: {int(invalid[e])} weights are NaN, so their magnitudes have no order. The training has "
-            "diverged before this boundary: lower the learning rate, or resume from an earlier checkpoint."
-        )
+        raise _no_order(pieces[e].name, int(invalid[e]))
     available = counts[: len(keep)].sum(1)
     if bool((keep > available).any()):
         g = int((keep > available).nonzero()[0, 0])

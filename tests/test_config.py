@@ -61,6 +61,10 @@ def test_it_does_not_change() -> None:
 # -- mistakes ------------------------------------------------------------------------------------------------------
 
 PATTERNS = "must be an integer of at least 1, or a list of non-empty lists of name patterns"
+PATTERN = (
+    'must be "unstructured", "N:M" with 1 <= N < M <= 32 such as "2:4", or "block:HxW" of at least 2 weights such as '
+    '"block:4x4"'
+)
 UNIT = 'exactly one of "{}_epochs" and "{}_steps" must be set (in gap_config).'
 
 MISTAKES: list[tuple[dict[str, Any], str]] = [
@@ -126,6 +130,24 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"init": "zero"}, "init='zero': input should be 'random' or 'magnitude'. Set \"init\" in gap_config."),
     ({"sparsty": 0.9}, 'unknown setting "sparsty" in gap_config: did you mean "sparsity"?'),
     ({"phase_epoch": 1}, 'unknown setting "phase_epoch" in gap_config: did you mean "phase_epochs"?'),
+    *(
+        ({"pattern": value}, f'pattern={value!r}: {PATTERN}. Set "pattern" in gap_config.')
+        for value in ("", "2", "4:2", "4:4", "0:4", "02:4", "2:33", "2:4 ", "block:4", "block:1x1", "block:0x4", "N:M")
+    ),
+    ({"pattern": 2}, 'pattern=2: input should be a valid string. Set "pattern" in gap_config.'),
+    (
+        {"pattern": "2:4"},
+        'pattern="2:4" with sparsity=0.8: keeps 2 of 4, so set "sparsity" to 0.5 (in gap_config).',
+    ),
+    (
+        {"pattern": "1:3", "sparsity": 0.666},
+        'pattern="1:3" with sparsity=0.666: keeps 1 of 3, so set "sparsity" to 0.6666666666666666 (in gap_config).',
+    ),
+    (
+        {"pattern": "2:4", "sparsity": 0.5, "distribution": "erk"},
+        'pattern="2:4" with distribution="erk": every entry keeps 2 of 4, so set "distribution" to "uniform" (in '
+        "gap_config).",
+    ),
     (
         {"partitions": [["a"], ["b"]], "assign": "random"},
         '"assign" has no effect when "partitions" lists the patterns: remove one of the two (in gap_config).',
@@ -165,6 +187,7 @@ VALUES = {
     "init": "magnitude",
     "optimizer_state": "reset",
     "distribution": "erk",
+    "pattern": "block:4x4",
 }
 
 
@@ -258,6 +281,10 @@ SIGNATURES: list[tuple[dict[str, Any], str]] = [
         "|lr:continuous|assign:random|seed:0|v:1",
     ),
     (
+        data(sparsity=0.5, pattern="2:4"),
+        "gap|method:cyclic|k:3|T:1ep|rounds:2|ft:2ep|s:0.5|dist:uniform|pat:2:4|init:random|lr:continuous|seed:0|v:1",
+    ),
+    (
         data(method="dense", sparsity=0),
         "gap|method:dense|k:3|T:1ep|rounds:2|ft:2ep|s:0|dist:uniform|pat:unstructured|lr:continuous|seed:0|v:1",
     ),
@@ -275,6 +302,8 @@ def test_different_settings_have_different_signatures() -> None:
         data(sparsity=0.8000001),
         data(partitions=4),
         data(distribution="erk"),
+        data(pattern="block:4x4"),
+        data(pattern="block:4x8"),
         data(assign="interleaved"),
         data(order="random"),
         data(phase_epochs=1.0000001),

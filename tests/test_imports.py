@@ -5,7 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 
-OPTIONAL = "accelerate datasets deepspeed fairscale matplotlib rich sacrebleu tokenizers transformers typer yaml".split()
+OPTIONAL = (
+    "accelerate datasets deepspeed fairscale matplotlib rich sacrebleu tokenizers transformers typer yaml".split()
+)
 
 
 def loaded_after(statement: str) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from typing import Any
 
@@ -52,7 +53,7 @@ def updates(settings: GaPConfig, partition: int = 0) -> list[Update]:
     """What happens to an entry over a whole run."""
     entry = Entry("fc.weight", (4, 4), partition, keep=4)
     phases: list[Phase | None] = [None, *build(settings).phases]
-    return [rule(settings)(entry, before, after) for before, after in zip(phases, phases[1:], strict=False) if after]
+    return [rule(settings)(entry, before, after) for before, after in itertools.pairwise(phases) if after]
 
 
 def test_whole_runs() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from fractions import Fraction
 from typing import Any
 
@@ -77,7 +78,7 @@ def test_random_order(kappa: int, seed: int) -> None:
     explored = [partition for (partition,) in phases[:-1]]
     assert len(explored) == 40 * kappa and phases[-1] == [] and explored[0] == 0
     assert set(explored) == set(range(kappa))
-    assert all(a != b for a, b in zip(explored, explored[1:], strict=False))
+    assert all(a != b for a, b in itertools.pairwise(explored))
     if kappa > 2:  # with two, taking turns is all that is left
         assert phases != dense(build(config(partitions=kappa, rounds=40)))
         assert phases != dense(build(config(partitions=kappa, order="random", rounds=40, seed=seed + 1)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import os
 import subprocess
@@ -80,7 +81,9 @@ def on_ranks(size: int, work: Callable[[Rank], Any]) -> list[Any]:
 Cuts = list[list[tuple[int, int]]]
 
 
-def select(weights: Sequence[Tensor], cuts: Cuts, budgets: Sequence[int], keep: Sequence[int], rank: Rank) -> list[Tensor]:
+def select(
+    weights: Sequence[Tensor], cuts: Cuts, budgets: Sequence[int], keep: Sequence[int], rank: Rank
+) -> list[Tensor]:
     """The masks (numel,) of this rank's pieces, as bools."""
     pieces = []
     for e, weight in enumerate(weights):
@@ -128,8 +131,9 @@ values = st.one_of(
 @st.composite
 def problems(draw: st.DrawFn) -> tuple[list[Tensor], Cuts, list[int], list[int], int]:
     dtype = draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16]))
-    lists = draw(st.lists(st.lists(values, min_size=1, max_size=30), min_size=1, max_size=5))
-    weights = [torch.tensor(entry, dtype=torch.float64).to(dtype) for entry in lists]
+    lists = draw(st.lists(st.lists(values, min_size=1, max_size=15), min_size=1, max_size=5))
+    # Repeated, so that ties lie on both sides of the borders of ranks and chunks.
+    weights = [torch.tensor(entry * draw(st.integers(1, 4)), dtype=torch.float64).to(dtype) for entry in lists]
     groups = draw(st.integers(1, len(weights)))
     budgets = [e if e < groups else draw(st.integers(0, groups - 1)) for e in range(len(weights))]
     sizes = [sum(len(w) for w, b in zip(weights, budgets, strict=True) if b == g) for g in range(groups)]
@@ -138,7 +142,7 @@ def problems(draw: st.DrawFn) -> tuple[list[Tensor], Cuts, list[int], list[int],
     cuts: Cuts = []
     for weight in weights:
         edges = [0, *sorted(draw(st.integers(0, len(weight))) for _ in range(ranks - 1)), len(weight)]
-        pieces = [(lo, hi - lo) for lo, hi in zip(edges, edges[1:], strict=False)]
+        pieces = [(lo, hi - lo) for lo, hi in itertools.pairwise(edges)]
         if draw(st.booleans()):
             pieces = [(start if numel else 0, numel) for start, numel in pieces]
         cuts.append(draw(st.permutations(pieces)))  # a rank's number says nothing about where its piece lies
@@ -185,6 +189,14 @@ def test_ties_go_to_the_first_entry_then_the_first_index() -> None:
     cuts = [[(0, 1), (1, 2)], [(0, 2), (2, 1)]]
     results = on_ranks(2, lambda rank: select(weights, cuts, [0, 0], [4], rank))
     assert assembled(results, weights, cuts) == [[True, True, True], [True, False, False]]
+
+
+@pytest.mark.parametrize("keep", [0, 1, 5, 8, 9, 17, 24, 25, 39, 40])
+def test_ties_on_both_sides_of_a_chunk(monkeypatch: pytest.MonkeyPatch, keep: int) -> None:
+    monkeypatch.setattr(selection, "_CHUNK", 8)
+    cuts = [[(0, 19), (19, 21)]]
+    results = on_ranks(2, lambda rank: select([torch.zeros(40)], cuts, [0], [keep], rank))
+    assert assembled(results, [torch.zeros(40)], cuts) == [[i < keep for i in range(40)]]
 
 
 def test_more_entries_than_bins() -> None:
@@ -293,7 +305,7 @@ def test_random_masks_do_not_depend_on_the_sharding() -> None:
 @pytest.mark.parametrize("start", [0, 2**32 - (1 << 15)])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_random_keys_are_near_uniform(seed: int, start: int) -> None:
-    """Chi-square over 256 bins has mean 255 and standard deviation 22.6; also pairs of neighbours, over 16 x 16 bins."""
+    """Chi-square over 256 bins has mean 255 and standard deviation 22.6; also of pairs of neighbours, 16 x 16 bins."""
     keys = selection.random_keys(seed, "layers.0.weight", start, CPU)(0, 1 << 16).numpy()
     for bins in (keys >> 23, keys & 255, (keys[:-1] >> 27) * 16 + (keys[1:] >> 27)):
         expected = len(bins) / 256
@@ -334,7 +346,7 @@ print(*run(1 << 24))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
 def test_scratch_memory_does_not_grow_with_the_piece() -> None:
-    """16.8 M weights (67 MB): beyond the mask (2 MB, twice while its chunks are joined) it is the scratch of a chunk."""
+    """16.8 M weights (67 MB): beyond the mask (2 MB, twice while its chunks are joined) only a chunk's scratch."""
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc gives back at once what is freed
     command = [sys.executable, "-c", MEMORY]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import random
 import signal
@@ -11,17 +12,19 @@ import socket
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
+import datasets
 import numpy as np
 import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers.utils import logging as transformers_logging
 
 
 def start_processes(seed: int, threads: int | None, deepspeed: bool) -> torch.device:
@@ -52,8 +55,12 @@ def start_processes(seed: int, threads: int | None, deepspeed: bool) -> torch.de
         ds.init_distributed()
     elif int(os.environ["WORLD_SIZE"]) > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
-    # Every rank builds the same model from this seed; `seed_rank` makes their dropout differ afterwards.
-    seed_everything(seed)
+    # Saving a run of one process without a process group is what we want, not what torch has to guess.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+    if rank() != 0 or not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+        transformers_logging.disable_progress_bar()
+    seed_everything(seed)  # every rank builds the same model; their dropout is made to differ afterwards
     return device
 
 
@@ -98,42 +105,61 @@ def total_over_ranks(*values: float) -> list[float]:
 
 
 class Interrupt:
-    """Notices SIGINT and SIGTERM on any rank, so that all ranks can finish their step, save and leave together.
+    """Inside its `with`, SIGINT and SIGTERM on any rank let all ranks finish their step, save and leave together.
 
     `requested()` is a collective: all ranks call it after the same step and get the same answer, the signal's number or
-    0. It costs one small message over the CPU, and no synchronisation with a GPU.
+    0. It costs one small message over the CPU, and no synchronisation with a GPU. Outside, signals act as usual: one
+    that came too late to be asked for acts when the `with` ends. Once it was answered there is nothing left to do but
+    to leave, and launchers pass on the same Ctrl-C up to three times: then further signals change nothing.
     """
 
     def __init__(self) -> None:
-        self._seen = 0
+        self._seen = self._answered = 0
         self._group = dist.new_group(backend="gloo") if world_size() > 1 else None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._notice)
+
+    def __enter__(self) -> Interrupt:
+        self._before = {number: signal.signal(number, self._notice) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._answered:
+            return
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if self._seen:
+            os.kill(os.getpid(), self._seen)
 
     def _notice(self, number: int, _: Any) -> None:
         self._seen = number
 
     def requested(self) -> int:
-        if self._group is None:
-            return self._seen
         flag = torch.tensor([self._seen])
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
-        return int(flag)
+        if self._group is not None:
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
+        self._answered = int(flag)
+        return self._answered
 
 
 class Monitor:
-    """Progress on rank 0: a bar on a terminal, else plain lines; `metrics.jsonl`; TensorBoard when asked for."""
+    """Progress on rank 0: a bar on a terminal, else plain lines; `metrics.jsonl`; TensorBoard when asked for.
+
+    A run that goes on at step `start` goes on with the lines up to there: later ones are of steps it takes again.
+    """
 
     def __init__(self, folder: Path, total: int, start: int, every: int, tensorboard: bool) -> None:
         self._leads, self._every, self._start, self._total = rank() == 0, every, time.perf_counter(), total
         self._writer: Any = None
         if not self._leads:
             return
-        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        path = folder / "metrics.jsonl"
+        if path.exists():
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= start]
+            path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(folder / "tensorboard"))
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
         self.console = Console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
@@ -181,11 +207,60 @@ class Monitor:
                     self._writer.add_scalar(f"{kind}/{key}", value, step)
 
 
-def fail(error: BaseException) -> int:
+def _step_of(line: str) -> float:
+    """The step of a line of `metrics.jsonl`; infinite where a kill has cut it short."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def run(main: Callable[[], int]) -> NoReturn:
+    """Runs a program and ends this process with its exit status.
+
+    What the user can mend becomes one message on one rank: ValueError and OSError (status 2), Ctrl-C where there is
+    nothing to save (130), another rank's end (1). Anything else is a bug and keeps its traceback.
+    """
+    try:
+        status = main()
+    except (ValueError, OSError) as error:
+        status = _fail(error)
+    except KeyboardInterrupt:
+        status = 130
+        if _launched_rank() == 0:
+            print("interrupted. What was saved before is as it was.", file=sys.stderr)
+    except RuntimeError as error:
+        if not _lost_a_rank(error):
+            raise
+        status = 1
+        if _launched_rank() == 0:
+            print(
+                "another rank has ended, and so does this one. It has said why, or it was killed; "
+                "--resume goes on from the newest checkpoint.",
+                file=sys.stderr,
+            )
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status:
+        os._exit(status)  # libraries that tidy up at exit would wait for the other ranks
+    sys.exit(0)
+
+
+def _fail(error: Exception) -> int:
     """Says what is wrong once, whatever the number of ranks; the exit status 2."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
-    if own := int(os.environ.get("RANK", 0)):
-        time.sleep(3)  # where rank 0 fails alike, it speaks first, and the launcher ends the others meanwhile
+    own = _launched_rank()
+    if own:
+        time.sleep(10)  # where rank 0 fails alike, it speaks first, and the launcher ends the others meanwhile
     print(f"error{f' on rank {own}' if own else ''}: {error}", file=sys.stderr, flush=True)
     return 2
+
+
+def _launched_rank() -> int:
+    """The rank that the launcher gave, known before (and after) there is a process group."""
+    return int(os.environ.get("RANK", 0))
+
+
+def _lost_a_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process is gone; gloo has no class of its own for that."""
+    texts = "Connection closed by peer", "Connection reset by peer", "Broken pipe"
+    return isinstance(error, dist.DistNetworkError | dist.DistStoreError) or any(text in str(error) for text in texts)

@@ -70,8 +70,8 @@ def detect(model: nn.Module, training: Training) -> Backend:
     inside = uncompiled(model)
     if meta := [name for name, parameter in inside.named_parameters() if parameter.is_meta]:
         raise ValueError(
-            f"{meta[0]}: is on the meta device and has no weights to select from. Give the parameters a device and their "
-            "values (to_empty, load_state_dict) before the engine is built."
+            f"{meta[0]}: is on the meta device and has no weights to select from. Give the parameters a device and "
+            "their values (to_empty, load_state_dict) before the engine is built."
         )
     kinds: tuple[tuple[Callable[[nn.Module], bool], Callable[[nn.Module, Training], Backend]], ...]
     kinds = (

@@ -3,8 +3,8 @@
 fairscale calls itself historical and has had no release since 2022 (0.4.13); PyTorch's FSDP is its successor. It is
 supported for those who still train with it.
 
-    FullyShardedDataParallel   rank r has elements [r * n, (r + 1) * n) of a flat parameter (several parameters one after
-                               the other) or of a single one; the end of the last pieces is padding
+    FullyShardedDataParallel   rank r has elements [r * n, (r + 1) * n) of a flat parameter (several parameters one
+                               after the other) or of a single one; the end of the last pieces is padding
     OSS, ShardedDataParallel   whole parameters, each updated by one rank and then broadcast
 """
 
@@ -74,8 +74,8 @@ def _oss(model: Any, training: Training) -> Backend:
     oss = training.optimizer
     if not isinstance(oss, OSS) or model._sharded_optimizers != [oss]:
         raise ValueError(
-            f"optimizer={type(oss).__name__}: with ShardedDataParallel it must be the one OSS that the model was wrapped "
-            "with. Pass that OSS; several of them are not supported."
+            f"optimizer={type(oss).__name__}: with ShardedDataParallel it must be the one OSS that the model was "
+            "wrapped with. Pass that OSS; several of them are not supported."
         )
     inner: torch.optim.Optimizer = oss.optim
     comm = Comm(oss.group)
@@ -169,8 +169,8 @@ def _comm(units: list[Any]) -> Comm:
     if len(groups) > 1:
         first, second = list(groups)[:2]
         raise ValueError(
-            f"process_group: some modules are sharded over the ranks {list(first)}, others over {list(second)}; one group "
-            "for all is needed. Wrap every module with the same process_group."
+            f"process_group: some modules are sharded over the ranks {list(first)}, others over {list(second)}; one "
+            "group for all is needed. Wrap every module with the same process_group."
         )
     group = next(iter(groups.values()))
     return Comm(group) if group.size() > 1 else Comm(single=True)
@@ -239,8 +239,8 @@ def _load(folder: Path, model: nn.Module, shards: list[Shard], optimizer: torch.
     if not path.is_file():
         found = ", ".join(sorted(p.name for p in path.parent.glob("*.pt"))) or "nothing"
         raise ValueError(
-            f"{folder}: holds {found}, but not {path.name}: with fairscale a run can only go on with as many ranks as it "
-            "was saved with. Resume with that many, or export the model and start anew."
+            f"{folder}: holds {found}, but not {path.name}: with fairscale a run can only go on with as many ranks as "
+            "it was saved with. Resume with that many, or export the model and start anew."
         )
     state = torch.load(path, map_location="cpu", weights_only=True)
     with torch.no_grad():

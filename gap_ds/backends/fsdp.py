@@ -44,8 +44,8 @@ def build(model: nn.Module, training: Training) -> Backend:
     if isinstance(root, FSDPModule):
         return _fsdp2(model, root, training)
     raise ValueError(
-        f"model={type(root).__name__}: FSDP wraps modules inside it, but not the model itself, so that the gradients of "
-        "the rest are not reduced over the ranks. Wrap the outermost module too, as the last one, and nothing around it."
+        f"model={type(root).__name__}: FSDP wraps modules inside it, but not the model itself, so that the gradients "
+        "of the rest are not reduced over the ranks. Wrap the outermost module too, and nothing around it."
     )
 
 
@@ -75,17 +75,19 @@ def _backend(name: str, model: nn.Module, root: nn.Module, training: Training, l
 
 
 def check_optimizer(shards: Iterable[Shard], optimizer: torch.optim.Optimizer) -> None:
-    """Refuses an optimizer over the parameters that the model had before it was wrapped, where masks would be in vain.
+    """Refuses an optimizer over other tensors than the wrapped model's, where neither training nor masks would work.
 
     Raises:
-        ValueError: the optimizer holds none of this rank's pieces.
+        ValueError: the optimizer lacks a trained parameter and holds a tensor that is none.
     """
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    own = [shard for shard in shards if shard.trainable and shard.numel]
-    if own and not any(id(shard.owner()) in held for shard in own):
+    owners = {id(shard.owner()): shard for shard in shards}
+    missing = [shard.name for owner, shard in owners.items() if shard.trainable and owner not in held]
+    if missing and not held <= owners.keys():
         raise ValueError(
-            f"optimizer={type(optimizer).__name__}: holds no parameter of the wrapped model, for example not "
-            f"{own[0].name}. Build the optimizer after the model is wrapped, from the wrapped model's parameters()."
+            f"optimizer={type(optimizer).__name__}: holds tensors that are no parameters of the wrapped model, and "
+            f"{len(missing)} that are, for example {missing[0]}, are missing. Build the optimizer from the wrapped "
+            "model's parameters(), after the model is wrapped and before its first forward pass."
         )
 
 
@@ -97,8 +99,8 @@ def _unsharded(name: str, parameter: Tensor) -> Shard:
     """
     if parameter.requires_grad:
         raise ValueError(
-            f"{name}: is trained but not sharded (FSDP was told to ignore it), so its gradients are not reduced over the "
-            "ranks. Freeze it, or let FSDP shard it."
+            f"{name}: is trained but not sharded (FSDP was told to ignore it), so its gradients are not reduced over "
+            "the ranks. Freeze it, or let FSDP shard it."
         )
     return Shard(name, tuple(parameter.shape), 0, parameter.numel(), 0, lambda: parameter, trainable=False)
 
@@ -108,10 +110,10 @@ def _unsharded(name: str, parameter: Tensor) -> Shard:
 
 def _fsdp2(model: nn.Module, root: FSDPModule, training: Training) -> Backend:
     assert isinstance(root, nn.Module)
-    optimizer = require_optimizer(training)
+    require_optimizer(training)
 
     def reshard() -> None:
-        """Registers the sharded parameters again where a forward pass has left whole or other ones, stale from now on."""
+        """Registers the sharded parameters again where a forward pass has left whole ones, stale from now on."""
         for module in root.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -169,8 +171,8 @@ def _sharded_dim(name: str, parameter: DTensor) -> int | None:
     for placement in placements:
         if isinstance(placement, ShardPlacement) and placement.dim != 0:
             raise ValueError(
-                f"{name}: is sharded on dimension {placement.dim}; only dimension 0 is supported, where a rank's piece is "
-                "contiguous. Remove shard_placement_fn, or let it return None for this parameter."
+                f"{name}: is sharded on dimension {placement.dim}; only dimension 0 is supported, where a rank's piece "
+                "is contiguous. Remove shard_placement_fn, or let it return None for this parameter."
             )
         if not isinstance(placement, Replicate | ShardPlacement):
             raise ValueError(f"{name}: has the placement {placement}; only Shard(0) and Replicate() are supported.")
@@ -256,8 +258,8 @@ def _refuse_fsdp1(model: nn.Module, root: FullyShardedDataParallel) -> None:
             )
         if any(extension is not None for extension in handle.flat_param._param_extensions):
             raise ValueError(
-                f"{handle.flat_param._fqns[0]}: is sharded by tensor parallelism and FSDP both: an entry would be cut in "
-                "two ways. Use FSDP alone."
+                f"{handle.flat_param._fqns[0]}: is sharded by tensor parallelism and FSDP both: an entry would be cut "
+                "in two ways. Use FSDP alone."
             )
 
 
@@ -267,8 +269,8 @@ def _handle_comm(root: FullyShardedDataParallel) -> Comm:
     kinds = {handle.uses_sharded_strategy for handle in _handles(root)}
     if len(kinds) > 1:
         raise ValueError(
-            "sharding_strategy=NO_SHARD in one part of the model and another strategy in the rest: a parameter is either "
-            "spread over the ranks or not. Use the same sharding_strategy everywhere."
+            "sharding_strategy=NO_SHARD in one part of the model and another strategy in the rest: a parameter is "
+            "either spread over the ranks or not. Use the same sharding_strategy everywhere."
         )
     for handle in _handles(root):
         if handle.uses_sharded_strategy:

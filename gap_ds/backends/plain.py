@@ -44,8 +44,8 @@ def build(model: nn.Module, training: Training) -> Backend:
     for name, parameter in module.named_parameters():
         if isinstance(parameter, DTensor):
             raise ValueError(
-                f"{clean_name(name)}: is sharded ({parameter.placements}), but the model is not wrapped by fully_shard: "
-                "tensor parallelism alone is not supported. Shard the model by fully_shard."
+                f"{clean_name(name)}: is sharded ({parameter.placements}), but the model is not wrapped by "
+                "fully_shard: tensor parallelism alone is not supported. Shard the model by fully_shard."
             )
     loop = Loop(training, sync=NoSync(wrapper) if isinstance(wrapper, DistributedDataParallel) else None)
     return Backend(
@@ -94,7 +94,7 @@ def whole_shards(module: nn.Module) -> list[Shard]:
 
 
 class NoSync:
-    """Called with whether the next backward pass is to be reduced over the ranks: holds `model.no_sync()` open if not."""
+    """Called with whether the next backward pass is reduced over the ranks: holds `model.no_sync()` open if not."""
 
     def __init__(self, model: Any) -> None:
         self._model, self._open = model, contextlib.ExitStack()

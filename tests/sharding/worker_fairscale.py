@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import fairscale.nn.data_parallel.fully_sharded_data_parallel as fairscale_fsdp
-import observe
-import toy
 import torch
 import torch.distributed as dist
+import toy
 import worker_fsdp
 from fairscale.nn.data_parallel import FullyShardedDataParallel, ShardedDataParallel
 from fairscale.optim import OSS

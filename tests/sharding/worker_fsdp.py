@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
-    CPUOffload,
     CPUOffloadPolicy,
     FullyShardedDataParallel,
     MixedPrecision,
@@ -92,7 +91,6 @@ def wrap_fsdp1(model: nn.Module, row: dict[str, Any]) -> nn.Module:
         "use_orig_params": not row.get("flat"),
         "sharding_strategy": strategy,
         "mixed_precision": bf16 if row.get("bf16") else None,
-        "cpu_offload": CPUOffload(offload_params=bool(row.get("offload"))),
     }
     if "HYBRID" in strategy.name:
         arguments["device_mesh"] = init_device_mesh("cpu", (2, dist.get_world_size() // 2))
@@ -117,10 +115,11 @@ def wrap_fsdp2(model: nn.Module, row: dict[str, Any]) -> nn.Module:
 
 def build(row: dict[str, Any], **training: Any) -> GaPEngine:
     model = wrap(row)
+    inside = getattr(model, "_orig_mod", model)
+    inside = inside.module if row["kind"] == "ddp" else inside
+    optimizer = toy.OPTIMIZERS[row["optimizer"]]((groups_by_unit if by_unit(row) else groups_by_name)(inside))
     if row.get("evaluate"):
         evaluate(model)
-    inside = getattr(model, "_orig_mod", model)
-    optimizer = toy.OPTIMIZERS[row["optimizer"]]((groups_by_unit if by_unit(row) else groups_by_name)(inside))
     training = {"gradient_accumulation_steps": toy.ACCUMULATION, "gradient_clipping": row.get("clip", 0.0), **training}
     return GaPEngine(model, toy.GAP, optimizer=optimizer, **training)
 
@@ -221,7 +220,7 @@ def overflow(row: dict[str, Any]) -> dict[str, Any]:
 def early(
     row: dict[str, Any], out: Path, build: Callable[..., GaPEngine] = build, weights: Weights = full_weights
 ) -> dict[str, Any]:
-    """Saving before the first step changes nothing; going on from there, in a new engine or back in this one, neither."""
+    """Saving before the first step, and going on from there in a new engine or back in this one, changes nothing."""
     first, second, plain = build(row), build(row), build(row)
     found: dict[str, Any] = {"wrong": []}
     first.save_checkpoint(out / "checkpoints" / row["name"])
@@ -275,6 +274,11 @@ def refused() -> dict[str, Any]:
         model = (wrap_fsdp1 if kind == "fsdp1" else wrap_fsdp2)(model, {"flat": True})
         return GaPEngine(model, toy.GAP, optimizer=optimizer)
 
+    def optimizer_after_evaluation() -> GaPEngine:
+        model = wrap({"kind": "fsdp2"})
+        evaluate(model)  # leaves whole parameters in the root, which are not the ones that are trained
+        return GaPEngine(model, toy.GAP, optimizer=sgd(model))
+
     def root_not_wrapped() -> GaPEngine:
         model = toy.build()
         for layer in model.layers:
@@ -319,6 +323,7 @@ def refused() -> dict[str, Any]:
         "meta": meta,
         "optimizer_too_early_fsdp1": partial(optimizer_too_early, "fsdp1"),
         "optimizer_too_early_fsdp2": partial(optimizer_too_early, "fsdp2"),
+        "optimizer_after_evaluation": optimizer_after_evaluation,
         "root_not_wrapped": root_not_wrapped,
         "ignored": ignored,
         "checkpointing_outside": checkpointing_outside,

@@ -1,0 +1,425 @@
+"""The files of a checkpoint: masks for any sharding, damage that is noticed, folders that are whole or absent."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from torch import Tensor
+
+from gap_ds import checkpoint, masks
+from gap_ds.comm import Comm
+from gap_ds.plan import Entry, Plan
+from gap_ds.shard import Shard
+
+PROPERTY = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+
+
+class Ranks:
+    """The collectives of a Comm among threads, written without torch.distributed."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.slots = size, [torch.empty(0)] * size
+        self.wait = threading.Barrier(size, timeout=20).wait
+
+    def run(self, work: Callable[[Any], Any]) -> list[Any]:
+        results: list[Any] = [None] * self.size
+
+        def target(rank: int) -> None:
+            try:
+                results[rank] = work(Rank(self, rank))
+            except Exception as error:
+                results[rank] = error
+
+        threads = [threading.Thread(target=target, args=(rank,)) for rank in range(self.size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return results
+
+
+class Rank:
+    writes = True
+
+    def __init__(self, ranks: Ranks, rank: int) -> None:
+        self.ranks, self.rank, self.size = ranks, rank, ranks.size
+
+    def exchange(self, value: Tensor) -> list[Tensor]:
+        self.ranks.slots[self.rank] = value
+        self.ranks.wait()
+        values = list(self.ranks.slots)
+        self.ranks.wait()
+        return values
+
+    def sum(self, counts: Tensor) -> Tensor:
+        return torch.stack(self.exchange(counts)).sum(0)
+
+    def all_gather(self, row: Tensor) -> Tensor:
+        return torch.stack(self.exchange(row))
+
+    def assemble(self, piece: Tensor, starts: list[int], numels: list[int], total: int) -> Tensor | None:
+        pieces = self.exchange(piece)
+        assert [p.numel() for p in pieces] == numels
+        whole = torch.empty(total, dtype=piece.dtype)
+        for start, part in zip(starts, pieces, strict=True):
+            whole[start : start + part.numel()] = part
+        return whole if self.rank == 0 else None
+
+    def barrier(self) -> None:
+        self.ranks.wait()
+
+
+def no_owner() -> Tensor:
+    raise AssertionError("masks are written and read without touching a weight")
+
+
+def piece(entry: Entry, start: int, numel: int) -> Shard:
+    return Shard(entry.name, entry.shape, start, numel, 0, no_owner)
+
+
+def plan_of(full: dict[str, Tensor], shapes: dict[str, tuple[int, ...]] | None = None) -> Plan:
+    entries = [
+        Entry(name, (shapes or {}).get(name, (mask.numel(), 1)), 0, int(mask.sum())) for name, mask in full.items()
+    ]
+    return Plan(tuple(entries), 1, sum(entry.numel for entry in entries), 0)
+
+
+def whole_shards(plan: Plan) -> dict[str, Shard]:
+    return {entry.name: piece(entry, 0, entry.numel) for entry in plan.entries}
+
+
+def write(path: Path, plan: Plan, full: dict[str, Tensor]) -> None:
+    bits = {name: masks.pack(mask) for name, mask in full.items()}
+    checkpoint.write_masks(path, plan, whole_shards(plan), bits, Comm(single=True))
+
+
+def read(path: Path, plan: Plan, sparse: set[str]) -> dict[str, list[bool]]:
+    found = checkpoint.read_masks(path, plan, sparse, whole_shards(plan), Comm(single=True))
+    return {
+        entry.name: masks.unpack(found[entry.name], entry.numel).tolist()
+        for entry in plan.entries
+        if entry.name in found
+    }
+
+
+FULL = {"a.weight": torch.arange(15) % 4 == 0, "b.weight": torch.arange(16) % 8 == 0}
+PLAN = plan_of(FULL, {"a.weight": (3, 5), "b.weight": (4, 4)})
+NAMES = set(FULL)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "masks.safetensors"
+    write(path, PLAN, FULL)
+    return path
+
+
+# -- masks ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_file_is_a_safetensors_file_of_bits(file: Path) -> None:
+    with safe_open(file, framework="pt") as opened:
+        assert opened.metadata() == {"format": "gap_ds.masks", "version": "1", "plan": PLAN.fingerprint}
+        assert set(opened.keys()) == NAMES
+        for name, mask in FULL.items():
+            stored = opened.get_tensor(name).numpy()
+            expected = np.packbits(mask.numpy(), bitorder="little")
+            assert stored.dtype == np.uint8 and stored.tolist() == expected.tolist()
+    assert read(file, PLAN, NAMES) == {name: mask.tolist() for name, mask in FULL.items()}
+
+
+def test_dense_entries_are_not_in_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "masks.safetensors"
+    bits = {"b.weight": masks.pack(FULL["b.weight"])}
+    checkpoint.write_masks(path, PLAN, whole_shards(PLAN), bits, Comm(single=True))
+    assert read(path, PLAN, {"b.weight"}) == {"b.weight": FULL["b.weight"].tolist()}
+    checkpoint.write_masks(path, PLAN, whole_shards(PLAN), {}, Comm(single=True))
+    assert read(path, PLAN, set()) == {}
+
+
+def cut(data: st.DataObject, n: int, ranks: int) -> list[tuple[int, int]]:
+    edges = [0, *sorted(data.draw(st.integers(0, n)) for _ in range(ranks - 1)), n]
+    pieces = [(lo, hi - lo) for lo, hi in itertools.pairwise(edges)]
+    return [(start if numel else data.draw(st.sampled_from([0, start])), numel) for start, numel in pieces]
+
+
+@PROPERTY
+@given(st.lists(st.lists(st.booleans(), min_size=1, max_size=40), min_size=1, max_size=3), st.integers(1, 3), st.data())
+def test_written_by_some_ranks_and_read_by_others(
+    tmp_path_factory: pytest.TempPathFactory, lists: list[list[bool]], writers: int, data: st.DataObject
+) -> None:
+    full = {f"w{i}": torch.tensor(mask) for i, mask in enumerate(lists)}
+    plan = plan_of(full)
+    folder = tmp_path_factory.mktemp("masks")
+    sharded, alone = folder / "sharded", folder / "alone"
+    write(alone, plan, full)
+
+    def shards(rank: int, cuts: dict[str, list[tuple[int, int]]]) -> dict[str, Shard]:
+        return {entry.name: piece(entry, *cuts[entry.name][rank]) for entry in plan.entries}
+
+    def bits(rank: int, cuts: dict[str, list[tuple[int, int]]]) -> dict[str, Tensor]:
+        return {name: masks.pack(full[name][lo : lo + n]) for name, pieces in cuts.items() for lo, n in [pieces[rank]]}
+
+    cuts = {name: cut(data, mask.numel(), writers) for name, mask in full.items()}
+    errors = Ranks(writers).run(
+        lambda rank: checkpoint.write_masks(sharded, plan, shards(rank.rank, cuts), bits(rank.rank, cuts), rank)
+    )
+    assert errors == [None] * writers
+    assert sharded.read_bytes() == alone.read_bytes()
+
+    readers = data.draw(st.integers(1, 3))
+    others = {name: cut(data, mask.numel(), readers) for name, mask in full.items()}
+    found = Ranks(readers).run(
+        lambda rank: checkpoint.read_masks(sharded, plan, set(full), shards(rank.rank, others), rank)
+    )
+    for rank, result in enumerate(found):
+        assert not isinstance(result, Exception), result
+        assert {name: b.tolist() for name, b in result.items()} == {
+            name: b.tolist() for name, b in bits(rank, others).items()
+        }
+
+
+def test_a_mask_with_another_count_is_refused_on_all_ranks(tmp_path: Path) -> None:
+    path = tmp_path / "masks.safetensors"
+    write(path, PLAN, FULL | {"b.weight": torch.arange(16) % 8 == 1})  # the right count
+    write(tmp_path / "wrong", PLAN, FULL | {"b.weight": torch.arange(16) % 4 == 0})  # one mask keeps 4 instead of 2
+
+    def shards(rank: int) -> dict[str, Shard]:
+        return {entry.name: piece(entry, 8 * rank, entry.numel - 8 if rank else 8) for entry in PLAN.entries}
+
+    for result in Ranks(2).run(lambda r: checkpoint.read_masks(path, PLAN, NAMES, shards(r.rank), r)):
+        assert not isinstance(result, Exception), result
+    for result in Ranks(2).run(lambda r: checkpoint.read_masks(tmp_path / "wrong", PLAN, NAMES, shards(r.rank), r)):
+        assert isinstance(result, ValueError)
+        assert "the mask of b.weight keeps 4 weights instead of 2" in str(result)
+
+
+# -- damage --------------------------------------------------------------------------------------------------------
+
+
+def test_truncated_anywhere(file: Path) -> None:
+    content = file.read_bytes()
+    for length in range(len(content)):
+        file.write_bytes(content[:length])
+        with pytest.raises(ValueError, match="truncated or damaged"):
+            read(file, PLAN, NAMES)
+    file.write_bytes(content + b"\0")
+    with pytest.raises(ValueError, match="truncated or damaged"):
+        read(file, PLAN, NAMES)
+
+
+def test_every_bit_flipped(file: Path) -> None:
+    """A flipped bit is refused, unless it does not matter: one beyond the end of a mask."""
+    content, expected, unharmed = file.read_bytes(), read(file, PLAN, NAMES), 0
+    for position in range(8 * len(content)):
+        damaged = bytearray(content)
+        damaged[position // 8] ^= 1 << (position % 8)
+        file.write_bytes(bytes(damaged))
+        try:
+            assert read(file, PLAN, NAMES) == expected
+            unharmed += 1
+        except ValueError as error:
+            assert str(file) in str(error)
+    assert unharmed == 1  # bit 15 of the 15 weights of a.weight
+
+
+def test_random_damage(file: Path) -> None:
+    content, rng = file.read_bytes(), random.Random(0)
+    for _ in range(300):
+        damaged = bytearray(content)
+        for _ in range(rng.randint(2, 20)):
+            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        file.write_bytes(bytes(damaged))
+        try:
+            kept = read(file, PLAN, NAMES)
+        except ValueError:
+            continue
+        assert {name: sum(mask) for name, mask in kept.items()} == {e.name: e.keep for e in PLAN.entries}
+
+
+def test_missing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="truncated or damaged"):
+        read(tmp_path / "masks.safetensors", PLAN, NAMES)
+
+
+def replace_header(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + size :])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda header: header.pop("__metadata__"), "is no mask file of gap_ds"),
+        (lambda header: header["__metadata__"].update(format="pt"), "is no mask file of gap_ds"),
+        (lambda header: header["__metadata__"].update(version="2"), "mask format 2; this version .* reads format 1"),
+        (lambda header: header["__metadata__"].update(plan="0" * 16), "was written for another plan"),
+        (lambda header: header["a.weight"].update(dtype="I8"), "mask of a.weight does not have the size of its entry"),
+        (lambda header: header["b.weight"].update(shape=[1, 2]), "mask of b.weight does not have the size"),
+        (lambda header: header.update(c=header.pop("b.weight")), "holds a mask where .* or lacks one: b.weight"),
+    ],
+)
+def test_another_header(file: Path, change: Callable[[dict[str, Any]], None], message: str) -> None:
+    replace_header(file, change)
+    with pytest.raises(ValueError, match=message):
+        read(file, PLAN, NAMES)
+
+
+def test_another_plan_and_another_phase(file: Path) -> None:
+    other = Plan(tuple(Entry(e.name, e.shape, 0, e.keep + 1) for e in PLAN.entries), 1, 31, 0)
+    with pytest.raises(ValueError, match=f"another plan .{PLAN.fingerprint}, now {other.fingerprint}"):
+        read(file, other, NAMES)
+    with pytest.raises(ValueError, match=r"holds a mask where the schedule has none, or lacks one: a\.weight"):
+        read(file, PLAN, {"b.weight"})
+
+
+# -- folders -------------------------------------------------------------------------------------------------------
+
+ALONE = Comm(single=True)
+
+
+def writer(content: str) -> Callable[[Path], None]:
+    def write_all(folder: Path) -> None:
+        (folder / "weights").write_text(content)
+        checkpoint.write_json(folder / "gap" / "state.json", {"content": content})
+
+    return write_all
+
+
+def content_of(path: Path) -> str:
+    state = checkpoint.read_json(path / "gap" / "state.json")
+    assert (path / "weights").read_text() == state["content"]
+    return str(state["content"])
+
+
+def test_save_and_find(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(ValueError, match='holds no checkpoint \\(it has no file "latest"\\)'):
+        checkpoint.find(folder)
+    assert checkpoint.save(folder, "step_1", ALONE, writer("one")) == folder / "step_1"
+    assert checkpoint.save(folder, "step_2", ALONE, writer("two")) == folder / "step_2"
+    assert content_of(checkpoint.find(folder)) == "two"
+    assert content_of(checkpoint.find(folder, "step_1")) == "one"
+    checkpoint.save(folder, "step_2", ALONE, writer("two again"))
+    assert content_of(checkpoint.find(folder)) == "two again"
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_1", "step_2"]
+
+
+@pytest.mark.parametrize("tag", ["step_9", "", ".", "..", "../run/step_1", "step_1/gap"])
+def test_no_such_checkpoint(tmp_path: Path, tag: str) -> None:
+    checkpoint.save(tmp_path / "run", "step_1", ALONE, writer("one"))
+    with pytest.raises(ValueError, match="holds no complete checkpoint"):
+        checkpoint.find(tmp_path / "run", tag)
+
+
+class Killed(BaseException):
+    """What ends a process at any line."""
+
+
+@pytest.mark.parametrize("tag", ["step_1", "step_2"])
+def test_a_writer_that_fails_leaves_the_older_checkpoint(tmp_path: Path, tag: str) -> None:
+    checkpoint.save(tmp_path, "step_1", ALONE, writer("one"))
+
+    def failing(folder: Path) -> None:
+        (folder / "weights").write_text("half of tw")
+        raise Killed
+
+    with pytest.raises(Killed):
+        checkpoint.save(tmp_path, tag, ALONE, failing)
+    assert content_of(checkpoint.find(tmp_path)) == "one"
+    with pytest.raises(ValueError, match="holds no complete checkpoint"):
+        checkpoint.find(tmp_path, "step_2")
+    checkpoint.save(tmp_path, tag, ALONE, writer("two"))  # what was left behind is in nobody's way
+    assert content_of(checkpoint.find(tmp_path)) == "two"
+
+
+def saved_until(monkeypatch: pytest.MonkeyPatch, moment: int, folder: Path, tag: str) -> bool:
+    """Saves "two" and is killed at the `moment`-th change of a name; whether it was finished before."""
+    calls = 0
+
+    def mortal(method: Callable[[Path, Path], Path]) -> Callable[[Path, Path], Path]:
+        def call(self: Path, target: Path) -> Path:
+            nonlocal calls
+            calls += 1
+            if calls > moment:
+                raise Killed
+            return method(self, target)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", mortal(Path.rename))
+        patch.setattr(Path, "replace", mortal(Path.replace))
+        try:
+            checkpoint.save(folder, tag, ALONE, writer("two"))
+        except Killed:
+            return False
+    return True
+
+
+@pytest.mark.parametrize("tag", ["step_1", "step_2"])
+def test_killed_at_any_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tag: str) -> None:
+    for moment in range(10):
+        folder = tmp_path / str(moment)
+        checkpoint.save(folder, "step_1", ALONE, writer("one"))
+        finished = saved_until(monkeypatch, moment, folder, tag)
+        assert content_of(checkpoint.find(folder)) in (["two"] if finished else ["one", "two"])
+        if finished:
+            return
+    raise AssertionError("a save changes fewer names than that")
+
+
+def test_json_is_whole_or_as_before(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    checkpoint.write_json(path, {"a": [1, 2.5, None, "x"]})
+    with pytest.raises(ValueError, match=r"state\.json: a checkpoint holds only what JSON can say"):
+        checkpoint.write_json(path, {"a": {1, 2}})
+    assert checkpoint.read_json(path) == {"a": [1, 2.5, None, "x"]}
+    content = path.read_bytes()
+    for length in range(len(content) - 1):
+        path.write_bytes(content[:length])
+        with pytest.raises(ValueError, match=r"state\.json: cannot be read"):
+            checkpoint.read_json(path)
+    for damaged in (b"\xff\xfe", b"{" * 100):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="cannot be read"):
+            checkpoint.read_json(path)
+    with pytest.raises(ValueError, match="cannot be read"):
+        checkpoint.read_json(tmp_path / "missing.json")
+
+
+def test_random_state_survives_json() -> None:
+    before = checkpoint.random_state()
+    try:
+        torch.manual_seed(1), random.seed(2), np.random.seed(3)
+        random.gauss(0, 1), np.random.standard_normal()  # both keep a second number for the next call
+        state = json.loads(json.dumps(checkpoint.random_state()))
+
+        def drawn() -> list[float]:
+            numbers = [random.gauss(0, 1), random.random(), *np.random.standard_normal(2).tolist()]
+            return [*numbers, *torch.randn(3).tolist(), *torch.randperm(5).tolist()]
+
+        expected = drawn()
+        assert drawn() != expected
+        checkpoint.set_random_state(state)
+        assert drawn() == expected
+        assert all(math.isfinite(number) for number in expected)
+    finally:
+        checkpoint.set_random_state(before)
