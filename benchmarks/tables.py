@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import json
 import os
 import platform
@@ -34,7 +35,7 @@ def main() -> int:
         collect(args.collect, args.note)
     readme = ROOT / "README.md"
     before = readme.read_text(encoding="utf-8")
-    after = fill(before, {"translation": translation(), "overhead": overhead()})
+    after = fill(before, {"translation": translation(), "overhead": overhead(), "backends": backends()})
     if args.check:
         return int(before != after)
     readme.write_text(after, encoding="utf-8")
@@ -109,6 +110,36 @@ def overhead() -> str:
         low, _, high = row["quartiles_of_ratios"]
         times = f"{row['bare_ms']:.0f} ms | {row['engine_ms']:.0f} ms | {row['median_of_ratios']:.3f}"
         lines.append(f"| {row['preset']} | {row['backend']} | {row['ranks']} | {times} | {low:.3f} to {high:.3f} |")
+    return "\n".join(lines) + "\n"
+
+
+#: (backend, test file, how its rows' names begin, what holds of fp32)
+BACKENDS = (
+    ("DistributedDataParallel", "test_zero", "ddp_", "bit for bit"),
+    ("DeepSpeed ZeRO-0", "test_zero", "zero0_", "bit for bit"),
+    ("DeepSpeed ZeRO-1", "test_zero", "zero1_", "bit for bit"),
+    ("DeepSpeed ZeRO-2", "test_zero", "zero2_", "bit for bit"),
+    ("DeepSpeed ZeRO-3", "test_zero", "zero3_", "bit for bit"),
+    ("FSDP1 (`use_orig_params` both ways)", "test_fsdp", "fsdp1", "bit for bit; to 1e-6 with clipping"),
+    ("FSDP2 (`fully_shard`)", "test_fsdp", "fsdp2", "bit for bit; to 1e-6 with clipping or 4 ranks"),
+    ("Hybrid sharding, 2 x 2", "test_fsdp", "hsdp", "to 1e-6: sums of 4 ranks have another order"),
+    ("fairscale FSDP (historical)", "test_fairscale", "fsdp", "bit for bit; to 1e-6 with clipping"),
+    ("fairscale OSS (historical)", "test_fairscale", "oss", "bit for bit; to 1e-6 with clipping"),
+)
+
+
+def backends() -> str:
+    """The backends with the variants that the tests really train, from the tests' own tables of rows."""
+    sys.path.insert(0, str(ROOT / "tests" / "sharding"))
+    lines = ["| backend | variants trained by the tests | equal to the reference | tested where |", "|---|---|---|---|"]
+    lines.append("| Plain PyTorch | one process (tests/test_engine.py) | | CPU |")
+    for backend, file, prefix, exactness in BACKENDS:
+        tests = importlib.import_module(file)
+        rows = [row["name"] for row in (*tests.ROWS, *getattr(tests, "ROWS_4", ()), *getattr(tests, "FP16", ()))]
+        variants = dict.fromkeys(name.removeprefix(prefix).strip("_") for name in rows if name.startswith(prefix))
+        assert variants, f"{file} has no rows of {backend}"
+        words = ", ".join(name.replace("_", " ") for name in variants)
+        lines.append(f"| {backend} | {words} | {exactness} | CPU, over gloo |")
     return "\n".join(lines) + "\n"
 
 

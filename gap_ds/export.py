@@ -36,7 +36,8 @@ def full_weights(
         piece = shard.weight().clone()
         if shard.name in bits and shard.numel:
             masks.zero_pruned_(piece, bits[shard.name])
-        whole = comm.assemble(piece.to(dtype), starts, numels, shard.full_numel)
+        piece = piece.to(dtype) if piece.is_floating_point() else piece
+        whole = comm.assemble(piece, starts, numels, shard.full_numel)
         if whole is not None:
             weights[shard.name] = whole.view(shard.shape)
     if comm.rank == 0:

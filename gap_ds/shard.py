@@ -45,11 +45,14 @@ class Shard:
         return self.of(self.owner()) if self.numel else torch.empty(0)
 
     def moments(self, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-        """The optimizer's state (numel,) for each weight, such as Adam's two moments; views."""
+        """The optimizer's state (numel,) for each weight, such as Adam's two moments, in alphabetical order; views.
+
+        Libraries that load an optimizer's state put it back in any order, another one on every rank.
+        """
         if self.numel == 0:
             return
         owner = self.owner()
-        for value in optimizer.state.get(owner, {}).values():
+        for _, value in sorted(optimizer.state.get(owner, {}).items()):
             if isinstance(value, Tensor) and value.dim() and local(value).numel() == local(owner).numel():
                 yield self.of(value)
 

@@ -69,8 +69,8 @@ def table(results: dict[str, dict[str, Any]]) -> Table:
     """Both runs side by side."""
     shown = Table("", *results)
     rows = {
-        "BLEU": lambda r: f"{r['bleu']['score']:.1f}",
-        "chrF": lambda r: f"{r['chrf']['score']:.1f}",
+        "BLEU": lambda r: f"{r['bleu']:.1f}",
+        "chrF": lambda r: f"{r['chrf']:.1f}",
         "weights kept in the entries": lambda r: f"{r['kept']:,} of {r['numel']:,}",
         "sparsity of the entries": lambda r: f"{r['entry_sparsity']:.0%}",
         "sparsity of the whole model": lambda r: f"{r['model_sparsity']:.0%}",

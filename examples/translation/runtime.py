@@ -84,6 +84,13 @@ def barrier() -> None:
         dist.barrier()
 
 
+def end_processes() -> None:
+    """Leaves the process group, once all ranks are done."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 @contextmanager
 def first_rank_first() -> Iterator[bool]:
     """Rank 0 runs the body before the others do (it fills caches that they read); yields whether this is rank 0."""

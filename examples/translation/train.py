@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 import sys
 import time
@@ -18,7 +19,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import data
 import evaluate
@@ -69,8 +70,8 @@ class Arguments:
     seed: int = HfArg(default=0, help="of weights, batches and dropout; masks have their own in the GaP config")
     bf16: bool = HfArg(default=False, help="autocast to bf16; with DeepSpeed its config decides")
 
-    resume: bool = HfArg(default=False, help="go on from the newest checkpoint in --output-dir")
-    overwrite: bool = HfArg(default=False, help="delete what is in --output-dir")
+    resume: bool = HfArg(default=False, help="go on from the newest checkpoint in --output-dir, if there is one")
+    overwrite: bool = HfArg(default=False, help="delete the run in --output-dir first")
     save_every: int | None = HfArg(default=None, help="optimizer steps between checkpoints; default: an epoch")
     log_every: int = HfArg(default=50, help="optimizer steps between lines of metrics.jsonl")
     tensorboard: bool = HfArg(default=False, help="write TensorBoard files too")
@@ -81,17 +82,46 @@ class Arguments:
     samples: int = HfArg(default=3, help="translations to print")
     local_rank: int = field(default=-1, metadata={"help": "set by launchers; LOCAL_RANK is read instead"})
 
+    def __post_init__(self) -> None:
+        for name, lowest in AT_LEAST.items():
+            if (value := getattr(self, name)) is not None and not value >= lowest:
+                raise ValueError(f"{name}={value}: must be at least {lowest}. Set --{name.replace('_', '-')}.")
+        for name in ("dropout", "label_smoothing"):
+            if not 0 <= (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name}={value}: must lie in [0, 1). Set --{name.replace('_', '-')}.")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr={self.lr}: must be above 0. Set --lr.")
+        if self.resume and self.overwrite:
+            raise ValueError(
+                "--resume and --overwrite: one goes on with what is in --output-dir, the other deletes it."
+            )
+        if self.bf16 and self.deepspeed_config:
+            raise ValueError('--bf16: has no effect with --deepspeed_config. Set "bf16" in that file instead.')
+
+
+AT_LEAST = {"max_length": 1, "batch_tokens": 1, "accumulation": 1, "beams": 1, "samples": 0, "threads": 1}
+AT_LEAST |= {"limit": 1, "save_every": 1, "log_every": 1, "warmup_steps": 0, "seed": 0}
+
+# What a run that goes on must have as it was, besides its plan and schedule, which the engine compares.
+FIXED = (
+    "model_name vocab_size dropout source_lang target_lang max_length batch_tokens accumulation seed bf16 "
+    "lr lr_schedule warmup_steps label_smoothing"
+).split()
+
+# What a run leaves in its folder, and --overwrite deletes; nothing else in there is touched.
+FILES = ("results.json", "metrics.jsonl", "model", "model.partial", "checkpoints", "tokenizer", "tensorboard")
+
 
 def main(args: Arguments) -> int:
     """Trains, exports and scores; the exit status."""
-    gap = gap_config(args)
-    device = runtime.start_processes(args.seed, args.threads, deepspeed=args.deepspeed_config is not None)
-    folder = prepare_folder(args)
+    gap, deepspeed = gap_config(args), deepspeed_config(args)
+    device = runtime.start_processes(args.seed, args.threads, deepspeed=deepspeed is not None)
+    folder, resumed = prepare_folder(args)
 
     # Data: rows, a joint BPE, token ids, and batches that are the same for any number of ranks.
     with runtime.first_rank_first():
         rows = {split: load_rows(args, split) for split in (args.train_split, args.validation_split, args.test_split)}
-        tokenizer = load_tokenizer(args, folder, rows[args.train_split])
+        tokenizer = load_tokenizer(args, folder, rows[args.train_split], trained=resumed)
         train, validation = (
             data.encode(rows[split], tokenizer, args.max_length) for split in (args.train_split, args.validation_split)
         )
@@ -106,16 +136,15 @@ def main(args: Arguments) -> int:
         config = models.build_config(args.preset, vocab_size=len(tokenizer), dropout=args.dropout)
         model = models.build_model(config)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.997), eps=1e-9, fused=True)
-    engine = build_engine(args, gap, model.to(device), optimizer, sampler.steps_per_epoch)
+    engine = build_engine(args, gap, deepspeed, model.to(device), optimizer, sampler.steps_per_epoch)
     runtime.seed_everything(args.seed + 1 + runtime.rank())  # dropout must differ between ranks
 
-    # Training.
-    first_step = 0
-    if args.resume and (folder / "checkpoints" / "latest").exists():
-        engine.load_checkpoint(folder / "checkpoints")
-        first_step = engine.applied_steps
-    started = time.perf_counter()
-    tokens, stopped = train_model(args, engine, folder, (train, sampler), (validation, held_out), tokenizer, device)
+    # Training, from the newest checkpoint on where there is one.
+    state = {"batches": 0, "run": {"rows": len(train), **{name: getattr(args, name) for name in FIXED}}}
+    if resumed:
+        state = same_run(state, engine.load_checkpoint(folder / "checkpoints"))
+    first_step, started = engine.applied_steps, time.perf_counter()
+    tokens, stopped = train_model(args, engine, folder, state, (train, sampler), (validation, held_out), tokenizer)
     if stopped:
         if runtime.rank() == 0:
             print(
@@ -157,7 +186,7 @@ def main(args: Arguments) -> int:
         print(f"{results['signature']}\n{scores}\n{folder / 'results.json'}")
         (folder / "results.json.partial").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", "utf-8")
         (folder / "results.json.partial").replace(folder / "results.json")
-    runtime.barrier()
+    runtime.end_processes()
     return 0
 
 
@@ -165,25 +194,33 @@ def train_model(
     args: Arguments,
     engine: GaPEngine,
     folder: Path,
+    state: dict[str, Any],
     train: tuple[Any, data.TokenBatches],
     validation: tuple[Any, data.TokenBatches],
     tokenizer: PreTrainedTokenizerBase,
-    device: torch.device,
 ) -> tuple[float, int]:
-    """Trains to the end of the schedule: (tokens seen by this call, 0), or the signal's number where one came."""
+    """Trains to the end of the schedule: (tokens seen by this call, 0), or the signal's number where one came.
+
+    `state` goes into the checkpoints. Its "batches" counts the steps of data that were used: more than the applied
+    steps where fp16 overflowed.
+    """
     encoded, sampler = train
     per_epoch = sampler.steps_per_epoch
     share = runtime.world_size() * args.accumulation  # the engine averages over ranks and micro-batches
-    autocast = torch.autocast(device.type, torch.bfloat16) if args.bf16 and not args.deepspeed_config else nullcontext()
-    interrupt = runtime.Interrupt()
+    device = next(engine.module.parameters()).device
+    autocast = torch.autocast(device.type, torch.bfloat16) if args.bf16 else nullcontext()
     seen, since, total = 0.0, time.perf_counter(), engine.schedule.total_steps
     every = args.save_every or per_epoch
     engine.train()
-    with runtime.Monitor(folder, total, engine.applied_steps, args.log_every, args.tensorboard) as monitor:
+    with (
+        runtime.Interrupt() as interrupt,
+        runtime.Monitor(folder, total, engine.applied_steps, args.log_every, args.tensorboard) as monitor,
+    ):
         while not engine.finished:
-            epoch, start = divmod(engine.applied_steps, per_epoch)
+            epoch, start = divmod(state["batches"], per_epoch)
             for step, micro_batches in data.batches(encoded, sampler, epoch, start, tokenizer.pad_token_id):
-                phase, losses = engine.phase, []
+                phase, density, losses = engine.phase, engine.density, []
+                lr = float(engine.optimizer.param_groups[0]["lr"])
                 for batch in micro_batches:
                     labels = batch.pop("labels").to(device)
                     with autocast:
@@ -195,22 +232,23 @@ def train_model(
                     engine.step()
                     losses.append(loss.detach())
                 seen += step.target_tokens
+                state["batches"] += 1
                 done = engine.applied_steps
                 monitor.step(
                     done,
                     epoch=epoch,
                     phase=phase.index,
-                    density=engine.density,
+                    density=density,
                     loss=float(sum(losses)) / args.accumulation,
-                    lr=float(engine.optimizer.param_groups[0]["lr"]),
+                    lr=lr,
                     tokens_per_s=seen / (time.perf_counter() - since),
                 )
-                if done % per_epoch == 0 or engine.finished:
+                if state["batches"] % per_epoch == 0 or engine.finished:
                     loss = validation_loss(engine, validation, tokenizer, device, autocast)
                     monitor.write("validation", done, epoch=epoch, loss=loss, density=engine.density)
                 stopped = interrupt.requested()
-                if stopped or done % every == 0 or engine.finished:
-                    save(engine, folder / "checkpoints")
+                if stopped or state["batches"] % every == 0 or engine.finished:
+                    save(engine, folder / "checkpoints", state)
                 if stopped:
                     return seen, stopped
                 if engine.finished:
@@ -252,20 +290,20 @@ def validation_loss(
 
 
 def build_engine(
-    args: Arguments, gap: GaPConfig, model: nn.Module, optimizer: torch.optim.Optimizer, steps_per_epoch: int
+    args: Arguments,
+    gap: GaPConfig,
+    deepspeed: dict[str, Any] | None,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps_per_epoch: int,
 ) -> GaPEngine:
     """The engine over DeepSpeed, over DistributedDataParallel, or over the model itself."""
     schedule = learning_rate(args, gap, steps_per_epoch)
     lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-    if args.deepspeed_config:
-        config = json.loads(Path(args.deepspeed_config).read_text(encoding="utf-8"))
-        config["gradient_accumulation_steps"] = args.accumulation
-        for dtype in ("bf16", "fp16"):  # the model adds its table of positions, a buffer, to the 16-bit embeddings
-            if config.get(dtype, {}).get("enabled"):
-                config.setdefault("data_types", {}).setdefault("buffer_dtype", dtype)
+    if deepspeed is not None:
         return GaPEngine.initialize(
             model=model,
-            config=config,
+            config=deepspeed,
             gap_config=gap,
             steps_per_epoch=steps_per_epoch,
             optimizer=optimizer,
@@ -310,25 +348,69 @@ def gap_config(args: Arguments) -> GaPConfig:
     return gap
 
 
-def prepare_folder(args: Arguments) -> Path:
-    """The run's folder. What is in it is neither overwritten nor continued unasked."""
-    folder = Path(args.output_dir)
-    found = "a finished run" if (folder / "results.json").exists() else "an unfinished run"
-    begun = (folder / "results.json").exists() or (folder / "metrics.jsonl").exists()
-    runtime.barrier()
-    if args.resume and args.overwrite:
-        raise ValueError("--resume and --overwrite: one goes on with what is in --output-dir, the other deletes it.")
-    if begun and args.overwrite and runtime.rank() == 0:
-        shutil.rmtree(folder)
-    elif begun and not args.overwrite and (not args.resume or found == "a finished run"):
-        hint = "" if found == "a finished run" else " Go on with --resume, or"
+def deepspeed_config(args: Arguments) -> dict[str, Any] | None:
+    """The DeepSpeed config of this run, with what its arguments decide filled in; None without --deepspeed_config."""
+    if args.deepspeed_config is None:
+        return None
+    origin = f"--deepspeed_config {args.deepspeed_config}"
+    try:
+        config = json.loads(Path(args.deepspeed_config).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{origin}: cannot be read as JSON ({error}). Set another file (configs/ds).") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{origin}: holds a {type(config).__name__}, must hold an object. Set another file.")
+    for key, instead in (("optimizer", "--lr"), ("scheduler", "--lr-schedule"), ("train_batch_size", "--batch-tokens")):
+        if key in config:
+            raise ValueError(f'{origin}: "{key}" would have no effect. Remove it, and set {instead}.')
+    if (given := config.get("gradient_accumulation_steps", 1)) not in (1, "auto", args.accumulation):
         raise ValueError(
-            f"output_dir={args.output_dir!r}: holds {found}.{hint} start afresh with --overwrite, or set another."
+            f"{origin}: gradient_accumulation_steps={given}, but --accumulation {args.accumulation}: set both alike."
+        )
+    config["gradient_accumulation_steps"] = args.accumulation
+    config["train_micro_batch_size_per_gpu"] = 1  # DeepSpeed asks for it; batches are cut by tokens
+    for dtype in ("bf16", "fp16"):  # the model adds its table of positions, a buffer, to the 16-bit embeddings
+        if config.get(dtype, {}).get("enabled"):
+            config.setdefault("data_types", {}).setdefault("buffer_dtype", dtype)
+    return config
+
+
+def prepare_folder(args: Arguments) -> tuple[Path, bool]:
+    """The run's folder, and whether to go on from a checkpoint; no run is overwritten or continued unasked."""
+    folder = Path(args.output_dir)
+    finished, begun = (folder / "results.json").exists(), (folder / "metrics.jsonl").exists()
+    saved = any((folder / "checkpoints").glob("step_*"))
+    runtime.barrier()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir={args.output_dir!r}: is a file, must be a folder. Set --output-dir.")
+    if finished and not args.overwrite:
+        raise ValueError(
+            f"output_dir={args.output_dir!r}: holds a finished run. Start afresh with --overwrite, or set another."
+        )
+    if (begun or saved) and not (args.resume or args.overwrite):
+        raise ValueError(
+            f"output_dir={args.output_dir!r}: holds an unfinished run. Go on with --resume, start afresh with "
+            "--overwrite, or set another."
         )
     if runtime.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
+        for path in (folder / name for name in FILES if args.overwrite):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        if args.resume and not saved:
+            log.info("no checkpoint in %s yet: starting at step 0", folder / "checkpoints")
     runtime.barrier()
-    return folder
+    return folder, args.resume and saved
+
+
+def same_run(now: dict[str, Any], saved: Any) -> dict[str, Any]:
+    """The state saved with a checkpoint. ValueError if another run saved it than the one that `now` begins."""
+    was = saved["run"] if isinstance(saved, dict) and "run" in saved else {}
+    if changed := [
+        f"{key}={was.get(key)!r} (now {value!r})" for key, value in now["run"].items() if was.get(key) != value
+    ]:
+        raise ValueError(
+            f"the checkpoint was written with {', '.join(changed)}. Restore them, or start in a new folder."
+        )
+    return saved
 
 
 def load_rows(args: Arguments, split: str) -> Any:
@@ -338,22 +420,25 @@ def load_rows(args: Arguments, split: str) -> Any:
     )
 
 
-def load_tokenizer(args: Arguments, folder: Path, rows: Any) -> PreTrainedTokenizerBase:
+def load_tokenizer(args: Arguments, folder: Path, rows: Any, trained: bool) -> PreTrainedTokenizerBase:
     """The pretrained model's tokenizer, or a joint BPE, trained once by rank 0 and kept with the run."""
     if args.model_name:
-        tokenizer = AutoTokenizer.from_pretrained(args.model_name, trust_remote_code=args.trust_remote_code)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(args.model_name, trust_remote_code=args.trust_remote_code)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(f"model {args.model_name!r}: has no tokenizer ({reason}). Set --model-name.") from error
         if hasattr(tokenizer, "src_lang"):
             tokenizer.src_lang, tokenizer.tgt_lang = args.source_lang, args.target_lang
         return tokenizer
-    saved = folder / "tokenizer"
-    if not (saved / "tokenizer.json").exists():
-        data.train_tokenizer(data.texts(rows), args.vocab_size).save_pretrained(saved)
-    return AutoTokenizer.from_pretrained(saved, local_files_only=True)
+    if runtime.rank() == 0 and not trained:
+        data.train_tokenizer(data.texts(rows), args.vocab_size).save_pretrained(folder / "tokenizer")
+    return AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
 
 
-def save(engine: GaPEngine, folder: Path) -> None:
+def save(engine: GaPEngine, folder: Path, state: dict[str, Any]) -> None:
     """A checkpoint; the one before it goes once this one is whole."""
-    newest = engine.save_checkpoint(folder)
+    newest = engine.save_checkpoint(folder, client_state=state)
     if runtime.rank() == 0:
         for old in folder.glob("step_*"):
             if old != newest:
@@ -361,15 +446,18 @@ def save(engine: GaPEngine, folder: Path) -> None:
 
 
 def parse(argv: Sequence[str] | None = None) -> Arguments:
-    parsed: tuple[Arguments, ...] = HfArgumentParser(Arguments).parse_args_into_dataclasses(args=argv)
+    """The arguments of the command line. ValueError for a mistake in them."""
+    parsed: tuple[Arguments, ...] = Parser(Arguments).parse_args_into_dataclasses(args=argv)
     return parsed[0]
+
+
+class Parser(HfArgumentParser):
+    """One sentence for a mistake, on one rank, instead of forty options on each."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}. --help lists all arguments.")
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    arguments = parse()
-    try:
-        status = main(arguments)
-    except (ValueError, OSError) as error:
-        status = runtime.fail(error)
-    sys.exit(status)
+    runtime.run(lambda: main(parse()))

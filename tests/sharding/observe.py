@@ -45,6 +45,7 @@ class Traffic:
         self.sums: list[tuple[int, ...]] = []
         self.other: list[str] = []
         self._sum, self._all_gather, self._assemble = Comm.sum, Comm.all_gather, Comm.assemble
+        self._everywhere = Comm.assemble_everywhere
 
     def __enter__(self) -> Traffic:
         def summed(comm: Comm, counts: Tensor) -> Tensor:
@@ -60,11 +61,17 @@ class Traffic:
             self.other.append("assemble")
             return self._assemble(comm, *arguments)
 
+        def assembled_everywhere(comm: Comm, piece: Tensor, start: int, total: int) -> Tensor:
+            self.other.append(f"assemble_everywhere {total}")
+            return self._everywhere(comm, piece, start, total)
+
         Comm.sum, Comm.all_gather, Comm.assemble = summed, gathered, assembled  # type: ignore[method-assign]
+        Comm.assemble_everywhere = assembled_everywhere  # type: ignore[method-assign]
         return self
 
     def __exit__(self, *_: object) -> None:
         Comm.sum, Comm.all_gather, Comm.assemble = self._sum, self._all_gather, self._assemble  # type: ignore[method-assign]
+        Comm.assemble_everywhere = self._everywhere  # type: ignore[method-assign]
 
 
 def train(
@@ -76,6 +83,7 @@ def train(
     last: int = toy.STEPS,
     full_fp32: Callable[[str], Tensor] | None = None,
     at: dict[int, Callable[[], None]] | None = None,
+    select: Callable[[Tensor, int], Tensor] = reference.largest,
 ) -> dict[str, Any]:
     """Trains steps [first, last) and returns what was seen; `wrong` lists every violated invariant.
 
@@ -84,6 +92,7 @@ def train(
         skip: whether one parameter gets no gradient in every other step.
         full_fp32: the fp32 parameter, whole, through the library's own means, where it has any.
         at: what to do after a step, by its number.
+        select: the mask that is wanted, for an entry's magnitudes and budget.
     """
     shards = engine._shards
     before: dict[str, Tensor] = {}
@@ -116,8 +125,8 @@ def train(
             left = [entry for entry in engine.plan.entries if entry.partition in phase.dense]
             weights = gather([(shards[entry.name], before[entry.name]) for entry in left])
             for entry, weight in zip(left, weights, strict=True):
-                if not torch.equal(masks[entry.name], reference.largest(weight.abs(), entry.keep)):
-                    wrong.append(f"step {step}: mask of {entry.name} is not the largest by a stable sort")
+                if not torch.equal(masks[entry.name], select(weight.abs(), entry.keep)):
+                    wrong.append(f"step {step}: mask of {entry.name} is not that of a stable sort of whole tensors")
         if engine.phase is not phase or step == phase.first_step:
             wrong += [f"step {step}: {mistake}" for mistake in mistakes(engine, history[-1], working_copy, full_fp32)]
         if at and step in at:

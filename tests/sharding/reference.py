@@ -7,6 +7,7 @@ stable sort of full tensors, and the schedule is spelled out.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,6 +54,11 @@ def random_scores(seed: int, name: str, numel: int) -> Tensor:
     return torch.tensor(scores, dtype=torch.int64)
 
 
+def largest_fifth(scores: Tensor) -> Tensor:
+    """The mask of a matrix at 80 %."""
+    return largest(scores, KEEP)
+
+
 def train(
     optimizer_name: str,
     unused_is_zero: bool = True,
@@ -61,6 +67,8 @@ def train(
     *,
     skip: bool = True,
     every_micro_batch: bool = False,
+    hidden: int = toy.HIDDEN,
+    select: Callable[[Tensor], Tensor] = largest_fifth,
 ) -> dict[str, Any]:
     """Trains the toy; final weights, moments, losses, and the masks after each boundary.
 
@@ -70,8 +78,9 @@ def train(
     skip: whether one parameter gets no gradient in every other step.
     every_micro_batch: whether gradients are averaged over the ranks before they are summed over micro-batches, or
         after. The two orders of summation differ in the last bit.
+    hidden: width of the toy's blocks; select: the mask for an entry's scores.
     """
-    model = toy.build()
+    model = toy.build(hidden)
     weights = dict(model.named_parameters())
     optimizer = toy.OPTIMIZERS[optimizer_name](groups(model))
     masks: dict[str, Tensor] = {}
@@ -79,7 +88,7 @@ def train(
     boundaries = dict(BOUNDARIES)
     for step in range(toy.STEPS):
         if step in boundaries:
-            _cross(step, boundaries[step], masks, weights, optimizer)
+            _cross(step, boundaries[step], masks, weights, optimizer, select)
             history.append({name: mask.clone() for name, mask in masks.items()})
         for micro in range(toy.ACCUMULATION):
             loss = model(*toy.batch(step, micro, dist.get_rank(), skip))
@@ -121,7 +130,14 @@ def _average(gradient: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _cross(step: int, dense: int | None, masks: dict[str, Tensor], weights: Any, optimizer: Any) -> None:
+def _cross(
+    step: int,
+    dense: int | None,
+    masks: dict[str, Tensor],
+    weights: Any,
+    optimizer: Any,
+    select: Callable[[Tensor], Tensor],
+) -> None:
     for name, partition in entries().items():
         weight = weights[name]
         if partition == dense:
@@ -132,5 +148,5 @@ def _cross(step: int, dense: int | None, masks: dict[str, Tensor], weights: Any,
                         moment[~mask] = 0.0
         elif name not in masks:
             scores = weight.abs() if step else random_scores(0, name, weight.numel()).view(weight.shape)
-            masks[name] = largest(scores, KEEP)
+            masks[name] = select(scores)
             weight[~masks[name]] = 0.0

@@ -16,11 +16,11 @@ STEPS, ACCUMULATION = 15, 2
 
 
 class Block(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, hidden: int = HIDDEN) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(WIDTH)
-        self.fc1 = nn.Linear(WIDTH, HIDDEN)
-        self.fc2 = nn.Linear(HIDDEN, WIDTH)
+        self.fc1 = nn.Linear(WIDTH, hidden)
+        self.fc2 = nn.Linear(hidden, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.fc2(self.fc1(self.norm(x)).relu())
@@ -29,10 +29,10 @@ class Block(nn.Module):
 class Toy(nn.Module):
     """A language model that predicts the token before the current one."""
 
-    def __init__(self) -> None:
+    def __init__(self, hidden: int = HIDDEN) -> None:
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, WIDTH)
-        self.layers = nn.ModuleList(Block() for _ in range(BLOCKS))
+        self.layers = nn.ModuleList(Block(hidden) for _ in range(BLOCKS))
         self.norm = nn.LayerNorm(WIDTH)
         self.sometimes = nn.Linear(WIDTH, WIDTH)
         self.frozen = nn.Linear(WIDTH, WIDTH)
@@ -53,10 +53,10 @@ class Toy(nn.Module):
         return functional.cross_entropy(logits.flatten(0, 1).float(), tokens.roll(1, dims=1).flatten())
 
 
-def build() -> Toy:
+def build(hidden: int = HIDDEN) -> Toy:
     """The same weights in every process."""
     torch.manual_seed(1)
-    return Toy()
+    return Toy(hidden)
 
 
 def batch(step: int, micro: int, rank: int, skip: bool = True) -> tuple[Tensor, bool]:
