@@ -262,14 +262,20 @@ class GaPEngine:
         """The scheduler's state and the learning rates, before the first step."""
         if self._lr_scheduler is None:
             return None
-        lrs = [group["lr"] for group in self._backend.optimizer.param_groups]
+        lrs = [group["lr"] for group in self._lr_groups()]
         return copy.deepcopy(self._lr_scheduler.state_dict()), lrs
+
+    def _lr_groups(self) -> list[dict[str, Any]]:
+        """The parameter groups that the scheduler sets; a wrapped optimizer (OSS) may copy them to its innermost."""
+        groups: list[dict[str, Any]]
+        groups = getattr(self._lr_scheduler, "optimizer", self._backend.optimizer).param_groups
+        return groups
 
     def _restart_lr(self) -> None:
         assert self._lr_scheduler is not None
         state, lrs = self._first_lr
         self._lr_scheduler.load_state_dict(copy.deepcopy(state))
-        for group, lr in zip(self._backend.optimizer.param_groups, lrs, strict=True):
+        for group, lr in zip(self._lr_groups(), lrs, strict=True):
             group["lr"] = lr
 
     # -- figures ---------------------------------------------------------------------------------------------------

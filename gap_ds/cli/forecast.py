@@ -17,6 +17,7 @@ from torch import nn
 from gap_ds import masks, methods, plan, schedule, selection
 from gap_ds._version import __version__
 from gap_ds.config import GaPConfig
+from gap_ds.pattern import Unstructured
 from gap_ds.plan import Entry, Plan
 from gap_ds.schedule import Schedule
 
@@ -77,7 +78,7 @@ def forecast(
                 f"{unit}s": _number(Fraction(phase.steps, per_unit)),
                 "dense": sorted(phase.dense),
                 "density": density,
-                "pruned_entries": pruned,
+                "pruned_entries": len(pruned),
             }
             for phase, density, pruned in zip(
                 the_schedule.phases, the_schedule.density(keep, numel), selected, strict=True
@@ -104,13 +105,13 @@ def _number(value: Fraction) -> int | float:
     return int(value) if value.denominator == 1 else float(value)
 
 
-def _selected(the_plan: Plan, config: GaPConfig, the_schedule: Schedule) -> list[int]:
-    """How many entries are selected (pruned to a budget of their own) before each phase."""
+def _selected(the_plan: Plan, config: GaPConfig, the_schedule: Schedule) -> list[list[Entry]]:
+    """The entries that are selected (pruned to a budget of their own) before each phase."""
     rule, before = methods.rule(config), (None, *the_schedule.phases)
-    updates = (
-        [rule(e, old, new) for e in the_plan.entries] for old, new in zip(before, the_schedule.phases, strict=False)
-    )
-    return [sum(isinstance(u, methods.Largest | methods.Random) for u in row) for row in updates]
+    return [
+        [e for e in the_plan.entries if isinstance(rule(e, old, new), methods.Largest | methods.Random)]
+        for old, new in zip(before, the_schedule.phases, strict=False)
+    ]
 
 
 # -- partitions --------------------------------------------------------------------------------------------------------
@@ -179,7 +180,7 @@ def _runs(numbers: Sequence[int]) -> str:
 # -- ranks -------------------------------------------------------------------------------------------------------------
 
 
-def _ranks(the_plan: Plan, the_schedule: Schedule, selected: Sequence[int], ranks: int) -> dict[str, Any]:
+def _ranks(the_plan: Plan, the_schedule: Schedule, selected: Sequence[Sequence[Entry]], ranks: int) -> dict[str, Any]:
     """What each of R ranks holds and sends for the method."""
 
     def most(mask_bytes: dict[Entry, int]) -> int:
@@ -195,12 +196,15 @@ def _ranks(the_plan: Plan, the_schedule: Schedule, selected: Sequence[int], rank
     even = most({entry: masks.nbytes(-(-entry.numel // ranks)) for entry in the_plan.entries})
     # A rank that owns a stretch of one flat buffer may own nothing but entries, each with a last byte of its own.
     flat = min(whole, masks.nbytes(-(-the_plan.total // ranks)) + len(the_plan.entries))
-    sent = [selection_bytes(budgets) if ranks > 1 else 0 for budgets in selected]
+    counts = isinstance(the_plan.pattern, Unstructured)
+    sent = [selection_bytes(len(row)) if counts else 4 * sum(e.numel for e in row) for row in selected]
+    sent = sent if ranks > 1 else [0] * len(sent)
     return {
         "world_size": ranks,
         "mask_bytes": even,
         "mask_bytes_flat_buffer": flat,
         "mask_bytes_unsharded": whole,
+        "sent": "counts" if counts else "scores, an entry at a time",
         "start_bytes": sent[0],
         "boundary_bytes": max(sent[1:], default=0),
     }

@@ -199,6 +199,6 @@ def _ranks(ranks: dict[str, Any]) -> Table:
     grid.add_row("masks", f"{size(ranks['mask_bytes'])}, where each entry is split (ZeRO-3, FSDP)")
     grid.add_row("", f"at most {size(ranks['mask_bytes_flat_buffer'])}, where a flat buffer is cut (ZeRO-1, -2)")
     grid.add_row("", f"{size(ranks['mask_bytes_unsharded'])}, where each rank has all (DDP, ZeRO-0)")
-    grid.add_row("sent at a boundary", f"at most {size(ranks['boundary_bytes'])} of counts, all-reduced")
-    grid.add_row("sent at the start", f"{size(ranks['start_bytes'])} of counts, all-reduced")
+    grid.add_row("sent at a boundary", f"at most {size(ranks['boundary_bytes'])} of {ranks['sent']}, all-reduced")
+    grid.add_row("sent at the start", f"{size(ranks['start_bytes'])} of {ranks['sent']}, all-reduced")
     return grid

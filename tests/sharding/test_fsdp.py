@@ -39,7 +39,6 @@ ROWS += [
         "ddp_compile": {"kind": "ddp", "compile": True},
         "fsdp1_clip": {"kind": "fsdp1", "clip": 0.5},
         "fsdp2_clip": {"kind": "fsdp2", "clip": 0.5},
-        "fsdp1_bf16": {"kind": "fsdp1", "bf16": True},
         "fsdp1_flat_bf16": {"kind": "fsdp1", "flat": True, "bf16": True},
         "fsdp2_bf16": {"kind": "fsdp2", "bf16": True},
         "fsdp2_offload": {"kind": "fsdp2", "offload": True},

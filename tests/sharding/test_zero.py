@@ -166,3 +166,20 @@ def test_combinations_that_would_train_with_wrong_masks_are_refused(trained: Pat
         assert "zero_optimization.round_robin_gradients=True is not supported" in said["round_robin"]
         assert "Set it to false." in said["round_robin"]
         assert "gradient_clipping: has no effect with a DeepSpeed engine" in said["two owners"]
+
+
+@pytest.mark.slow
+def test_deepspeed_cpu_adam(tmp_path: Path) -> None:
+    """Invariants with DeepSpeedCPUAdam, which torch compiles for about a minute at its first use.
+
+    Its extension keeps powers of the betas by repeated products and computes them afresh after a resume, so a resumed
+    run differs in the last bits, with or without masks.
+    """
+    rows = [row(f"zero{stage}_{dtype}_cpu_adam", stage, dtype, "cpu_adam", offload=True) for stage, dtype in CPU_ADAM]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    run_workers("worker_zero.py", 2, tmp_path)
+    for run in rows:
+        test_invariants_hold_after_every_step(tmp_path, run["name"])
+
+
+CPU_ADAM = [(2, "fp32"), (2, "bf16"), (3, "bf16")]
