@@ -94,8 +94,8 @@ def translation() -> str:
         epochs = row["applied_steps"] / row["steps_per_epoch"]
         lines.append(
             f"| {row['arguments']['preset']} | {method} | {epochs:g} | {row['entry_sparsity']:.0%} | "
-            f"{row['model_sparsity']:.0%} | {row['training_flops']:.2f} | {row['bleu']['score']:.1f} | "
-            f"{row['bleu_uncased']['score']:.1f} | {row['chrf']['score']:.1f} |"
+            f"{row['model_sparsity']:.0%} | {row['training_flops']:.2f} | {row['bleu']:.1f} | "
+            f"{row['bleu_uncased']:.1f} | {row['chrf']:.1f} |"
         )
     return "\n".join(lines) + "\n"
 

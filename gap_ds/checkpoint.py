@@ -105,7 +105,7 @@ def _check_header(path: Path, metadata: Mapping[str, str], plan: Plan) -> None:
     if metadata.get("plan") != plan.fingerprint:
         raise ValueError(
             f"{path}: was written for another plan ({metadata.get('plan')}, now {plan.fingerprint}): the model, the "
-            "sparsity, the distribution or the partitions differ. Restore them, or start in a new folder."
+            "sparsity, the distribution, the pattern or the partitions differ. Restore them, or start in a new folder."
         )
 
 

@@ -116,14 +116,14 @@ class GaPEngine:
             config: the DeepSpeed config, a dict or a JSON file.
             gap_config: the GaP config; it is validated before DeepSpeed starts.
         """
-        import deepspeed
+        from gap_ds.backends import zero
 
         gap = GaPConfig.load(gap_config)
         schedule.build(gap, steps_per_epoch)  # complains before anything is allocated
         if not {"optimizer", "model_parameters"} & deepspeed_arguments.keys():
             deepspeed_arguments["model_parameters"] = [p for p in model.parameters() if p.requires_grad]
         config = str(config) if isinstance(config, Path) else config
-        engine, *_ = deepspeed.initialize(model=model, config=config, **deepspeed_arguments)
+        engine = zero.initialize(model=model, config=config, **deepspeed_arguments)
         return cls(engine, gap, steps_per_epoch=steps_per_epoch)
 
     # -- training --------------------------------------------------------------------------------------------------
@@ -244,7 +244,8 @@ class GaPEngine:
         self, entry: plan.Entry, update: methods.Largest | methods.Random, piece: selection.Piece
     ) -> Tensor:
         """Bits of this rank's piece where the pattern needs the whole entry: all ranks assemble it and decide alike."""
-        keys = self._backend.comm.assemble_everywhere(piece.keys(0, piece.numel), piece.start, entry.numel)
+        own = torch.cat([piece.keys(0, 0), *(keys for _, keys in piece.chunks())])
+        keys = self._backend.comm.assemble_everywhere(own, piece.start, entry.numel)
         scores = selection.magnitudes(entry.name, keys) if isinstance(update, methods.Largest) else keys
         kept = self.plan.pattern.mask(scores.view(entry.shape), update.keep, entry.dims)
         return masks.pack(kept.flatten()[piece.start : piece.start + piece.numel])
@@ -359,7 +360,14 @@ class GaPEngine:
         bits = checkpoint.read_masks(
             path / "gap" / "masks.safetensors", self.plan, sparse, self._shards, self._backend.comm
         )
-        self._backend.load(path)
+        try:
+            self._backend.load(path)
+        except Exception as error:  # each library has errors of its own for a damaged, missing or foreign file
+            raise ValueError(
+                f"{path}: {self._backend.name} on {self._world.size} ranks cannot restore what {state['backend']} on "
+                f"{state['ranks']} ranks saved ({_first_line(error)}). Use an earlier checkpoint, or the backend and "
+                "the number of ranks that saved this one."
+            ) from error
         self._bits = {name: b.to(self._shards[name].weight().device) for name, b in bits.items()}
         self.applied_steps = state["applied_steps"]
         self._updated = False
@@ -367,11 +375,11 @@ class GaPEngine:
             self._lr_scheduler.load_state_dict(state["lr_scheduler"])
         if state["grad_scaler"] is not None and self._grad_scaler is not None:
             self._grad_scaler.load_state_dict(state["grad_scaler"])
-        rng = path / "gap" / f"rng_{self._world.rank}.json"
-        if rng.exists() and state["ranks"] == self._world.size:
-            checkpoint.set_random_state(checkpoint.read_json(rng))
+        if state["ranks"] == self._world.size:
+            checkpoint.set_random_state(checkpoint.read_json(path / "gap" / f"rng_{self._world.rank}.json"))
         else:
             warnings.warn(f"saved by {state['ranks']} ranks: the random state is not restored", stacklevel=2)
+        self._world.barrier()  # a rank that could not restore its part has left: nobody goes on without it
         self._say(f"resumed {path} at step {self.applied_steps}: {self.phase}")
         return state["client_state"]
 
@@ -392,7 +400,8 @@ class GaPEngine:
         if state["plan"] != self.plan.fingerprint:
             raise ValueError(
                 f"{path}: was written for another plan ({state['plan']}, now {self.plan.fingerprint}): the model, the "
-                "sparsity, the distribution or the partitions differ. Restore them, or start in a new folder."
+                "sparsity, the distribution, the pattern or the partitions differ. Restore them, or start in a new "
+                "folder."
             )
         was, now = (s.rpartition("|v:")[0].split("|") for s in (state["signature"], self.signature))
         if was != now:
@@ -468,6 +477,11 @@ class GaPEngine:
         if name.startswith("_"):
             raise AttributeError(name)
         return getattr(self._backend.forward, name)
+
+
+def _first_line(error: Exception) -> str:
+    """The kind of an error and the first line of what it says."""
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
 def _reset(optimizer: torch.optim.Optimizer) -> None:

@@ -276,3 +276,17 @@ def test_optimizers_of_all_kinds_leave_exact_zeros() -> None:
                 if mask is not None:
                     weight = dict(model.named_parameters())[entry.name].detach().flatten()
                     assert int(mask.sum()) == 9 and not weight[~mask].count_nonzero()
+
+
+def test_the_engine_keeps_no_tensor_but_bits() -> None:
+    """No view of a weight and no expanded mask survives a step: other libraries replace what they would look at."""
+    engine = build()
+    for _ in range(14):
+        train(engine, 1)
+        kept = [value for value in vars(engine).values() if isinstance(value, torch.Tensor)]
+        kept += [v for value in vars(engine).values() if isinstance(value, dict) for v in value.values()]
+        tensors = [value for value in kept if isinstance(value, torch.Tensor)]
+        assert all(t.dtype == torch.uint8 and t.numel() == 5 for t in tensors)  # 36 bits in 5 bytes
+        assert len(tensors) == sum(not row["dense"] for row in engine.stats()["entries"].values())
+        shard = engine._shards["layers.0.fc.weight"]
+        assert not any(isinstance(value, torch.Tensor) for value in vars(shard).values())

@@ -331,7 +331,7 @@ def test_masks_are_legal_and_exact_in_every_step(pattern: str, sparsity: float, 
 def test_a_checkpoint_of_another_pattern_is_refused(tmp_path: Path) -> None:
     build("2:4").save_checkpoint(tmp_path)
     for other in ("unstructured", "block:4x4"):  # at half the weights all budgets are the same
-        with pytest.raises(ValueError, match="another plan"):
+        with pytest.raises(ValueError, match=r"another plan.* the pattern"):
             build(other).load_checkpoint(tmp_path)
 
 
@@ -342,6 +342,21 @@ def test_a_weight_that_is_nan_stops_the_boundary() -> None:
     message = r"layers\.0\.fc\.weight: 1 weights are NaN, so their magnitudes have no order\. .*diverged"
     with pytest.raises(ValueError, match=message):
         engine._select({e: engine._rule(e, engine.phase, engine.schedule.phases[1]) for e in engine.plan.entries[:6]})
+
+
+def test_what_travels_is_forecast() -> None:
+    """Scores of whole entries, 4 bytes each: half of the entries at the start, each half at its boundary."""
+    pytest.importorskip("typer")
+    from gap_ds.cli.forecast import forecast
+
+    ranks = forecast(Model(), config("2:4"), world_size=2)["ranks"]
+    half = plan.build(Model(), config("2:4")).numel // 2
+    assert (ranks["sent"], ranks["start_bytes"], ranks["boundary_bytes"]) == (
+        "scores, an entry at a time",
+        4 * half,
+        4 * half,
+    )
+    assert forecast(Model(), config("unstructured"), world_size=2)["ranks"]["sent"] == "counts"
 
 
 def test_the_shipped_config() -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -34,7 +33,6 @@ def main() -> int:
     args = parser.parse_args()
     started = time.perf_counter()
     console = Console()
-    shutil.rmtree(args.output_dir, ignore_errors=True)
     results: dict[str, dict[str, Any]] = {}
     for name, flags in (("dense", ["--dense"]), ("sparse", [])):
         console.rule(f"training the {name} model")
@@ -55,7 +53,8 @@ def train(folder: Path, flags: list[str]) -> int:
     launcher = Path(sys.executable).with_name("deepspeed")
     command = [str(launcher), "--num_accelerators", str(ranks), str(HERE / "train.py"), "--gap-config", str(GAP)]
     command += ["--deepspeed_config", str(ROOT / "configs" / "ds" / "zero2.json"), "--output-dir", str(folder)]
-    command += ["--vocab-size", "2000", "--warmup-steps", "60", "--lr", "3e-3", "--samples", "2", *flags]
+    command += ["--vocab-size", "2000", "--warmup-steps", "60", "--lr", "4e-3", "--batch-tokens", "1024"]
+    command += ["--dropout", "0", "--samples", "2", "--overwrite", *flags]
     console = Console()
     console.print(" ".join(command), style="dim", soft_wrap=True)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}

@@ -230,22 +230,19 @@ def run(main: Callable[[], int]) -> NoReturn:
     """
     try:
         status = main()
-    except (ValueError, OSError) as error:
-        status = _fail(error)
     except KeyboardInterrupt:
         status = 130
         if _launched_rank() == 0:
-            print("interrupted. What was saved before is as it was.", file=sys.stderr)
-    except RuntimeError as error:
-        if not _lost_a_rank(error):
+            print("interrupted; what was saved before is as it was.", file=sys.stderr)
+    except Exception as error:
+        if _lost_a_rank(error):
+            status = 1
+            if _launched_rank() == 0:
+                print("ends, because another rank has: see its message, or it was killed.", file=sys.stderr)
+        elif isinstance(error, ValueError | OSError):
+            status = _fail(error)
+        else:
             raise
-        status = 1
-        if _launched_rank() == 0:
-            print(
-                "another rank has ended, and so does this one. It has said why, or it was killed; "
-                "--resume goes on from the newest checkpoint.",
-                file=sys.stderr,
-            )
     sys.stdout.flush()
     sys.stderr.flush()
     if status:
@@ -267,7 +264,13 @@ def _launched_rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def _lost_a_rank(error: RuntimeError) -> bool:
-    """Whether a collective failed because another process is gone; gloo has no class of its own for that."""
+def _lost_a_rank(error: BaseException | None) -> bool:
+    """Whether another process is gone, and a collective failed for it; gloo has no class of its own for that."""
     texts = "Connection closed by peer", "Connection reset by peer", "Broken pipe"
-    return isinstance(error, dist.DistNetworkError | dist.DistStoreError) or any(text in str(error) for text in texts)
+    while error is not None:
+        if isinstance(error, dist.DistNetworkError | dist.DistStoreError):
+            return True
+        if isinstance(error, RuntimeError) and any(text in str(error) for text in texts):
+            return True
+        error = error.__cause__
+    return False

@@ -10,8 +10,6 @@ from torch import nn
 
 from gap_ds.plan import clean_name, find_blocks
 
-BACKENDS = ("none", "ddp", "fsdp1", "fsdp2", "fairscale")
-
 
 def wrap(model: nn.Module, backend: str, device: torch.device) -> nn.Module:
     """The model inside a sharding library, each repeated block a unit of its own, over all ranks.

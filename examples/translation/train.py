@@ -5,6 +5,10 @@
 
 Runs as well under torchrun and plain python; without --deepspeed_config it trains by PyTorch alone. `main` is the
 recipe, from top to bottom.
+
+SIGINT (Ctrl-C) or SIGTERM on any rank ends the run after the step it is in: saved, with exit status 130 or 143. Around
+it, the deepspeed launcher answers Ctrl-C with a traceback of its own, and kills ranks that take more than 30 s; a
+SIGTERM to the `deepspeed` command alone reaches no rank: send it to its process group, or to a rank.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,9 +29,9 @@ import data
 import evaluate
 import model as models
 import runtime
+import sharding
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
@@ -43,6 +47,9 @@ class Arguments:
     gap_config: str = HfArg(help="GaP config, JSON or YAML (configs/gap)")
     output_dir: str = HfArg(help="folder of the run: checkpoints, metrics, results, the exported model")
     deepspeed_config: str | None = HfArg(default=None, help="DeepSpeed config (configs/ds); default: PyTorch alone")
+    backend: Literal["deepspeed", "fsdp2", "fsdp1", "fairscale", "ddp", "none"] | None = HfArg(
+        default=None, help="sharding library; default: deepspeed with its config, else ddp, or none on one process"
+    )
     dense: bool = HfArg(default=False, help="train the same model as long, without sparsity")
 
     dataset: str | None = HfArg(default=None, help="folder, file or hub name; default: a generated corpus")
@@ -95,6 +102,10 @@ class Arguments:
             raise ValueError(
                 "--resume and --overwrite: one goes on with what is in --output-dir, the other deletes it."
             )
+        if (self.backend == "deepspeed") > (self.deepspeed_config is not None):
+            raise ValueError('backend="deepspeed": needs a config. Set --deepspeed_config (configs/ds).')
+        if self.deepspeed_config and self.backend not in (None, "deepspeed"):
+            raise ValueError(f'--deepspeed_config: has no effect with backend="{self.backend}". Remove one of the two.')
         if self.bf16 and self.deepspeed_config:
             raise ValueError('--bf16: has no effect with --deepspeed_config. Set "bf16" in that file instead.')
 
@@ -135,8 +146,11 @@ def main(args: Arguments) -> int:
     else:
         config = models.build_config(args.preset, vocab_size=len(tokenizer), dropout=args.dropout)
         model = models.build_model(config)
+    if deepspeed is None:
+        default = "ddp" if runtime.world_size() > 1 else "none"
+        model = sharding.wrap(model.to(device), args.backend or default, device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.997), eps=1e-9, fused=True)
-    engine = build_engine(args, gap, deepspeed, model.to(device), optimizer, sampler.steps_per_epoch)
+    engine = build_engine(args, gap, deepspeed, model, optimizer, sampler.steps_per_epoch)
     runtime.seed_everything(args.seed + 1 + runtime.rank())  # dropout must differ between ranks
 
     # Training, from the newest checkpoint on where there is one.
@@ -297,7 +311,7 @@ def build_engine(
     optimizer: torch.optim.Optimizer,
     steps_per_epoch: int,
 ) -> GaPEngine:
-    """The engine over DeepSpeed, over DistributedDataParallel, or over the model itself."""
+    """The engine over DeepSpeed, or over a model that is wrapped already."""
     schedule = learning_rate(args, gap, steps_per_epoch)
     lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     if deepspeed is not None:
@@ -309,9 +323,8 @@ def build_engine(
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
         )
-    wrapped = DistributedDataParallel(model) if runtime.world_size() > 1 else model
     return GaPEngine(
-        wrapped,
+        model,
         gap,
         optimizer=optimizer,
         lr_scheduler=lr_scheduler,
@@ -368,10 +381,20 @@ def deepspeed_config(args: Arguments) -> dict[str, Any] | None:
         )
     config["gradient_accumulation_steps"] = args.accumulation
     config["train_micro_batch_size_per_gpu"] = 1  # DeepSpeed asks for it; batches are cut by tokens
+    if auto := [key for key, value in _items(config) if value == "auto"]:
+        raise ValueError(f'{origin}: {auto[0]}="auto" is for the Trainer of transformers. Set a value, or remove it.')
     for dtype in ("bf16", "fp16"):  # the model adds its table of positions, a buffer, to the 16-bit embeddings
         if config.get(dtype, {}).get("enabled"):
             config.setdefault("data_types", {}).setdefault("buffer_dtype", dtype)
     return config
+
+
+def _items(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """All settings of a config, nested ones as "section.key"."""
+    for key, value in config.items():
+        yield key, value
+        if isinstance(value, dict):
+            yield from ((f"{key}.{inner}", setting) for inner, setting in _items(value))
 
 
 def prepare_folder(args: Arguments) -> tuple[Path, bool]:

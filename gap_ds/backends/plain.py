@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
@@ -176,15 +177,19 @@ def save_state(module: nn.Module, optimizer: torch.optim.Optimizer, folder: Path
 
 
 def load_state(module: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Reads what `save_state` wrote, into the same module and optimizer."""
+    """Reads what `save_state` wrote, into the same module and optimizer. ValueError if it cannot be read."""
     initialise_state(module, optimizer)
     forget_state(optimizer)  # a parameter that had no state when it was saved has none in the file
     model_state, optimizer_state = get_state_dict(module, optimizer)
     model: dict[str, Any] = {"model": model_state}
     state: dict[str, Any] = {"optimizer": optimizer_state}
     path, alone = folder / "state", not torch.distributed.is_initialized()
-    load_distributed(model, checkpoint_id=path, no_dist=alone)
-    load_distributed(state, checkpoint_id=path, no_dist=alone, planner=DefaultLoadPlanner(allow_partial_load=True))
+    try:
+        load_distributed(model, checkpoint_id=path, no_dist=alone)
+        load_distributed(state, checkpoint_id=path, no_dist=alone, planner=DefaultLoadPlanner(allow_partial_load=True))
+    except CheckpointException as error:  # on all ranks alike; no Exception, so nobody would expect it
+        reason = next(iter(error.failures.values()))[0]
+        raise ValueError(f"{path}: {type(reason).__name__}: {reason}") from reason
     set_state_dict(module, optimizer, model_state_dict=model["model"], optim_state_dict=state["optimizer"])
 
 

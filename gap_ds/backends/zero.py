@@ -13,9 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from gap_ds.backends import Backend, Training
@@ -29,6 +30,30 @@ def recognises(model: nn.Module) -> bool:
     return any(
         cls.__module__.startswith("deepspeed.") and cls.__name__ == "DeepSpeedEngine" for cls in type(model).__mro__
     )
+
+
+def initialize(*, config: Any, **arguments: Any) -> Any:
+    """As `deepspeed.initialize`; returns the engine alone.
+
+    Raises:
+        ValueError: DeepSpeed does not accept its config; the message names the setting.
+    """
+    import deepspeed
+    from deepspeed.runtime.config import DeepSpeedConfigError
+
+    zero = config.get("zero_optimization") if isinstance(config, dict) else None
+    for part in ("offload_optimizer", "offload_param"):
+        # Refused before DeepSpeed looks for libraries that only this would need.
+        if isinstance(zero, dict) and isinstance(zero.get(part), dict) and zero[part].get("device") == "nvme":
+            _refuse_nvme(part)
+    try:
+        engine, *_ = deepspeed.initialize(config=config, **arguments)
+    except ValidationError as error:
+        mistakes = (f"{'.'.join(map(str, e['loc']))}={e['input']!r}: {e['msg']}" for e in error.errors())
+        raise ValueError(f"DeepSpeed config, {error.title}: {'; '.join(mistakes)}") from error
+    except (AssertionError, DeepSpeedConfigError) as error:
+        raise ValueError(f"DeepSpeed config: {error}") from error
+    return engine
 
 
 def build(engine: Any, training: Training) -> Backend:
@@ -71,50 +96,55 @@ def _refuse(engine: Any, training: Training) -> None:
             "the DeepSpeed engine has no optimizer: pass one to deepspeed.initialize, or set it in its config"
         )
 
-    def refuse(setting: str, value: object, reason: str, change: str) -> None:
-        raise ValueError(f"DeepSpeed config: {setting}={value!r} is not supported: {reason}. {change}")
-
     for part in ("offload_optimizer", "offload_param"):
         offload = getattr(zero, part)
         if offload is not None and str(getattr(offload.device, "value", offload.device)) == "nvme":
-            refuse(
-                f"zero_optimization.{part}.device",
-                "nvme",
-                "the fp32 weights are swapped out between steps, where masks cannot reach them",
-                'Set it to "cpu".',
-            )
+            _refuse_nvme(part)
         if getattr(offload, "super_offload", False):
-            refuse(
+            _refuse_value(
                 f"zero_optimization.{part}.super_offload",
                 True,
                 "its CPU workers update the weights without the optimizer's step",
                 "Set it to false.",
             )
     if zero.stage in (1, 2) and zero.round_robin_gradients:
-        refuse(
+        _refuse_value(
             "zero_optimization.round_robin_gradients",
             True,
             "DeepSpeed's record of which weights a rank owns can point at another parameter",
             "Set it to false.",
         )
     if getattr(zero, "zenflow", None) is not None:
-        refuse("zero_optimization.zenflow", "set", "it updates weights outside the optimizer's step", "Remove it.")
+        _refuse_value(
+            "zero_optimization.zenflow", "set", "it updates weights outside the optimizer's step", "Remove it."
+        )
     if getattr(zero, "mics_shard_size", -1) not in (-1, 0, None):
-        refuse(
+        _refuse_value(
             "zero_optimization.mics_shard_size",
             zero.mics_shard_size,
             "MiCS shards within groups of ranks, which was not tested",
             "Remove it.",
         )
     if getattr(engine, "has_moe_layers", False):
-        refuse(
+        _refuse_value(
             "MoE layers",
             "deepspeed.moe",
             "expert groups shard their parameters differently",
             "Use experts held on every rank.",
         )
     if engine.mp_world_size > 1:
-        refuse("tensor parallelism", engine.mp_world_size, "an entry would be cut in two ways", "Set its size to 1.")
+        _refuse_value(
+            "tensor parallelism", engine.mp_world_size, "an entry would be cut in two ways", "Set its size to 1."
+        )
+
+
+def _refuse_nvme(part: str) -> NoReturn:
+    reason = "the fp32 weights are swapped out between steps, where masks cannot reach them"
+    _refuse_value(f"zero_optimization.{part}.device", "nvme", reason, 'Set it to "cpu".')
+
+
+def _refuse_value(setting: str, value: object, reason: str, change: str) -> NoReturn:
+    raise ValueError(f"DeepSpeed config: {setting}={value!r} is not supported: {reason}. {change}")
 
 
 def _innermost(optimizer: Any) -> torch.optim.Optimizer:

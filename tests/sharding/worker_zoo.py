@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import sys
-import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -32,6 +33,10 @@ GAP = {"sparsity": 0.7, "partitions": 2, "phase_steps": 1, "rounds": 1, "finetun
 STEPS = 4
 
 
+def blocks_of(model: nn.Module) -> list[str]:
+    return find_blocks(dict(model.named_modules()), {name: tuple(p.shape) for name, p in model.named_parameters()})
+
+
 def under_zero3(model: nn.Module) -> tuple[GaPEngine, dict[str, Any]]:
     """ZeRO-3 in bf16: the working copies are others than the fp32 weights."""
     config = {
@@ -52,9 +57,8 @@ def under_zero3(model: nn.Module) -> tuple[GaPEngine, dict[str, Any]]:
 def under_fsdp2(model: nn.Module) -> tuple[GaPEngine, dict[str, Any]]:
     """FSDP2, every block a unit of its own."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    modules = dict(model.named_modules())
-    for block in find_blocks(modules, {name: tuple(p.shape) for name, p in model.named_parameters()}):
-        fully_shard(modules[block], mesh=mesh)
+    for block in blocks_of(model):
+        fully_shard(model.get_submodule(block), mesh=mesh)
     fully_shard(model, mesh=mesh)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     engine = GaPEngine(model, GAP, optimizer=optimizer)
@@ -67,17 +71,25 @@ SHARDED: dict[str, tuple[torch.dtype, Callable[[nn.Module], tuple[GaPEngine, dic
 }
 
 
+def unprunable(model: nn.Module) -> set[str]:
+    """Names of embeddings, position tables, what is tied to them, norms and biases."""
+    kept = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    kept |= {id(p) for p in model.parameters() if p.dim() < 2}
+    return {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in kept}
+
+
 def run(kind: Kind, backend: str) -> dict[str, Any]:
-    """Trains a model; what is wrong with its entries, masks and weights."""
+    """Trains a model; what is wrong with its blocks, entries, masks and weights."""
     dtype, shard = SHARDED[backend]
     model = kind.build()
     before = {name: p.detach().to(dtype).float() for name, p in model.named_parameters()}
-    not_entries = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    not_entries |= {id(p) for p in model.parameters() if p.dim() < 2}
-    embedded = {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in not_entries}
+    blocks, dense = blocks_of(model), unprunable(model)
     engine, seen = shard(model)
     entries = {entry.name: entry for entry in engine.plan.entries}
-    wrong = [f"{name} is an entry" for name in entries.keys() & embedded]
+    wrong = [f"{block} is a block" for block in blocks if not re.fullmatch(kind.block, block)]
+    wrong += [f"{len(blocks)} blocks"] if len(blocks) != kind.blocks else []
+    wrong += [f"{name} is an entry" for name in entries.keys() & dense]
+    wrong += [f"{name} is an entry or not against the list" for name in entries.keys() ^ kind.entries()]
 
     def stable_sort(weights: dict[str, Tensor], masks: dict[str, Tensor], when: str) -> list[str]:
         wanted = {name: reference.largest(weight.abs(), entries[name].keep) for name, weight in weights.items()}
@@ -108,22 +120,21 @@ def run(kind: Kind, backend: str) -> dict[str, Any]:
     return {"wrong": wrong, "entries": set(entries), "boundaries": boundaries, "sparse": set(masks)}
 
 
-def main(out: Path, backend: str) -> None:
+def main(out: Path) -> None:
     deepspeed.init_distributed()
     torch.set_num_threads(1)
-    for name, kind in ZOO.items():
-        started = time.perf_counter()
+    for name, backend in itertools.product(ZOO, SHARDED):
         try:
-            result = run(kind, backend)
+            result = run(ZOO[name], backend)
         except Exception:
             result = {"error": traceback.format_exc()}
-        observe.hand_over(out, f"{name}_{backend}", result | {"seconds": time.perf_counter() - started})
+        observe.hand_over(out, f"{name}_{backend}", result)
         if "error" in result:
             break  # the other ranks may be waiting: the parent ends them
     dist.barrier()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]))
     sys.stdout.flush()
     os._exit(0)  # results are handed over: no library's clean-up at exit can spoil them

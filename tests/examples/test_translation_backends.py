@@ -1,0 +1,45 @@
+"""The identical recipe on several sharding libraries ends in the same sparse model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+GAP = {"sparsity": 0.8, "partitions": 2, "phase_steps": 2, "rounds": 1, "finetune_steps": 2}
+
+
+def exported(folder: Path, backend: str) -> dict[str, torch.Tensor]:
+    """The model that two processes export after training with this backend."""
+    (folder / "gap.json").write_text(json.dumps(GAP))
+    out = folder / backend
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    command += ["--rdzv-endpoint", "localhost:0", str(ROOT / "examples" / "translation" / "train.py")]
+    command += ["--gap-config", str(folder / "gap.json"), "--backend", backend, "--output-dir", str(out)]
+    command += ["--limit", "200", "--vocab-size", "400", "--batch-tokens", "1024", "--dropout", "0", "--beams", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return load_file(out / "model" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def ddp(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    return exported(tmp_path_factory.mktemp("ddp"), "ddp")
+
+
+@pytest.mark.parametrize("backend", ["fsdp1", "fsdp2"])
+def test_the_same_sparse_model(tmp_path: Path, ddp: dict[str, torch.Tensor], backend: str) -> None:
+    model = exported(tmp_path, backend)
+    assert model.keys() == ddp.keys()
+    for name, weight in ddp.items():
+        torch.testing.assert_close(model[name], weight, rtol=0, atol=1e-4)  # a key bias has no true gradient: noise
+        if name.endswith(("_proj.weight", "fc1.weight", "fc2.weight")):
+            assert torch.equal(model[name] != 0, weight != 0), name
