@@ -75,7 +75,7 @@ def command(result: dict[str, Any]) -> str:
     arguments = {**result["arguments"], "dataset": f"DATA/{Path(result['arguments']['dataset']).name}"}
     words = ["deepspeed", "--num_accelerators", str(result["ranks"]), "examples/translation/train.py"]
     for field in dataclasses.fields(Arguments):
-        value = arguments[field.name]
+        value = arguments.get(field.name, field.default)
         if field.name in ("local_rank", "output_dir", "resume", "overwrite") or value == field.default:
             continue
         flag = "--deepspeed_config" if field.name == "deepspeed_config" else "--" + field.name.replace("_", "-")

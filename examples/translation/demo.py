@@ -86,8 +86,9 @@ def picture(gap: GaPConfig, steps_per_epoch: int) -> str:
     total = phases[-1].end_step
     lines = [f"\nThe schedule of the sparse run ({total} steps; █ dense, ░ {gap.sparsity:.0%} sparse)"]
     for k in range(gap.kappa):
-        cells = ("█" if k in phase.dense else "░" for phase in phases)
-        bar = "".join(cell * round(60 * phase.steps / total) for cell, phase in zip(cells, phases, strict=True))
+        bar = ""
+        for phase in phases:  # each up to the column of its end, so that roundings do not add up
+            bar += ("█" if k in phase.dense else "░") * (round(60 * phase.end_step / total) - len(bar))
         lines.append(f"  partition {k}  {bar}")
     return "\n".join(lines)
 

@@ -239,7 +239,7 @@ def run(main: Callable[[], int]) -> NoReturn:
             status = 1
             if _launched_rank() == 0:
                 print("ends, because another rank has: see its message, or it was killed.", file=sys.stderr)
-        elif isinstance(error, ValueError | OSError):
+        elif isinstance(error, ValueError | OSError) or _port_is_taken(error):
             status = _fail(error)
         else:
             raise
@@ -264,11 +264,16 @@ def _launched_rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
+def _port_is_taken(error: BaseException) -> bool:
+    """Whether rank 0 could not listen on MASTER_PORT; the message has the port."""
+    return isinstance(error, dist.DistNetworkError) and "EADDRINUSE" in str(error)
+
+
 def _lost_a_rank(error: BaseException | None) -> bool:
     """Whether another process is gone, and a collective failed for it; gloo has no class of its own for that."""
     texts = "Connection closed by peer", "Connection reset by peer", "Broken pipe"
     while error is not None:
-        if isinstance(error, dist.DistNetworkError | dist.DistStoreError):
+        if isinstance(error, dist.DistNetworkError | dist.DistStoreError) and not _port_is_taken(error):
             return True
         if isinstance(error, RuntimeError) and any(text in str(error) for text in texts):
             return True

@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import os
+import random
 import shutil
 import signal
 import socket
@@ -94,7 +95,7 @@ class Job:
 
     def __init__(self, *command: str, **environment: str) -> None:
         home = {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
-        home |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+        home |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", **environment}
         inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         if not torch.cuda.is_available():
             home["DS_ACCELERATOR"] = "cpu"
@@ -126,7 +127,10 @@ class Job:
     def wait(self) -> int:
         """The exit status, once every process of the job has ended."""
         self._reader.join(LIMIT)
-        assert not self._reader.is_alive(), f"still running after {LIMIT} s:\n{self.text[-4000:]}"
+        if self._reader.is_alive():
+            os.killpg(self.process.pid, signal.SIGABRT)  # each process says where it is
+            self._reader.join(10)
+            raise AssertionError(f"still running after {LIMIT} s:\n{self.text[-8000:]}")
         return self.process.wait()
 
     @property
@@ -157,10 +161,25 @@ class Job:
         return [found[rank] for rank in sorted(found)]
 
 
+PORTS: list[str] = []
+
+
 def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+    """A free port below those that systems hand out by themselves: nobody takes it before rank 0 has started."""
+    while True:
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", random.randrange(12_000, 29_000)))
+            PORTS.append(str(probe.getsockname()[1]))
+            return PORTS[-1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_memory() -> Iterator[None]:
+    """DeepSpeed leaves 66 MiB of it for every rank and port, for good."""
+    yield
+    for port in PORTS:
+        for path in Path("/dev/shm").glob(f"deepspeed_*_{port}_*"):
+            path.unlink(missing_ok=True)
 
 
 def deepspeed(*script_arguments: str) -> Job:
@@ -267,7 +286,7 @@ def test_damage_that_one_rank_sees_ends_all(here: Path, killed: Path) -> None:
         Job(*command, RANK="0", LOCAL_RANK="0", **common) as first,
         Job(*command, RANK="1", LOCAL_RANK="1", **common) as second,
     ):
-        assert (second.wait(), first.wait()) == (2, 1)
+        assert (second.wait(), first.wait()) == (2, 1), first.text + second.text
     error = next(line for line in second.text.splitlines() if line.startswith("error on rank 1: "))
     assert "step_" in error and "Use an earlier checkpoint" in error
     assert "because another rank has" in first.text
