@@ -14,15 +14,22 @@ import torch
 HERE = Path(__file__).parent
 
 
+def free_port() -> int:
+    """A port that nobody listens on, below those that the system gives to outgoing connections."""
+    for port in range(20000 + os.getpid() % 10000, 32000):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return port
+    raise AssertionError("no free port")
+
+
 def run_workers(script: str, ranks: int, out: Path, *arguments: str, timeout: float = 900.0) -> None:
     """Runs `python SCRIPT OUT ...` on `ranks` processes; they leave their results in `out`.
 
     Raises:
         AssertionError: a process failed (with the end of its output) or the time was over; none is left running.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     workers, logs = [], []
     for rank in range(ranks):
         environment = {
@@ -52,6 +59,8 @@ def run_workers(script: str, ranks: int, out: Path, *arguments: str, timeout: fl
         for worker in workers:
             worker.kill()
             worker.wait()
+        for buffer in Path("/dev/shm").glob(f"deepspeed_*_{port}_*"):  # DeepSpeed leaves 66 MiB for each rank
+            buffer.unlink(missing_ok=True)
     if any(codes):
         time.sleep(0.2)
     if codes != [0] * ranks:
