@@ -67,8 +67,12 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments(here: Path, out: Path, *more: str, gap: str | None = None, dataset: str | None = None) -> list[str]:
-    """The command line of a short run; of an option given twice the last one counts."""
+    """The command line of a short run; of an option given twice the last one counts.
+
+    One thread everywhere: sums over threads have another order, and runs in and beside this process are compared.
+    """
     fixed = "--vocab-size 400 --batch-tokens 256 --warmup-steps 5 --lr 3e-3 --log-every 1 --beams 2 --samples 1"
+    fixed += " --threads 1"
     paths = ["--gap-config", gap or str(here / "gap.json"), "--dataset", dataset or str(here / "data")]
     return [*fixed.split(), "--save-every", "4", *paths, "--output-dir", str(out), *more]
 
