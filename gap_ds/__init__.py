@@ -13,10 +13,11 @@ from gap_ds._version import __version__
 if TYPE_CHECKING:
     from gap_ds.config import GaPConfig
     from gap_ds.engine import GaPEngine
+    from gap_ds.exchange import Worker
 
-__all__ = ["GaPConfig", "GaPEngine", "__version__"]
+__all__ = ["GaPConfig", "GaPEngine", "Worker", "__version__"]
 
-_HOMES = {"GaPConfig": "gap_ds.config", "GaPEngine": "gap_ds.engine"}
+_HOMES = {"GaPConfig": "gap_ds.config", "GaPEngine": "gap_ds.engine", "Worker": "gap_ds.exchange"}
 
 
 def __getattr__(name: str) -> Any:

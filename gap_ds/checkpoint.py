@@ -3,6 +3,7 @@
     FOLDER/latest                 tag of the newest complete checkpoint
     FOLDER/TAG/...                the library's own checkpoint of weights, optimizer and learning-rate schedule
     FOLDER/TAG/gap/masks.safetensors   one uint8 tensor of bits per sparse entry, and the plan's fingerprint
+    FOLDER/TAG/gap/pruned.safetensors  with `regrow: last_value`, the values that pruned weights had
     FOLDER/TAG/gap/state.json     applied steps, schedule, signature, what the caller added
     FOLDER/TAG/gap/rng_R.json     random state of rank R
 
@@ -17,7 +18,8 @@ import os
 import random
 import shutil
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +30,12 @@ from torch import Tensor
 
 from gap_ds import masks
 from gap_ds.comm import Comm
-from gap_ds.plan import Plan
+from gap_ds.plan import Entry, Plan
 from gap_ds.shard import Shard
 
 FORMAT = "gap_ds.masks"
-VERSION = 1
+FORMAT_VALUES = "gap_ds.pruned"
+VERSION = 2
 
 
 def write_masks(path: Path, plan: Plan, shards: Mapping[str, Shard], bits: Mapping[str, Tensor], comm: Comm) -> None:
@@ -42,22 +45,11 @@ def write_masks(path: Path, plan: Plan, shards: Mapping[str, Shard], bits: Mappi
         shards: this rank's piece of every entry.
         bits: packed mask of this rank's piece of every sparse entry; empty where the rank owns nothing.
     """
-    sparse = [entry for entry in plan.entries if entry.name in bits]
-    layout = pieces_by_rank([shards[entry.name] for entry in sparse], comm)
-    tensors = {entry.name: masks.nbytes(entry.numel) for entry in sparse}
-    metadata = {"format": FORMAT, "version": str(VERSION), "plan": plan.fingerprint}
-
-    def values() -> Iterator[bytes]:
-        for entry, (starts, numels) in zip(sparse, layout, strict=True):
-            kept = masks.unpack(bits[entry.name], shards[entry.name].numel).to(torch.uint8)
-            whole = comm.assemble(kept, starts, numels, entry.numel)
-            yield b"" if whole is None else masks.pack(whole.bool()).numpy().tobytes()
-
-    if comm.rank == 0:
-        _write_safetensors(path, metadata, tensors, values())
-    else:
-        for _ in values():
-            pass
+    kept = _kept(plan, bits, comm)
+    metadata = {"format": FORMAT, "version": str(VERSION), "plan": plan.fingerprint, "kept": json.dumps(kept)}
+    layout = {name: ("U8", masks.nbytes(shards[name].full_numel)) for name in kept}
+    pieces = {name: masks.unpack(bits[name], shards[name].numel).to(torch.uint8) for name in kept}
+    _write_pieces(path, metadata, layout, pieces, shards, comm, lambda whole: masks.pack(whole.bool()))
 
 
 def read_masks(path: Path, plan: Plan, sparse: set[str], shards: Mapping[str, Shard], comm: Comm) -> dict[str, Tensor]:
@@ -65,42 +57,93 @@ def read_masks(path: Path, plan: Plan, sparse: set[str], shards: Mapping[str, Sh
 
     Raises:
         ValueError: the file is truncated, of another format, version or plan, its sparse entries are not `sparse`, or
-            a mask does not keep exactly the entry's budget. On all ranks alike.
+            a mask does not keep as many weights as the file says. On all ranks alike.
     """
     found: dict[str, Tensor] = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            _check_header(path, file.metadata() or {}, plan)
-            if names := sparse.symmetric_difference(file.keys()):
-                raise ValueError(f"{path}: holds a mask where the schedule has none, or lacks one: {min(names)}")
-            for entry in plan.entries:
-                if entry.name not in sparse:
-                    continue
-                shard, piece = shards[entry.name], file.get_slice(entry.name)
-                if piece.get_shape() != [masks.nbytes(entry.numel)] or piece.get_dtype() != "U8":
-                    raise ValueError(f"{path}: the mask of {entry.name} does not have the size of its entry")
-                lo, hi = shard.start // 8, masks.nbytes(shard.start + shard.numel)
-                found[entry.name] = masks.pack(masks.unpack(piece[lo:hi], shard.numel, start=shard.start - 8 * lo))
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path}: the mask file is truncated or damaged ({error}). Use an earlier checkpoint."
-        ) from None
-    entries = [entry for entry in plan.entries if entry.name in sparse]
-    kept = comm.sum(torch.tensor([masks.count(found[entry.name]) for entry in entries], dtype=torch.int64))
-    for entry, n in zip(entries, kept.tolist(), strict=True):
-        if n != entry.keep:
+    with _open(path, FORMAT, plan) as file:
+        _check_names(path, file.keys(), sparse)
+        for entry in _entries(plan, sparse):
+            shard, piece = shards[entry.name], file.get_slice(entry.name)
+            if piece.get_shape() != [masks.nbytes(entry.numel)] or piece.get_dtype() != "U8":
+                raise ValueError(f"{path}: the mask of {entry.name} does not have the size of its entry")
+            lo, hi = shard.start // 8, masks.nbytes(shard.start + shard.numel)
+            found[entry.name] = masks.pack(masks.unpack(piece[lo:hi], shard.numel, start=shard.start - 8 * lo))
+        wanted = _counts(path, file.metadata())
+    for name, n in _kept(plan, found, comm).items():
+        if n != wanted.get(name):
             raise ValueError(
-                f"{path}: the mask of {entry.name} keeps {n} weights instead of {entry.keep}: it is damaged"
+                f"{path}: the mask of {name} keeps {n} weights instead of {wanted.get(name)}: it is damaged"
             )
     return found
 
 
-def _check_header(path: Path, metadata: Mapping[str, str], plan: Plan) -> None:
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path}: is no mask file of gap_ds")
+def write_values(path: Path, plan: Plan, shards: Mapping[str, Shard], values: Mapping[str, Tensor], comm: Comm) -> None:
+    """Writes a value for every weight of the sparse entries, as `write_masks` writes its bits."""
+    names = [entry.name for entry in plan.entries if entry.name in values]
+    metadata = {"format": FORMAT_VALUES, "version": str(VERSION), "plan": plan.fingerprint}
+    pieces = {name: values[name].float() for name in names}
+    layout = {name: ("F32", shards[name].full_numel) for name in names}
+    _write_pieces(path, metadata, layout, pieces, shards, comm, lambda whole: whole)
+
+
+def read_values(path: Path, plan: Plan, sparse: set[str], shards: Mapping[str, Shard], comm: Comm) -> dict[str, Tensor]:
+    """This rank's piece of what `write_values` wrote, on the CPU.
+
+    Raises:
+        ValueError: the file is truncated, of another format, version or plan, or its entries are not `sparse`.
+    """
+    with _open(path, FORMAT_VALUES, plan) as file:
+        _check_names(path, file.keys(), sparse)
+        found = {}
+        for entry in _entries(plan, sparse):
+            shard, piece = shards[entry.name], file.get_slice(entry.name)
+            if piece.get_shape() != [entry.numel] or piece.get_dtype() != "F32":
+                raise ValueError(f"{path}: the values of {entry.name} do not have the size of their entry")
+            found[entry.name] = piece[shard.start : shard.start + shard.numel]
+    return found
+
+
+def _entries(plan: Plan, names: Container[str]) -> list[Entry]:
+    return [entry for entry in plan.entries if entry.name in names]
+
+
+def _kept(plan: Plan, bits: Mapping[str, Tensor], comm: Comm) -> dict[str, int]:
+    """Weights that each sparse entry keeps, over all ranks."""
+    names = [entry.name for entry in _entries(plan, bits)]
+    counts = comm.sum(torch.tensor([masks.count(bits[name]) for name in names], dtype=torch.int64))
+    return dict(zip(names, counts.tolist(), strict=True))
+
+
+def _check_names(path: Path, found: Iterable[str], sparse: set[str]) -> None:
+    if names := sparse.symmetric_difference(found):
+        raise ValueError(f"{path}: holds an entry that is dense by the schedule, or lacks one: {min(names)}")
+
+
+def _counts(path: Path, metadata: Mapping[str, str]) -> dict[str, int]:
+    try:
+        counts = json.loads(metadata["kept"])
+        return {str(name): int(n) for name, n in counts.items()}
+    except (KeyError, ValueError, TypeError, AttributeError):
+        raise ValueError(f"{path}: its header does not say how many weights each mask keeps: it is damaged") from None
+
+
+@contextmanager
+def _open(path: Path, kind: str, plan: Plan) -> Iterator[Any]:
+    """A safetensors file of ours, with its header checked; damage anywhere in it becomes a ValueError."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            _check_header(path, kind, file.metadata() or {}, plan)
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: the file is truncated or damaged ({error}). Use an earlier checkpoint.") from None
+
+
+def _check_header(path: Path, kind: str, metadata: Mapping[str, str], plan: Plan) -> None:
+    if metadata.get("format") != kind:
+        raise ValueError(f"{path}: is no file of the kind {kind}")
     if metadata.get("version") != str(VERSION):
         raise ValueError(
-            f"{path}: mask format {metadata.get('version')}; this version of gap_ds reads format {VERSION}"
+            f"{path}: {kind} of version {metadata.get('version')}; this version of gap_ds reads version {VERSION}"
         )
     if metadata.get("plan") != plan.fingerprint:
         raise ValueError(
@@ -116,21 +159,58 @@ def pieces_by_rank(shards: Sequence[Shard], comm: Comm) -> list[tuple[list[int],
     return [(every[:, i, 0].tolist(), every[:, i, 1].tolist()) for i in range(len(shards))]
 
 
-def _write_safetensors(path: Path, metadata: dict[str, str], sizes: dict[str, int], values: Iterator[bytes]) -> None:
-    """A safetensors file of uint8 vectors, one after the other, without holding more than one of them."""
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for name, size in sizes.items():
-        header[name] = {"dtype": "U8", "shape": [size], "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for value in values:
-            file.write(value)
-        file.flush()
-        os.fsync(file.fileno())
+def _write_pieces(
+    path: Path,
+    metadata: dict[str, str],
+    layout: Mapping[str, tuple[str, int]],
+    pieces: Mapping[str, Tensor],
+    shards: Mapping[str, Shard],
+    comm: Comm,
+    encode: Callable[[Tensor], Tensor],
+) -> None:
+    """Writes a vector for each name, put together from every rank's piece, as a safetensors file.
+
+    No rank holds more than one of them whole. All ranks of `comm` must call this; its first one writes.
+
+    Args:
+        layout: dtype (as safetensors calls it) and length of each encoded vector.
+        pieces: this rank's values of each.
+        encode: from the whole vector to what is written.
+    """
+    ranges = pieces_by_rank([shards[name] for name in layout], comm)
+    writer = _Writer(path, metadata, layout) if comm.rank == 0 else None
+    try:
+        for name, (starts, numels) in zip(layout, ranges, strict=True):
+            whole = comm.assemble(pieces[name], starts, numels, shards[name].full_numel)
+            if writer is not None and whole is not None:
+                writer.append(encode(whole))
+    finally:
+        if writer is not None:
+            writer.close()
+
+
+class _Writer:
+    """A safetensors file of vectors, written one after the other."""
+
+    def __init__(self, path: Path, metadata: dict[str, str], layout: Mapping[str, tuple[str, int]]) -> None:
+        header: dict[str, Any] = {"__metadata__": metadata}
+        end = 0
+        for name, (dtype, length) in layout.items():
+            size = length * {"U8": 1, "F32": 4}[dtype]
+            header[name] = {"dtype": dtype, "shape": [length], "data_offsets": [end, end + size]}
+            end += size
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        self._file = path.open("wb")
+        self._file.write(struct.pack("<Q", len(text)) + text)
+
+    def append(self, values: Tensor) -> None:
+        self._file.write(values.contiguous().numpy().tobytes())
+
+    def close(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -11,17 +11,34 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from gap_ds.pattern import NofM, parse
+from gap_ds.pattern import NofM, Unstructured, parse
 
-Method = Literal["cyclic", "dsd", "static", "dense"]
+Method = Literal["cyclic", "parallel", "dsd", "acdc", "one_shot", "gradual", "rigl", "set", "static", "dense"]
+
+_LAYOUT = ("partitions", "assign", "order")
+_DENSE_FIRST = ("dense_epochs", "dense_steps")
+_UPDATES = ("update_epochs", "update_steps")
 
 #: Settings that a method never reads. Setting one of them is an error, because it would have no effect.
 _UNUSED: dict[str, tuple[str, ...]] = {
-    "cyclic": (),
-    "dsd": ("partitions", "assign", "order", "init"),
-    "static": ("order", "optimizer_state"),
-    "dense": ("distribution", "pattern", "assign", "order", "init", "optimizer_state"),
+    "cyclic": ("drop_fraction", "shared"),
+    "parallel": ("drop_fraction", "order"),
+    "dsd": (*_LAYOUT, "init", "drop_fraction", "shared"),
+    "acdc": (*_LAYOUT, "init", "drop_fraction", "shared", "lr"),
+    "one_shot": (*_LAYOUT, *_DENSE_FIRST, "init", "rounds", "prune_ramp", "regrow", "drop_fraction", "shared"),
+    "gradual": (*_LAYOUT, "init", "rounds", "prune_ramp", "regrow", "drop_fraction", "shared"),
+    "rigl": (*_LAYOUT, *_DENSE_FIRST, "rounds", "prune_ramp", "regrow", "shared"),
+    "set": (*_LAYOUT, *_DENSE_FIRST, "rounds", "prune_ramp", "regrow", "shared"),
+    "static": (*_DENSE_FIRST, *_UPDATES, "order", "optimizer_state", "prune_ramp", "regrow", "drop_fraction", "shared"),
+    "dense": (
+        *("distribution", "pattern", "assign", "order", "init", "optimizer_state", "prune_ramp", "regrow"),
+        *("drop_fraction", "shared", *_UPDATES),
+    ),
 }
+#: Lengths that every config has, in epochs or in steps.
+_TIMES = ("phase", "finetune")
+#: Methods without rounds: they explore in one phase.
+_ONE_PHASE = ("one_shot", "gradual", "rigl", "set")
 
 
 class GaPConfig(BaseModel):
@@ -38,11 +55,16 @@ class GaPConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     method: Method = Field(
-        "cyclic", description="cyclic: C-GaP. dsd: C-GaP with one partition. static: fixed masks. dense: none."
+        "cyclic",
+        description="cyclic: C-GaP. parallel: P-GaP. dsd: C-GaP with one partition. acdc: the same in short phases. "
+        "one_shot: train dense, prune, retrain. gradual: prune little by little. rigl, set: drop by magnitude, grow by "
+        "gradient or at random. static: fixed random masks. dense: none.",
     )
     sparsity: float = Field(ge=0.0, lt=1.0, description="Fraction of the entries' weights that the final model drops.")
-    distribution: Literal["uniform", "erk"] = Field(
-        "uniform", description="How the sparsity is spread: the same for every entry, or Erdos-Renyi-Kernel."
+    distribution: Literal["uniform", "erk", "global"] | dict[str, float] = Field(
+        "uniform",
+        description="How the sparsity is spread: the same for every entry; Erdos-Renyi-Kernel; one budget and one "
+        "threshold for each partition (global); or a sparsity by name pattern, for the entries that match it.",
     )
     pattern: str = Field(
         "unstructured",
@@ -56,9 +78,19 @@ class GaPConfig(BaseModel):
         "contiguous", description="How blocks are dealt to the partitions when only their number is given."
     )
     order: Literal["cyclic", "random"] = Field("cyclic", description="Order in which the partitions become dense.")
+    dense_epochs: float | None = Field(None, ge=0, description="Length of a first phase with all dense, in epochs.")
+    dense_steps: int | None = Field(None, ge=0, description="Length of a first phase with all dense, in steps.")
     phase_epochs: float | None = Field(None, gt=0, description="T, the length of a phase, in epochs.")
     phase_steps: int | None = Field(None, gt=0, description="T, the length of a phase, in applied optimizer steps.")
-    rounds: int = Field(ge=0, description="Number of rounds; a round makes every partition dense once.")
+    rounds: int = Field(1, ge=0, description="Number of rounds; a round makes every partition dense once.")
+    prune_ramp: float = Field(
+        0.0, ge=0, le=1, description="Last part of a phase in which what it leaves is pruned gradually; 0: at once."
+    )
+    update_epochs: float | None = Field(None, gt=0, description="Epochs between two updates of masks inside a phase.")
+    update_steps: int | None = Field(None, gt=0, description="Steps between two updates of masks inside a phase.")
+    drop_fraction: float = Field(
+        0.3, gt=0, lt=1, description="Fraction of the kept weights that the first update of rigl and set replaces."
+    )
     finetune_epochs: float | None = Field(None, ge=0, description="Length of the final phase with fixed masks, epochs.")
     finetune_steps: int | None = Field(None, ge=0, description="Length of the final phase with fixed masks, steps.")
     init: Literal["random", "magnitude"] = Field(
@@ -69,20 +101,38 @@ class GaPConfig(BaseModel):
     optimizer_state: Literal["keep_survivors", "reset"] = Field(
         "keep_survivors", description="At a boundary: keep the moments of weights that stay, or clear all of them."
     )
+    regrow: Literal["zero", "last_value"] = Field(
+        "zero", description="Where a grown weight starts: at zero, or at the value it had when it was pruned."
+    )
+    shared: Literal["average", "first"] = Field(
+        "average", description="Parallel GaP: what becomes of weights in no partition: averaged, or worker 0's."
+    )
     lr: Literal["continuous", "restart"] = Field(
         "continuous", description="One learning-rate schedule over the run, or the same one again in every phase."
     )
-    seed: int = Field(0, ge=0, description="Seed of the random masks, the random order and the random assignment.")
+    seed: int = Field(0, ge=0, description="Seed of random masks, random growth, random order and random assignment.")
 
     @model_validator(mode="before")
     @classmethod
     def _numbers(cls, data: Any) -> Any:
         # Strict mode refuses 1 for a float, which JSON writers produce for 1.0; bool is no number here.
         if isinstance(data, dict):
-            for key in ("sparsity", "phase_epochs", "finetune_epochs"):
+            for key in ("sparsity", "prune_ramp", *(f"{name}_epochs" for name in ("dense", *_TIMES, "update"))):
                 if type(data.get(key)) is int:
                     data = {**data, key: float(data[key])}
         return data
+
+    @field_validator("distribution", mode="before")
+    @classmethod
+    def _distribution(cls, value: Any) -> Any:
+        # Checked here, because pydantic reports a mistake in a union once per member.
+        if value in ("uniform", "erk", "global"):
+            return value
+        if isinstance(value, dict) and value and all(type(s) in (int, float) and 0 <= s < 1 for s in value.values()):
+            return {pattern: float(s) for pattern, s in value.items()}
+        raise ValueError(
+            'must be "uniform", "erk", "global", or an object with name patterns and the sparsity of each in [0, 1)'
+        )
 
     @field_validator("pattern")
     @classmethod
@@ -104,23 +154,50 @@ class GaPConfig(BaseModel):
 
     @model_validator(mode="after")
     def _coherent(self) -> GaPConfig:
-        for epochs, steps in (("phase_epochs", "phase_steps"), ("finetune_epochs", "finetune_steps")):
+        self._check_times()
+        given = self.model_fields_set
+        if not isinstance(self.partitions, int) and "assign" in given:
+            raise ValueError('"assign" has no effect when "partitions" lists the patterns: remove one of the two')
+        for key in sorted(set(_UNUSED[self.method]) & given):
+            raise ValueError(f'"{key}" has no effect with method={self.method!r}: remove it')
+        if self.method not in _ONE_PHASE and "rounds" not in given:
+            raise ValueError(f'"rounds" must be set with method={self.method!r}')
+        if self.method in ("cyclic", "parallel") and self.kappa < 2:
+            raise ValueError(f'partitions: {self.method} GaP needs at least 2; with one it is method="dsd"')
+        if (self.method == "dense") != (self.sparsity == 0.0):
+            raise ValueError(f'sparsity={self.sparsity} with method="{self.method}": 0 and "dense" go together')
+        self._check_selection()
+        if not (self.exploring or self.dense_epochs or self.dense_steps or self.finetune_epochs or self.finetune_steps):
+            raise ValueError('the run would be empty: raise "rounds" or the length of the fine-tuning')
+        return self
+
+    def _check_times(self) -> None:
+        for name in _TIMES:
+            epochs, steps = f"{name}_epochs", f"{name}_steps"
             if (getattr(self, epochs) is None) == (getattr(self, steps) is None):
                 raise ValueError(f'exactly one of "{epochs}" and "{steps}" must be set')
         if (self.phase_epochs is None) != (self.finetune_epochs is None):
             raise ValueError('"phase_..." and "finetune_..." must have the same unit: both _epochs or both _steps')
-        if not isinstance(self.partitions, int) and "assign" in self.model_fields_set:
-            raise ValueError('"assign" has no effect when "partitions" lists the patterns: remove one of the two')
-        for key in sorted(set(_UNUSED[self.method]) & self.model_fields_set):
-            raise ValueError(f'"{key}" has no effect with method={self.method!r}: remove it')
-        if self.method == "cyclic" and self.kappa < 2:
-            raise ValueError('partitions: cyclic GaP needs at least 2; with one it is method="dsd"')
-        if (self.method == "dense") != (self.sparsity == 0.0):
-            raise ValueError(f'sparsity={self.sparsity} with method="{self.method}": 0 and "dense" go together')
+        wrong, right = ("steps", "epochs") if self.in_epochs else ("epochs", "steps")
+        for name in ("dense", "update"):
+            if getattr(self, f"{name}_{wrong}") is not None:
+                raise ValueError(
+                    f'"{name}_{wrong}" and "phase_{right}" must have the same unit: set "{name}_{right}" instead'
+                )
+        if self.updates and self.update_epochs is None and self.update_steps is None:
+            why = "prune_ramp" if self.prune_ramp else f"method={self.method!r}"
+            raise ValueError(f'"update_{right}" must be set with {why}: the time between two updates of the masks')
+        if not self.updates and (self.update_epochs or self.update_steps):
+            raise ValueError(
+                f'"update_{right}" has no effect with method={self.method!r} and without "prune_ramp": remove it'
+            )
+
+    def _check_selection(self) -> None:
         pattern = parse(self.pattern)
+        shown = "{...}" if isinstance(self.distribution, dict) else self.distribution
         if isinstance(pattern, NofM) and self.distribution != "uniform":
             raise ValueError(
-                f'pattern="{pattern}" with distribution="{self.distribution}": every entry keeps {pattern.n} of '
+                f'pattern="{pattern}" with distribution="{shown}": every entry keeps {pattern.n} of '
                 f'{pattern.m}, so set "distribution" to "uniform"'
             )
         if isinstance(pattern, NofM) and self.sparsity != pattern.sparsity:
@@ -128,21 +205,46 @@ class GaPConfig(BaseModel):
                 f'pattern="{pattern}" with sparsity={self.sparsity}: keeps {pattern.n} of {pattern.m}, so set '
                 f'"sparsity" to {pattern.sparsity}'
             )
-        if self.rounds == 0 and not (self.finetune_epochs or self.finetune_steps):
-            raise ValueError('the run would be empty: raise "rounds" or the length of the fine-tuning')
-        return self
+        if self.updates and not isinstance(pattern, Unstructured):
+            why = "prune_ramp" if self.prune_ramp else f"method={self.method!r}"
+            raise ValueError(
+                f'pattern="{pattern}" with {why}: masks change in single weights inside a phase, so set "pattern" to '
+                '"unstructured"'
+            )
+        if self.distribution == "global" and not isinstance(pattern, Unstructured):
+            raise ValueError(
+                f'pattern="{pattern}" with distribution="global": one threshold orders single weights, so set '
+                '"distribution" to "uniform" or "erk"'
+            )
+        if self.distribution == "global" and self.method in ("rigl", "set", "static"):
+            raise ValueError(
+                f'distribution="global" with method={self.method!r}: its budgets are fixed before there are weights '
+                'to compare, so set "distribution" to "uniform" or "erk"'
+            )
 
     @property
     def kappa(self) -> int:
         """Number of partitions."""
         return self.partitions if isinstance(self.partitions, int) else len(self.partitions)
 
+    @property
+    def exploring(self) -> int:
+        """Number of phases of length T."""
+        if self.method in _ONE_PHASE:
+            return 1
+        per_round = {"dsd": 2, "acdc": 2, "parallel": 1}.get(self.method, self.kappa)
+        return per_round * self.rounds
+
+    @property
+    def updates(self) -> bool:
+        """Whether masks change inside phases too, and not at their boundaries alone."""
+        return self.prune_ramp > 0 or self.method in ("gradual", "rigl", "set")
+
     def as_dense(self) -> GaPConfig:
         """The dense run to compare with: of the same length, with the same learning-rate restarts."""
-        same = ("phase_epochs", "phase_steps", "rounds", "finetune_epochs", "finetune_steps", "lr", "seed")
-        phases = 2 * self.rounds if self.method == "dsd" else self.kappa * self.rounds
-        data = {key: getattr(self, key) for key in same if key in self.model_fields_set}
-        return GaPConfig.model_validate({**data, "method": "dense", "sparsity": 0.0, "rounds": phases})
+        times = [f"{name}_{unit}" for name in ("dense", *_TIMES) for unit in ("epochs", "steps")]
+        data = {key: getattr(self, key) for key in (*times, "lr", "seed") if key in self.model_fields_set}
+        return GaPConfig.model_validate({**data, "method": "dense", "sparsity": 0.0, "rounds": self.exploring})
 
     @property
     def in_epochs(self) -> bool:
@@ -171,22 +273,36 @@ class GaPConfig(BaseModel):
         >>> config.signature("0.1.0")
         'gap|method:cyclic|k:3|T:1ep|rounds:2|ft:2ep|s:0.8|dist:uniform|pat:unstructured|init:random|lr:continuous|seed:0|v:0.1.0'
         """
-        unit = "ep" if self.in_epochs else "st"
-        length = self.phase_epochs if self.in_epochs else self.phase_steps
-        finetune = self.finetune_epochs if self.in_epochs else self.finetune_steps
         parts: dict[str, object] = {"method": self.method}
         parts["k"] = self.kappa if isinstance(self.partitions, int) else json.dumps(self.partitions)
-        parts |= {"T": f"{_exact(length)}{unit}", "rounds": self.rounds, "ft": f"{_exact(finetune)}{unit}"}
-        parts["s"] = _exact(self.sparsity)
-        parts |= {"dist": self.distribution, "pat": self.pattern}
+        if dense := self._length("dense"):
+            parts["D"] = dense
+        parts |= {"T": self._length("phase")}
+        if self.method not in _ONE_PHASE:
+            parts["rounds"] = self.rounds
+        parts |= {"ft": self._length("finetune"), "s": _exact(self.sparsity)}
+        parts["dist"] = self.distribution if isinstance(self.distribution, str) else json.dumps(self.distribution)
+        parts["pat"] = self.pattern
         if "init" not in _UNUSED[self.method]:
             parts["init"] = self.init
         parts["lr"] = self.lr
-        for key in ("assign", "order", "include", "exclude", "optimizer_state"):
+        if self.updates:
+            parts["every"] = self._length("update")
+        if self.method in ("rigl", "set"):
+            parts["drop"] = _exact(self.drop_fraction)
+        if self.prune_ramp:
+            parts["ramp"] = _exact(self.prune_ramp)
+        for key in ("assign", "order", "include", "exclude", "optimizer_state", "regrow", "shared"):
             if getattr(self, key) != type(self).model_fields[key].default:
                 parts[key] = getattr(self, key)
         parts |= {"seed": self.seed, "v": version}
         return "|".join(["gap", *(f"{key}:{value}" for key, value in parts.items())])
+
+    def _length(self, name: str) -> str:
+        """A length with its unit; empty if it is not set or 0."""
+        epochs, steps = getattr(self, f"{name}_epochs"), getattr(self, f"{name}_steps")
+        length = epochs if epochs is not None else steps
+        return f"{_exact(length)}{'ep' if epochs is not None else 'st'}" if length or name != "dense" else ""
 
 
 def _exact(number: float | None) -> str:

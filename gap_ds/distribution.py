@@ -83,4 +83,5 @@ def erk(shapes: Sequence[Sequence[int]], sparsity: float) -> list[int]:
     return keep
 
 
-DISTRIBUTIONS: dict[str, Distribution] = {"uniform": uniform, "erk": erk}
+#: `global` shares the sum of the uniform budgets by one threshold, when there are weights to compare.
+DISTRIBUTIONS: dict[str, Distribution] = {"uniform": uniform, "erk": erk, "global": uniform}

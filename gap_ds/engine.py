@@ -24,6 +24,7 @@ from gap_ds._version import __version__
 from gap_ds.backends import Training, detect
 from gap_ds.comm import Comm
 from gap_ds.config import GaPConfig
+from gap_ds.exchange import Exchange, Worker, items_of
 from gap_ds.pattern import Unstructured
 from gap_ds.schedule import Phase
 from gap_ds.shard import Shard
@@ -53,6 +54,7 @@ class GaPEngine:
         lr_scheduler: stepped once per applied step. With `lr: restart` it starts again in every phase, so it should
             cover one phase.
         steps_per_epoch: applied optimizer steps in an epoch; needed where the config counts in epochs.
+        worker: with `method: parallel`, which worker this job is and where it meets the others.
         gradient_accumulation_steps, gradient_clipping, grad_scaler: for a model that is no DeepSpeed engine: `step()`
             updates at every n-th call; norm to clip at (0: off); a torch.amp.GradScaler.
     Raises:
@@ -67,12 +69,14 @@ class GaPEngine:
         optimizer: torch.optim.Optimizer | None = None,
         lr_scheduler: Any = None,
         steps_per_epoch: int | None = None,
+        worker: Worker | None = None,
         gradient_accumulation_steps: int = 1,
         gradient_clipping: float = 0.0,
         grad_scaler: Any = None,
     ) -> None:
         self.config = GaPConfig.load(config)
-        self.schedule = schedule.build(self.config, steps_per_epoch)
+        self.worker = _check_worker(self.config, worker)
+        self.schedule = schedule.build(self.config, steps_per_epoch, worker.index if worker else 0)
         training = Training(optimizer, lr_scheduler, gradient_accumulation_steps, gradient_clipping, grad_scaler)
         self._backend = detect(model, training)
         self._world = Comm()
@@ -92,7 +96,15 @@ class GaPEngine:
         self._shards: dict[str, Shard] = {entry.name: by_name[entry.name] for entry in self.plan.entries}
         #: Packed mask of this rank's piece of each sparse entry. A dense entry is not in it: None means not masked.
         self._bits: dict[str, Tensor] = {}
+        #: With `regrow: last_value`, the values that this rank's pruned weights had, and zeros elsewhere.
+        self._last: dict[str, Tensor] = {}
+        #: This rank's gradients of the step before an update that looks at them.
+        self._gradients: dict[str, Tensor] = {}
         self._rule = methods.rule(self.config)
+        self._exchange = None
+        if worker is not None:
+            of_run = (self.plan.kappa, self.signature, self.plan.fingerprint)
+            self._exchange = Exchange(worker, *of_run, self._world, self._backend.comm, self.config.shared)
         self.applied_steps = 0
         self._updated = False
         self.last_boundary_seconds = 0.0
@@ -108,6 +120,7 @@ class GaPEngine:
         config: dict[str, Any] | str | Path,
         gap_config: GaPConfig | dict[str, Any] | str | Path,
         steps_per_epoch: int | None = None,
+        worker: Worker | None = None,
         **deepspeed_arguments: Any,
     ) -> GaPEngine:
         """As `deepspeed.initialize`, which gets `model`, `config` and all further arguments; returns a GaPEngine.
@@ -119,12 +132,13 @@ class GaPEngine:
         from gap_ds.backends import zero
 
         gap = GaPConfig.load(gap_config)
+        _check_worker(gap, worker)
         schedule.build(gap, steps_per_epoch)  # complains before anything is allocated
         if not {"optimizer", "model_parameters"} & deepspeed_arguments.keys():
             deepspeed_arguments["model_parameters"] = [p for p in model.parameters() if p.requires_grad]
         config = str(config) if isinstance(config, Path) else config
         engine = zero.initialize(model=model, config=config, **deepspeed_arguments)
-        return cls(engine, gap, steps_per_epoch=steps_per_epoch)
+        return cls(engine, gap, steps_per_epoch=steps_per_epoch, worker=worker)
 
     # -- training --------------------------------------------------------------------------------------------------
 
@@ -152,7 +166,7 @@ class GaPEngine:
         self._updated = False
         before = self.phase
         self.applied_steps += 1
-        if self.phase is not before:
+        if self.phase is not before or self.applied_steps in before.updates:
             self._enter(before, self.phase)
         return True
 
@@ -193,69 +207,167 @@ class GaPEngine:
             shard = self._shards[name]
             if shard.numel and id(owner := shard.owner()) in owners:
                 masks.zero_pruned_(shard.of(owner), bits)
+        if methods.needs_gradient(self.config, self.phase, self.applied_steps + 1):
+            # Copied, because libraries free or overwrite them before the boundary.
+            for name, shard in self._shards.items():
+                if shard.numel and id(owner := shard.owner()) in owners and owner.grad is not None:
+                    self._gradients[name] = shard.of(owner.grad).clone()
 
     def _enter(self, before: Phase | None, after: Phase) -> None:
-        """Applies to every entry what the boundary between two phases asks for."""
+        """Does to every entry what the boundary between two phases, or an update inside one, asks for."""
         started = time.perf_counter()
-        updates = {entry: self._rule(entry, before, after) for entry in self.plan.entries}
-        selected = {e: u for e, u in updates.items() if isinstance(u, methods.Largest | methods.Random)}
-        for name, bits in self._select(selected).items():
-            self._bits[name] = bits
-        for entry, update in updates.items():
-            shard = self._shards[entry.name]
-            if isinstance(update, methods.Dense):
-                self._grow(shard)
-            elif entry in selected and shard.numel:
-                masks.zero_pruned_(shard.weight(), self._bits[entry.name])
-        if before is not None and self.config.optimizer_state == "reset":
-            _reset(self._backend.optimizer)
-        if selected:
-            self._backend.publish()
-        if before is not None and self.config.lr == "restart":
-            self._restart_lr()
+        updates = []
+        for left, entered in methods.stages(self.config, before, after):
+            updates += self._apply(left, entered)
+            if self._exchange is not None and left is not None and entered is not after:
+                self._combine(self._exchange, left.round)
+        if before is not None and before is not after:
+            if self.config.optimizer_state == "reset":
+                _reset(self._backend.optimizer)
+            if self.config.lr == "restart":
+                self._restart_lr()
         self.last_boundary_seconds = time.perf_counter() - started
-        density = self.density
+        grown = sum(isinstance(update, methods.Dense) for update in updates)
+        changed = sum(not isinstance(update, methods.Dense | methods.Keep) for update in updates)
         self._say(
-            f"step {self.applied_steps}: {after}, density {density:.4f}, {len(selected)} entries pruned, "
-            f"{sum(isinstance(u, methods.Dense) for u in updates.values())} grown, {self.last_boundary_seconds:.3f} s"
+            f"step {self.applied_steps}: {after}, density {self.density:.4f}, {changed} entries pruned, {grown} grown, "
+            f"{self.last_boundary_seconds:.3f} s",
+            logging.DEBUG if before is after else logging.INFO,
         )
 
-    def _select(self, updates: Mapping[plan.Entry, methods.Largest | methods.Random]) -> dict[str, Tensor]:
-        """Exact masks of this rank's pieces for the entries to prune; changes nothing."""
-        if not updates:
+    def _apply(self, before: Phase | None, after: Phase) -> list[methods.Update]:
+        """Selects all new masks, then changes masks, weights and moments; what was done to each entry."""
+        updates = {entry: self._rule(entry, before, after, self.applied_steps) for entry in self.plan.entries}
+        selected = self._select(updates)
+        self._gradients.clear()
+        for entry, update in updates.items():
+            if isinstance(update, methods.Dense):
+                self._grow(self._shards[entry.name])
+            elif entry.name in selected:
+                self._mask(self._shards[entry.name], selected[entry.name], fresh=isinstance(update, methods.Exchange))
+        if selected or self.config.regrow == "last_value":
+            self._backend.publish()
+        return list(updates.values())
+
+    def _combine(self, exchange: Exchange, round_: int) -> None:
+        """Takes every partition from its worker, and what is shared as all have agreed; this worker's own included."""
+        shards = {shard.name: shard for shard in self._backend.shards()}
+        buffers = dict(export.buffers(self._backend.module))
+        items = items_of(self.plan, list(shards.values()), buffers)
+        for received in exchange.combine(round_, items, self._bits):
+            if (shard := shards.get(received.name)) is None:
+                buffers[received.name].copy_(received.value.view(buffers[received.name].shape))
+                continue
+            if received.bits is not None:
+                self._forget_moments(shard, self._bits[shard.name])
+                self._bits[shard.name] = received.bits.to(shard.weight().device)
+            if shard.numel:
+                shard.weight().copy_(received.value)
+        self._backend.publish()
+
+    def _select(self, updates: Mapping[plan.Entry, methods.Update]) -> dict[str, Tensor]:
+        """Exact masks of this rank's pieces for all entries whose mask changes; changes nothing."""
+        largest = {e: u for e, u in updates.items() if isinstance(u, methods.Largest)}
+        random = {e: u for e, u in updates.items() if isinstance(u, methods.Random)}
+        exchanged = {e: u for e, u in updates.items() if isinstance(u, methods.Exchange)}
+        if isinstance(self.plan.pattern, Unstructured):
+            bits = self._select_exactly(
+                {e: (u.keep, self._magnitudes(e)) for e, u in largest.items()}, self.plan.pooled
+            )
+            bits |= self._select_exactly({e: (u.keep, self._random(e, e.name)) for e, u in random.items()})
+            return bits | self._select_exchanged(exchanged)
+        bits = {e.name: self._select_whole(e, u.keep, self._magnitudes(e), True) for e, u in largest.items()}
+        return bits | {e.name: self._select_whole(e, u.keep, self._random(e, e.name), False) for e, u in random.items()}
+
+    def _select_exactly(
+        self, wanted: Mapping[plan.Entry, tuple[int, selection.Keys]], pooled: bool = False
+    ) -> dict[str, Tensor]:
+        """For each entry its `keep` largest keys; pooled: for each partition the sum of its budgets."""
+        if not wanted:
             return {}
         pieces: list[selection.Piece] = []
+        budgets: dict[int | str, int] = {}
         keep: list[int] = []
-        for entry, update in updates.items():
-            shard, weight = self._shards[entry.name], self._shards[entry.name].weight()
-            if isinstance(update, methods.Largest):
-                keys = selection.magnitude_keys(weight)
-            else:
-                keys = selection.random_keys(self.config.seed, entry.name, shard.start, weight.device)
-            pieces.append(selection.Piece(entry.name, shard.start, shard.numel, keys, budget=len(keep)))
-            keep.append(update.keep)
-        if isinstance(self.plan.pattern, Unstructured):
-            bits = selection.select_largest(pieces, keep, self._backend.comm)
-        else:
-            bits = [self._select_whole(*row) for row in zip(updates, updates.values(), pieces, strict=True)]
+        for entry, (n, keys) in wanted.items():
+            shard = self._shards[entry.name]
+            budget = budgets.setdefault(entry.partition if pooled else entry.name, len(budgets))
+            keep += [0] * (len(budgets) - len(keep))
+            keep[budget] += n
+            pieces.append(selection.Piece(entry.name, shard.start, shard.numel, keys, budget))
+        bits = selection.select_largest(pieces, keep, self._backend.comm)
         return {piece.name: b for piece, b in zip(pieces, bits, strict=True)}
 
-    def _select_whole(
-        self, entry: plan.Entry, update: methods.Largest | methods.Random, piece: selection.Piece
-    ) -> Tensor:
+    def _select_exchanged(self, exchanged: Mapping[plan.Entry, methods.Exchange]) -> dict[str, Tensor]:
+        """Drop and grow: the kept weights without the smallest, and as many of all others by gradient or at random."""
+        kept = self._select_exactly(
+            {
+                e: (u.keep - u.drop, selection.only(self._magnitudes(e), self._bits[e.name]))
+                for e, u in exchanged.items()
+            }
+        )
+        grown = self._select_exactly(
+            {e: (u.drop, selection.only(self._growth(e, u.by_gradient), ~kept[e.name])) for e, u in exchanged.items()}
+        )
+        return {name: bits | grown[name] for name, bits in kept.items()}
+
+    def _magnitudes(self, entry: plan.Entry) -> selection.Keys:
+        return selection.magnitude_keys(self._shards[entry.name].weight())
+
+    def _random(self, entry: plan.Entry, name: str) -> selection.Keys:
+        shard = self._shards[entry.name]
+        return selection.random_keys(self.config.seed, name, shard.start, shard.weight().device)
+
+    def _growth(self, entry: plan.Entry, by_gradient: bool) -> selection.Keys:
+        """What the weights that come are chosen by. A parameter without a gradient has that of zeros."""
+        if not by_gradient:
+            return self._random(entry, f"{entry.name} {self.applied_steps}")
+        weight = self._shards[entry.name].weight()
+        gradient = self._gradients.get(entry.name)
+        return selection.magnitude_keys(torch.zeros_like(weight) if gradient is None else gradient)
+
+    def _select_whole(self, entry: plan.Entry, keep: int, keys: selection.Keys, by_magnitude: bool) -> Tensor:
         """Bits of this rank's piece where the pattern needs the whole entry: all ranks assemble it and decide alike."""
-        own = torch.cat([piece.keys(0, 0), *(keys for _, keys in piece.chunks())])
-        keys = self._backend.comm.assemble_everywhere(own, piece.start, entry.numel)
-        scores = selection.magnitudes(entry.name, keys) if isinstance(update, methods.Largest) else keys
-        kept = self.plan.pattern.mask(scores.view(entry.shape), update.keep, entry.dims)
+        shard = self._shards[entry.name]
+        piece = selection.Piece(entry.name, shard.start, shard.numel, keys, budget=0)
+        own = torch.cat([piece.keys(0, 0), *(chunk for _, chunk in piece.chunks())])
+        whole = self._backend.comm.assemble_everywhere(own, piece.start, entry.numel)
+        scores = selection.magnitudes(entry.name, whole) if by_magnitude else whole
+        kept = self.plan.pattern.mask(scores.view(entry.shape), keep, entry.dims)
         return masks.pack(kept.flatten()[piece.start : piece.start + piece.numel])
 
+    def _mask(self, shard: Shard, bits: Tensor, fresh: bool) -> None:
+        """Puts on a mask. `fresh`: it may keep weights that the mask before it pruned; their moments become zero."""
+        before = self._bits.get(shard.name)
+        if shard.numel:
+            if fresh and before is not None:
+                self._forget_moments(shard, before)
+            weight = shard.weight()
+            if self.config.regrow == "last_value":
+                self._remember(shard, before, bits)
+            masks.zero_pruned_(weight, bits)
+        self._bits[shard.name] = bits
+
     def _grow(self, shard: Shard) -> None:
-        """Takes the mask off. The weights it had pruned are zero already; their moments become zero."""
+        """Takes the mask off. The weights it had pruned are zero already, or get their last value; moments are zero."""
         bits = self._bits.pop(shard.name, None)
         if bits is not None:
-            for moment in shard.moments(self._backend.optimizer):
-                masks.zero_pruned_(moment, bits)
+            self._forget_moments(shard, bits)
+            if self.config.regrow == "last_value" and shard.numel:
+                weight, last = shard.weight(), self._last.pop(shard.name)
+                torch.where(masks.unpack(bits, shard.numel), weight, last, out=weight)
+
+    def _forget_moments(self, shard: Shard, bits: Tensor) -> None:
+        """Zeroes the moments of the weights that a mask prunes."""
+        for moment in shard.moments(self._backend.optimizer):
+            masks.zero_pruned_(moment, bits)
+
+    def _remember(self, shard: Shard, before: Tensor | None, bits: Tensor) -> None:
+        """Keeps the values of the weights that a new mask prunes, besides those that the mask before it had pruned."""
+        values = shard.weight().clone()
+        if before is not None:
+            values += self._last[shard.name]  # where the one is not zero, the other is
+        masks.zero_pruned_(values, ~bits)
+        self._last[shard.name] = values
 
     # -- learning rate ---------------------------------------------------------------------------------------------
 
@@ -283,9 +395,8 @@ class GaPEngine:
 
     @property
     def density(self) -> float:
-        """Density of all entries together, by their budgets (which every mask meets exactly)."""
-        active = sum(e.keep if e.name in self._bits else e.numel for e in self.plan.entries)
-        return active / self.plan.numel
+        """Density of all entries together in the next step, by their budgets (which every mask meets exactly)."""
+        return self.schedule.density_at(self.applied_steps, *self.plan.per_partition())
 
     def stats(self) -> dict[str, Any]:
         """Exact figures of the current masks, counted over all ranks; all ranks must call this.
@@ -338,6 +449,9 @@ class GaPEngine:
             if self._backend.comm.writes:
                 path = aside / "gap" / "masks.safetensors"
                 checkpoint.write_masks(path, self.plan, self._shards, self._bits, self._backend.comm)
+                if self.config.regrow == "last_value":
+                    path = path.with_name("pruned.safetensors")
+                    checkpoint.write_values(path, self.plan, self._shards, self._last, self._backend.comm)
             checkpoint.write_json(aside / "gap" / f"rng_{self._world.rank}.json", checkpoint.random_state())
             if self._world.rank == 0:
                 checkpoint.write_json(aside / "gap" / "state.json", self._state(client_state))
@@ -356,10 +470,12 @@ class GaPEngine:
         state = checkpoint.read_json(path / "gap" / "state.json")
         self._check_state(path, state)
         phase = self.schedule.phase_at(state["applied_steps"])
-        sparse = {entry.name for entry in self.plan.entries if entry.partition not in phase.dense}
-        bits = checkpoint.read_masks(
-            path / "gap" / "masks.safetensors", self.plan, sparse, self._shards, self._backend.comm
-        )
+        step, comm = state["applied_steps"], self._backend.comm
+        sparse = {entry.name for entry in self.plan.entries if phase.is_masked(entry.partition, step)}
+        bits = checkpoint.read_masks(path / "gap" / "masks.safetensors", self.plan, sparse, self._shards, comm)
+        last = {}
+        if self.config.regrow == "last_value":
+            last = checkpoint.read_values(path / "gap" / "pruned.safetensors", self.plan, sparse, self._shards, comm)
         try:
             self._backend.load(path)
         except Exception as error:  # each library has errors of its own for a damaged, missing or foreign file
@@ -369,6 +485,7 @@ class GaPEngine:
                 "the number of ranks that saved this one."
             ) from error
         self._bits = {name: b.to(self._shards[name].weight().device) for name, b in bits.items()}
+        self._last = {name: v.to(self._shards[name].weight().device) for name, v in last.items()}
         self.applied_steps = state["applied_steps"]
         self._updated = False
         if state["lr_scheduler"] is not None and self._lr_scheduler is not None:
@@ -388,6 +505,7 @@ class GaPEngine:
             "applied_steps": self.applied_steps,
             "signature": self.signature,
             "plan": self.plan.fingerprint,
+            "worker": None if self.worker is None else self.worker.index,
             "first_steps": [phase.first_step for phase in self.schedule.phases],
             "ranks": self._world.size,
             "backend": self._backend.name,
@@ -409,6 +527,9 @@ class GaPEngine:
             raise ValueError(
                 f"{path}: was written with {', '.join(changed)}. Restore the config, or start in a new folder."
             )
+        index = None if self.worker is None else self.worker.index
+        if state["worker"] != index:
+            raise ValueError(f"{path}: was written by worker {state['worker']}, and this is worker {index}.")
         first_steps = [phase.first_step for phase in self.schedule.phases]
         if state["first_steps"] != first_steps:
             raise ValueError(
@@ -432,8 +553,8 @@ class GaPEngine:
             raise ValueError(
                 f"{folder}: is not empty. Choose another folder, or overwrite it on purpose (overwrite=True)."
             )
-        dense = {e: methods.Largest(e.keep) for e in self.plan.entries if e.name not in self._bits}
-        bits = {**self._bits, **self._select(dense)}
+        dense = {e: methods.Largest(e.keep) for e in self.plan.entries if e.partition in self.phase.dense}
+        bits = {**self._bits, **self._select({} if self.config.method == "dense" else dense)}
         if self._backend.comm.writes:
             shards, comm = self._backend.shards(), self._backend.comm
             weights = export.full_weights(self._backend.module, shards, bits, comm, dtype)
@@ -464,9 +585,9 @@ class GaPEngine:
 
     # -- the rest --------------------------------------------------------------------------------------------------
 
-    def _say(self, message: str) -> None:
+    def _say(self, message: str, level: int = logging.INFO) -> None:
         if self._world.rank == 0:
-            log.info(message)
+            log.log(level, message)
 
     def close(self) -> None:
         """Takes the hook off the optimizer; the model keeps its present weights."""
@@ -477,6 +598,17 @@ class GaPEngine:
         if name.startswith("_"):
             raise AttributeError(name)
         return getattr(self._backend.forward, name)
+
+
+def _check_worker(config: GaPConfig, worker: Worker | None) -> Worker | None:
+    if config.method == "parallel" and worker is None:
+        raise ValueError(
+            'method="parallel": every worker is a job of its own and must know its number and where to meet the '
+            "others. Start them by gap-ds parallel, or pass worker=Worker(index, exchange)."
+        )
+    if config.method != "parallel" and worker is not None:
+        raise ValueError(f'worker {worker.index}: has no effect with method="{config.method}". Set "method".')
+    return worker
 
 
 def _first_line(error: Exception) -> str:

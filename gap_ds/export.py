@@ -41,11 +41,11 @@ def full_weights(
         if whole is not None:
             weights[shard.name] = whole.view(shard.shape)
     if comm.rank == 0:
-        weights |= {name: buffer.detach().cpu().clone() for name, buffer in _buffers(module)}
+        weights |= {name: buffer.detach().cpu().clone() for name, buffer in buffers(module)}
     return weights
 
 
-def _buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+def buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
     """Buffers that a checkpoint holds; they are whole on every rank."""
     return [
         (clean_name(f"{prefix}.{name}" if prefix else name), buffer)

@@ -1,17 +1,20 @@
-"""Methods: what a boundary does to each entry. Pure rules over the plan and the schedule; no tensor is touched here.
+"""Methods: what happens to each entry's mask, and when. Pure rules over plan and schedule; no tensor is touched.
 
-A method is a pair: its phases (`schedule.build`) and a rule (entry, phase before, phase after) -> Update. Every method
-runs on the same masks, hook and selection, so that comparisons run on the same code.
+A method is a pair: its phases (`schedule.build`) and a rule (entry, phase before, phase after, step) -> Update. Every
+method runs on the same masks, hook and selection, so that comparisons run on the same code.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 
 from gap_ds.config import GaPConfig
+from gap_ds.distribution import round_half_up
 from gap_ds.plan import Entry
-from gap_ds.schedule import Phase
+from gap_ds.schedule import Phase, ramp
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Keep:
 
 @dataclass(frozen=True)
 class Dense:
-    """Grow: no mask; the weights that were pruned start at zero, with moments at zero."""
+    """Grow: no mask; the weights that were pruned start at zero (or their last value), with moments at zero."""
 
 
 @dataclass(frozen=True)
@@ -38,27 +41,76 @@ class Random:
     keep: int
 
 
-Update = Keep | Dense | Largest | Random
-Rule = Callable[[Entry, Phase | None, Phase], Update]
+@dataclass(frozen=True)
+class Exchange:
+    """Drop and grow: of the kept weights the `drop` of smallest magnitude go, and as many others come.
+
+    Those others are the ones of largest gradient, or random ones; a weight just dropped may be among them, and then it
+    has never left. Weights that come start at zero, with moments at zero.
+    """
+
+    keep: int
+    drop: int
+    by_gradient: bool
+
+
+Update = Keep | Dense | Largest | Random | Exchange
+Rule = Callable[[Entry, Phase | None, Phase, int], Update]
 
 
 def rule(config: GaPConfig) -> Rule:
-    """The rule of a config's method.
+    """The rule of a config's method: (entry, phase before, phase after, step) -> what happens before that step.
 
-    Grow-and-prune (Ma et al., ICLR 2022, algorithm 1): an entry whose partition becomes dense is grown, one whose
-    partition was dense is pruned by magnitude, all others stay. Before the first step the sparse entries get their
-    first masks: random, or by magnitude where the weights are pretrained. dsd and static differ in their phases only.
+    Before the first step there is no phase before; at an update inside a phase both phases are the same.
+    """
+    if config.method in ("rigl", "set"):
+        return _drop_and_grow(config)
+    return _grow_and_prune(config)
+
+
+def stages(config: GaPConfig, before: Phase | None, after: Phase) -> list[tuple[Phase | None, Phase]]:
+    """The (before, after) that a boundary crosses one after the other.
+
+    It is one, but for the end of a round of parallel GaP: there all partitions are sparse for a moment, in which the
+    workers exchange them, and then each worker's own is grown again (Ma et al., ICLR 2022, section 3.2).
+    """
+    if config.method != "parallel" or before is None or before is after or before.kind != "explore":
+        return [(before, after)]
+    sparse = replace(after, dense=frozenset())
+    return [(before, sparse), (sparse, after)]
+
+
+def needs_gradient(config: GaPConfig, phase: Phase, step: int) -> bool:
+    """Whether what happens before a step looks at the gradients of the step before it."""
+    return config.method == "rigl" and step in phase.updates
+
+
+def _grow_and_prune(config: GaPConfig) -> Rule:
+    """Grow-and-prune, and all methods that are phases with dense partitions and phases without.
+
+    An entry whose partition becomes dense is grown, one whose partition was dense is pruned by magnitude, all others
+    stay (Ma et al., ICLR 2022, algorithm 1). Before the first step the sparse entries get their first masks: random, or
+    by magnitude where the weights are pretrained. Inside a phase with updates, the partitions that leave it are pruned
+    to a budget that falls by the cubic schedule (Zhu and Gupta, arXiv 1710.01878).
 
     >>> from gap_ds.schedule import build
     >>> config = GaPConfig(sparsity=0.5, partitions=2, phase_steps=10, rounds=1, finetune_steps=5)
     >>> first, second, finetune = build(config).phases
     >>> entry = Entry("fc.weight", (4, 4), partition=0, keep=8)
     >>> update = rule(config)
-    >>> update(entry, None, first), update(entry, first, second), update(entry, second, finetune)
+    >>> update(entry, None, first, 0), update(entry, first, second, 10), update(entry, second, finetune, 20)
     (Dense(), Largest(keep=8), Keep())
+    >>> config = GaPConfig(method="gradual", sparsity=0.5, phase_steps=4, update_steps=1, finetune_steps=4)
+    >>> first, finetune = build(config).phases
+    >>> [rule(config)(entry, first, first, step) for step in first.updates]
+    [Largest(keep=11), Largest(keep=9), Largest(keep=8)]
     """
 
-    def update(entry: Entry, before: Phase | None, after: Phase) -> Update:
+    def update(entry: Entry, before: Phase | None, after: Phase, step: int) -> Update:
+        if before is after:
+            if entry.partition not in after.leaving:
+                return Keep()
+            return Largest(round_half_up(entry.numel - ramp(after.progress(step)) * (entry.numel - entry.keep)))
         is_dense = entry.partition in after.dense
         was_dense = before is not None and entry.partition in before.dense
         if is_dense:
@@ -66,5 +118,37 @@ def rule(config: GaPConfig) -> Rule:
         if before is None:
             return Random(entry.keep) if config.init == "random" else Largest(entry.keep)
         return Largest(entry.keep) if was_dense else Keep()
+
+    return update
+
+
+def _drop_and_grow(config: GaPConfig) -> Rule:
+    """RigL and SET: masks of a fixed size that move.
+
+    At each update a fraction alpha of an entry's kept weights is replaced; alpha falls from `drop_fraction` to 0 by a
+    cosine over the exploring phase. RigL grows by the magnitude of the gradient that the step before the update had,
+    over all micro-batches and ranks, clipped if the run clips (Evci et al., "Rigging the Lottery", arXiv 1911.11134,
+    algorithm 1; there an update takes the place of an optimizer step, here it follows one). SET grows at random
+    (Mocanu et al., Nature Communications 9, 2018; there alpha is constant; the cosine is that of RigL's comparison).
+
+    >>> from gap_ds.schedule import build
+    >>> config = GaPConfig(method="rigl", sparsity=0.5, phase_steps=4, update_steps=1, finetune_steps=4)
+    >>> explore, finetune = build(config).phases
+    >>> entry = Entry("fc.weight", (10, 10), partition=0, keep=50)
+    >>> [rule(config)(entry, explore, explore, step).drop for step in explore.updates]
+    [12, 7, 2]
+    >>> rule(config)(entry, None, explore, 0), rule(config)(entry, explore, finetune, 4)
+    (Random(keep=50), Keep())
+    """
+
+    def update(entry: Entry, before: Phase | None, after: Phase, step: int) -> Update:
+        if before is None:
+            return Random(entry.keep) if config.init == "random" else Largest(entry.keep)
+        if before is not after:
+            return Keep()
+        alpha = config.drop_fraction / 2 * (1 + math.cos(math.pi * float(after.progress(step))))
+        # Rounded to nine decimals, so that no machine's cosine decides about one weight more or less.
+        drop = min(int(Fraction(f"{alpha:.9f}") * entry.keep), entry.numel - entry.keep)
+        return Exchange(entry.keep, drop, config.method == "rigl") if drop else Keep()
 
     return update

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from gap_ds.config import GaPConfig
-from gap_ds.distribution import DISTRIBUTIONS
+from gap_ds.distribution import DISTRIBUTIONS, keep_count
 from gap_ds.pattern import Pattern, Unstructured, parse
 
 #: Name components that wrappers insert: FSDP1 and fairscale, activation checkpointing, torch.compile.
@@ -54,7 +54,9 @@ class Plan:
     """The entries of a model in module order, their pattern, and what the figures of the whole model need.
 
     `total` is the number of weights of the model, tied ones once. `dense_matmul` is the number of weights outside the
-    entries that are multiplied with (a tied head included, embedding look-ups not).
+    entries that are multiplied with (a tied head included, embedding look-ups not). `pooled`: whether the budgets of a
+    partition's entries are one budget, shared by one threshold (distribution "global"). `blocks` are the names of the
+    repeated blocks.
     """
 
     entries: tuple[Entry, ...]
@@ -62,6 +64,8 @@ class Plan:
     total: int
     dense_matmul: int
     pattern: Pattern = field(default_factory=Unstructured)
+    pooled: bool = False
+    blocks: tuple[str, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -92,7 +96,26 @@ class Plan:
     def fingerprint(self) -> str:
         """Hash of the pattern and all names, shapes, partitions and budgets: equal plans, equal fingerprints."""
         rows = [[e.name, list(e.shape), e.partition, e.keep, list(e.dims)] for e in self.entries]
-        return hashlib.sha256(json.dumps([str(self.pattern), rows]).encode()).hexdigest()[:16]
+        selection = f"{self.pattern}, pooled" if self.pooled else str(self.pattern)
+        return hashlib.sha256(json.dumps([selection, rows]).encode()).hexdigest()[:16]
+
+    def home(self, name: str) -> int | None:
+        """The partition that any parameter or buffer goes with: that of all entries of its block, or of its module.
+
+        None for what lies outside every block (embeddings, final norms, heads), or beside entries of more than one
+        partition.
+        """
+        block = next((block for block in self.blocks if _inside(name, block)), _parent(name))
+        while block and _inside(name, block):
+            partitions = {entry.partition for entry in self.entries if _inside(entry.name, block)}
+            if len(partitions) < 2:
+                return next(iter(partitions), None)
+            # A block cut apart: what lies nearer to the entries of one partition goes with it.
+            below = name.removeprefix(f"{block}.").partition(".")
+            if not below[1]:
+                return None
+            block = f"{block}.{below[0]}"
+        return None
 
 
 def build(
@@ -126,13 +149,31 @@ def build(
     pattern = parse(config.pattern)
     dims = {name: _dims(name, modules) for name in names}
     _check_shapes(pattern, {name: shapes[name] for name in names}, dims)
-    keep = DISTRIBUTIONS[config.distribution]([shapes[name] for name in names], config.sparsity)
+    keep = _budgets({name: shapes[name] for name in names}, config)
     entries = tuple(
         Entry(n, tuple(shapes[n]), partition[n], pattern.budget(shapes[n], k, dims[n]), dims[n])
         for n, k in zip(names, keep, strict=True)
     )
     kappa = 1 + max(partition.values())
-    return Plan(entries, kappa, total, _dense_matmul(_tensors(modules), modules, full, set(names)), pattern)
+    dense_matmul = _dense_matmul(_tensors(modules), modules, full, set(names))
+    return Plan(entries, kappa, total, dense_matmul, pattern, config.distribution == "global", tuple(blocks))
+
+
+def _budgets(shapes: Mapping[str, tuple[int, ...]], config: GaPConfig) -> list[int]:
+    """Weights that each entry keeps."""
+    if isinstance(config.distribution, str):
+        return DISTRIBUTIONS[config.distribution](list(shapes.values()), config.sparsity)
+    sparsity, matched = dict.fromkeys(shapes, config.sparsity), dict[str, str]()
+    for pattern, ratio in config.distribution.items():
+        if not (found := _matching(pattern, shapes)):
+            raise ValueError(_no_match("distribution", pattern, list(shapes)))
+        if twice := next((name for name in found if name in matched), None):
+            raise ValueError(
+                f'distribution: {twice} matches "{matched[twice]}" and "{pattern}". Each entry must match one at most.'
+            )
+        sparsity |= dict.fromkeys(found, ratio)
+        matched |= dict.fromkeys(found, pattern)
+    return [keep_count(math.prod(shape), sparsity[name]) for name, shape in shapes.items()]
 
 
 def _tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
@@ -272,7 +313,7 @@ def _assign(
     """Partition of each entry."""
     if not isinstance(config.partitions, int):
         return _assign_written(names, config.partitions)
-    kappa = 1 if config.method == "dsd" else config.partitions
+    kappa = config.partitions
     # An entry outside every block goes with the block before it (a ResNet's stem with the first).
     units: list[list[str]] = [[]]
     current = None

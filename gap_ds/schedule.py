@@ -1,12 +1,14 @@
 """Schedules: which partitions are dense at which step. Pure, so equal on every rank and after every restart.
 
 K partitions, numbered from 0. Steps are applied optimizer steps, numbered from 0: phase p covers the steps
-[first_step, first_step + steps), and its boundary lies before its first step.
+[first_step, first_step + steps), and its boundary lies before its first step. Some methods change masks inside a phase
+too: before the steps of its `updates`.
 """
 
 from __future__ import annotations
 
 import bisect
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,12 +17,16 @@ from typing import Literal
 
 from gap_ds.config import GaPConfig
 
-Kind = Literal["explore", "finetune"]
+Kind = Literal["dense", "explore", "finetune"]
 
 
 @dataclass(frozen=True)
 class Phase:
-    """An interval of applied steps with one set of dense partitions."""
+    """An interval of applied steps with one set of dense partitions.
+
+    leaving: partitions that are pruned when it ends. updates: steps inside it before which masks change, all after
+    `update_from`, where the changing begins.
+    """
 
     index: int
     round: int
@@ -28,11 +34,23 @@ class Phase:
     steps: int
     dense: frozenset[int]
     kind: Kind
+    leaving: frozenset[int] = frozenset()
+    update_from: int = 0
+    updates: tuple[int, ...] = ()
 
     @property
     def end_step(self) -> int:
         """First step after this phase."""
         return self.first_step + self.steps
+
+    def progress(self, step: int) -> Fraction:
+        """How far the changing of masks has come before a step: from 0 at `update_from` to 1 at the phase's end."""
+        return Fraction(step - self.update_from, self.end_step - self.update_from)
+
+    def is_masked(self, partition: int, step: int) -> bool:
+        """Whether a partition has masks in a step of this phase: it is sparse, or on its way out already."""
+        leaves = partition in self.leaving and bool(self.updates) and step >= self.updates[0]
+        return partition not in self.dense or leaves
 
     def __str__(self) -> str:
         names = ",".join(str(k) for k in sorted(self.dense)) or "none"
@@ -63,13 +81,15 @@ class Schedule:
         assert step >= 0
         return self.phases[bisect.bisect_right([phase.first_step for phase in self.phases], step) - 1]
 
+    def density_at(self, step: int, keep: Sequence[int], numel: Sequence[int]) -> float:
+        """Density of all entries together in a step; `keep` and `numel` are sums per partition (K values each)."""
+        phase = self.phase_at(step)
+        done = [update for update in phase.updates if update <= step]
+        return _density(phase, done[-1] if done else phase.first_step, keep, numel)
+
     def density(self, keep: Sequence[int], numel: Sequence[int]) -> list[float]:
-        """Density of all entries together in each phase; `keep` and `numel` are sums per partition (K values each)."""
-        total = sum(numel)
-        return [
-            sum(n if k in phase.dense else s for k, (s, n) in enumerate(zip(keep, numel, strict=True))) / total
-            for phase in self.phases
-        ]
+        """Density of all entries together in each phase, averaged over its steps."""
+        return [_mean_density(phase, keep, numel) for phase in self.phases]
 
     def mean_density(self, keep: Sequence[int], numel: Sequence[int]) -> float:
         """Density averaged over the applied steps of the run."""
@@ -77,14 +97,34 @@ class Schedule:
         return sum(d * phase.steps for d, phase in by_phase) / self.total_steps
 
 
-def build(config: GaPConfig, steps_per_epoch: int | None = None) -> Schedule:
-    """The schedule of a run.
+def ramp(progress: Fraction) -> Fraction:
+    """Part of the weights to prune that gradual pruning has pruned: the cubic schedule, fast at first.
 
-    cyclic (Ma et al., ICLR 2022, section 3.1): `rounds` times K phases of T, one partition dense in each, then
-    fine-tuning with none. dsd (Han et al., "DSD: Dense-Sparse-Dense Training", ICLR 2017): a round is a dense phase
-    and a sparse phase. static, dense: the same phases with none or all dense, so that learning-rate restarts fall on
-    the same steps.
+    Source: Zhu and Gupta, "To prune, or not to prune", arXiv 1710.01878, equation 1.
 
+    >>> [str(ramp(Fraction(i, 4))) for i in range(5)]
+    ['0', '37/64', '7/8', '63/64', '1']
+    """
+    return 1 - (1 - progress) ** 3
+
+
+def build(config: GaPConfig, steps_per_epoch: int | None = None, worker: int = 0) -> Schedule:
+    """The schedule of a run; of parallel GaP, that of one worker.
+
+    Every run has: a first phase with all dense, if the config asks for one; exploring phases of length T; a last phase,
+    fine-tuning, with none dense.
+
+    - cyclic (Ma et al., ICLR 2022, section 3.1): `rounds` times K phases, one partition dense in each.
+    - parallel (the same, section 3.2): `rounds` phases, the worker's own partition dense; worker 0 alone fine-tunes.
+    - dsd (Han et al., "DSD: Dense-Sparse-Dense Training", ICLR 2017), acdc (Peste et al., "AC/DC", NeurIPS 2021): a
+      round is a dense phase and a sparse phase.
+    - one_shot (Han et al., "Learning both Weights and Connections", NIPS 2015): one dense phase.
+    - gradual (Zhu and Gupta, arXiv 1710.01878): one phase, from dense at its beginning to sparse at its end.
+    - rigl (Evci et al., arXiv 1911.11134), set (Mocanu et al., Nature Communications 2018): one sparse phase in which
+      masks move.
+    - static, dense: the phases of cyclic with none or all dense, so that learning-rate restarts fall on the same steps.
+
+    With `prune_ramp` the partitions that leave a phase are pruned gradually in its last part, whatever the method.
     Boundaries are rounded from the exact position (p * T epochs), so that fractions of an epoch do not drift.
 
     Raises:
@@ -93,27 +133,88 @@ def build(config: GaPConfig, steps_per_epoch: int | None = None) -> Schedule:
     >>> config = GaPConfig(sparsity=0.5, partitions=2, phase_epochs=0.5, rounds=1, finetune_epochs=1.0)
     >>> [(phase.first_step, phase.steps) for phase in build(config, steps_per_epoch=7).phases]
     [(0, 4), (4, 3), (7, 7)]
+    >>> config = GaPConfig(method="acdc", sparsity=0.5, dense_steps=4, phase_steps=3, rounds=2, finetune_steps=2)
+    >>> [(phase.steps, sorted(phase.dense)) for phase in build(config).phases]
+    [(4, [0]), (3, [0]), (3, []), (3, [0]), (3, []), (2, [])]
+    >>> config = GaPConfig(method="gradual", sparsity=0.8, phase_steps=4, update_steps=1, finetune_steps=4)
+    >>> [(phase.updates, phase.steps) for phase in build(config).phases]
+    [((1, 2, 3), 4), ((), 4)]
+    >>> [round(build(config).density_at(step, [20], [100]), 2) for step in range(5)]
+    [1.0, 0.54, 0.3, 0.21, 0.2]
     """
     unit = _unit(config, steps_per_epoch)
-    length = Fraction(repr(config.phase_epochs)) if config.in_epochs else Fraction(config.phase_steps or 0)
-    finetune = Fraction(repr(config.finetune_epochs)) if config.in_epochs else Fraction(config.finetune_steps or 0)
-    dense = _dense_partitions(config)
-    edges = [_round(unit * length * p) for p in range(len(dense) + 1)]
-    per_round = len(dense) // config.rounds if config.rounds else 1
-    phases = [
-        Phase(p, p // per_round, edges[p], edges[p + 1] - edges[p], frozenset(dense[p]), "explore")
-        for p in range(len(dense))
-    ]
-    if any(phase.steps < 1 for phase in phases):
-        raise ValueError(
-            f"phase_epochs={config.phase_epochs}: with {unit} steps in an epoch a phase has no step. "
-            'Raise "phase_epochs".'
-        )
-    end = _round(unit * (length * len(dense) + finetune))
+    warmup, length, finetune = (_exact(config, name) for name in ("dense", "phase", "finetune"))
+    sets = _dense_partitions(config, worker)
+    every = frozenset(range(config.kappa))
+    starts = [warmup + length * p for p in range(len(sets) + 1)]
+    kinds: list[Kind] = ["explore"] * len(sets)
+    rounds = [p // max(1, len(sets) // config.rounds) if config.rounds else 0 for p in range(len(sets))]
+    if warmup:
+        sets, starts, kinds, rounds = [every, *sets], [Fraction(0), *starts], ["dense", *kinds], [0, *rounds]
     # Without fine-tuning there is still a last boundary: the partition that was dense is pruned, and the run is over.
-    last = frozenset(range(config.kappa)) if config.method == "dense" else frozenset[int]()
-    phases.append(Phase(len(dense), config.rounds, edges[-1], end - edges[-1], last, "finetune"))
-    return Schedule(tuple(phases))
+    sets = [*sets, every if config.method == "dense" else frozenset[int]()]
+    alone = config.method == "parallel" and worker > 0
+    starts = [*starts, starts[-1] + (0 if alone else finetune)]
+    edges = [_round(unit * start) for start in starts]
+    phases = [
+        _phase(config, unit, p, rounds[p], edges[p], edges[p + 1], kinds[p], sets[p], sets[p + 1], starts[p : p + 2])
+        for p in range(len(kinds))
+    ]
+    if empty := next((phase for phase in phases if phase.steps < 1), None):
+        name = "dense_epochs" if empty.kind == "dense" else "phase_epochs"
+        raise ValueError(
+            f'{name}={getattr(config, name)}: with {unit} steps in an epoch a phase has no step. Raise "{name}".'
+        )
+    last = Phase(len(phases), config.rounds, edges[-2], edges[-1] - edges[-2], sets[-1], "finetune")
+    return Schedule((*phases, last))
+
+
+def _phase(
+    config: GaPConfig,
+    unit: int,
+    index: int,
+    round_: int,
+    first: int,
+    end: int,
+    kind: Kind,
+    dense: frozenset[int],
+    after: frozenset[int],
+    span: Sequence[Fraction],
+) -> Phase:
+    # A worker of parallel GaP leaves its partition only to have it back.
+    leaving = dense if config.method == "parallel" and kind == "explore" else dense - after
+    part = Fraction(repr(config.prune_ramp))
+    if config.method == "gradual":
+        part = Fraction(kind == "explore")
+    moves = config.method in ("rigl", "set")
+    if not moves and not (part and leaving):
+        return Phase(index, round_, first, end - first, dense, kind, leaving)
+    begin = span[0] if moves else span[1] - part * (span[1] - span[0])
+    gap = _exact(config, "update")
+    times = [begin + gap * i for i in range(1, int((span[1] - begin) / gap) + 1)]
+    inside = sorted({_round(unit * t) for t in times})
+    start = max(first, _round(unit * begin))
+    updates = tuple(step for step in inside if start < step < end)
+    return Phase(index, round_, first, end - first, dense, kind, leaving, start, updates)
+
+
+def _density(phase: Phase, step: int, keep: Sequence[int], numel: Sequence[int]) -> float:
+    """Density in the steps of a phase that follow the boundary or update before a step."""
+    active = Fraction(0)
+    for k, (s, n) in enumerate(zip(keep, numel, strict=True)):
+        if k not in phase.dense:
+            active += s
+        else:
+            active += n - (ramp(phase.progress(step)) * (n - s) if phase.is_masked(k, step) else 0)
+    return float(active / sum(numel))
+
+
+def _mean_density(phase: Phase, keep: Sequence[int], numel: Sequence[int]) -> float:
+    marks = (phase.first_step, *phase.updates, phase.end_step)
+    if not phase.steps:
+        return _density(phase, phase.first_step, keep, numel)
+    spans = itertools.pairwise(marks)
+    return sum(_density(phase, lo, keep, numel) * (hi - lo) for lo, hi in spans) / phase.steps
 
 
 def _unit(config: GaPConfig, steps_per_epoch: int | None) -> int:
@@ -127,22 +228,31 @@ def _unit(config: GaPConfig, steps_per_epoch: int | None) -> int:
     return steps_per_epoch
 
 
-def _dense_partitions(config: GaPConfig) -> list[tuple[int, ...]]:
+def _exact(config: GaPConfig, name: str) -> Fraction:
+    """A length in the config's unit, as the decimal number that was written down."""
+    value = getattr(config, f"{name}_{'epochs' if config.in_epochs else 'steps'}")
+    return Fraction(repr(value)) if value else Fraction(0)
+
+
+def _dense_partitions(config: GaPConfig, worker: int) -> list[frozenset[int]]:
     """The dense partitions of each exploring phase, in order."""
-    if config.method == "static":
-        return [()] * (config.rounds * config.kappa)
-    if config.method == "dense":
-        return [tuple(range(config.kappa))] * (config.rounds * config.kappa)
-    if config.method == "dsd":
-        return [(0,), ()] * config.rounds
+    none, every = frozenset[int](), frozenset(range(config.kappa))
+    if config.method in ("static", "rigl", "set"):
+        return [none] * config.exploring
+    if config.method in ("dense", "one_shot", "gradual"):
+        return [every] * config.exploring
+    if config.method in ("dsd", "acdc"):
+        return [every, none] * config.rounds
+    if config.method == "parallel":
+        return [frozenset((worker,))] * config.exploring
     if config.order == "cyclic":
-        return [(k,) for _ in range(config.rounds) for k in range(config.kappa)]
-    order: list[tuple[int, ...]] = [(0,)]
+        return [frozenset((p % config.kappa,)) for p in range(config.exploring)]
+    order = [0]
     rng = random.Random(f"order {config.seed}")
-    while len(order) < config.rounds * config.kappa:
+    while len(order) < config.exploring:
         # Any partition but the dense one: growing what is dense already would be no phase of its own.
-        order.append((rng.choice([k for k in range(config.kappa) if (k,) != order[-1]]),))
-    return order[: config.rounds * config.kappa]
+        order.append(rng.choice([k for k in range(config.kappa) if k != order[-1]]))
+    return [frozenset((k,)) for k in order[: config.exploring]]
 
 
 def _round(x: Fraction) -> int:

@@ -32,6 +32,10 @@ _CHUNK = 1 << 20
 INVALID = -1
 
 
+#: (lo, hi) -> the int32 keys, in [0, 2^31), of the weights lo to hi of a piece, counted from its start.
+Keys = Callable[[int, int], Tensor]
+
+
 class Reduce(Protocol):
     """What a selection needs from a group of ranks."""
 
@@ -58,15 +62,12 @@ class Single:
 
 @dataclass(frozen=True)
 class Piece:
-    """This rank's weights [start, start + numel) of one entry, and how to get their keys.
-
-    `keys(lo, hi)` returns the int32 keys, in [0, 2^31), of the weights lo to hi of the piece (counted from its start).
-    """
+    """This rank's weights [start, start + numel) of one entry, and how to get their keys."""
 
     name: str
     start: int
     numel: int
-    keys: Callable[[int, int], Tensor]
+    keys: Keys
     budget: int
 
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
@@ -75,7 +76,7 @@ class Piece:
             yield lo, self.keys(lo, min(lo + _CHUNK, self.numel))
 
 
-def magnitude_keys(weights: Tensor) -> Callable[[int, int], Tensor]:
+def magnitude_keys(weights: Tensor) -> Keys:
     """Keys that order the weights of a piece (N,) by magnitude.
 
     The bit pattern of a non-negative fp32 number, read as an integer, has the order of the number; fp16 and bf16
@@ -90,6 +91,23 @@ def magnitude_keys(weights: Tensor) -> Callable[[int, int], Tensor]:
         return magnitude.view(torch.int32).masked_fill_(magnitude.isnan(), INVALID)
 
     return keys
+
+
+def only(keys: Keys, among: Tensor) -> Keys:
+    """Keys that put all weights outside a mask `among` (packed bits of the piece) below all weights inside it.
+
+    >>> among = masks.pack(torch.tensor([False, True, True]))
+    >>> only(magnitude_keys(torch.tensor([3.0, 0.0, 1.0])), among)(0, 3).tolist()
+    [0, 1, 1065353217]
+    """
+
+    def chosen(lo: int, hi: int) -> Tensor:
+        found = keys(lo, hi)
+        # A NaN outside the mask is nobody's business; inside it stays invalid. Infinity's key has room above it.
+        inside = found.clamp(max=2**31 - 2) + (found >= 0)
+        return torch.where(masks.unpack(among, hi - lo, start=lo), inside, 0)
+
+    return chosen
 
 
 def magnitudes(name: str, keys: Tensor) -> Tensor:
@@ -110,7 +128,7 @@ def _no_order(name: str, invalid: int) -> ValueError:
     )
 
 
-def random_keys(seed: int, name: str, start: int, device: torch.device) -> Callable[[int, int], Tensor]:
+def random_keys(seed: int, name: str, start: int, device: torch.device) -> Keys:
     """Keys from a counter-based hash of (seed, entry name, flat index): the same for any sharding and device.
 
     The index passes through two rounds of multiply-xorshift (the finaliser of MurmurHash3, modulo 2^32), started from a

@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -35,7 +35,7 @@ from torch import nn
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
-from gap_ds import GaPConfig, GaPEngine
+from gap_ds import GaPConfig, GaPEngine, Worker
 
 log = logging.getLogger("translation")
 
@@ -51,6 +51,9 @@ class Arguments:
         default=None, help="sharding library; default: deepspeed with its config, else ddp, or none on one process"
     )
     dense: bool = HfArg(default=False, help="train the same model as long, without sparsity")
+    gap_worker: int | None = HfArg(default=None, help="number of this worker of parallel GaP (gap-ds parallel sets it)")
+    exchange: str | None = HfArg(default=None, help="exchange folder or URL of parallel GaP; default: in --output-dir")
+    exchange_timeout: float = HfArg(default=7200.0, help="seconds to wait for the other workers at the end of a round")
 
     dataset: str | None = HfArg(default=None, help="folder, file or hub name; default: a generated corpus")
     dataset_config: str | None = HfArg(default=None, help="configuration of a hub dataset, e.g. de-en")
@@ -110,7 +113,16 @@ class Arguments:
             raise ValueError('--bf16: has no effect with --deepspeed_config. Set "bf16" in that file instead.')
 
 
-AT_LEAST = {"max_length": 1, "batch_tokens": 1, "accumulation": 1, "beams": 1, "samples": 0, "threads": 1}
+AT_LEAST = {
+    "gap_worker": 0,
+    "exchange_timeout": 0,
+    "max_length": 1,
+    "batch_tokens": 1,
+    "accumulation": 1,
+    "beams": 1,
+    "samples": 0,
+    "threads": 1,
+}
 AT_LEAST |= {"limit": 1, "save_every": 1, "log_every": 1, "warmup_steps": 0, "seed": 0}
 
 # What a run that goes on must have as it was, besides its plan and schedule, which the engine compares.
@@ -126,6 +138,7 @@ FILES = ("results.json", "metrics.jsonl", "model", "model.partial", "checkpoints
 def main(args: Arguments) -> int:
     """Trains, exports and scores; the exit status."""
     gap, deepspeed = gap_config(args), deepspeed_config(args)
+    args, worker = gap_worker(args, gap)
     device = runtime.start_processes(args.seed, args.threads, deepspeed=deepspeed is not None)
     folder, resumed = prepare_folder(args)
 
@@ -150,8 +163,9 @@ def main(args: Arguments) -> int:
         default = "ddp" if runtime.world_size() > 1 else "none"
         model = sharding.wrap(model.to(device), args.backend or default, device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.997), eps=1e-9, fused=True)
-    engine = build_engine(args, gap, deepspeed, model, optimizer, sampler.steps_per_epoch)
-    runtime.seed_everything(args.seed + 1 + runtime.rank())  # dropout must differ between ranks
+    engine = build_engine(args, gap, worker, deepspeed, model, optimizer, sampler.steps_per_epoch)
+    # Dropout must differ between ranks, and between the workers of parallel GaP.
+    runtime.seed_everything(args.seed + 1 + runtime.rank() + (runtime.world_size() * worker.index if worker else 0))
 
     # Training, from the newest checkpoint on where there is one.
     state = {"batches": 0, "run": {"rows": len(train), **{name: getattr(args, name) for name in FIXED}}}
@@ -168,9 +182,17 @@ def main(args: Arguments) -> int:
         return 128 + stopped
     seconds = time.perf_counter() - started
 
+    if worker is not None and worker.index > 0:  # worker 0 has fine-tuned what all have made, and scores it
+        if runtime.rank() == 0:
+            print(f"worker {worker.index}: done after {engine.applied_steps} steps.")
+            write_results(folder, {"worker": worker.index, **run_figures(args, engine, seconds, first_step)})
+        runtime.end_processes()
+        return 0
+
     # The final sparse model, and what it is worth: scored as exported, spread over the ranks.
     engine.export(folder / "model", tokenizer=tokenizer, overwrite=True)
-    stats = engine.stats()
+    figures = run_figures(args, engine, seconds, first_step)
+    figures |= {"tokens_per_second": round(tokens / seconds, 1), "density_at_end": engine.stats()["density"]}
     del engine, optimizer, model
     exported = models.load_pretrained(str(folder / "model")).to(device)
     test = rows[args.test_split]
@@ -183,25 +205,40 @@ def main(args: Arguments) -> int:
         results = {
             **scores.to_dict(),
             **json.loads((folder / "model" / "gap.json").read_text(encoding="utf-8")),
-            "dense": args.dense,
-            "train_seconds": round(seconds, 1),
-            "trained_from_step": first_step,
-            "tokens_per_second": round(tokens / seconds, 1),
+            **figures,
             "score_seconds": round(time.perf_counter() - scored, 1),
-            "density_at_end": stats["density"],
             "steps_per_epoch": sampler.steps_per_epoch,
-            "ranks": runtime.world_size(),
             "device": str(device.type),
-            "torch": torch.__version__,
-            "arguments": asdict(args),
         }
         for i in range(min(args.samples, len(hypotheses))):
             print(f"source      {test[i]['source']}\nreference   {test[i]['target']}\ntranslation {hypotheses[i]}\n")
         print(f"{results['signature']}\n{scores}\n{folder / 'results.json'}")
-        (folder / "results.json.partial").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", "utf-8")
-        (folder / "results.json.partial").replace(folder / "results.json")
+        write_results(folder, results)
     runtime.end_processes()
     return 0
+
+
+def run_figures(args: Arguments, engine: GaPEngine, seconds: float, first_step: int) -> dict[str, Any]:
+    """What a run cost, whoever scores it."""
+    mean_density = engine.schedule.mean_density(*engine.plan.per_partition())
+    return {
+        "signature": engine.signature,
+        "applied_steps": engine.applied_steps,
+        "mean_density": mean_density,
+        "training_flops": engine.plan.training_flops(mean_density),
+        "dense": args.dense,
+        "train_seconds": round(seconds, 1),
+        "trained_from_step": first_step,
+        "ranks": runtime.world_size(),
+        "torch": torch.__version__,
+        "arguments": asdict(args),
+    }
+
+
+def write_results(folder: Path, results: dict[str, Any]) -> None:
+    """results.json, which says that the run is over; whole or absent."""
+    (folder / "results.json.partial").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    (folder / "results.json.partial").replace(folder / "results.json")
 
 
 def train_model(
@@ -306,6 +343,7 @@ def validation_loss(
 def build_engine(
     args: Arguments,
     gap: GaPConfig,
+    worker: Worker | None,
     deepspeed: dict[str, Any] | None,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -320,6 +358,7 @@ def build_engine(
             config=deepspeed,
             gap_config=gap,
             steps_per_epoch=steps_per_epoch,
+            worker=worker,
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
         )
@@ -329,6 +368,7 @@ def build_engine(
         optimizer=optimizer,
         lr_scheduler=lr_scheduler,
         steps_per_epoch=steps_per_epoch,
+        worker=worker,
         gradient_accumulation_steps=args.accumulation,
     )
 
@@ -359,6 +399,25 @@ def gap_config(args: Arguments) -> GaPConfig:
     if args.model_name and "init" not in gap.model_fields_set and gap.method != "dsd":
         return GaPConfig.load({**gap.model_dump(exclude_unset=True), "init": "magnitude"})
     return gap
+
+
+def gap_worker(args: Arguments, gap: GaPConfig) -> tuple[Arguments, Worker | None]:
+    """Of parallel GaP, which worker this is; its folder is one in --output-dir. Otherwise the arguments as they are."""
+    if gap.method != "parallel":
+        for name in ("gap_worker", "exchange"):
+            if getattr(args, name) is not None:
+                raise ValueError(f'--{name.replace("_", "-")}: has no effect with method="{gap.method}". Remove it.')
+        return args, None
+    if args.gap_worker is None:
+        raise ValueError(
+            'method="parallel": every worker is a job of its own. Start all by gap-ds parallel --workers '
+            f"{gap.kappa} -- examples/translation/train.py ..., or each by --gap-worker 0, 1, ..."
+        )
+    if args.gap_worker >= gap.kappa:
+        raise ValueError(f"--gap-worker {args.gap_worker}: must be below {gap.kappa}, the number of partitions.")
+    folder = Path(args.output_dir)
+    worker = Worker(args.gap_worker, args.exchange or str(folder / "exchange"), args.exchange_timeout)
+    return replace(args, output_dir=str(folder / f"worker_{args.gap_worker}")), worker
 
 
 def deepspeed_config(args: Arguments) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
     app        the commands and their options (typer)
     models     a model without weights, from a preset, a config or a hub id
     forecast   all figures of a model, a config and a number of ranks, as plain data
+    launch     the workers of parallel GaP, started on one machine
     doctor     what this machine has, and what will and will not work here
     show       tables and the timeline (rich)
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
 from gap_ds._version import __version__
 from gap_ds.cli import doctor as doctor_
-from gap_ds.cli import forecast, models, show
+from gap_ds.cli import forecast, launch, models, show
 from gap_ds.config import GaPConfig
 from gap_ds.presets import PRESETS, VOCAB_SIZE
 
@@ -84,6 +84,36 @@ def plan(
         _print_json(figures)
     else:
         show.plan(_console(), model, figures)
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def parallel(
+    script: Annotated[list[str], typer.Argument(metavar="-- SCRIPT [ARGUMENT]...", help="What each worker runs.")],
+    workers: Annotated[int, typer.Option(min=2, metavar="N", help="Number of workers, one for each partition.")],
+    ranks_per_worker: Annotated[int, typer.Option(min=1, metavar="N", help="Processes of each worker.")] = 1,
+    exchange: Annotated[
+        str | None, typer.Option(metavar="URL", help="Exchange folder (any fsspec URL), passed on as --exchange.")
+    ] = None,
+    launcher: Annotated[
+        Literal["torchrun", "deepspeed"] | None,
+        typer.Option(
+            help="Default: deepspeed where the arguments have a DeepSpeed config, else torchrun; for one rank none."
+        ),
+    ] = None,
+    restarts: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Start a failed worker again, N times at most.")
+    ] = 0,
+) -> None:
+    """Start the workers of parallel GaP on this machine.
+
+    Each runs the script with --gap-worker I appended, on devices and a port of its own. One that fails ends all. On
+    several machines, start the same script yourself with --gap-worker I and one --exchange that all can reach.
+    """
+    extra = [] if exchange is None else ["--exchange", exchange]
+    code = launch.run(
+        script, workers=workers, ranks=ranks_per_worker, launcher=launcher, extra=extra, restarts=restarts
+    )
+    raise typer.Exit(code)
 
 
 @app.command()

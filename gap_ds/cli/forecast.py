@@ -79,12 +79,15 @@ def forecast(
                 "dense": sorted(phase.dense),
                 "density": density,
                 "pruned_entries": len(pruned),
+                "updates": len(phase.updates),
             }
             for phase, density, pruned in zip(
                 the_schedule.phases, the_schedule.density(keep, numel), selected, strict=True
             )
         ],
     }
+    if config.method == "parallel":
+        result["workers"] = _workers(the_plan, config, ticks if config.in_epochs else None)
     if world_size is not None:
         result["ranks"] = _ranks(the_plan, the_schedule, selected, world_size)
     if with_entries:
@@ -95,10 +98,21 @@ def forecast(
     return result
 
 
+#: Finer parts of an epoch than these are rounded: nobody reads them.
+_MOST_TICKS = 10**6
+
+
 def _ticks_per_epoch(config: GaPConfig) -> int:
     """The least number of equal parts of an epoch that makes every length a whole number of them."""
-    lengths = (config.phase_epochs, config.finetune_epochs)
-    return math.lcm(*(Fraction(repr(length)).denominator for length in lengths))
+    dense, phase, finetune, update, part = (
+        Fraction(repr(length or 0.0))
+        for length in (
+            *(config.dense_epochs, config.phase_epochs, config.finetune_epochs, config.update_epochs),
+            config.prune_ramp,
+        )
+    )
+    ticks = math.lcm(*(x.denominator for x in (dense, phase, finetune, update, part * phase, part * dense)))
+    return ticks if ticks <= _MOST_TICKS else _MOST_TICKS
 
 
 def _number(value: Fraction) -> int | float:
@@ -109,7 +123,12 @@ def _selected(the_plan: Plan, config: GaPConfig, the_schedule: Schedule) -> list
     """The entries that are selected (pruned to a budget of their own) before each phase."""
     rule, before = methods.rule(config), (None, *the_schedule.phases)
     return [
-        [e for e in the_plan.entries if isinstance(rule(e, old, new), methods.Largest | methods.Random)]
+        [
+            entry
+            for a, b in methods.stages(config, old, new)
+            for entry in the_plan.entries
+            if isinstance(rule(entry, a, b, b.first_step), methods.Largest | methods.Random)
+        ]
         for old, new in zip(before, the_schedule.phases, strict=False)
     ]
 
@@ -177,6 +196,22 @@ def _runs(numbers: Sequence[int]) -> str:
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
+def _workers(the_plan: Plan, config: GaPConfig, ticks: int | None) -> dict[str, Any]:
+    """What the workers of parallel GaP cost together: worker 0's figures are those of the run."""
+    keep, numel = the_plan.per_partition()
+    runs = [schedule.build(config, ticks, worker) for worker in range(config.kappa)]
+    flops = [the_plan.training_flops(run.mean_density(keep, numel)) * run.total_steps for run in runs]
+    return {
+        "workers": config.kappa,
+        "training_flops": sum(flops) / runs[0].total_steps,
+        "exchanges": config.rounds,
+        "exchange_bytes": [
+            sum(masks.nbytes(e.numel) + 4 * e.keep for e in the_plan.entries if e.partition == k)
+            for k in range(config.kappa)
+        ],
+    }
+
+
 # -- ranks -------------------------------------------------------------------------------------------------------------
 
 
@@ -189,7 +224,8 @@ def _ranks(the_plan: Plan, the_schedule: Schedule, selected: Sequence[Sequence[E
         for entry, size in mask_bytes.items():
             by_partition[entry.partition] += size
         return max(
-            sum(size for k, size in enumerate(by_partition) if k not in phase.dense) for phase in the_schedule.phases
+            sum(size for k, size in enumerate(by_partition) if phase.is_masked(k, phase.end_step - 1))
+            for phase in the_schedule.phases
         )
 
     whole = most({entry: masks.nbytes(entry.numel) for entry in the_plan.entries})

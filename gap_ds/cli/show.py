@@ -133,6 +133,8 @@ def _phases(figures: dict[str, Any]) -> Table:
 def _phase(phase: dict[str, Any], unit: str) -> tuple[str, ...]:
     is_last = phase["kind"] == "finetune"
     dense = ", ".join(map(str, phase["dense"])) or ("none (fine-tuning)" if is_last else "none")
+    if phase["updates"]:
+        dense += f" ({'pruned in' if phase['dense'] else 'masks move in'} {phase['updates']:,} updates)"
     first, length = phase[f"first_{unit}"], phase[f"{unit}s"]
     round_ = "" if is_last else str(phase["round"])
     return str(phase["phase"]), round_, f"{first:,}", f"{length:,}", dense, f"{phase['density']:.4f}"
@@ -157,7 +159,8 @@ def _timeline(figures: dict[str, Any], width: int, ascii_only: bool) -> Text:
     ]
     marks = _marks(phases, widths)
     scale = "to scale" if is_to_scale else "a column per phase"
-    text = Text(f"{full} dense, {empty} sparse, r round, ft fine-tuning; {scale}\n")
+    whose = "; worker 0's, worker I has partition I dense" if "workers" in figures else ""
+    text = Text(f"{full} dense, {empty} sparse, r round, ft fine-tuning; {scale}{whose}\n")
     for start in range(0, sum(widths), width):
         end = start + width if start + width < sum(widths) else len(marks)
         text.append(f"{'':{_LABEL}}{marks[start:end].rstrip()}\n", style="dim")
@@ -188,6 +191,13 @@ def _summary(figures: dict[str, Any]) -> Table:
     grid.add_row("mean density of the entries", f"{figures['mean_density']:.4f} over all {figures['unit']}s")
     counted = figures["training_flops_counted"]
     grid.add_row("training FLOPs", f"{figures['training_flops']:.4f} of dense training's (counted: {counted})")
+    if workers := figures.get("workers"):
+        n, least, most = workers["workers"], min(workers["exchange_bytes"]), max(workers["exchange_bytes"])
+        grid.add_row("", f"{workers['training_flops']:.4f} by all {n} workers together; the above is worker 0's")
+        sizes = size(least) if least == most else f"{size(least)} to {size(most)}"
+        grid.add_row(
+            "exchanged", f"{sizes} a worker at the end of each round, besides norms, biases and what is shared"
+        )
     return grid
 
 

@@ -1,0 +1,96 @@
+"""Tasks and budgets of the tables, as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from rows import ROWS
+
+#: Parallel GaP needs its own launcher and as many free cores as workers: it is run when it is named.
+ALL = tuple(row.name for row in ROWS if row.workers == 1)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One task, one budget, and the rows that are compared on it."""
+
+    name: str
+    about: str
+    epochs: float
+    #: Data sets, as folders of DATA; none: the generated corpus. Several are joined for training; the validation and
+    #: test rows are those of the last.
+    parts: tuple[str, ...]
+    #: Arguments of examples/translation/train.py that are not its defaults.
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    rows: tuple[str, ...] = ALL
+    sparsities: tuple[float, ...] = (0.8, 0.9)
+    seeds: tuple[int, ...] | None = None  # None: each row's own
+    device: Literal["cpu", "cuda"] = "cpu"
+    threads: int | None = 1  # CPU threads of a run
+    jobs: int = 1
+
+    @property
+    def dataset(self) -> str:
+        """Name of the data set's folder."""
+        return "+".join(self.parts) or "generated"
+
+
+# On a machine of 2 cores, two at a time, a run takes about a quarter of an hour, and the 40 of the table 5 hours.
+CPU = Preset(
+    "cpu",
+    about="English to German on Multi30k (29,000 sentence pairs), preset tiny, 8 epochs; no dropout, because a model "
+    "this small underfits",
+    epochs=8,
+    parts=("wmt16_multi30k",),
+    arguments={"preset": "tiny", "test_split": "test_2016_flickr", "dropout": 0.0, "bf16": True},
+    jobs=2,
+)
+
+# Estimated, not measured, for one large GPU: about 2.9 M padded tokens an epoch are 240 steps of about 60 ms, which the
+# launching of kernels decides and not the products; 8 epochs are 2 minutes alone and about 4 beside three others. With
+# tokenizer, encoding and scoring a run takes 5 to 6 minutes, the 13 runs at 4 a time 20 to 25. That is why it has fewer
+# rows than `cpu` and one seed.
+GPU = Preset(
+    "gpu",
+    about="English to German on Tatoeba, Multi30k and the news tests (217,658 sentence pairs), preset base, 8 epochs; "
+    "scored on newstest2014, and far below results of models trained on all of WMT14",
+    epochs=8,
+    parts=("tatoeba_eng_deu", "wmt16_multi30k", "wmt_newstest_en_de"),
+    arguments={
+        "preset": "base",
+        "test_split": "test_newstest2014",
+        "vocab_size": 16000,
+        "batch_tokens": 12288,
+        "lr": 1e-3,
+        "warmup_steps": 400,
+        "bf16": True,
+    },
+    rows=("dense", "cyclic_3", "static_continuous", "gradual", "rigl", "acdc", "one_shot"),
+    seeds=(0,),
+    device="cuda",
+    threads=None,
+    jobs=4,
+)
+
+SMOKE = Preset(
+    "smoke",
+    about="a check of the machinery on 60 generated sentences: its BLEU means nothing",
+    epochs=8,
+    parts=(),
+    arguments={
+        "preset": "tiny",
+        "limit": 60,
+        "vocab_size": 400,
+        "batch_tokens": 256,
+        "warmup_steps": 20,
+        "beams": 1,
+        "bf16": True,
+    },
+    rows=("dense", "cyclic_3", "gradual", "rigl"),
+    sparsities=(0.8,),
+    seeds=(0,),
+)
+
+PRESETS = {preset.name: preset for preset in (CPU, GPU, SMOKE)}

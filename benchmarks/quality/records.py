@@ -1,0 +1,332 @@
+"""Runs of a table, and their results as one JSON line each.
+
+A result is known by (row, sparsity, seed, set-up). The set-up is a line with everything that changes a result:
+
+    quality|data:wmt16_multi30k|epochs:8|preset:tiny|...|gap:1f3a90c2
+
+where `gap` is a hash of the row's config without sparsity and seed. Results of another set-up stay in the file and are
+never taken for this one's.
+"""
+
+from __future__ import annotations
+
+import ast
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import platform
+import runpy
+import shlex
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from presets import Preset
+from rows import Row
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+SCRIPT = "examples/translation/train.py"
+
+#: Arguments of the example that change a result.
+MATTER = (
+    "preset vocab_size dropout source_lang target_lang train_split validation_split test_split limit max_length "
+    "batch_tokens accumulation lr lr_schedule warmup_steps label_smoothing bf16 beams length_penalty"
+).split()
+
+Record = dict[str, Any]
+Key = tuple[str, float, int, str]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of a table."""
+
+    preset: Preset
+    row: Row
+    sparsity: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Name of its folder."""
+        return f"{self.row.name}_s{self.sparsity:g}_seed{self.seed}"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Its GaP config."""
+        return self.row.config(self.sparsity, self.preset.epochs, self.seed)
+
+    @property
+    def setup(self) -> str:
+        """Everything that changes a result but row, sparsity and seed, in one line."""
+        config = {key: value for key, value in self.config.items() if key not in ("sparsity", "seed")}
+        told = json.dumps([config, self.row.workers], sort_keys=True)
+        return f"{task(self.preset)}|gap:{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+
+    @property
+    def key(self) -> Key:
+        """What its result is known by."""
+        return (self.row.name, self.sparsity, self.seed, self.setup)
+
+    def command(self, data: Path, out: Path, python: str = "python") -> list[str]:
+        """Its command line, run in the root of the repository, with the example's `--resume`."""
+        preset, folder = self.preset, out / self.name
+        words = ["--gap-config", str(folder / "gap.json"), "--backend", "none"]
+        if preset.parts:
+            words += ["--dataset", str(dataset(preset, data, out))]
+        for name, value in preset.arguments.items():
+            flag = f"--{name.replace('_', '-')}"
+            words += [flag] if value is True else [flag, str(value)]
+        if preset.threads:
+            words += ["--threads", str(preset.threads)]
+        words += ["--seed", str(self.seed), "--resume", "--output-dir"]
+        if self.row.workers == 1:
+            return [python, SCRIPT, *words, str(folder)]
+        parallel = ["-m", "gap_ds.cli", "parallel", "--workers", str(self.row.workers), "--ranks-per-worker", "1"]
+        exchange = ["--exchange", str(folder / "exchange"), "--"]
+        return [python, *parallel, *exchange, SCRIPT, *words, str(folder / "worker_{worker}")]
+
+    def folders(self, out: Path) -> list[Path]:
+        """The output folders of the example, the first of which holds the final model."""
+        folder = out / self.name
+        return [folder] if self.row.workers == 1 else [folder / f"worker_{i}" for i in range(self.row.workers)]
+
+
+def key(record: Record) -> Key:
+    """What a result is known by."""
+    return (record["row"], record["sparsity"], record["seed"], record["setup"])
+
+
+def dataset(preset: Preset, data: Path, out: Path) -> Path:
+    """Folder of the data: one of DATA's, or the one in OUT where `joined` put several together."""
+    return data / preset.parts[0] if len(preset.parts) == 1 else out / "data" / preset.dataset
+
+
+@functools.cache
+def defaults() -> dict[str, Any]:
+    """Default values of the example's arguments, read from its source: importing it takes seconds."""
+    tree = ast.parse((ROOT / SCRIPT).read_text(encoding="utf-8"))
+    arguments = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Arguments")
+    found = {}
+    for line in arguments.body:
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and isinstance(line.value, ast.Call):
+            given = {keyword.arg: keyword.value for keyword in line.value.keywords}
+            if line.target.id in MATTER:
+                found[line.target.id] = ast.literal_eval(given["default"])
+    assert set(MATTER) == set(found), f"{SCRIPT} has no longer {set(MATTER) - set(found)}"
+    return found
+
+
+def expected(preset: Preset) -> dict[str, Any]:
+    """The arguments of the example that change a result, as every run of a preset has them."""
+    return {name: {**defaults(), **preset.arguments}[name] for name in MATTER}
+
+
+@functools.cache
+def version() -> str:
+    """Version of gap_ds, without importing torch."""
+    return str(runpy.run_path(str(ROOT / "gap_ds" / "_version.py"))["__version__"])
+
+
+def task(preset: Preset) -> str:
+    """The part of the set-up that all rows of a table share."""
+    parts = {"data": preset.dataset, "epochs": f"{preset.epochs:g}", **expected(preset)}
+    return "|".join(["quality", *(f"{name}:{value}" for name, value in parts.items())])
+
+
+# --- the file ---------------------------------------------------------------------------------------------------------
+
+
+def read(path: Path) -> list[Record]:
+    """All results of a file, oldest first; none where there is no file. ValueError names a damaged line."""
+    if not path.exists():
+        return []
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            raise ValueError(f"{path.name}: line {number} is no JSON. Remove it.") from None
+    return found
+
+
+def append(path: Path, record: Record) -> bool:
+    """Adds a result in one write, unless there is one with its key; whether it was added.
+
+    Several processes may append at once. What a kill has cut short is removed first.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        content = file.read()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            file.truncate(whole)
+        if any(key(json.loads(line)) == key(record) for line in content[:whole].splitlines()):
+            return False
+        file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    return True
+
+
+# --- a finished run ---------------------------------------------------------------------------------------------------
+
+
+def check_folder(run: Run, out: Path) -> None:
+    """ValueError if a run's folder holds another one: going on with it would mix the two.
+
+    A run that was started by hand may be taken up: it has the same config in gap.json, and `collect` looks at the rest.
+    """
+    folder = out / run.name
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    told, config = folder / "setup.txt", folder / "gap.json"
+    if told.exists():
+        same = told.read_text(encoding="utf-8").strip() == run.setup
+    else:
+        same = config.exists() and _filled(json.loads(config.read_text(encoding="utf-8"))) == _filled(run.config)
+    if not same:
+        raise ValueError(f"--out: {folder} holds a run of another set-up. Delete it, or set another --out.")
+
+
+def _filled(config: Record) -> Record:
+    """A config with the defaults that are often left away: compared by value, so 1 is 1.0."""
+    return {"method": "cyclic", "lr": "continuous", "distribution": "uniform", "seed": 0, **config}
+
+
+def finished(run: Run, out: Path) -> bool:
+    """Whether a run has left all its results."""
+    return all((folder / "results.json").exists() for folder in run.folders(out))
+
+
+def collect(run: Run, out: Path) -> Record:
+    """The result of a finished run, without any path of this machine.
+
+    Of a run on several workers, scores and losses are those of worker 0, whose model is exported. `training_flops` and
+    `train_seconds` are sums over all workers: relative to ONE dense run of as many epochs, so that workers which train
+    at the same time are no free lunch.
+
+    ValueError if the run was not the one that its folder says.
+    """
+    folders = run.folders(out)
+    found = [json.loads((folder / "results.json").read_text(encoding="utf-8")) for folder in folders]
+    lines = [_lines(folder / "metrics.jsonl") for folder in folders]
+    first, arguments = found[0], found[0]["arguments"]
+    used = {**arguments, "dataset": Path(arguments["dataset"] or "generated").name, "dense": first["dense"]}
+    for name, value in {
+        **expected(run.preset),
+        "dataset": run.preset.dataset,
+        "seed": run.seed,
+        "dense": False,
+    }.items():
+        if used[name] != value:
+            raise ValueError(f"{run.name}: was run with {name}={used[name]!r}, not {value!r}.")
+    command = run.command(Path("DATA"), Path("OUT"))
+    budget = run.preset.epochs * first["steps_per_epoch"]
+    return {
+        "row": run.row.name,
+        "sparsity": run.sparsity,
+        "seed": run.seed,
+        "bleu": round(first["bleu"], 3),
+        "bleu_uncased": round(first["bleu_uncased"], 3),
+        "chrf": round(first["chrf"], 3),
+        "epochs": round(first["applied_steps"] / first["steps_per_epoch"], 4),
+        "training_flops": round(sum(one["training_flops"] * one["applied_steps"] for one in found) / budget, 5),
+        "mean_density": round(first["mean_density"], 5),
+        "entry_sparsity": round(first["entry_sparsity"], 5),
+        "model_sparsity": round(first["model_sparsity"], 5),
+        "train_seconds": round(sum(map(_train_seconds, found, lines)), 1),
+        "score_seconds": first["score_seconds"],
+        "validation_loss": [round(line["loss"], 4) for line in lines[0] if line["kind"] == "validation"],
+        "applied_steps": first["applied_steps"],
+        "steps_per_epoch": first["steps_per_epoch"],
+        "signature": first["signature"],
+        "bleu_signature": first["signatures"]["bleu"],
+        "gap_ds": version(),
+        "setup": run.setup,
+        "config": run.config,
+        "workers": run.row.workers,
+        "command": shlex.join(command),
+        "torch": first["torch"],
+        "threads": arguments["threads"],
+        "cores": len(os.sched_getaffinity(0)),
+        "machine": machine(first["device"]),
+    }
+
+
+def _lines(path: Path) -> list[Record]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _train_seconds(results: Record, lines: Sequence[Record]) -> float:
+    """Seconds of training of all parts of a run: the example reports those after the last `--resume`."""
+    if not results["trained_from_step"]:
+        return float(results["train_seconds"])
+    total = last = 0.0
+    for line in lines:
+        total += line["seconds"] - last if line["seconds"] >= last else line["seconds"]
+        last = line["seconds"]
+    return total
+
+
+@functools.cache
+def machine(device: str) -> str:
+    """The machine in words: the kind of its processor, or the GPU's name."""
+    if device != "cuda":
+        return f"{platform.machine()} CPU"
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        names = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        names = []
+    return names[0].strip() if names else "CUDA GPU"
+
+
+# --- joint data -------------------------------------------------------------------------------------------------------
+
+
+def joined(preset: Preset, data: Path, out: Path) -> Path:
+    """The folder of a preset's data, put together in OUT first where it has several parts.
+
+    ValueError names the file that is missing.
+    """
+    folder = dataset(preset, data, out)
+    test = str(expected(preset)["test_split"])
+    files = [data / part / "train.parquet" for part in preset.parts]
+    held_out = [data / preset.parts[-1] / f"{split}.parquet" for split in ("validation", test)]
+    for path in (*files, *held_out):
+        if not path.exists():
+            raise ValueError(f"{path}: no such file; preset {preset.name!r} needs it. Set --data.")
+    if len(preset.parts) == 1:
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, parts in (("train", files), ("validation", held_out[:1]), (test, held_out[1:])):
+        _join(parts, folder / f"{name}.parquet")
+    return folder
+
+
+def _join(parts: Sequence[Path], whole: Path) -> None:
+    """Writes the translations of several parquet files to one; whole or absent."""
+    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.compute as pc  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+    if whole.exists() and pq.read_metadata(whole).num_rows == sum(pq.read_metadata(part).num_rows for part in parts):
+        return
+    tables = []
+    for part in parts:
+        pairs = pq.read_table(part, columns=["translation"]).column("translation")
+        # rebuilt field by field: files may have them in another order, or as large strings
+        texts = {name: pc.struct_field(pairs, name).cast(pa.string()) for name in ("en", "de")}
+        pair = pa.Table.from_arrays(list(texts.values()), names=list(texts)).to_struct_array()
+        tables.append(pa.table({"translation": pair}))
+    partial = whole.with_suffix(".partial")
+    pq.write_table(pa.concat_tables(tables), partial)
+    partial.replace(whole)

@@ -1,0 +1,253 @@
+"""Writes the tables and plots of the results that `run.py` has collected.
+
+    python benchmarks/quality/report.py [--preset cpu ...]
+
+benchmarks/results/quality_<preset>.jsonl becomes quality_<preset>.md and quality_<preset>.png beside it. The plot needs
+matplotlib (`pip install 'gap_ds[plots]'`). Without --preset: all that exist.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import records
+from presets import PRESETS
+from rows import BY_NAME, ROWS
+
+#: Okabe and Ito's colours, which differ for colour-blind readers too (yellow left out: too pale on white).
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+MARKERS = "osD^vPX<>ph8*d"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """All seeds of one method at one sparsity."""
+
+    row: str
+    sparsity: float
+    bleu: tuple[float, ...]  # by seed
+    chrf: float  # this and the others: means over the seeds
+    epochs: float
+    flops: float  # relative to one dense run of the same epochs
+    density: float  # of the prunable weights, averaged over the steps
+
+    @property
+    def mean(self) -> float:
+        """Mean BLEU over the seeds."""
+        return statistics.mean(self.bleu)
+
+    @property
+    def title(self) -> str:
+        """Name in a table."""
+        return BY_NAME[self.row].title if self.row in BY_NAME else self.row
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes the files; the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--preset", nargs="+", help="such as cpu or cpu_extra; default: all with results")
+    parser.add_argument("--results", type=Path, default=records.RESULTS, help="folder of the JSONL files")
+    parser.add_argument("--no-plot", action="store_true", help="Markdown only")
+    args = parser.parse_args(argv)
+    found = sorted(path.stem.removeprefix("quality_") for path in args.results.glob("quality_*.jsonl"))
+    names = args.preset or found
+    if absent := [name for name in names if name not in found]:
+        print(f"error: no results of {absent[0]!r}, only of {', '.join(found) or 'none'}.", file=sys.stderr)
+        return 2
+    for name in names:
+        path = args.results / f"quality_{name}.md"
+        table = latest(records.read(args.results / f"quality_{name}.jsonl"))
+        path.write_text(markdown(name, table), encoding="utf-8")
+        print(path.name)
+        if not args.no_plot:
+            print(plot(table, path.with_suffix(".png")).name)
+    return 0
+
+
+# --- the figures ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Results:
+    """The results of one set-up, and how many of other set-ups are left out."""
+
+    task: str
+    kept: list[records.Record]
+    left_out: int
+
+    @property
+    def cells(self) -> list[Cell]:
+        """Dense first, then by sparsity, the best BLEU first."""
+        groups: dict[tuple[str, float], list[records.Record]] = {}
+        for record in sorted(self.kept, key=lambda record: int(record["seed"])):
+            groups.setdefault((record["row"], record["sparsity"]), []).append(record)
+        cells = [
+            Cell(
+                row,
+                sparsity,
+                tuple(record["bleu"] for record in group),
+                *(
+                    statistics.mean(record[figure] for record in group)
+                    for figure in ("chrf", "epochs", "training_flops", "mean_density")
+                ),
+            )
+            for (row, sparsity), group in groups.items()
+        ]
+        return sorted(cells, key=lambda cell: (cell.sparsity, -cell.mean, cell.row))
+
+
+def latest(found: Sequence[records.Record]) -> Results:
+    """The results of the newest set-up, and of each row those with its newest config: the others must not be mixed in.
+
+    ValueError where there are none.
+    """
+    if not found:
+        raise ValueError("there are no results yet: run.py makes them.")
+    task = _split(found[-1])[0]
+    config = {record["row"]: _split(record)[1] for record in found if _split(record)[0] == task}  # the last one stays
+    kept = [record for record in found if _split(record) == (task, config.get(record["row"]))]
+    return Results(task, kept, len(found) - len(kept))
+
+
+def _split(record: records.Record) -> tuple[str, str]:
+    """The set-up of the task, and the hash of the row's config."""
+    task, _, config = record["setup"].rpartition("|gap:")
+    return task, config
+
+
+# --- Markdown ---------------------------------------------------------------------------------------------------------
+
+
+def markdown(name: str, results: Results) -> str:
+    """The page of a table."""
+    preset = PRESETS.get(name.removesuffix("_extra"))
+    cells = results.cells
+    best = {
+        s: max(cell.mean for cell in cells if cell.sparsity == s) for s in {cell.sparsity for cell in cells} - {0.0}
+    }
+    lines = [f"# Quality: `{name}`", ""]
+    if preset:
+        lines += [f"{preset.about[0].upper()}{preset.about[1:]}.", ""]
+    lines += [
+        "| method | sparsity | BLEU | range over seeds | seeds | chrF | epochs | training FLOPs | mean density |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for cell in cells:
+        bleu = f"**{cell.mean:.1f}**" if cell.mean == best.get(cell.sparsity) else f"{cell.mean:.1f}"
+        spread = f"{min(cell.bleu):.1f} to {max(cell.bleu):.1f}" if len(cell.bleu) > 1 else ""
+        lines.append(
+            f"| {cell.title} | {cell.sparsity:.0%} | {bleu} | {spread} | {len(cell.bleu)} | {cell.chrf:.1f} | "
+            f"{cell.epochs:g} | {cell.flops:.2f} | {cell.density:.2f} |"
+        )
+    return "\n".join([*lines, "", *notes(name, results), ""])
+
+
+def notes(name: str, results: Results) -> list[str]:
+    """What a reader must know before a figure is believed."""
+    kept = results.kept
+    seeds = sorted({len(cell.bleu) for cell in results.cells})
+    several = [max(cell.bleu) - min(cell.bleu) for cell in results.cells if len(cell.bleu) > 1]
+    spread = f"; seeds of one method differ by up to {max(several):.1f} BLEU" if several else ""
+    counts = " or ".join(str(count) for count in seeds)
+    call = f"--preset {name.removesuffix('_extra')} --data DATA --out OUT"
+    call += " --extra FILE" if name.endswith("_extra") else ""
+    lines = [
+        f"Bold is the best mean of a sparsity. A mean is of {counts} seed{'s' if seeds != [1] else ''}{spread}: "
+        "smaller differences between methods are none.",
+        "All methods have the same epochs, batches, peak learning rate and warm-up; none was tuned for its own "
+        "method, and a short budget favours those that need little training.",
+        "Sparsity is of the prunable matrices; embeddings stay dense.",
+        "FLOPs are of the products with weights, forward and backward, relative to one dense run of the same epochs, "
+        "with all workers added, and counted as if pruned weights cost nothing. The products are dense: no run was "
+        "faster for its sparsity. What RigL spends on dense gradients at its updates is not counted.",
+        "Density is that of the prunable weights, averaged over the steps of training.",
+    ]
+    if results.left_out:
+        lines.append(f"Left out: {results.left_out} results of other set-ups in the same file.")
+    machines = sorted({f"{r['machine']}, {r['cores']} cores, torch {r['torch']}, gap_ds {r['gap_ds']}" for r in kept})
+    return [
+        *(f"- {line}" for line in lines),
+        "",
+        f"Set-up: `{results.task}`; {'; '.join(machines)}.",
+        f"Made by `python benchmarks/quality/run.py {call}` and `report.py`; the command, config and signature of each "
+        f"run are in `quality_{name}.jsonl`.",
+    ]
+
+
+# --- plot -------------------------------------------------------------------------------------------------------------
+
+
+def style(name: str, others: Sequence[str] = ()) -> tuple[str, str]:
+    """Colour and marker of a method: the same in every plot. `others`: all names that are no rows of the table.
+
+    >>> len({style(row.name) for row in ROWS}) == len(ROWS)
+    True
+    """
+    names = [*(row.name for row in ROWS), *sorted(others)]
+    index = names.index(name)
+    # The lengths have a common factor: one more step of the marker after each turn keeps the pairs apart.
+    return COLOURS[index % len(COLOURS)], MARKERS[(index + index // len(MARKERS)) % len(MARKERS)]
+
+
+def plot(results: Results, path: Path) -> Path:
+    """BLEU over training FLOPs, one panel for each sparsity; the path, of a PNG.
+
+    A line goes from the worst to the best seed. The dense run is a dashed line, because it lies far to the right.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    cells = results.cells
+    others = {cell.row for cell in cells} - set(BY_NAME)
+    sparsities = sorted({cell.sparsity for cell in cells} - {0.0})
+    dense = [cell for cell in cells if cell.sparsity == 0]
+    count = max(1, len(sparsities))
+    names = len({cell.row for cell in cells})
+    figure, panels = pyplot.subplots(
+        1,
+        count,
+        figsize=(4.2 * count + 0.8, 3.8 + 0.22 * -(-names // 2)),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    handles = {}
+    for panel, sparsity in zip(panels[0], sparsities or [0.0], strict=True):
+        for cell in dense:
+            handles[f"dense ({cell.mean:.1f})"] = panel.axhline(cell.mean, color="0.35", linestyle="--", linewidth=1)
+        for cell in (cell for cell in cells if cell.sparsity == sparsity and cell not in dense):
+            colour, marker = style(cell.row, sorted(others))
+            span = [[cell.mean - min(cell.bleu)], [max(cell.bleu) - cell.mean]]
+            handles[cell.title] = panel.errorbar(
+                cell.flops,
+                cell.mean,
+                yerr=span,
+                color=colour,
+                marker=marker,
+                markersize=7,
+                capsize=3,
+                linestyle="none",
+                markeredgecolor="white",
+                markeredgewidth=0.5,
+            )
+        panel.set_title(f"{sparsity:.0%} of the prunable weights pruned", fontsize=10)
+        panel.set_xlabel("training FLOPs (1 = dense training)")
+        panel.grid(alpha=0.3)
+    panels[0][0].set_ylabel("BLEU (0 to 100)")
+    figure.legend(
+        list(handles.values()), list(handles), loc="outside lower center", ncols=2 if count > 1 else 1, fontsize=8
+    )
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())
