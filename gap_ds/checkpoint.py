@@ -18,7 +18,7 @@ import os
 import random
 import shutil
 import struct
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gap_ds import masks
-from gap_ds.comm import Comm
+from gap_ds.comm import Comm, by_rank
 from gap_ds.plan import Entry, Plan
 from gap_ds.shard import Shard
 
@@ -123,7 +123,7 @@ def _counts(path: Path, metadata: Mapping[str, str]) -> dict[str, int]:
     try:
         counts = json.loads(metadata["kept"])
         return {str(name): int(n) for name, n in counts.items()}
-    except (KeyError, ValueError, TypeError, AttributeError):
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError):
         raise ValueError(f"{path}: its header does not say how many weights each mask keeps: it is damaged") from None
 
 
@@ -152,13 +152,6 @@ def _check_header(path: Path, kind: str, metadata: Mapping[str, str], plan: Plan
         )
 
 
-def pieces_by_rank(shards: Sequence[Shard], comm: Comm) -> list[tuple[list[int], list[int]]]:
-    """(starts, numels) over the R ranks of each parameter, known to every rank."""
-    own = torch.tensor([[shard.start, shard.numel] for shard in shards], dtype=torch.int64).reshape(-1, 2)
-    every = comm.all_gather(own)
-    return [(every[:, i, 0].tolist(), every[:, i, 1].tolist()) for i in range(len(shards))]
-
-
 def _write_pieces(
     path: Path,
     metadata: dict[str, str],
@@ -177,7 +170,7 @@ def _write_pieces(
         pieces: this rank's values of each.
         encode: from the whole vector to what is written.
     """
-    ranges = pieces_by_rank([shards[name] for name in layout], comm)
+    ranges = by_rank([(shards[name].start, shards[name].numel) for name in layout], comm)
     writer = _Writer(path, metadata, layout) if comm.rank == 0 else None
     try:
         for name, (starts, numels) in zip(layout, ranges, strict=True):

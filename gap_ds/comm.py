@@ -99,3 +99,15 @@ class Comm:
         """Waits for all ranks."""
         if self.size > 1:
             self.sum(torch.zeros(1))
+
+
+def by_rank(rows: Sequence[Sequence[int]], comm: Comm) -> list[list[list[int]]]:
+    """Each number of each row as the list of what the R ranks have there; known to every rank.
+
+    >>> by_rank([(0, 12), (3, 4)], Comm(single=True))
+    [[[0], [12]], [[3], [4]]]
+    """
+    if not rows:
+        return []
+    table: list[list[list[int]]] = comm.all_gather(torch.tensor(rows, dtype=torch.int64)).permute(1, 2, 0).tolist()
+    return table

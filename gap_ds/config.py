@@ -25,7 +25,17 @@ _UNUSED: dict[str, tuple[str, ...]] = {
     "parallel": ("drop_fraction", "order"),
     "dsd": (*_LAYOUT, "init", "drop_fraction", "shared"),
     "acdc": (*_LAYOUT, "init", "drop_fraction", "shared", "lr"),
-    "one_shot": (*_LAYOUT, *_DENSE_FIRST, "init", "rounds", "prune_ramp", "regrow", "drop_fraction", "shared"),
+    "one_shot": (
+        *_LAYOUT,
+        *_DENSE_FIRST,
+        *_UPDATES,
+        "init",
+        "rounds",
+        "prune_ramp",
+        "regrow",
+        "drop_fraction",
+        "shared",
+    ),
     "gradual": (*_LAYOUT, "init", "rounds", "prune_ramp", "regrow", "drop_fraction", "shared"),
     "rigl": (*_LAYOUT, *_DENSE_FIRST, "rounds", "prune_ramp", "regrow", "shared"),
     "set": (*_LAYOUT, *_DENSE_FIRST, "rounds", "prune_ramp", "regrow", "shared"),
@@ -128,7 +138,8 @@ class GaPConfig(BaseModel):
         # Checked here, because pydantic reports a mistake in a union once per member.
         if value in ("uniform", "erk", "global"):
             return value
-        if isinstance(value, dict) and value and all(type(s) in (int, float) and 0 <= s < 1 for s in value.values()):
+        rows = list(value.items()) if isinstance(value, dict) else []
+        if rows and all(type(name) is str and type(s) in (int, float) and 0 <= s < 1 for name, s in rows):
             return {pattern: float(s) for pattern, s in value.items()}
         raise ValueError(
             'must be "uniform", "erk", "global", or an object with name patterns and the sparsity of each in [0, 1)'
@@ -154,12 +165,12 @@ class GaPConfig(BaseModel):
 
     @model_validator(mode="after")
     def _coherent(self) -> GaPConfig:
-        self._check_times()
         given = self.model_fields_set
         if not isinstance(self.partitions, int) and "assign" in given:
             raise ValueError('"assign" has no effect when "partitions" lists the patterns: remove one of the two')
         for key in sorted(set(_UNUSED[self.method]) & given):
             raise ValueError(f'"{key}" has no effect with method={self.method!r}: remove it')
+        self._check_times()
         if self.method not in _ONE_PHASE and "rounds" not in given:
             raise ValueError(f'"rounds" must be set with method={self.method!r}')
         if self.method in ("cyclic", "parallel") and self.kappa < 2:
@@ -189,7 +200,7 @@ class GaPConfig(BaseModel):
             raise ValueError(f'"update_{right}" must be set with {why}: the time between two updates of the masks')
         if not self.updates and (self.update_epochs or self.update_steps):
             raise ValueError(
-                f'"update_{right}" has no effect with method={self.method!r} and without "prune_ramp": remove it'
+                f'"update_{right}" has no effect with method={self.method!r} without "prune_ramp": remove it'
             )
 
     def _check_selection(self) -> None:

@@ -14,13 +14,14 @@ import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from gap_ds import checkpoint, export, masks, methods, plan, schedule, selection
+from gap_ds import agreement, checkpoint, export, masks, methods, plan, schedule, selection
 from gap_ds._version import __version__
+from gap_ds.agreement import Watch
 from gap_ds.backends import Training, detect
 from gap_ds.comm import Comm
 from gap_ds.config import GaPConfig
@@ -54,6 +55,9 @@ class GaPEngine:
         lr_scheduler: stepped once per applied step. With `lr: restart` it starts again in every phase, so it should
             cover one phase.
         steps_per_epoch: applied optimizer steps in an epoch; needed where the config counts in epochs.
+        nonfinite_loss: what a loss that is NaN or infinite does. `stop`: the run ends with an error before a boundary
+            or a checkpoint can make it permanent; costs nothing. `skip`: its micro-batch is left out on all ranks;
+            costs a small all-reduce in every micro-batch.
         worker: with `method: parallel`, which worker this job is and where it meets the others.
         gradient_accumulation_steps, gradient_clipping, grad_scaler: for a model that is no DeepSpeed engine: `step()`
             updates at every n-th call; norm to clip at (0: off); a torch.amp.GradScaler.
@@ -70,6 +74,7 @@ class GaPEngine:
         lr_scheduler: Any = None,
         steps_per_epoch: int | None = None,
         worker: Worker | None = None,
+        nonfinite_loss: Literal["stop", "skip"] = "stop",
         gradient_accumulation_steps: int = 1,
         gradient_clipping: float = 0.0,
         grad_scaler: Any = None,
@@ -107,6 +112,7 @@ class GaPEngine:
             self._exchange = Exchange(worker, *of_run, self._world, self._backend.comm, self.config.shared)
         self.applied_steps = 0
         self._updated = False
+        self._watch = Watch(nonfinite_loss, self._world)
         self.last_boundary_seconds = 0.0
         self._hook = self._backend.optimizer.register_step_post_hook(self._after_update)
         self._say(self.signature)
@@ -121,6 +127,7 @@ class GaPEngine:
         gap_config: GaPConfig | dict[str, Any] | str | Path,
         steps_per_epoch: int | None = None,
         worker: Worker | None = None,
+        nonfinite_loss: Literal["stop", "skip"] = "stop",
         **deepspeed_arguments: Any,
     ) -> GaPEngine:
         """As `deepspeed.initialize`, which gets `model`, `config` and all further arguments; returns a GaPEngine.
@@ -138,7 +145,7 @@ class GaPEngine:
             deepspeed_arguments["model_parameters"] = [p for p in model.parameters() if p.requires_grad]
         config = str(config) if isinstance(config, Path) else config
         engine = zero.initialize(model=model, config=config, **deepspeed_arguments)
-        return cls(engine, gap, steps_per_epoch=steps_per_epoch, worker=worker)
+        return cls(engine, gap, steps_per_epoch=steps_per_epoch, worker=worker, nonfinite_loss=nonfinite_loss)
 
     # -- training --------------------------------------------------------------------------------------------------
 
@@ -148,10 +155,13 @@ class GaPEngine:
 
     def backward(self, loss: Tensor) -> None:
         """Backward pass of one micro-batch; the loss is its mean, whatever the number of accumulated micro-batches."""
-        self._backend.backward(loss)
+        if self._watch.admits(loss, self.applied_steps):
+            self._backend.backward(loss)
 
     def step(self) -> None:
         """Ends a micro-batch. If that completes an update: optimizer step, masks, and at a boundary prune and grow."""
+        if self._watch.skipping:
+            return
         self._backend.step()
         self.after_step()
 
@@ -216,11 +226,13 @@ class GaPEngine:
     def _enter(self, before: Phase | None, after: Phase) -> None:
         """Does to every entry what the boundary between two phases, or an update inside one, asks for."""
         started = time.perf_counter()
+        self._agree(f"the boundary at step {self.applied_steps}")
         updates = []
         for left, entered in methods.stages(self.config, before, after):
             updates += self._apply(left, entered)
             if self._exchange is not None and left is not None and entered is not after:
                 self._combine(self._exchange, left.round)
+        agreement.check_masks(self.plan, self._bits, self._shards, self._backend.comm, self._world)
         if before is not None and before is not after:
             if self.config.optimizer_state == "reset":
                 _reset(self._backend.optimizer)
@@ -234,6 +246,11 @@ class GaPEngine:
             f"{self.last_boundary_seconds:.3f} s",
             logging.DEBUG if before is after else logging.INFO,
         )
+
+    def _agree(self, place: str) -> None:
+        """Before what cannot be taken back: all ranks are at the same place of the same run, with finite losses."""
+        position = (self.applied_steps, self.signature, self.plan.fingerprint)
+        agreement.check_position(self._world, *position, self._watch.take(), place)
 
     def _apply(self, before: Phase | None, after: Phase) -> list[methods.Update]:
         """Selects all new masks, then changes masks, weights and moments; what was done to each entry."""
@@ -338,13 +355,12 @@ class GaPEngine:
     def _mask(self, shard: Shard, bits: Tensor, fresh: bool) -> None:
         """Puts on a mask. `fresh`: it may keep weights that the mask before it pruned; their moments become zero."""
         before = self._bits.get(shard.name)
+        if fresh and before is not None:
+            self._forget_moments(shard, before)
+        if self.config.regrow == "last_value":
+            self._remember(shard, before, bits)
         if shard.numel:
-            if fresh and before is not None:
-                self._forget_moments(shard, before)
-            weight = shard.weight()
-            if self.config.regrow == "last_value":
-                self._remember(shard, before, bits)
-            masks.zero_pruned_(weight, bits)
+            masks.zero_pruned_(shard.weight(), bits)
         self._bits[shard.name] = bits
 
     def _grow(self, shard: Shard) -> None:
@@ -352,7 +368,7 @@ class GaPEngine:
         bits = self._bits.pop(shard.name, None)
         if bits is not None:
             self._forget_moments(shard, bits)
-            if self.config.regrow == "last_value" and shard.numel:
+            if self.config.regrow == "last_value":
                 weight, last = shard.weight(), self._last.pop(shard.name)
                 torch.where(masks.unpack(bits, shard.numel), weight, last, out=weight)
 
@@ -442,6 +458,7 @@ class GaPEngine:
             tag: name of the checkpoint; `step_N` if not given.
             client_state: what the caller wants back from `load_checkpoint`: anything that JSON can say.
         """
+        self._agree(f"the checkpoint at step {self.applied_steps}")
 
         def write(aside: Path) -> None:
             self._backend.save(aside)

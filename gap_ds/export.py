@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gap_ds import masks
-from gap_ds.checkpoint import pieces_by_rank, write_json
-from gap_ds.comm import Comm
+from gap_ds.checkpoint import write_json
+from gap_ds.comm import Comm, by_rank
 from gap_ds.plan import clean_name
 from gap_ds.shard import Shard
 
@@ -32,7 +32,8 @@ def full_weights(
         bits: packed mask of this rank's piece of each entry that is to be sparse.
     """
     weights: dict[str, Tensor] = {}
-    for shard, (starts, numels) in zip(shards, pieces_by_rank(shards, comm), strict=True):
+    ranges = by_rank([(shard.start, shard.numel) for shard in shards], comm)
+    for shard, (starts, numels) in zip(shards, ranges, strict=True):
         piece = shard.weight().clone()
         if shard.name in bits and shard.numel:
             masks.zero_pruned_(piece, bits[shard.name])

@@ -106,7 +106,7 @@ class Plan:
         partition.
         """
         block = next((block for block in self.blocks if _inside(name, block)), _parent(name))
-        while block and _inside(name, block):
+        while _inside(name, block):
             partitions = {entry.partition for entry in self.entries if _inside(entry.name, block)}
             if len(partitions) < 2:
                 return next(iter(partitions), None)
@@ -114,7 +114,7 @@ class Plan:
             below = name.removeprefix(f"{block}.").partition(".")
             if not below[1]:
                 return None
-            block = f"{block}.{below[0]}"
+            block = f"{block}.{below[0]}".removeprefix(".")
         return None
 
 

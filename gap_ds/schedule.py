@@ -93,8 +93,10 @@ class Schedule:
 
     def mean_density(self, keep: Sequence[int], numel: Sequence[int]) -> float:
         """Density averaged over the applied steps of the run."""
-        by_phase = zip(self.density(keep, numel), self.phases, strict=True)
-        return sum(d * phase.steps for d, phase in by_phase) / self.total_steps
+        densities = self.density(keep, numel)
+        if not self.total_steps:
+            return densities[-1]
+        return sum(d * phase.steps for d, phase in zip(densities, self.phases, strict=True)) / self.total_steps
 
 
 def ramp(progress: Fraction) -> Fraction:
@@ -128,7 +130,8 @@ def build(config: GaPConfig, steps_per_epoch: int | None = None, worker: int = 0
     Boundaries are rounded from the exact position (p * T epochs), so that fractions of an epoch do not drift.
 
     Raises:
-        ValueError: times are in epochs and `steps_per_epoch` is not given, or a phase would have no step.
+        ValueError: times are in epochs and `steps_per_epoch` is not given, a phase would have no step, there is no
+            update where there must be some, or no such worker.
 
     >>> config = GaPConfig(sparsity=0.5, partitions=2, phase_epochs=0.5, rounds=1, finetune_epochs=1.0)
     >>> [(phase.first_step, phase.steps) for phase in build(config, steps_per_epoch=7).phases]
@@ -142,6 +145,8 @@ def build(config: GaPConfig, steps_per_epoch: int | None = None, worker: int = 0
     >>> [round(build(config).density_at(step, [20], [100]), 2) for step in range(5)]
     [1.0, 0.54, 0.3, 0.21, 0.2]
     """
+    if not 0 <= worker < (config.kappa if config.method == "parallel" else 1):
+        raise ValueError(f"worker {worker}: must lie in 0 to {config.kappa - 1}, one for each partition.")
     unit = _unit(config, steps_per_epoch)
     warmup, length, finetune = (_exact(config, name) for name in ("dense", "phase", "finetune"))
     sets = _dense_partitions(config, worker)
@@ -164,6 +169,12 @@ def build(config: GaPConfig, steps_per_epoch: int | None = None, worker: int = 0
         name = "dense_epochs" if empty.kind == "dense" else "phase_epochs"
         raise ValueError(
             f'{name}={getattr(config, name)}: with {unit} steps in an epoch a phase has no step. Raise "{name}".'
+        )
+    if config.updates and phases and not any(phase.updates for phase in phases):
+        name = f"update_{'epochs' if config.in_epochs else 'steps'}"
+        raise ValueError(
+            f"{name}={getattr(config, name)}: no update falls inside a phase, so masks would change at boundaries "
+            f'alone. Lower "{name}", or lengthen what is updated.'
         )
     last = Phase(len(phases), config.rounds, edges[-2], edges[-1] - edges[-2], sets[-1], "finetune")
     return Schedule((*phases, last))

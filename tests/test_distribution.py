@@ -44,7 +44,9 @@ def test_keep_count(numel: int, sparsity: float, keep: int) -> None:
 @given(st.integers(1, 10**12), sparsities)
 def test_keep_count_rounds_the_written_decimal_half_up(numel: int, sparsity: float) -> None:
     exact = (1 - Decimal(repr(sparsity))) * numel
-    if exact.as_tuple().exponent >= -300 and len(exact.as_tuple().digits) < 28:  # beyond that Decimal itself rounds
+    exponent = exact.as_tuple().exponent
+    assert isinstance(exponent, int)
+    if exponent >= -300 and len(exact.as_tuple().digits) < 28:  # beyond that Decimal itself rounds
         assert keep_count(numel, sparsity) == max(1, int(exact.quantize(Decimal(1), ROUND_HALF_UP)))
     assert 1 <= keep_count(numel, sparsity) <= numel
 
@@ -132,3 +134,65 @@ def test_erk_gives_the_same_to_equal_shapes_in_any_order() -> None:
     keep = dict(zip(shapes, erk(shapes, 0.9), strict=True))
     again = erk(shapes[::-1], 0.9)
     assert all(abs(k - keep[s]) <= 1 for s, k in zip(shapes[::-1], again, strict=True))
+
+
+def layers() -> list[str]:
+    """The names of the shapes of `resnet50`, in the same order."""
+    names = ["stem"]
+    for stage, blocks in enumerate((3, 4, 6, 3), 1):
+        for block in range(blocks):
+            names += [f"{stage}.{block}.{part}" for part in ("1x1", "3x3", "1x1 out")]
+            names += [f"{stage}.{block}.downsample"] if block == 0 else []
+    return [*names, "fc"]
+
+
+def erdos_renyi_kernel(shapes: list[tuple[int, ...]], kept: int) -> list[float]:
+    """Weights kept by RigL's rule: min(1, c (n_in + n_out + k_h + k_w) / (n_in n_out k_h k_w)), c by bisection.
+
+    c is what makes the total `kept`. Written from arXiv 1911.11134, section 3, without the loop over saturated layers.
+    """
+
+    def amounts(c: float) -> list[float]:
+        return [math.prod(shape) * min(1.0, c * sum(shape) / math.prod(shape)) for shape in shapes]
+
+    low, high = 0.0, float(max(math.prod(shape) for shape in shapes))
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(amounts(middle)) < kept else (low, middle)
+    return amounts(high)
+
+
+#: The layers with most connections to a weight: the 1x1 convolutions of the first stage, at 80 % with some of the next.
+SATURATED = {
+    0.8: ["1.0.1x1", "1.0.1x1 out", "1.0.downsample", "1.1.1x1", "1.1.1x1 out", "1.2.1x1", "1.2.1x1 out", "2.0.1x1"],
+    0.9: ["1.0.1x1"],
+}
+
+
+@pytest.mark.parametrize(("sparsity", "kept"), [(0.8, 5_100_582), (0.9, 2_550_291)])
+def test_erk_is_the_erdos_renyi_kernel_of_resnet_50(sparsity: float, kept: int) -> None:
+    shapes, names = resnet50(), layers()
+    sizes = [math.prod(shape) for shape in shapes]
+    assert len(names) == len(shapes) and len(set(names)) == 54
+    keep, expected = erk(shapes, sparsity), erdos_renyi_kernel(shapes, kept)
+    assert sum(keep) == kept  # 25,502,912 at 20 % is 5,100,582.4, at 10 % 2,550,291.2
+    assert [name for name, k, n in zip(names, keep, sizes, strict=True) if k == n] == SATURATED[sparsity]
+    assert [name for name, x, n in zip(names, expected, sizes, strict=True) if x == n] == SATURATED[sparsity]
+    assert all(abs(k - x) < 1 for k, x in zip(keep, expected, strict=True))
+    # The stem and the classifier are entries like the rest; the widest 3x3 convolutions are the sparsest.
+    density = {name: k / n for name, k, n in zip(names, keep, sizes, strict=True)}
+    assert density["stem"] > density["fc"] and min(density, key=lambda name: density[name]) == "4.0.3x3"
+
+
+@PROPERTY
+@given(shapes, sparsities)
+def test_erk_is_the_erdos_renyi_kernel(shapes: list[tuple[int, ...]], sparsity: float) -> None:
+    keep = erk(shapes, sparsity)
+    expected = erdos_renyi_kernel(shapes, sum(keep))
+    if min(expected) >= 1:  # else what keeps a small entry alive is taken from the largest
+        assert all(abs(k - x) < 1 + 1e-6 for k, x in zip(keep, expected, strict=True))
+
+
+def test_global_shares_the_sum_of_the_uniform_budgets() -> None:
+    assert DISTRIBUTIONS["global"]([(10, 10), (4, 5)], 0.8) == [20, 4]
+    assert set(DISTRIBUTIONS) == {"uniform", "erk", "global"}

@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -457,8 +458,175 @@ def test_fingerprint() -> None:
         config(sparsity=0.5),
         config(sparsity=0.5, pattern="2:4"),
         config(sparsity=0.5, pattern="block:2x2"),
+        config(distribution="global"),
+        config(distribution={"fc1": 0.5}),
     ]
-    assert len({same, *(build(model, other).fingerprint for other in others)}) == 9
+    assert len({same, *(build(model, other).fingerprint for other in others)}) == 11
+
+
+# -- distributions that need the names -----------------------------------------------------------------------------
+
+
+def test_sparsity_by_name_pattern() -> None:
+    """Entries of 32 weights; what no pattern matches has the sparsity of the whole."""
+    plan = build(Toy(3), config(distribution={"fc1": 0.5, r"layers\.2\.fc2": 0}))
+    assert [entry.keep for entry in plan.entries] == [16, 6, 16, 6, 16, 32]
+    assert not plan.pooled
+    # Included weights have names too; ratios are rounded as everywhere.
+    plan = build(Toy(2), config(include=["stem"], distribution={"stem": 0.9, "layers": 0.75}))
+    assert {entry.name: entry.keep for entry in plan.entries}["stem.weight"] == 2  # 1.6
+    assert [entry.keep for entry in plan.entries[1:]] == [8] * 4
+    # That every entry has the same sparsity by its name or by the whole makes the same plan.
+    assert build(Toy(2), config(distribution={"layers": 0.8})) == build(Toy(2), config())
+    # With blocks, every budget is a whole number of them.
+    blocks = build(Toy(2), config(pattern="block:2x2", distribution={"fc1": 0.5, "fc2": 0.6}))
+    assert [entry.keep for entry in blocks.entries] == [16, 12, 16, 12]  # 12.8 of 32 are 3.2 blocks
+
+
+@pytest.mark.parametrize(
+    ("distribution", "message"),
+    [
+        (
+            {"fc1": 0.5, r"layers\.2": 0.9},
+            'distribution: layers.2.fc1.weight matches "fc1" and "layers\\.2". Each entry must match one at most.',
+        ),
+        (  # even where both say the same
+            {"layers": 0.5, r"0\.fc2": 0.5},
+            'distribution: layers.0.fc2.weight matches "layers" and "0\\.fc2". Each entry must match one at most.',
+        ),
+        (
+            {"layer.2": 0.5},
+            'distribution: pattern "layer.2" matches none of 6 weights. Near matches: layers.2, layers.1, layers.0.',
+        ),
+        (
+            {"layers.1": 0.9, "fc3": 0.5},
+            'distribution: pattern "fc3" matches none of 6 weights. Near matches: layers.0.fc1.weight, '
+            "layers.0.fc2.weight, layers.1.fc1.weight.",
+        ),
+        (  # no entry, though the model has it
+            {"stem": 0.5},
+            'distribution: pattern "stem" matches none of 6 weights. Near matches: layers.0.fc1.weight, '
+            "layers.0.fc2.weight, layers.1.fc1.weight.",
+        ),
+    ],
+    ids=str,
+)
+def test_mistakes_in_a_distribution_by_name(distribution: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        build(Toy(3), config(distribution=distribution))
+    assert str(error.value) == message
+
+
+def test_a_distribution_by_a_broken_pattern() -> None:
+    with pytest.raises(ValueError, match=r'pattern "\(" is not a regular expression: '):
+        build(Toy(3), config(distribution={"(": 0.5}))
+
+
+def test_global_shares_the_uniform_budgets() -> None:
+    uniform, pooled = build(Toy(4), config()), build(Toy(4), config(distribution="global"))
+    assert pooled.pooled and not uniform.pooled
+    assert pooled == replace(uniform, pooled=True)
+    assert pooled.fingerprint != uniform.fingerprint
+    assert pooled.per_partition() == uniform.per_partition() == ([24, 24], [128, 128])
+
+
+# -- what goes with which partition --------------------------------------------------------------------------------
+
+
+def homes(model: nn.Module, plan: Plan) -> dict[str, int | None]:
+    """The home of every parameter and buffer."""
+    names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+    return {name: plan.home(name) for name in names}
+
+
+def test_a_block_goes_with_its_entries() -> None:
+    model = Toy(3)
+    model.final = nn.BatchNorm1d(4)
+    model.layers[1].batch_norm = nn.BatchNorm1d(4)
+    model.scale = nn.Parameter(torch.ones(1))
+    found = homes(model, build(model, config(partitions=3)))
+    for name, home in found.items():
+        assert home == (int(name.split(".")[1]) if name.startswith("layers.") else None), name
+    assert {"layers.1.batch_norm.running_mean", "layers.1.norm.weight", "layers.2.fc1.bias"} < found.keys()
+    assert {"embed.weight", "stem.bias", "final.running_var", "final.num_batches_tracked", "scale"} < found.keys()
+
+
+def test_layer_10_is_not_in_layer_1() -> None:
+    found = homes(Toy(12), build(Toy(12), config(partitions=12)))
+    assert [found[f"layers.{i}.norm.bias"] for i in range(12)] == list(range(12))
+
+
+def test_what_stands_beside_an_entry_outside_the_blocks_goes_with_it() -> None:
+    model = Toy(3, tied=False)
+    plan = build(model, config(partitions=3, include=["stem", "head"]))
+    found = homes(model, plan)
+    assert (found["stem.weight"], found["stem.bias"], found["head.weight"], found["embed.weight"]) == (0, 0, 2, None)
+
+
+def test_a_block_without_entries_goes_with_nobody() -> None:
+    model = Toy(3)
+    found = homes(model, build(model, config(exclude=[r"layers\.1"])))
+    assert {home for name, home in found.items() if name.startswith("layers.1.")} == {None}
+    assert found["layers.0.norm.weight"] == 0 and found["layers.2.norm.weight"] == 1
+
+
+def test_a_block_that_is_cut_apart() -> None:
+    """What lies nearer to the entries of one partition goes with it, and what lies between two with none."""
+
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.v, self.norm = nn.Linear(4, 4), nn.Linear(4, 4), nn.LayerNorm(4)
+            self.scale = nn.Parameter(torch.ones(1))
+
+    class Cut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.mlp, self.norm = Parts(), Parts(), nn.LayerNorm(4)
+            self.gamma = nn.Parameter(torch.ones(1))
+
+    model = nn.ModuleDict({"layers": nn.ModuleList([Cut(), Cut()])})
+    plan = build(model, config(partitions=[["attention.q", r"layers\.1"], [r"0\.attention\.v", r"0\.mlp"]]))
+    found = homes(model, plan)
+    assert {home for name, home in found.items() if name.startswith("layers.1.")} == {0}
+    cut = {name.removeprefix("layers.0."): home for name, home in found.items() if name.startswith("layers.0.")}
+    assert {name for name, home in cut.items() if home == 0} == {"attention.q.weight", "attention.q.bias"}
+    assert {name for name, home in cut.items() if home is None} == {
+        *("attention.norm.weight", "attention.norm.bias", "attention.scale", "norm.weight", "norm.bias", "gamma")
+    }
+    assert {name.split(".")[0] for name, home in cut.items() if home == 1} == {"attention", "mlp"}
+    assert cut["mlp.norm.weight"] == cut["mlp.scale"] == cut["attention.v.bias"] == 1
+
+
+def test_without_blocks_a_module_goes_with_its_entries() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4), nn.Linear(4, 2))
+    found = homes(model, build(model, config(include=["0", "2"])))
+    assert found == {
+        **{"0.weight": 0, "0.bias": 0, "1.weight": None, "1.bias": None},
+        **{"2.weight": 1, "2.bias": 1, "3.weight": None, "3.bias": None},
+    }
+
+
+def test_parameters_of_the_root_go_with_its_entries() -> None:
+    root = nn.Linear(4, 4)
+    plan = build(root, config(method="dsd", partitions=None, include=["weight"]))
+    assert homes(root, plan) == {"weight": 0, "bias": 0}
+
+
+@pytest.mark.parametrize("kind", ["T5", "Mixtral", "Swin", "ResNet"])
+def test_homes_in_hugging_face_models(kind: str) -> None:
+    """Every weight of a block goes where the block's entries go, everything else nowhere; entries go where they are."""
+    cls, settings, templates, _, _ = MODELS[kind]
+    model = hugging_face(kind, cls, settings)
+    blocks = numbered(templates)
+    plan = build(model, config(partitions=len(blocks)))
+    assert plan.blocks == tuple(blocks)
+    found = homes(model, plan)
+    assert len(set(found.values())) == len(blocks) + 1
+    for name, home in found.items():
+        inside: list[int | None] = [k for k, block in enumerate(blocks) if name.startswith(f"{block}.")]
+        assert [home] == (inside or [None]), name
+    assert all(found[entry.name] == entry.partition for entry in plan.entries)
 
 
 # -- the balanced cut ----------------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ class Rank:
 
 def on_ranks(size: int, work: Callable[[Rank], Any]) -> list[Any]:
     """What `work` returns or raises on each of `size` ranks."""
-    group, results = Group(size), [None] * size
+    group, results = Group(size), list[Any]([None] * size)
 
     def run(rank: int) -> None:
         try:
@@ -95,7 +95,7 @@ def select(
     return [masks.unpack(b, piece.numel) for b, piece in zip(bits, pieces, strict=True)]
 
 
-def assembled(results: Sequence[list[Tensor]], weights: Sequence[Tensor], cuts: Cuts) -> list[list[bool]]:
+def assembled(results: Sequence[Any], weights: Sequence[Tensor], cuts: Cuts) -> list[list[bool]]:
     """The full mask of each entry, from all ranks' pieces."""
     full = [[False] * len(weight) for weight in weights]
     for rank, result in enumerate(results):
@@ -233,6 +233,153 @@ def test_single_is_a_group_of_one() -> None:
     piece = selection.Piece("w", 0, 4, selection.magnitude_keys(weight), 0)
     (bits,) = selection.select_largest([piece], [2], selection.Single())
     assert masks.unpack(bits, 4).tolist() == [True, False, True, False]
+
+
+# -- several entries, one budget -----------------------------------------------------------------------------------
+
+
+@PROPERTY
+@given(
+    st.lists(st.lists(st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0]), min_size=1, max_size=30), min_size=2, max_size=6),
+    st.integers(1, 3),
+    st.data(),
+)
+def test_pooled_budgets_with_many_ties(lists: list[list[float]], ranks: int, data: st.DataObject) -> None:
+    """One threshold over all entries of a budget: a third of all weights are alike, on both sides of every border."""
+    weights = [torch.tensor(entry) for entry in lists]
+    budgets = [data.draw(st.integers(0, 1)) for _ in weights]
+    sizes = [sum(len(w) for w, b in zip(weights, budgets, strict=True) if b == g) for g in range(2)]
+    keep = [data.draw(st.integers(0, size)) for size in sizes]
+    cuts: Cuts = []
+    for weight in weights:
+        edges = [0, *sorted(data.draw(st.integers(0, len(weight))) for _ in range(ranks - 1)), len(weight)]
+        cuts.append([(lo, hi - lo) for lo, hi in itertools.pairwise(edges)])
+    results = on_ranks(ranks, lambda rank: select(weights, cuts, budgets, keep, rank))
+    found = assembled(results, weights, cuts)
+    assert found == reference(weights, budgets, keep)
+    for g in range(2):
+        assert sum(sum(mask) for mask, b in zip(found, budgets, strict=True) if b == g) == keep[g]
+
+
+def test_a_pooled_budget_may_leave_an_entry_without_weights() -> None:
+    weights = [torch.tensor([5.0, 4.0, 3.0]), torch.tensor([1.0, 2.0]), torch.tensor([0.5])]
+    cuts = [[(0, 2), (2, 1)], [(0, 0), (0, 2)], [(0, 1), (1, 0)]]
+    results = on_ranks(2, lambda rank: select(weights, cuts, [0, 0, 1], [3, 1], rank))
+    assert assembled(results, weights, cuts) == [[True, True, True], [False, False], [True]]
+
+
+# -- only among some -----------------------------------------------------------------------------------------------
+
+
+def select_only(
+    weights: Sequence[Tensor],
+    among: Sequence[Tensor],
+    cuts: Cuts,
+    budgets: Sequence[int],
+    keep: Sequence[int],
+    rank: Rank,
+) -> list[Tensor]:
+    """The masks (numel,) of this rank's pieces, chosen among the weights of the bool tensors `among`."""
+    pieces = []
+    for e, weight in enumerate(weights):
+        start, numel = cuts[e][rank.rank]
+        part = slice(start, start + numel)
+        keys = selection.only(selection.magnitude_keys(weight[part]), masks.pack(among[e][part]))
+        pieces.append(selection.Piece(f"entry{e}", start, numel, keys, budgets[e]))
+    bits = selection.select_largest(pieces, keep, rank)
+    return [masks.unpack(b, piece.numel) for b, piece in zip(bits, pieces, strict=True)]
+
+
+def reference_only(
+    weights: Sequence[Tensor], among: Sequence[Tensor], budgets: Sequence[int], keep: Sequence[int]
+) -> list[list[bool]]:
+    """A stable sort of all that is inside, largest magnitude first, then all that is outside in its own order."""
+    full = [[False] * len(weight) for weight in weights]
+    for g, k in enumerate(keep):
+        pool = [
+            (not chosen, -abs(x) if chosen else 0.0, e, i)
+            for e, (w, a) in enumerate(zip(weights, among, strict=True))
+            if budgets[e] == g
+            for i, (x, chosen) in enumerate(zip(w.tolist(), a.tolist(), strict=True))
+        ]
+        for _, _, e, i in sorted(pool)[:k]:
+            full[e][i] = True
+    return full
+
+
+@PROPERTY
+@given(problems(), st.data())
+def test_only_some_equals_a_sort_of_them(
+    problem: tuple[list[Tensor], Cuts, list[int], list[int], int], data: st.DataObject
+) -> None:
+    """Any sharding, entries that share a budget, ties, infinities; what is outside may even be NaN."""
+    weights, cuts, budgets, keep, chunk = problem
+    among = [torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(w), max_size=len(w)))) for w in weights]
+    inside = [sum(int(a.sum()) for a, b in zip(among, budgets, strict=True) if b == g) for g in range(len(keep))]
+    if data.draw(st.booleans()):
+        keep = [min(k, n) for k, n in zip(keep, inside, strict=True)]
+    for weight, chosen in zip(weights, among, strict=True):
+        for i in range(len(weight)):
+            if not chosen[i] and data.draw(st.integers(0, 3)) == 0:
+                weight[i] = math.nan
+    expected = reference_only(weights, among, budgets, keep)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection, "_CHUNK", chunk)
+        results = on_ranks(len(cuts[0]), lambda rank: select_only(weights, among, cuts, budgets, keep, rank))
+    assert assembled(results, weights, cuts) == expected
+    for g, n in enumerate(inside):
+        if keep[g] <= n:  # enough are inside: none from outside
+            of_g = [(m, a.tolist()) for m, a, b in zip(expected, among, budgets, strict=True) if b == g]
+            assert all(chosen or not kept for m, a in of_g for kept, chosen in zip(m, a, strict=True))
+
+
+@settings(PROPERTY, max_examples=60)
+@given(problems(), st.data())
+def test_nan_among_the_chosen_is_refused_on_all_ranks_by_name(problem: Any, data: st.DataObject) -> None:
+    weights, cuts, budgets, keep, _ = problem
+    e = data.draw(st.integers(0, len(weights) - 1))
+    places = data.draw(st.sets(st.integers(0, len(weights[e]) - 1), min_size=1))
+    weights[e][list(places)] = math.nan
+    among = [torch.ones(len(weight), dtype=torch.bool) for weight in weights]
+    outside = data.draw(st.sets(st.sampled_from(sorted(places)), max_size=len(places) - 1))
+    among[e][list(outside)] = False
+    for result in on_ranks(len(cuts[0]), lambda rank: select_only(weights, among, cuts, budgets, keep, rank)):
+        assert isinstance(result, ValueError), result
+        assert str(result).startswith(f"entry{e}: {len(places) - len(outside)} weights are NaN")
+
+
+def test_only_puts_zero_inside_above_infinity_outside() -> None:
+    weights = [torch.tensor([math.inf, 0.0, -math.inf, math.nan, 0.0, 1.0])]
+    among = [torch.tensor([False, True, True, False, True, False])]
+    found = {
+        keep: assembled(
+            on_ranks(1, lambda rank, keep=keep: select_only(weights, among, whole(weights), [0], [keep], rank)),  # type: ignore[misc]
+            weights,
+            whole(weights),
+        )[0]
+        for keep in range(7)
+    }
+    order = [2, 1, 4, 0, 3, 5]  # infinity, the two zeros inside by index, then the outside by index
+    assert found == {keep: [i in order[:keep] for i in range(6)] for keep in range(7)}
+
+
+def test_only_keeps_the_order_of_random_keys() -> None:
+    """The largest random key and the one below may become one; there are but 2^31 of them."""
+    n = 4096
+    among = torch.arange(n) % 3 == 0
+    keys = selection.random_keys(5, "w", 0, CPU)
+    piece = selection.Piece("w", 0, n, selection.only(keys, masks.pack(among)), 0)
+    (bits,) = selection.select_largest([piece], [100], selection.Single())
+    order = sorted((i for i in range(n) if i % 3 == 0), key=lambda i: -hashed(5, "w", i))
+    assert masks.unpack(bits, n).nonzero()[:, 0].tolist() == sorted(order[:100])
+
+
+def test_only_leaves_room_above_the_largest_key() -> None:
+    numbers = torch.tensor([2**31 - 1, 2**31 - 2, 0, -1, -1], dtype=torch.int32)
+    among = torch.tensor([True, True, True, True, False])
+    found = selection.only(lambda lo, hi: numbers[lo:hi], masks.pack(among))(0, 5)
+    assert found.dtype == torch.int32
+    assert found.tolist() == [2**31 - 1, 2**31 - 1, 1, selection.INVALID, 0]
 
 
 # -- keys ----------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from torch import nn
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
-from gap_ds import GaPConfig, GaPEngine, Worker
+from gap_ds import GaPConfig, GaPEngine, Worker, schedule
 
 log = logging.getLogger("translation")
 
@@ -77,6 +77,8 @@ class Arguments:
     lr_schedule: Literal["inverse_sqrt", "linear"] = HfArg(default="linear", help="after the warm-up")
     warmup_steps: int = HfArg(default=200, help="linear warm-up, in optimizer steps")
     label_smoothing: float = HfArg(default=0.1, help="of the training loss")
+    teacher: str | None = HfArg(default=None, help="exported dense model to learn from in the fine-tuning phase")
+    distillation: float = HfArg(default=0.5, help="weight of the teacher's distribution in the loss, with --teacher")
     seed: int = HfArg(default=0, help="of weights, batches and dropout; masks have their own in the GaP config")
     bf16: bool = HfArg(default=False, help="autocast to bf16; with DeepSpeed its config decides")
 
@@ -96,7 +98,7 @@ class Arguments:
         for name, lowest in AT_LEAST.items():
             if (value := getattr(self, name)) is not None and not value >= lowest:
                 raise ValueError(f"{name}={value}: must be at least {lowest}. Set --{name.replace('_', '-')}.")
-        for name in ("dropout", "label_smoothing"):
+        for name in ("dropout", "label_smoothing", "distillation"):
             if not 0 <= (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name}={value}: must lie in [0, 1). Set --{name.replace('_', '-')}.")
         if not 0 < self.lr < math.inf:
@@ -128,7 +130,7 @@ AT_LEAST |= {"limit": 1, "save_every": 1, "log_every": 1, "warmup_steps": 0, "se
 # What a run that goes on must have as it was, besides its plan and schedule, which the engine compares.
 FIXED = (
     "model_name vocab_size dropout source_lang target_lang max_length batch_tokens accumulation seed bf16 "
-    "lr lr_schedule warmup_steps label_smoothing"
+    "lr lr_schedule warmup_steps label_smoothing teacher distillation"
 ).split()
 
 # What a run leaves in its folder, and --overwrite deletes; nothing else in there is touched.
@@ -259,6 +261,7 @@ def train_model(
     per_epoch = sampler.steps_per_epoch
     share = runtime.world_size() * args.accumulation  # the engine averages over ranks and micro-batches
     device = next(engine.module.parameters()).device
+    teacher = models.load_pretrained(args.teacher).to(device).eval() if args.teacher else None
     autocast = torch.autocast(device.type, torch.bfloat16) if args.bf16 else nullcontext()
     seen, since, total = 0.0, time.perf_counter(), engine.schedule.total_steps
     every = args.save_every or per_epoch
@@ -276,9 +279,13 @@ def train_model(
                     labels = batch.pop("labels").to(device)
                     with autocast:
                         logits = forward(engine, tokenizer, batch, labels, device)
-                        loss = models.loss(
-                            logits, labels, smoothing=args.label_smoothing, denominator=step.target_tokens / share
-                        )
+                        denominator = step.target_tokens / share
+                        loss = models.loss(logits, labels, smoothing=args.label_smoothing, denominator=denominator)
+                        if teacher is not None and phase.kind == "finetune":
+                            with torch.no_grad():
+                                wanted = forward(engine, tokenizer, batch, labels, device, teacher)
+                            distance = models.distance(logits, wanted, labels, denominator=denominator)
+                            loss = (1 - args.distillation) * loss + args.distillation * distance
                     engine.backward(loss)
                     engine.step()
                     losses.append(loss.detach())
@@ -313,12 +320,13 @@ def forward(
     batch: dict[str, torch.Tensor],
     labels: torch.Tensor,
     device: Any,
+    model: nn.Module | None = None,
 ) -> torch.Tensor:
-    """Logits (B, T, V) of the model given the labels shifted by one as the decoder's input."""
+    """Logits (B, T, V) of the engine, or of another model, given the labels shifted by one as the decoder's input."""
     inputs = {name: tensor.to(device) for name, tensor in batch.items()}
     shifted = labels.masked_fill(labels == data.IGNORED, tokenizer.pad_token_id).roll(1, dims=1)
     shifted[:, 0] = engine.module.config.decoder_start_token_id
-    return engine(**inputs, decoder_input_ids=shifted, use_cache=False).logits
+    return (model or engine)(**inputs, decoder_input_ids=shifted, use_cache=False).logits
 
 
 @torch.no_grad()
@@ -350,8 +358,24 @@ def build_engine(
     steps_per_epoch: int,
 ) -> GaPEngine:
     """The engine over DeepSpeed, or over a model that is wrapped already."""
-    schedule = learning_rate(args, gap, steps_per_epoch)
-    lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    built: list[GaPEngine] = []  # the schedule asks the engine for the phase, and the engine is built around it
+    relative = learning_rate(args, gap, steps_per_epoch, lambda: built[0].phase if built else None)
+    lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, relative)
+    built.append(wrap_engine(args, gap, worker, deepspeed, model, optimizer, lr_scheduler, steps_per_epoch))
+    return built[0]
+
+
+def wrap_engine(
+    args: Arguments,
+    gap: GaPConfig,
+    worker: Worker | None,
+    deepspeed: dict[str, Any] | None,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    lr_scheduler: torch.optim.lr_scheduler.LambdaLR,
+    steps_per_epoch: int,
+) -> GaPEngine:
+    """A GaPEngine around DeepSpeed's, or around the model."""
     if deepspeed is not None:
         return GaPEngine.initialize(
             model=model,
@@ -373,15 +397,21 @@ def build_engine(
     )
 
 
-def learning_rate(args: Arguments, gap: GaPConfig, steps_per_epoch: int) -> Callable[[int], float]:
-    """The learning rate relative to its peak, by step: of the run, or of each phase where the config restarts it."""
-    from gap_ds import schedule
+def learning_rate(
+    args: Arguments,
+    gap: GaPConfig,
+    steps_per_epoch: int,
+    phase: Callable[[], schedule.Phase | None],
+) -> Callable[[int], float]:
+    """The learning rate relative to its peak, by step: of the run, or of each phase where the config restarts it.
 
-    plan = schedule.build(gap, steps_per_epoch)
-    length = max(phase.steps for phase in plan.phases) if gap.lr == "restart" else plan.total_steps
-    warmup = min(args.warmup_steps, max(1, length // 2))
+    The workers of parallel GaP have one learning rate, that of worker 0, although the others end before it.
+    """
+    whole = schedule.build(gap, steps_per_epoch)
 
     def relative(step: int) -> float:
+        length = (phase() or whole.phases[0]).steps if gap.lr == "restart" else whole.total_steps
+        warmup = min(args.warmup_steps, max(1, length // 2))
         if step < warmup:
             return (step + 1) / warmup
         if args.lr_schedule == "inverse_sqrt":
@@ -459,6 +489,11 @@ def _items(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 def prepare_folder(args: Arguments) -> tuple[Path, bool]:
     """The run's folder, and whether to go on from a checkpoint; no run is overwritten or continued unasked."""
     folder = Path(args.output_dir)
+    if (folder / "results.json").exists() and args.resume and args.gap_worker is not None:
+        if runtime.rank() == 0:
+            print(f"worker {args.gap_worker}: was done before.")
+        runtime.end_processes()
+        raise SystemExit(0)
     finished, begun = (folder / "results.json").exists(), (folder / "metrics.jsonl").exists()
     saved = any((folder / "checkpoints").glob("step_*"))
     runtime.barrier()

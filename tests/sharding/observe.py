@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -179,3 +180,16 @@ def mask_bits(engine: GaPEngine) -> tuple[int, int, int]:
 def hand_over(out: Path, name: str, result: dict[str, Any]) -> None:
     """Leaves a row's result for the parent."""
     torch.save(result, out / f"{name}.{dist.get_rank()}.pt")
+
+
+def work_through(out: Path, works: Mapping[str, Callable[[], dict[str, Any]]]) -> None:
+    """All rows, one after the other; each result is handed over at once, and the first error is the end."""
+    for name, work in works.items():
+        try:
+            result = work()
+        except Exception:
+            result = {"error": traceback.format_exc()}
+        hand_over(out, name, result)
+        if "error" in result:
+            break  # the other ranks may be waiting: the parent ends them
+    dist.barrier()

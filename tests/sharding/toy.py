@@ -6,6 +6,9 @@ with other weight decay; a frozen parameter; a parameter that gets no gradient i
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -74,7 +77,7 @@ def groups(model: nn.Module) -> list[dict[str, object]]:
     ]
 
 
-OPTIMIZERS = {
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda groups: torch.optim.SGD(groups, lr=0.05, momentum=0.9),
     "adamw": lambda groups: torch.optim.AdamW(groups, lr=1e-2),
 }

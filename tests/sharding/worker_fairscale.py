@@ -52,7 +52,7 @@ def without_cuda() -> None:
 
 def build(row: dict[str, Any], **training: Any) -> GaPEngine:
     training = {"gradient_accumulation_steps": toy.ACCUMULATION, "gradient_clipping": row.get("clip", 0.0), **training}
-    model = toy.build()
+    model, gap = toy.build(), row.get("gap", toy.GAP)
     if row["kind"] == "oss":
         kind, rest = {
             "sgd": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}),
@@ -60,12 +60,12 @@ def build(row: dict[str, Any], **training: Any) -> GaPEngine:
         }[row["optimizer"]]
         optimizer = OSS(toy.groups(model), optim=kind, **rest)
         wrapped: nn.Module = ShardedDataParallel(model, optimizer, reduce_buffer_size=row.get("buffer", 2**23))
-        return GaPEngine(wrapped, toy.GAP, optimizer=optimizer, **training)
+        return GaPEngine(wrapped, gap, optimizer=optimizer, **training)
     wrapped = wrap(model, row)
     if row.get("evaluate"):
         worker_fsdp.evaluate(wrapped)
     groups = worker_fsdp.groups_by_unit if row.get("flat") else worker_fsdp.groups_by_name
-    return GaPEngine(wrapped, toy.GAP, optimizer=toy.OPTIMIZERS[row["optimizer"]](groups(wrapped)), **training)
+    return GaPEngine(wrapped, gap, optimizer=toy.OPTIMIZERS[row["optimizer"]](groups(wrapped)), **training)
 
 
 def wrap(model: nn.Module, row: dict[str, Any]) -> nn.Module:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import sys
-import traceback
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -121,7 +120,7 @@ def build(row: dict[str, Any], **training: Any) -> GaPEngine:
     if row.get("evaluate"):
         evaluate(model)
     training = {"gradient_accumulation_steps": toy.ACCUMULATION, "gradient_clipping": row.get("clip", 0.0), **training}
-    return GaPEngine(model, toy.GAP, optimizer=optimizer, **training)
+    return GaPEngine(model, row.get("gap", toy.GAP), optimizer=optimizer, **training)
 
 
 def evaluate(model: nn.Module) -> None:
@@ -343,13 +342,6 @@ def message(case: Callable[[], GaPEngine]) -> str:
     return "not refused"
 
 
-def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    try:
-        return work()
-    except Exception:
-        return {"error": traceback.format_exc()}
-
-
 def work_through(out: Path, rows: list[dict[str, Any]], works: dict[str, Callable[[], dict[str, Any]]]) -> None:
     """The references that the rows need, then the works one after the other; each result is handed over at once."""
     for optimizer, unit, clip in sorted({(row["optimizer"], by_unit(row), row.get("clip", 0.0)) for row in rows}):
@@ -357,12 +349,7 @@ def work_through(out: Path, rows: list[dict[str, Any]], works: dict[str, Callabl
             groups = groups_by_unit if unit else toy.groups
             result = reference.train(optimizer, unused, groups, clip)
             observe.hand_over(out, f"reference_{optimizer}_{unit}_{clip}_{unused}", result)
-    for name, work in works.items():
-        result = attempt(work)
-        observe.hand_over(out, name, result)
-        if "error" in result:
-            break  # the other ranks may be waiting: the parent ends them
-    dist.barrier()
+    observe.work_through(out, works)
 
 
 def main(out: Path) -> None:

@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import sys
-import traceback
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -133,15 +132,8 @@ def main(out: Path) -> None:
     for row in {row["reference"]: row for row in rows if "reference" in row}.values():
         arguments = row["reference_arguments"] | {"hidden": row["hidden"], "select": selects(row)}
         observe.hand_over(out, row["reference"], reference.train("adamw", **arguments))
-    for row in rows:
-        try:
-            result = (run if "reference" in row else start)(row, out)
-        except Exception:
-            result = {"error": traceback.format_exc()}
-        observe.hand_over(out, row["name"], result)
-        if "error" in result:
-            break  # the other ranks may be waiting: the parent ends them
-    dist.barrier()
+    works = {row["name"]: partial(run if "reference" in row else start, row, out) for row in rows}
+    observe.work_through(out, works)
 
 
 if __name__ == "__main__":

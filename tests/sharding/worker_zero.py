@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-import traceback
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +55,12 @@ OPTIMIZERS = {**toy.OPTIMIZERS, "cpu_adam": cpu_adam}
 
 
 def build(row: dict[str, Any]) -> GaPEngine:
-    model = toy.build()
+    model, gap = toy.build(), row.get("gap", toy.GAP)
     optimizer = OPTIMIZERS[row["optimizer"]](toy.groups(model))
     if row["stage"] is None:
         wrapped = DistributedDataParallel(model, find_unused_parameters=True)
-        return GaPEngine(wrapped, toy.GAP, optimizer=optimizer, gradient_accumulation_steps=toy.ACCUMULATION)
-    return GaPEngine.initialize(model=model, config=deepspeed_config(row), gap_config=toy.GAP, optimizer=optimizer)
+        return GaPEngine(wrapped, gap, optimizer=optimizer, gradient_accumulation_steps=toy.ACCUMULATION)
+    return GaPEngine.initialize(model=model, config=deepspeed_config(row), gap_config=gap, optimizer=optimizer)
 
 
 def observers(engine: GaPEngine, row: dict[str, Any]) -> dict[str, Any]:
@@ -152,15 +152,8 @@ def main(out: Path) -> None:
             continue
         observe.hand_over(out, name, reference.train(**arguments))
     observe.hand_over(out, "refusals", refusals())
-    for row in rows:
-        try:
-            result = (run_fp16 if row["dtype"] == "fp16" else run)(row, out)
-        except Exception:
-            result = {"error": traceback.format_exc()}
-        observe.hand_over(out, row["name"], result)
-        if "error" in result:
-            break  # the other ranks may be waiting: the parent ends them
-    dist.barrier()
+    kinds = {"fp16": run_fp16}
+    observe.work_through(out, {row["name"]: partial(kinds.get(row["dtype"], run), row, out) for row in rows})
 
 
 if __name__ == "__main__":

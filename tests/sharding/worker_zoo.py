@@ -6,9 +6,9 @@ import itertools
 import os
 import re
 import sys
-import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,15 +123,8 @@ def run(kind: Kind, backend: str) -> dict[str, Any]:
 def main(out: Path) -> None:
     deepspeed.init_distributed()
     torch.set_num_threads(1)
-    for name, backend in itertools.product(ZOO, SHARDED):
-        try:
-            result = run(ZOO[name], backend)
-        except Exception:
-            result = {"error": traceback.format_exc()}
-        observe.hand_over(out, f"{name}_{backend}", result)
-        if "error" in result:
-            break  # the other ranks may be waiting: the parent ends them
-    dist.barrier()
+    rows = itertools.product(ZOO, SHARDED)
+    observe.work_through(out, {f"{name}_{backend}": partial(run, ZOO[name], backend) for name, backend in rows})
 
 
 if __name__ == "__main__":

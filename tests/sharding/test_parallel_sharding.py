@@ -1,0 +1,92 @@
+"""Parallel GaP: two jobs of two ranks that meet in a folder, on every kind of backend, against whole models."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launch import HERE
+from safetensors.torch import load_file
+
+from gap_ds.cli import launch
+
+NAMES = {"ddp": "False", "zero2": "True", "zero3": "True", "fsdp2": "False"}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("parallel")
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), str(HERE.parent.parent)]))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        if not torch.cuda.is_available():
+            patch.setenv("DS_ACCELERATOR", "cpu")
+        command = [str(HERE / "worker_parallel.py"), str(out)]
+        status = launch.run(command, workers=2, ranks=2, launcher="torchrun", out=said)
+    assert status == 0, said.getvalue()[-6000:]
+    return out
+
+
+def result(out: Path, name: str, worker: int, rank: int = 0) -> dict[str, Any]:
+    found: dict[str, Any] = torch.load(out / f"{name}.{worker}.{rank}.pt", weights_only=False)
+    return found
+
+
+def wanted(out: Path, name: str, worker: int) -> dict[str, Any]:
+    found: dict[str, Any] = torch.load(out / f"reference_{name}.0.0.pt", weights_only=False)[worker]
+    return found
+
+
+@pytest.mark.parametrize("worker", [0, 1])
+@pytest.mark.parametrize(("name", "reference"), [*NAMES.items(), ("ddp_first", "first")])
+def test_the_workers_equal_the_reference_bit_for_bit(trained: Path, name: str, reference: str, worker: int) -> None:
+    """Weights, moments and masks, after every round and at the end; worker 1 ends with the last exchange."""
+    target = wanted(trained, reference, worker)
+    for rank in (0, 1):
+        ours = result(trained, name, worker, rank)
+        assert ours["wrong"] == []
+        assert len(ours["masks"]) == 2
+        for got, mask in zip(ours["masks"], target["masks"], strict=True):
+            assert got.keys() == mask.keys() and all(torch.equal(got[n], mask[n]) for n in mask)
+        for key, weight in ours["weights"].items():
+            assert torch.equal(weight, target["weights"][key]), key
+        for key, moments in ours["moments"].items():
+            assert len(moments) == len(target["moments"][key]) > 0
+            assert all(torch.equal(a, b) for a, b in zip(moments, target["moments"][key], strict=True)), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_worker_0_fine_tunes_and_exports_and_the_other_ends_before(trained: Path, name: str) -> None:
+    assert [result(trained, name, worker)["steps"] for worker in (0, 1)] == [9, 6]
+    exported = load_file(trained / f"model_{name}" / "model.safetensors")
+    for key, weight in result(trained, name, 0)["weights"].items():
+        assert torch.equal(exported[key], weight.view(exported[key].shape)), key
+
+
+def test_a_worker_that_was_killed_after_it_had_published_joins_again(trained: Path) -> None:
+    """It trains from its checkpoint, takes the round it had published as it was, and ends where it would have."""
+    for worker in (0, 1):
+        ours, straight = result(trained, "ddp_killed", worker), result(trained, "ddp", worker)
+        assert ours["wrong"] == []
+        assert all(torch.equal(ours["weights"][n], w) for n, w in straight["weights"].items())
+        for key, moments in straight["moments"].items():
+            assert all(torch.equal(a, b) for a, b in zip(ours["moments"][key], moments, strict=True)), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_exchanged_files_have_the_size_of_the_compact_form(trained: Path, name: str) -> None:
+    layers = 2 * (2 * ((592 + 7) // 8 + 4 * 118) + 4 * (16 + 16 + 37 + 16))  # entries; norm, biases
+    shared = 4 * (11 * 16 + 2 * 16 + 16 * 16 + 16)  # embedding, last norm, the layer that is used now and then
+    for round_ in (0, 1):
+        for worker in (0, 1):
+            folder = trained / f"exchange_{name}" / f"round_{round_}"
+            size = (folder / f"worker_{worker}.safetensors").stat().st_size
+            header = int.from_bytes((folder / f"worker_{worker}.safetensors").read_bytes()[:8], "little")
+            assert size == 8 + header + layers + shared
+            assert json.loads((folder / f"worker_{worker}.json").read_text())["bytes"] == size
