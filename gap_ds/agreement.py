@@ -97,12 +97,13 @@ class Watch:
 
     policy: `stop` remembers them for the next boundary or checkpoint, without making any step wait for the device;
         `skip` leaves the micro-batch out, on all ranks alike.
+    harmless: whether no weight changes in a step with such a loss anyway (loss scaling): then `stop` does nothing.
     """
 
-    def __init__(self, policy: Literal["stop", "skip"], world: Comm) -> None:
+    def __init__(self, policy: Literal["stop", "skip"], world: Comm, harmless: bool = False) -> None:
         if policy not in ("stop", "skip"):
             raise ValueError(f'nonfinite_loss={policy!r}: must be "stop" or "skip".')
-        self._policy, self._world = policy, world
+        self._policy, self._world, self._harmless = policy, world, harmless
         self._seen: Tensor | None = None
         self._in_a_row = 0
         #: Whether the micro-batch at hand is left out.
@@ -112,6 +113,8 @@ class Watch:
 
     def admits(self, loss: Tensor, step: int) -> bool:
         """Whether a micro-batch's loss may be propagated; with `skip` all ranks must call this."""
+        if self._policy == "stop" and self._harmless:
+            return True
         bad = ~loss.detach().isfinite().all()
         if self._policy == "stop":
             self._seen = bad if self._seen is None else self._seen | bad

@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+#: What this process is doing that other ranks take part in, from the outside in: for messages.
+_OPERATIONS: list[str] = []
+
+
+@contextmanager
+def operation(name: str) -> Iterator[None]:
+    """Names what the collectives inside are for, should one of them fail."""
+    _OPERATIONS.append(name)
+    try:
+        yield
+    finally:
+        _OPERATIONS.pop()
+
+
+@contextmanager
+def _named(collective: str, size: int) -> Iterator[None]:
+    """Says which operation a collective was part of that timed out, or that another rank has left."""
+    try:
+        yield
+    except RuntimeError as error:
+        place = f" of {_OPERATIONS[0]}" if _OPERATIONS else ""
+        raise RuntimeError(
+            f"gap_ds: the {collective}{place} among {size} ranks failed: another rank has ended, is stuck, or is in "
+            f"another operation; look at the first error of any rank. ({str(error).strip().splitlines()[0][:300]})"
+        ) from error
 
 
 class Comm:
@@ -38,7 +65,8 @@ class Comm:
         if self.size == 1:
             return counts
         travelling = counts.to(self._device)
-        dist.all_reduce(travelling, group=self._group)
+        with _named(f"sum of {counts.numel()} numbers", self.size):
+            dist.all_reduce(travelling, group=self._group)
         return travelling.cpu()
 
     def all_gather(self, row: Tensor) -> Tensor:
@@ -47,7 +75,8 @@ class Comm:
             return row[None].cpu()
         travelling = row.to(self._device)
         rows = [torch.empty_like(travelling) for _ in range(self.size)]
-        dist.all_gather(rows, travelling, group=self._group)
+        with _named(f"gathering of {row.numel()} numbers", self.size):
+            dist.all_gather(rows, travelling, group=self._group)
         return torch.stack(rows).cpu()
 
     def assemble(self, piece: Tensor, starts: Sequence[int], numels: Sequence[int], total: int) -> Tensor | None:
@@ -63,7 +92,8 @@ class Comm:
         sent = torch.zeros(widest, dtype=piece.dtype, device=self._device)
         sent[: piece.numel()] = piece
         received = [torch.empty_like(sent) for _ in range(self.size)] if self.rank == 0 else None
-        dist.gather(sent, received, group=self._group, group_dst=0)
+        with _named(f"gathering of a tensor of {total} weights", self.size):
+            dist.gather(sent, received, group=self._group, group_dst=0)
         if received is None:
             return None
         whole = torch.empty(total, dtype=piece.dtype)
@@ -84,7 +114,8 @@ class Comm:
             return piece
         whole = torch.zeros(total, dtype=piece.dtype, device=self._device)
         whole[start : start + piece.numel()] = piece
-        dist.all_reduce(whole, group=self._group)
+        with _named(f"sum of {total} scores", self.size):
+            dist.all_reduce(whole, group=self._group)
         return whole.to(piece.device)
 
     def from_first(self, value: Any) -> Any:
@@ -92,7 +123,8 @@ class Comm:
         if self.size == 1:
             return value
         box = [value if self.rank == 0 else None]
-        dist.broadcast_object_list(box, group=self._group, group_src=0, device=self._device)
+        with _named("broadcast of a small object", self.size):
+            dist.broadcast_object_list(box, group=self._group, group_src=0, device=self._device)
         return box[0]
 
     def barrier(self) -> None:

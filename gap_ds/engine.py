@@ -23,7 +23,7 @@ from gap_ds import agreement, checkpoint, export, masks, methods, plan, schedule
 from gap_ds._version import __version__
 from gap_ds.agreement import Watch
 from gap_ds.backends import Training, detect
-from gap_ds.comm import Comm
+from gap_ds.comm import Comm, operation
 from gap_ds.config import GaPConfig
 from gap_ds.exchange import Exchange, Worker, items_of
 from gap_ds.pattern import Unstructured
@@ -56,8 +56,8 @@ class GaPEngine:
             cover one phase.
         steps_per_epoch: applied optimizer steps in an epoch; needed where the config counts in epochs.
         nonfinite_loss: what a loss that is NaN or infinite does. `stop`: the run ends with an error before a boundary
-            or a checkpoint can make it permanent; costs nothing. `skip`: its micro-batch is left out on all ranks;
-            costs a small all-reduce in every micro-batch.
+            or a checkpoint can make it permanent; costs nothing, and loss scaling has its own way. `skip`: its
+            micro-batch is left out on all ranks; costs a small all-reduce in every micro-batch.
         worker: with `method: parallel`, which worker this job is and where it meets the others.
         gradient_accumulation_steps, gradient_clipping, grad_scaler: for a model that is no DeepSpeed engine: `step()`
             updates at every n-th call; norm to clip at (0: off); a torch.amp.GradScaler.
@@ -112,7 +112,7 @@ class GaPEngine:
             self._exchange = Exchange(worker, *of_run, self._world, self._backend.comm, self.config.shared)
         self.applied_steps = 0
         self._updated = False
-        self._watch = Watch(nonfinite_loss, self._world)
+        self._watch = Watch(nonfinite_loss, self._world, harmless=self._backend.skips_overflow)
         self.last_boundary_seconds = 0.0
         self._hook = self._backend.optimizer.register_step_post_hook(self._after_update)
         self._say(self.signature)
@@ -225,6 +225,10 @@ class GaPEngine:
 
     def _enter(self, before: Phase | None, after: Phase) -> None:
         """Does to every entry what the boundary between two phases, or an update inside one, asks for."""
+        with operation(f"the boundary at step {self.applied_steps}"):
+            self._cross(before, after)
+
+    def _cross(self, before: Phase | None, after: Phase) -> None:
         started = time.perf_counter()
         self._agree(f"the boundary at step {self.applied_steps}")
         updates = []
@@ -232,7 +236,7 @@ class GaPEngine:
             updates += self._apply(left, entered)
             if self._exchange is not None and left is not None and entered is not after:
                 self._combine(self._exchange, left.round)
-        agreement.check_masks(self.plan, self._bits, self._shards, self._backend.comm, self._world)
+        self._agree_on_masks()
         if before is not None and before is not after:
             if self.config.optimizer_state == "reset":
                 _reset(self._backend.optimizer)
@@ -251,6 +255,10 @@ class GaPEngine:
         """Before what cannot be taken back: all ranks are at the same place of the same run, with finite losses."""
         position = (self.applied_steps, self.signature, self.plan.fingerprint)
         agreement.check_position(self._world, *position, self._watch.take(), place)
+        self._agree_on_masks()
+
+    def _agree_on_masks(self) -> None:
+        agreement.check_masks(self.plan, self._bits, self._shards, self._backend.comm, self._world)
 
     def _apply(self, before: Phase | None, after: Phase) -> list[methods.Update]:
         """Selects all new masks, then changes masks, weights and moments; what was done to each entry."""
@@ -261,7 +269,7 @@ class GaPEngine:
             if isinstance(update, methods.Dense):
                 self._grow(self._shards[entry.name])
             elif entry.name in selected:
-                self._mask(self._shards[entry.name], selected[entry.name], fresh=isinstance(update, methods.Exchange))
+                self._mask(self._shards[entry.name], selected[entry.name])
         if selected or self.config.regrow == "last_value":
             self._backend.publish()
         return list(updates.values())
@@ -352,10 +360,10 @@ class GaPEngine:
         kept = self.plan.pattern.mask(scores.view(entry.shape), keep, entry.dims)
         return masks.pack(kept.flatten()[piece.start : piece.start + piece.numel])
 
-    def _mask(self, shard: Shard, bits: Tensor, fresh: bool) -> None:
-        """Puts on a mask. `fresh`: it may keep weights that the mask before it pruned; their moments become zero."""
+    def _mask(self, shard: Shard, bits: Tensor) -> None:
+        """Puts on a mask. It may keep weights that the mask before it pruned: those start with moments at zero."""
         before = self._bits.get(shard.name)
-        if fresh and before is not None:
+        if before is not None:
             self._forget_moments(shard, before)
         if self.config.regrow == "last_value":
             self._remember(shard, before, bits)

@@ -159,3 +159,8 @@ def test_the_watch_remembers_until_it_is_asked() -> None:
     for value in (1.0, float("nan"), 1.0):
         assert watch.admits(torch.tensor(value), 0)
     assert watch.take() == 1 and watch.take() == 0
+
+
+def test_loss_scaling_skips_such_steps_itself() -> None:
+    watch = Watch("stop", Rows(), harmless=True)  # type: ignore[arg-type]
+    assert watch.admits(torch.tensor(float("inf")), 0) and watch.take() == 0

@@ -13,6 +13,7 @@ SIGTERM to the `deepspeed` command alone reaches no rank: send it to its process
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -446,7 +447,13 @@ def gap_worker(args: Arguments, gap: GaPConfig) -> tuple[Arguments, Worker | Non
     if args.gap_worker >= gap.kappa:
         raise ValueError(f"--gap-worker {args.gap_worker}: must be below {gap.kappa}, the number of partitions.")
     folder = Path(args.output_dir)
-    worker = Worker(args.gap_worker, args.exchange or str(folder / "exchange"), args.exchange_timeout)
+    # Workers of one run must have the same data and training settings, which no signature of the config knows.
+    same = {
+        name: getattr(args, name) for name in (*FIXED, "preset", "dataset", "dataset_config", "train_split", "limit")
+    }
+    digest = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
+    exchange = args.exchange or str(folder / "exchange")
+    worker = Worker(args.gap_worker, exchange, args.exchange_timeout, run=digest)
     return replace(args, output_dir=str(folder / f"worker_{args.gap_worker}")), worker
 
 

@@ -31,6 +31,7 @@ class Backend:
     comm: the ranks among which the pieces of one parameter are spread.
     shards: this rank's piece of every parameter, trainable or not, in an order that is the same on all ranks.
     publish: makes a change of the fp32 pieces outside an optimizer step known to working copies and other ranks.
+    skips_overflow: whether a step whose gradients are not finite is left out, as loss scaling does.
     backward, step: one micro-batch's backward pass; the update, if this micro-batch completes one.
     save, load: the library's own checkpoint of weights and optimizer, in a folder that exists on every rank.
     """
@@ -46,6 +47,7 @@ class Backend:
     step: Callable[[], None]
     save: Callable[[Path], None]
     load: Callable[[Path], None]
+    skips_overflow: bool = False
 
 
 @dataclass(frozen=True)

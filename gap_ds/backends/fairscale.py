@@ -107,6 +107,7 @@ def _oss(model: Any, training: Training) -> Backend:
         step=loop.step,
         save=lambda folder: _save(folder, model, shards(), inner, comm),
         load=load,
+        skips_overflow=training.grad_scaler is not None,
     )
 
 
@@ -156,6 +157,7 @@ def _fsdp(root: Any, training: Training) -> Backend:
         step=loop.step,
         save=lambda folder: _save(folder, root, shards(), optimizer, comm),
         load=load,
+        skips_overflow=training.grad_scaler is not None,
     )
 
 

@@ -70,6 +70,7 @@ def _backend(name: str, model: nn.Module, root: nn.Module, training: Training, l
         step=loop.step,
         save=save,
         load=load,
+        skips_overflow=training.grad_scaler is not None,
         **rest,
     )
 

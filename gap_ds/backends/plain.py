@@ -61,6 +61,7 @@ def build(model: nn.Module, training: Training) -> Backend:
         step=loop.step,
         save=lambda folder: save_state(module, optimizer, folder),
         load=lambda folder: load_state(module, optimizer, folder),
+        skips_overflow=training.grad_scaler is not None,
     )
 
 

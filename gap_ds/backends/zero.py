@@ -78,6 +78,7 @@ def build(engine: Any, training: Training) -> Backend:
         step=engine.step,
         save=lambda folder: _save(engine, folder),
         load=lambda folder: _load(engine, folder),
+        skips_overflow=engine.fp16_enabled(),
     )
 
 

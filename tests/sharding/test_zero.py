@@ -145,7 +145,8 @@ def test_a_boundary_sends_counts_and_no_weights(trained: Path, name: str) -> Non
     for sums, other in result(trained, name)["traffic"]:
         # 4 entries leave their partition: three histograms, whose size does not depend on the weights.
         assert sums == [(4 + 1, 2048), (4, 1024), (4, 1024)]
-        assert all(call == "all_gather 4" for call in other)
+        # The ranks compare 4 numbers of their position; where each has all masks, also one number for those.
+        assert all(call in ("all_gather 4", "all_gather 1") for call in other)
 
 
 @pytest.mark.parametrize("name", [run["name"] for run in FP16])
