@@ -117,7 +117,7 @@ def run(
                 time.sleep(0.1)
             return 0
         finally:
-            _end(jobs.values(), signal.SIGKILL)
+            _end(jobs.values(), signal.SIGTERM)
 
 
 def _alone() -> dict[str, str]:
