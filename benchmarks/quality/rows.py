@@ -80,6 +80,12 @@ def _cyclic(partitions: int, **settings: Any) -> Callable[[float], Config]:
     return lambda epochs: {**fixed, **_times(epochs, phase=1, finetune=2)}
 
 
+def _dense_first(epochs: float) -> Config:
+    """All dense at first, and gradual pruning in the second half of every phase; one round."""
+    fixed = {"method": "cyclic", "partitions": 3, "rounds": 1, "prune_ramp": 0.5}
+    return {**fixed, **_times(epochs, dense=2, phase=1, finetune=3, update=0.1)}
+
+
 def _static(lr: str) -> Callable[[float], Config]:
     """The phases of `cyclic_3`, so that learning-rate restarts fall on the same steps."""
     fixed = {"method": "static", "partitions": 3, "rounds": 2, "lr": lr}
@@ -114,6 +120,7 @@ def _parallel(epochs: float) -> Config:
 ROWS: tuple[Row, ...] = (
     Row("dense", "dense", _dense, TWO_SEEDS, dense=True),
     Row("cyclic_3", "C-GaP, 3 partitions", _cyclic(3), TWO_SEEDS),
+    Row("cyclic_3_dense_first", "C-GaP, 3 partitions, dense first, gradual in phases", _dense_first, TWO_SEEDS),
     Row("static", "fixed random mask, learning-rate restarts", _static("restart"), TWO_SEEDS),
     Row("gradual", "gradual magnitude pruning", _gradual, TWO_SEEDS),
     Row("rigl", "RigL", _regrown("rigl"), TWO_SEEDS),
