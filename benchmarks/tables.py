@@ -35,7 +35,8 @@ def main() -> int:
         collect(args.collect, args.note)
     readme = ROOT / "README.md"
     before = readme.read_text(encoding="utf-8")
-    after = fill(before, {"translation": translation(), "overhead": overhead(), "backends": backends()})
+    sections = {"translation": translation(), "quality": quality(), "overhead": overhead(), "backends": backends()}
+    after = fill(before, sections)
     if args.check:
         return int(before != after)
     readme.write_text(after, encoding="utf-8")
@@ -98,6 +99,16 @@ def translation() -> str:
             f"{row['bleu_uncased']:.1f} | {row['chrf']:.1f} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def quality() -> str:
+    """The table of methods, as `benchmarks/quality/report.py` makes it."""
+    sys.path.insert(0, str(ROOT / "benchmarks" / "quality"))
+    import records
+    import report
+
+    page = report.markdown("cpu", report.latest(records.read(RESULTS / "quality_cpu.jsonl")))
+    return "".join(f"{line}\n" for line in page.splitlines() if line.startswith("|"))
 
 
 def overhead() -> str:

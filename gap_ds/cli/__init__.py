@@ -1,14 +1,16 @@
-"""The command line `gap-ds`: what a run will be, before it is one.
+"""The command line `gap-ds`: what a run will be, before it is one, and what it has been.
 
     app        the commands and their options (typer)
     models     a model without weights, from a preset, a config or a hub id
     forecast   all figures of a model, a config and a number of ranks, as plain data
     launch     the workers of parallel GaP, started on one machine
+    inspect    what a checkpoint or an export holds, and what is wrong with it (inspect_*: its parts)
+    report     pictures of runs on one HTML page (report_*: its parts; gap_ds.plots draws)
     doctor     what this machine has, and what will and will not work here
     show       tables and the timeline (rich)
 
 Every command prints text for people, or with `--json` the same figures for programs. typer and rich are optional
-dependencies, so they are imported by `main` and not with this package.
+dependencies, so they are imported by `main` and not with this package; matplotlib is imported by `report` alone.
 """
 
 from __future__ import annotations

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from gap_ds._version import __version__
 from gap_ds.cli import doctor as doctor_
 from gap_ds.cli import forecast, launch, models, show
+from gap_ds.cli import inspect as inspect_
 from gap_ds.config import GaPConfig
 from gap_ds.presets import PRESETS, VOCAB_SIZE
 
 app = typer.Typer(
-    help="Scheduled grow-and-prune (GaP): look at a sparse training run before it begins.",
+    help="Scheduled grow-and-prune (GaP): look at sparse training before, during and after a run.",
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,  # plain text: boxes leave too little of 80 columns
     pretty_exceptions_enable=False,
@@ -117,6 +121,49 @@ def parallel(
 
 
 @app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="An exported model, a checkpoint, or its folder.")],
+    entries: Annotated[bool, typer.Option("--entries", help="List every entry with its counts.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Count and check what a checkpoint or an export holds.
+
+    Counts are compared with the file's own, with the budgets and with the pattern. Reads a piece of a tensor at a
+    time. Exit status: 0 nothing is wrong, 1 something is, 2 it cannot be read.
+    """
+    with _progress("counting") as progress:
+        figures = inspect_.inspect(folder, progress)
+    if as_json:
+        _print_json(figures)
+    else:
+        show.inspection(_console(), figures, entries)
+    raise typer.Exit(1 if figures["problems"] else 0)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR", help="Folders of runs, finished or not.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The page to write.")] = Path(
+        "report.html"
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """Draw runs and compare them: one HTML page, and its PNG files.
+
+    The page needs no network and no script. Pictures: schedule and losses, density, layers, changes of masks,
+    magnitudes; of several runs also curves, scores and cost side by side.
+    """
+    from gap_ds.cli import report as report_  # its pictures need matplotlib, which no other command does
+
+    with _progress("drawing") as progress:
+        figures = report_.report(runs, output, progress)
+    if as_json:
+        _print_json(figures)
+    else:
+        show.report(_console(), figures)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of the GaP config, for editors."""
     _print_json(GaPConfig.model_json_schema())
@@ -138,3 +185,13 @@ def _console() -> Console:
 
 def _print_json(data: Any) -> None:
     typer.echo(json.dumps(data, indent=2))
+
+
+@contextlib.contextmanager
+def _progress(what: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr, if that is a terminal; yields what moves it: (name, done, total)."""
+    console = Console(stderr=True, highlight=False, emoji=False, markup=False)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda name, done, total: bar.update(task, description=f"{what} {name}", completed=done, total=total)

@@ -12,11 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 from gap_ds.cli import forecast
+from gap_ds.cli.inspect_files import printable
 
 #: Above this many phases the table shows the first and the last ones only; the timeline shows all.
 _MAX_PHASES = 24
 _SHOWN = (12, 8)
 _LABEL = 4  # columns left of the timeline
+_MAX_PROBLEMS = 20
 
 
 def plan(console: Console, name: str, figures: dict[str, Any]) -> None:
@@ -53,6 +55,60 @@ def doctor(console: Console, report: dict[str, Any]) -> None:
         table.add_row(finding["what"], Text(finding["works"], styles[finding["works"]]), finding["why"])
     console.print()
     console.print(table)
+
+
+def inspection(console: Console, figures: dict[str, Any], with_entries: bool) -> None:
+    """Prints everything that `gap-ds inspect` has found."""
+    console.print(Text(printable(figures["signature"]), style="dim"), soft_wrap=True)
+    of = _of_export(figures) if figures["kind"] == "export" else _of_checkpoint(figures)
+    console.print(Text(printable(figures["path"]), style="bold"), soft_wrap=True)
+    console.print(Text(of))
+    if figures["partitions"]:
+        _section(console, "Partitions", _counted(figures))
+    if with_entries:
+        _section(console, "Entries", _counted_entries(figures))
+    for note in figures["notes"]:
+        console.print()
+        console.print(Text(f"Note: {note}."))
+    problems = figures["problems"]
+    console.print()
+    if not problems:
+        console.print(Text("Nothing wrong was found.", style="green"))
+        return
+    console.print(
+        Text("One thing is wrong" if len(problems) == 1 else f"{len(problems):,} things are wrong", style="red")
+    )
+    for problem in problems[:_MAX_PROBLEMS]:
+        console.print(Text(f"  {printable(problem)}"), soft_wrap=True)
+    if len(problems) > _MAX_PROBLEMS:
+        console.print(Text(f"  and {len(problems) - _MAX_PROBLEMS:,} more: see --json"))
+
+
+def report(console: Console, figures: dict[str, Any]) -> None:
+    """Prints the figures of each run of `gap-ds report`, and where the page is."""
+    columns = [(heading, "right") for heading in ("steps", "density", "FLOPs", "loss", *figures["scores"].values())]
+    table = _table(("run", "left"), *columns)
+    for run in figures["runs"]:
+        steps = "" if run["steps"] is None else f"{run['steps']:,}"
+        density = "" if run["density_at_end"] is None else f"{run['density_at_end']:.4f}"
+        flops = "" if run["training_flops"] is None else f"{run['training_flops']:.2f}"
+        loss = "" if run["validation_loss"] is None else f"{run['validation_loss']:.3f}"
+        scores = (f"{run['scores'][name]:.2f}" if name in run["scores"] else "" for name in figures["scores"])
+        table.add_row(printable(run["name"]), steps, density, flops, loss, *scores)
+    console.print(table)
+    missing: dict[str, list[str]] = {}
+    for run in figures["runs"]:
+        for text in run["missing"]:
+            missing.setdefault(text, []).append(printable(run["name"]))
+    if missing:
+        grid = _grid()
+        for text, names in missing.items():
+            is_all = len(names) == len(figures["runs"]) > 1
+            grid.add_row("all" if is_all else "\n".join(names), printable(text))
+        _section(console, "Not shown", grid)
+    console.print()
+    pictures = len(figures["pictures"])
+    console.print(Text(f"{figures['page']} ({pictures} pictures, which lie beside it, too)"), soft_wrap=True)
 
 
 def size(count: float) -> str:
@@ -212,3 +268,57 @@ def _ranks(ranks: dict[str, Any]) -> Table:
     grid.add_row("sent at a boundary", f"at most {size(ranks['boundary_bytes'])} of {ranks['sent']}, all-reduced")
     grid.add_row("sent at the start", f"{size(ranks['start_bytes'])} of {ranks['sent']}, all-reduced")
     return grid
+
+
+def _of_export(figures: dict[str, Any]) -> str:
+    model = figures["model"]
+    dtypes = ", ".join(sorted(figures["dtypes"]))
+    files = "1 file" if figures["files"] == 1 else f"{figures['files']:,} files"
+    return (
+        f"An export after step {figures['applied_steps']:,}, {model['weights']:,} weights, {model['nonzero']:,} of "
+        f"them not zero; {figures['tensors']:,} tensors of {dtypes}, {size(figures['bytes'])} in {files}."
+    )
+
+
+def _of_checkpoint(figures: dict[str, Any]) -> str:
+    phase, ranks = figures["phase"], figures["ranks"]
+    where = f"phase {phase['phase']}"
+    steps = f"{figures['applied_steps']:,}"
+    if "kind" in phase:
+        dense = ", ".join(map(str, phase["dense"])) or "none"
+        where += f" ({phase['kind']}, round {phase['round']}, dense {dense})"
+        steps += f" of {phase['total_steps']:,}"
+    worker = "" if figures["worker"] is None else f", worker {figures['worker']}"
+    backend = printable(figures["backend"])
+    return f"A checkpoint after step {steps}, in {where}; {backend}, {ranks:,} rank{'s' * (ranks > 1)}{worker}."
+
+
+def _counted(figures: dict[str, Any]) -> Table:
+    """Exact counts of each partition; `kept` is counted, `budget` is what the plan says."""
+    counted = "nonzero" if figures["kind"] == "export" else "kept"
+    right = [(heading, "right") for heading in ("entries", "weights", "budget", counted, "density")]
+    table = _table(("", "right"), *right, ("", "left"))
+    rows = figures["partitions"]
+    for row in rows:
+        name = "?" if row["partition"] is None else str(row["partition"])
+        table.add_row(name, *_counts(row, counted), "dense now" if row.get("dense") == row["entries"] else "")
+    if len(rows) > 1:
+        total = {key: sum(row[key] for row in rows) for key in ("entries", "weights", "keep", counted)}
+        table.add_section()
+        table.add_row("all", *_counts(total, counted))
+    return table
+
+
+def _counts(row: dict[str, Any], counted: str) -> list[str]:
+    numbers = ["?" if row[key] is None else f"{row[key]:,}" for key in ("entries", "weights", "keep", counted)]
+    return [*numbers, f"{row[counted] / row['weights']:.4f}" if row["weights"] else "?"]
+
+
+def _counted_entries(figures: dict[str, Any]) -> Table:
+    counted = "nonzero" if figures["kind"] == "export" else "kept"
+    right = [(heading, "right") for heading in ("weights", "budget", counted, "density")]
+    table = _table(("", "right"), ("entry", "left"), *right)
+    for name, row in figures["entries"].items():
+        partition = "?" if row["partition"] is None else str(row["partition"])
+        table.add_row(partition, printable(name), *_counts({"entries": 1, **row}, counted)[1:])
+    return table

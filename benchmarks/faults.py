@@ -1,0 +1,74 @@
+"""Kills real runs again and again (SIGKILL) and compares where they end with runs that were never disturbed.
+
+python benchmarks/faults.py [--kills 12] [--seed 0] --out RUNS
+
+Three runs of the tests' small model: ZeRO-2 and FSDP2 on 2 ranks, and parallel GaP with 2 workers; each is killed
+`--kills` times while it steps, saves, crosses a boundary, or exchanges. Writes benchmarks/results/faults.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "sharding")]
+RESULT = ROOT / "benchmarks" / "results" / "faults.json"
+
+MOMENTS = {
+    "zero2": ("save", "boundary", "step"),
+    "fsdp2": ("save", "boundary", "step"),
+    "parallel": ("exchange", "save", "boundary"),
+}
+
+
+def main() -> int:
+    from kills import finish
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=12, help="of each of the three runs")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs; it is emptied")
+    args = parser.parse_args()
+    shutil.rmtree(args.out, ignore_errors=True)
+    rows = []
+    for kind, moments in MOMENTS.items():
+        wanted = finish(kind, args.out / f"{kind}_undisturbed", [], args.seed)
+        chosen = list(itertools.islice(itertools.cycle(moments), args.kills))
+        found = finish(kind, args.out / f"{kind}_killed", chosen, args.seed)
+        rows.append(row(kind, wanted, found))
+        print(json.dumps(rows[-1]), flush=True)
+    result = {
+        "rows": rows,
+        "command": f"python benchmarks/faults.py --kills {args.kills} --seed {args.seed} --out RUNS",
+        "torch": torch.__version__,
+        "machine": f"{platform.machine()} cpu, {os.cpu_count()} cores",
+    }
+    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return int(not all(each["same_final_bits"] for each in rows))
+
+
+def row(kind: str, wanted: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """What happened to one run."""
+    by_moment = {m: sum(kill["moment"] == m for kill in found["kills"]) for m in MOMENTS[kind]}
+    return {
+        "run": kind,
+        "kills": len(found["kills"]),
+        "kills_during": by_moment,
+        "both_ranks_at_once": sum(kill["both"] for kill in found["kills"]),
+        "starts": len(found["starts"]),
+        "same_final_bits": found["finals"] == wanted["finals"] and bool(wanted["finals"]),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

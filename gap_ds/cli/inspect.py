@@ -1,0 +1,48 @@
+"""`gap-ds inspect`: what a folder of ours holds, and whether it is what it says it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from gap_ds import checkpoint, export
+from gap_ds.cli import inspect_checkpoint, inspect_export
+from gap_ds.cli.inspect_export import Progress
+
+
+def inspect(folder: Path, progress: Progress) -> dict[str, Any]:
+    """The figures of a checkpoint or an export, for JSON; `problems` is empty where nothing is wrong.
+
+    Args:
+        folder: FOLDER/TAG of a checkpoint, FOLDER for the latest in it, or an export.
+    Raises:
+        ValueError: it is none of these, or so damaged that it cannot be looked at.
+    """
+    if (folder / "gap" / "state.json").is_file():
+        return inspect_checkpoint.inspect(folder, progress)
+    if (folder / "latest").is_file():
+        return inspect_checkpoint.inspect(_latest(folder), progress)
+    weights = ("model.safetensors", "model.safetensors.index.json")
+    if (folder / export.INFO).is_file() and any((folder / name).is_file() for name in weights):
+        return inspect_export.inspect(folder, progress)
+    raise ValueError(f"{folder}: {_what(folder)}")
+
+
+def _latest(folder: Path) -> Path:
+    try:
+        return checkpoint.find(folder)
+    except UnicodeDecodeError:
+        raise ValueError(f'{folder}: its file "latest" is damaged. Name the checkpoint: {folder}/TAG.') from None
+
+
+def _what(folder: Path) -> str:
+    """Why it cannot be inspected, and what could be."""
+    if not folder.exists():
+        return "there is no such folder."
+    if not folder.is_dir():
+        return "is a file; inspect the folder that it is in."
+    if inside := [name for name in ("model", "checkpoints") if (folder / name).is_dir()]:
+        return f"is the folder of a run; inspect {' or '.join(f'{folder}/{name}' for name in inside)}."
+    if any(folder.glob("*.safetensors")):
+        return f"holds weights and no {export.INFO}: it was not exported by gap_ds."
+    return f"holds neither a checkpoint (gap/state.json) nor an export ({export.INFO} and model.safetensors)."

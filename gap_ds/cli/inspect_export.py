@@ -1,0 +1,217 @@
+"""What an export holds: every tensor is read once and counted, and compared with what its gap.json says."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+
+from gap_ds import export, pattern
+from gap_ds.cli import inspect_files as files
+from gap_ds.cli.inspect_pattern import Legality, multiple, possible_dims
+from gap_ds.cli.inspect_signature import config_of
+from gap_ds.pattern import Pattern, Unstructured
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+#: Called with a file's or tensor's name and the bytes done and in all.
+Progress = Callable[[str, int, int], None]
+
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+class EntryInfo(files.Record):
+    """A line of `entries` in gap.json."""
+
+    keep: Count
+    nonzero: Count
+    numel: Count
+    partition: Annotated[int, Field(ge=0, lt=2**31)]
+    dims: list[Count] | None = None
+
+    def known_dims(self, n: int) -> tuple[int, int] | None:
+        """Output and input dimension of a tensor of n dimensions, if they are said and can be."""
+        pair = tuple(self.dims or ())
+        return (pair[0], pair[1]) if pair in possible_dims(n) else None
+
+
+class ExportInfo(files.Record):
+    """gap.json as `GaPEngine.export` writes it."""
+
+    signature: str
+    applied_steps: Count
+    entry_sparsity: float
+    model_sparsity: float
+    kept: Count
+    numel: Count
+    entries: dict[str, EntryInfo]
+
+
+def inspect(folder: Path, progress: Progress) -> dict[str, Any]:
+    """The figures of an export, for JSON; what is wrong with it is in `problems`, a sentence each.
+
+    Raises:
+        ValueError: gap.json or a file of weights cannot be read.
+    """
+    info = files.read_json(folder / export.INFO, ExportInfo)
+    config = config_of(info.signature)
+    the_pattern = pattern.parse(config.pattern) if config is not None else Unstructured()
+    entries: dict[str, dict[str, Any]] = {}
+    problems: list[str] = []
+    whole: Counter[str] = Counter()
+    dtypes: Counter[str] = Counter()
+    paths = files.weight_files(folder)
+    total = sum(path.stat().st_size for path in paths if path.is_file())
+    done = 0
+    for path, expected in paths.items():
+        with files.open_tensors(path) as file:
+            names = list(file.keys())
+            if expected is not None and (lost := sorted(set(expected) - set(names))):
+                problems.append(f"{path.name}: lacks {files.printable(lost[0])}, which the index says it has")
+            for name in names:
+                figures, problem = _count(file, name, info.entries.get(name), the_pattern)
+                if problem:
+                    problems.append(f"{files.printable(name)}: {problem}")
+                dtypes[figures["dtype"]] += figures["weights"]
+                whole.update(weights=figures["weights"], nonzero=figures["nonzero"], bytes=figures["bytes"], tensors=1)
+                if name in info.entries:
+                    entries[name] = figures
+                done += figures["bytes"]
+                progress(files.printable(name), done, total)
+    pooled = config is not None and config.distribution == "global"
+    problems += [f"{files.printable(name)}: is in no file" for name in info.entries if name not in entries]
+    rows = _partitions(info, entries)
+    problems += _budgets(info, entries, rows, pooled) + _totals(info) + _config_dtype(folder, dtypes)
+    return {
+        "kind": "export",
+        "path": str(folder),
+        "signature": info.signature,
+        "method": config.method if config is not None else None,
+        "pattern": str(the_pattern) if config is not None else None,
+        "applied_steps": info.applied_steps,
+        "files": len(paths),
+        "tensors": whole["tensors"],
+        "bytes": whole["bytes"],
+        "dtypes": dict(dtypes),
+        "model": {"weights": whole["weights"], "nonzero": whole["nonzero"]},
+        "partitions": rows,
+        "entries": {
+            name: {"partition": said.partition, "keep": said.keep, **_without(entries[name], "bytes")}
+            for name, said in info.entries.items()
+            if name in entries
+        },
+        "notes": _notes(info, entries, config is None),
+        "problems": problems,
+    }
+
+
+def _count(file: Any, name: str, said: EntryInfo | None, the_pattern: Pattern) -> tuple[dict[str, Any], str | None]:
+    """The counts of one tensor and what is wrong with it."""
+    piece = file.get_slice(name)
+    shape = piece.get_shape()
+    dims = said.known_dims(len(shape)) if said is not None else None
+    legality = None
+    if said is not None and not isinstance(the_pattern, Unstructured):
+        legality = Legality(the_pattern, shape, dims, exact=False, keep=said.keep)
+    nonzero, size, is_finite = 0, 0, True
+    for part in files.chunks(file, name, multiple(the_pattern)):
+        values = files.plain(part)
+        size += part.numel() * part.element_size()
+        is_finite &= files.is_finite(values)
+        kept = values != 0
+        nonzero += int(torch.count_nonzero(kept))
+        if legality is not None:
+            legality.add(kept)
+    figures = {"weights": math.prod(shape), "nonzero": nonzero, "shape": shape, "dtype": piece.get_dtype()}
+    figures["bytes"] = size
+    problem = None
+    if not is_finite:
+        problem = "holds values that are NaN or infinite"
+    elif said is not None and said.numel != figures["weights"]:
+        problem = f"has {figures['weights']:,} weights, {export.INFO} says {said.numel:,}"
+    elif said is not None and said.nonzero != nonzero:
+        problem = f"has {nonzero:,} weights that are not zero, {export.INFO} says {said.nonzero:,}"
+    elif legality is not None:
+        problem = legality.problem()
+    return figures, problem
+
+
+def _partitions(info: ExportInfo, entries: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    rows: dict[int, Counter[str]] = {}
+    for name, said in info.entries.items():
+        if name in entries:
+            found = entries[name]
+            row = rows.setdefault(said.partition, Counter())
+            row.update(entries=1, weights=found["weights"], keep=said.keep, nonzero=found["nonzero"])
+    return [{"partition": k, **{key: rows[k][key] for key in _COLUMNS}} for k in sorted(rows)]
+
+
+_COLUMNS = ("entries", "weights", "keep", "nonzero")
+
+
+def _budgets(
+    info: ExportInfo, entries: dict[str, dict[str, Any]], rows: list[dict[str, Any]], pooled: bool
+) -> list[str]:
+    """Entries with more weights than they may keep; with a budget for each partition, partitions."""
+    if pooled:
+        return [
+            f"partition {row['partition']}: has {row['nonzero']:,} weights that are not zero, its budget is "
+            f"{row['keep']:,}"
+            for row in rows
+            if row["nonzero"] > row["keep"]
+        ]
+    return [
+        f"{files.printable(name)}: has {entries[name]['nonzero']:,} weights that are not zero, its budget is "
+        f"{said.keep:,}"
+        for name, said in info.entries.items()
+        if name in entries and entries[name]["nonzero"] > said.keep
+    ]
+
+
+def _totals(info: ExportInfo) -> list[str]:
+    """Whether gap.json agrees with itself."""
+    problems = []
+    for key, total in (("kept", "keep"), ("numel", "numel")):
+        found = sum(getattr(entry, total) for entry in info.entries.values())
+        if getattr(info, key) != found:
+            problems.append(f'{export.INFO}: "{key}" is {getattr(info, key):,}, its entries have {found:,}')
+    if info.numel and abs(info.entry_sparsity - (info.numel - info.kept) / info.numel) > 1e-9:
+        problems.append(f'{export.INFO}: "entry_sparsity" is {info.entry_sparsity}, which its counts do not give')
+    return problems
+
+
+def _config_dtype(folder: Path, dtypes: Counter[str]) -> list[str]:
+    """Whether config.json, where there is one, has the dtype of the weights: `from_pretrained` believes it."""
+
+    class HfConfig(files.Record):
+        dtype: Any = None
+        torch_dtype: Any = None
+
+    if not (folder / "config.json").is_file() or not dtypes:
+        return []
+    config = files.read_json(folder / "config.json", HfConfig)
+    said = config.dtype or config.torch_dtype
+    held = {_DTYPES.get(dtype, dtype) for dtype in dtypes}
+    if isinstance(said, str) and said not in held:
+        names = ", ".join(sorted(held))
+        return [f"config.json: says that the weights are {files.printable(json.dumps(said))}, they are {names}"]
+    return []
+
+
+def _notes(info: ExportInfo, entries: dict[str, dict[str, Any]], unread: bool) -> list[str]:
+    notes = []
+    zeros = sum(said.keep - entries[name]["nonzero"] for name, said in info.entries.items() if name in entries)
+    if zeros > 0:
+        notes.append(f"{zeros:,} weights inside the budgets are exactly zero")
+    if unread:
+        notes.append("the signature is one that this version cannot read: the pattern is not checked")
+    return notes
+
+
+def _without(figures: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in figures.items() if name != key}
