@@ -14,10 +14,16 @@ if TYPE_CHECKING:
     from gap_ds.config import GaPConfig
     from gap_ds.engine import GaPEngine
     from gap_ds.exchange import Worker
+    from gap_ds.inference import sparsify_for_inference
 
-__all__ = ["GaPConfig", "GaPEngine", "Worker", "__version__"]
+__all__ = ["GaPConfig", "GaPEngine", "Worker", "__version__", "sparsify_for_inference"]
 
-_HOMES = {"GaPConfig": "gap_ds.config", "GaPEngine": "gap_ds.engine", "Worker": "gap_ds.exchange"}
+_HOMES = {
+    "GaPConfig": "gap_ds.config",
+    "GaPEngine": "gap_ds.engine",
+    "Worker": "gap_ds.exchange",
+    "sparsify_for_inference": "gap_ds.inference",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 #: What this process is doing that other ranks take part in, from the outside in: for messages.
 _OPERATIONS: list[str] = []
@@ -143,3 +145,34 @@ def by_rank(rows: Sequence[Sequence[int]], comm: Comm) -> list[list[list[int]]]:
         return []
     table: list[list[list[int]]] = comm.all_gather(torch.tensor(rows, dtype=torch.int64)).permute(1, 2, 0).tolist()
     return table
+
+
+def together(world: Comm, work: Callable[[], T]) -> T:
+    """What `work` returns on this rank; an error on any rank becomes the same ValueError on all.
+
+    `work` must not leave other ranks waiting: it takes part in no collective, or in all of them even when it fails.
+    """
+    error: Exception | None = None
+    try:
+        result = work()
+    except Exception as caught:  # whatever it is, the others must hear of it before they wait for this rank
+        error = caught
+    failed = world.all_gather(torch.tensor([error is not None], dtype=torch.int64)).view(-1)
+    if not bool(failed.any()):
+        return result
+    row = torch.zeros(2048, dtype=torch.uint8)
+    text = b"" if error is None else said(error).encode(errors="replace")[: row.numel()]
+    row[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
+    rows = world.all_gather(row)
+    first = bytes(rows[int(failed.nonzero()[0, 0])].tolist()).rstrip(b"\0").decode(errors="replace")
+    raise ValueError(first) from error
+
+
+def why(error: BaseException) -> str:
+    """The kind of an error and the first line of what it says."""
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+
+
+def said(error: BaseException) -> str:
+    """What an error says: our own are ValueErrors and say all, others are named."""
+    return str(error) if isinstance(error, ValueError) else why(error)

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from gap_ds import agreement, checkpoint, export, masks, methods, plan, schedule, selection
+from gap_ds import portable as portable_files
 from gap_ds._version import __version__
 from gap_ds.agreement import Watch
 from gap_ds.backends import Training, detect
-from gap_ds.comm import Comm, operation
+from gap_ds.comm import Comm, operation, together, why
 from gap_ds.config import GaPConfig
 from gap_ds.exchange import Exchange, Worker, items_of
 from gap_ds.pattern import Unstructured
@@ -59,6 +60,8 @@ class GaPEngine:
             or a checkpoint can make it permanent; costs nothing, and loss scaling has its own way. `skip`: its
             micro-batch is left out on all ranks; costs a small all-reduce in every micro-batch.
         worker: with `method: parallel`, which worker this job is and where it meets the others.
+        masks_from: a folder that `save_masks` wrote: the run goes on from there. The weights and the optimizer are
+            already restored, by whatever else saved them.
         gradient_accumulation_steps, gradient_clipping, grad_scaler: for a model that is no DeepSpeed engine: `step()`
             updates at every n-th call; norm to clip at (0: off); a torch.amp.GradScaler.
     Raises:
@@ -75,6 +78,7 @@ class GaPEngine:
         steps_per_epoch: int | None = None,
         worker: Worker | None = None,
         nonfinite_loss: Literal["stop", "skip"] = "stop",
+        masks_from: str | Path | None = None,
         gradient_accumulation_steps: int = 1,
         gradient_clipping: float = 0.0,
         grad_scaler: Any = None,
@@ -90,6 +94,11 @@ class GaPEngine:
         if self.config.lr == "restart" and self._lr_scheduler is None:
             raise ValueError(
                 'lr="restart" has no effect without a learning-rate scheduler: pass lr_scheduler, or set "lr"'
+            )
+        if self.config.lr == "restart" and masks_from is not None:
+            raise ValueError(
+                f'masks_from="{masks_from}" with lr="restart": where the learning rate began is not known any more. '
+                "Build the engine before anything is restored, and call load_masks."
             )
         self._first_lr = self._lr_state()
 
@@ -112,11 +121,16 @@ class GaPEngine:
             self._exchange = Exchange(worker, *of_run, self._world, self._backend.comm, self.config.shared)
         self.applied_steps = 0
         self._updated = False
+        #: Whether `finish` has ended the schedule before its last step.
+        self._over = False
         self._watch = Watch(nonfinite_loss, self._world, harmless=self._backend.skips_overflow)
         self.last_boundary_seconds = 0.0
         self._hook = self._backend.optimizer.register_step_post_hook(self._after_update)
         self._say(self.signature)
-        self._enter(None, self.phase)
+        if masks_from is None:
+            self._enter(None, self.phase)
+        else:
+            self.load_masks(masks_from)
 
     @classmethod
     def initialize(
@@ -183,7 +197,7 @@ class GaPEngine:
     @property
     def phase(self) -> Phase:
         """The phase that the next step belongs to."""
-        return self.schedule.phase_at(self.applied_steps)
+        return self.schedule.phases[-1] if self._over else self.schedule.phase_at(self.applied_steps)
 
     @property
     def module(self) -> nn.Module:
@@ -198,7 +212,7 @@ class GaPEngine:
     @property
     def finished(self) -> bool:
         """Whether the whole schedule has been trained. Training on stays in the last phase."""
-        return self.applied_steps >= self.schedule.total_steps
+        return self._over or self.applied_steps >= self.schedule.total_steps
 
     @property
     def signature(self) -> str:
@@ -420,7 +434,8 @@ class GaPEngine:
     @property
     def density(self) -> float:
         """Density of all entries together in the next step, by their budgets (which every mask meets exactly)."""
-        return self.schedule.density_at(self.applied_steps, *self.plan.per_partition())
+        step = max(self.applied_steps, self.schedule.total_steps) if self._over else self.applied_steps
+        return self.schedule.density_at(step, *self.plan.per_partition())
 
     def stats(self) -> dict[str, Any]:
         """Exact figures of the current masks, counted over all ranks; all ranks must call this.
@@ -457,41 +472,145 @@ class GaPEngine:
         bits = self._bits.get(name)
         return None if bits is None else masks.unpack(bits, self._shards[name].numel)
 
+    # -- the end, and masks next to other checkpoints ---------------------------------------------------------------
+
+    def finish(self) -> bool:
+        """Ends the schedule now: what is dense is pruned as at the last boundary; whether there was any such entry.
+
+        For a training that is stopped early. Training on has fixed masks. All ranks must call this.
+        """
+        dense = {e: methods.Largest(e.keep) for e in self.plan.entries if e.partition in self.phase.dense}
+        if self.config.method == "dense" or not dense:
+            return False
+        with operation(f"the end at step {self.applied_steps}"):
+            self._agree(f"the end at step {self.applied_steps}")
+            for name, bits in self._select(dense).items():
+                self._mask(self._shards[name], bits)
+            self._backend.publish()
+            self._agree_on_masks()
+        self._over = True
+        self._say(f"step {self.applied_steps}: ended early, {len(dense)} entries pruned, density {self.density:.4f}")
+        return True
+
+    def save_masks(self, folder: str | Path) -> None:
+        """Saves the masks and the place in the schedule alone, beside weights and optimizer that something else saves.
+
+        All ranks must call this, between two updates. The folder is complete when it holds `state.json`.
+        """
+        folder = Path(folder)
+        self._agree(f"the masks saved at step {self.applied_steps}")
+        if self._world.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "state.json").unlink(missing_ok=True)
+        self._world.barrier()
+        if self._backend.comm.writes:
+            comm = self._backend.comm
+            checkpoint.write_masks(folder / "masks.safetensors", self.plan, self._shards, self._bits, comm)
+            if self.config.regrow == "last_value":
+                checkpoint.write_values(folder / "pruned.safetensors", self.plan, self._shards, self._last, comm)
+        self._world.barrier()
+        if self._world.rank == 0:
+            checkpoint.write_json(folder / "state.json", self._state(None))
+        self._world.barrier()
+
+    def load_masks(self, folder: str | Path) -> None:
+        """Restores what `save_masks` saved; weights, optimizer and random state must come from the same moment.
+
+        Raises:
+            ValueError: the folder is not complete, is damaged, or belongs to another plan or schedule.
+        """
+        path, comm = Path(folder), self._backend.comm
+        if not (path / "state.json").is_file():
+            raise ValueError(
+                f"{path}: holds no masks: its checkpoint was written without gap_ds, or the run was killed before it "
+                "was complete. Use an earlier checkpoint."
+            )
+        state = checkpoint.read_json(path / "state.json")
+        self._check_state(path, state)
+        step = state["applied_steps"]
+        phase = self.schedule.phase_at(step)
+        sparse = {entry.name for entry in self.plan.entries if phase.is_masked(entry.partition, step)}
+        bits = checkpoint.read_masks(path / "masks.safetensors", self.plan, sparse, self._shards, comm)
+        last = {}
+        if self.config.regrow == "last_value":
+            last = checkpoint.read_values(path / "pruned.safetensors", self.plan, sparse, self._shards, comm)
+        self._bits = {name: b.to(self._shards[name].weight().device) for name, b in bits.items()}
+        self._last = {name: v.to(self._shards[name].weight().device) for name, v in last.items()}
+        self.applied_steps, self._updated, self._over = step, False, False
+        self._say(f"masks of {path} at step {self.applied_steps}: {self.phase}")
+
     # -- checkpoint and export -------------------------------------------------------------------------------------
 
-    def save_checkpoint(self, folder: str | Path, tag: str | None = None, client_state: Any = None) -> Path:
+    def save_checkpoint(
+        self,
+        folder: str | Path,
+        tag: str | None = None,
+        client_state: Any = None,
+        *,
+        portable: bool = False,
+        keep: int | None = None,
+    ) -> Path:
         """Saves everything that decides the next step to FOLDER/TAG; all ranks must call this, between two updates.
 
         Args:
             tag: name of the checkpoint; `step_N` if not given.
             client_state: what the caller wants back from `load_checkpoint`: anything that JSON can say.
+            portable: also write what another number of ranks or another backend can go on from. With Adam these are 12
+                further bytes for each weight of the model, spread over the ranks.
+            keep: how many checkpoints to leave in the folder; older ones go once the new one is visible. None: all.
+        Raises:
+            ValueError: something could not be written, for example on a full disk. On all ranks alike; older
+                checkpoints are as they were.
         """
         self._agree(f"the checkpoint at step {self.applied_steps}")
 
         def write(aside: Path) -> None:
-            self._backend.save(aside)
+            together(self._world, lambda: self._backend.save(aside))
             self._updated = False  # to have any state to save, an optimizer before its first step is stepped with lr 0
-            if self._backend.comm.writes:
-                path = aside / "gap" / "masks.safetensors"
-                checkpoint.write_masks(path, self.plan, self._shards, self._bits, self._backend.comm)
-                if self.config.regrow == "last_value":
-                    path = path.with_name("pruned.safetensors")
-                    checkpoint.write_values(path, self.plan, self._shards, self._last, self._backend.comm)
-            checkpoint.write_json(aside / "gap" / f"rng_{self._world.rank}.json", checkpoint.random_state())
-            if self._world.rank == 0:
-                checkpoint.write_json(aside / "gap" / "state.json", self._state(client_state))
+            together(self._world, lambda: self._write_masks(aside / "gap"))
+            if portable:
+                buffers = dict(export.buffers(self._backend.module))
+                portable_files.write(aside / "gap", self._backend, buffers, self._world)
+            together(self._world, lambda: self._write_state(aside / "gap", client_state))
 
-        return checkpoint.save(Path(folder), tag or f"step_{self.applied_steps}", self._world, write)
+        with operation(f"the checkpoint at step {self.applied_steps}"):
+            return checkpoint.save(Path(folder), tag or f"step_{self.applied_steps}", self._world, write, keep)
+
+    def _write_masks(self, folder: Path) -> None:
+        comm = self._backend.comm
+        if comm.writes:
+            about = {
+                "signature": self.signature,
+                "applied_steps": str(self.applied_steps),
+                "phase": str(self.phase.index),
+                "gap_ds": __version__,
+            }
+            checkpoint.write_masks(folder / "masks.safetensors", self.plan, self._shards, self._bits, comm, about)
+            if self.config.regrow == "last_value":
+                checkpoint.write_values(folder / "pruned.safetensors", self.plan, self._shards, self._last, comm)
+
+    def _write_state(self, folder: Path, client_state: Any) -> None:
+        checkpoint.write_json(folder / f"rng_{self._world.rank}.json", checkpoint.random_state())
+        if self._world.rank == 0:
+            checkpoint.write_json(folder / "state.json", self._state(client_state))
 
     def load_checkpoint(self, folder: str | Path, tag: str | None = None) -> Any:
-        """Restores FOLDER/TAG, or the latest; returns the caller's `client_state`. All ranks must call this.
+        """Restores FOLDER/TAG; without a tag the newest that is whole. Returns the caller's `client_state`.
 
-        The run goes on bit for bit as if it had never stopped, given the same ranks and data.
+        Every file is compared with its checksum before anything is changed; damaged checkpoints that are passed over
+        are named in a warning. With the backend and the number of ranks that saved it, and the same data, the run goes
+        on bit for bit as if it had never stopped. With others it goes on from the same weights, masks and optimizer
+        state, if it was saved with `portable=True`. All ranks must call this.
 
         Raises:
-            ValueError: there is no complete checkpoint, it is damaged, or it belongs to another plan or schedule.
+            ValueError: there is no whole checkpoint, FOLDER/TAG is damaged, it belongs to another plan or schedule, or
+                it is not portable and would have to be.
         """
-        path = checkpoint.find(Path(folder), tag)
+        with operation("the loading of a checkpoint"):
+            path = checkpoint.find_whole(Path(folder), tag, self._world)
+            return self._restore(path)
+
+    def _restore(self, path: Path) -> Any:
         state = checkpoint.read_json(path / "gap" / "state.json")
         self._check_state(path, state)
         phase = self.schedule.phase_at(state["applied_steps"])
@@ -501,18 +620,10 @@ class GaPEngine:
         last = {}
         if self.config.regrow == "last_value":
             last = checkpoint.read_values(path / "gap" / "pruned.safetensors", self.plan, sparse, self._shards, comm)
-        try:
-            self._backend.load(path)
-        except Exception as error:  # each library has errors of its own for a damaged, missing or foreign file
-            raise ValueError(
-                f"{path}: {self._backend.name} on {self._world.size} ranks cannot restore what {state['backend']} on "
-                f"{state['ranks']} ranks saved ({_first_line(error)}). Use an earlier checkpoint, or the backend and "
-                "the number of ranks that saved this one."
-            ) from error
+        self._restore_weights(path, state)
         self._bits = {name: b.to(self._shards[name].weight().device) for name, b in bits.items()}
         self._last = {name: v.to(self._shards[name].weight().device) for name, v in last.items()}
-        self.applied_steps = state["applied_steps"]
-        self._updated = False
+        self.applied_steps, self._updated, self._over = state["applied_steps"], False, False
         if state["lr_scheduler"] is not None and self._lr_scheduler is not None:
             self._lr_scheduler.load_state_dict(state["lr_scheduler"])
         if state["grad_scaler"] is not None and self._grad_scaler is not None:
@@ -525,6 +636,30 @@ class GaPEngine:
         self._say(f"resumed {path} at step {self.applied_steps}: {self.phase}")
         return state["client_state"]
 
+    def _restore_weights(self, path: Path, state: dict[str, Any]) -> None:
+        """Weights and optimizer state: from the library's own files if it can read them, else from portable ones."""
+        backend = self._backend
+        was, now = (
+            f"{n} on {r} ranks" for n, r in [(state["backend"], state["ranks"]), (backend.name, self._world.size)]
+        )
+        if was != now and portable_files.exists(path / "gap"):
+            portable_files.read(path / "gap", backend, dict(export.buffers(backend.module)), self._world)
+            backend.publish()
+            backend.recount(state["applied_steps"], state.get("counters", {}))
+            return
+        if was != now and not (backend.reshards and state["backend"] == backend.name):
+            raise ValueError(
+                f"{path}: was saved by {was}, and this is {now}: that takes a checkpoint saved with portable=True. "
+                f"Go on with {was}, and save such a one there."
+            )
+        try:
+            backend.load(path)
+        except Exception as error:  # each library has errors of its own for a damaged, missing or foreign file
+            raise ValueError(
+                f"{path}: {now} cannot restore what {was} saved ({why(error)}). Use an earlier checkpoint, or the "
+                "backend and the number of ranks that saved this one."
+            ) from error
+
     def _state(self, client_state: Any) -> dict[str, Any]:
         return {
             "applied_steps": self.applied_steps,
@@ -536,6 +671,8 @@ class GaPEngine:
             "backend": self._backend.name,
             "lr_scheduler": None if self._lr_scheduler is None else _plain(self._lr_scheduler.state_dict()),
             "grad_scaler": None if self._grad_scaler is None else self._grad_scaler.state_dict(),
+            "counters": self._backend.counters(),
+            "manifest": True,
             "client_state": client_state,
         }
 
@@ -634,11 +771,6 @@ def _check_worker(config: GaPConfig, worker: Worker | None) -> Worker | None:
     if config.method != "parallel" and worker is not None:
         raise ValueError(f'worker {worker.index}: has no effect with method="{config.method}". Set "method".')
     return worker
-
-
-def _first_line(error: Exception) -> str:
-    """The kind of an error and the first line of what it says."""
-    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
 def _reset(optimizer: torch.optim.Optimizer) -> None:

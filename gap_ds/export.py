@@ -89,3 +89,27 @@ def _say_dtype(path: Path, dtype: torch.dtype) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     config["dtype"] = str(dtype).removeprefix("torch.")
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def weight_files(folder: Path) -> dict[Path, list[str] | None]:
+    """The files of an exported model's weights, and the names that each should hold; None: whatever it holds.
+
+    Raises:
+        ValueError: there are none, the index is damaged, or names a file outside the folder.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return {single: None}
+    if not index.is_file():
+        raise ValueError(f"{folder}: has neither {single.name} nor {index.name}.")
+    try:
+        homes = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
+        files: dict[Path, list[str]] = {}
+        for name, home in homes:
+            files.setdefault(folder / home, []).append(name)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{index}: is damaged.") from None
+    for path in files:
+        if path.parent != folder or path.name in ("", "..") or path.name == index.name:
+            raise ValueError(f"{index}: names a file that is not in its folder ({str(path)[:200]!a}).")
+    return dict(sorted(files.items()))

@@ -45,16 +45,21 @@ class Shard:
         return self.of(self.owner()) if self.numel else torch.empty(0)
 
     def moments(self, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-        """The optimizer's state (numel,) for each weight, such as Adam's two moments, in alphabetical order; views.
+        """The optimizer's state (numel,) for each weight, such as Adam's two moments, in alphabetical order; views."""
+        for _, moment in self.named_moments(optimizer):
+            yield moment
+
+    def named_moments(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+        """The moments with the optimizer's names for them.
 
         Libraries that load an optimizer's state put it back in any order, another one on every rank.
         """
         if self.numel == 0:
             return
         owner = self.owner()
-        for _, value in sorted(optimizer.state.get(owner, {}).items()):
+        for name, value in sorted(optimizer.state.get(owner, {}).items()):
             if isinstance(value, Tensor) and value.dim() and local(value).numel() == local(owner).numel():
-                yield self.of(value)
+                yield name, self.of(value)
 
     @property
     def full_numel(self) -> int:

@@ -10,7 +10,7 @@ from decimal import ROUND_FLOOR, Decimal, localcontext
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from gap_ds.config import GaPConfig
@@ -171,6 +171,8 @@ def ramps(draw: st.DrawFn) -> tuple[GaPConfig, Entry, int]:
 @given(ramps())
 def test_ramp_budgets(problem: tuple[GaPConfig, Entry, int]) -> None:
     loaded, entry, begin = problem
+    length = loaded.phase_steps or 0
+    assume(begin + (loaded.update_steps or 0) < length)  # a ramp without an update is refused
     phase, after = build(loaded).phases[:2]
     previous = entry.numel
     for step in phase.updates:
@@ -228,6 +230,7 @@ def alpha(drop_fraction: float, step: int, steps: int) -> Decimal:
     st.integers(1, 20),
 )
 def test_drop_counts(method: str, numel: int, density: float, drop_fraction: float, steps: int, every: int) -> None:
+    assume(every < steps)  # without an update inside the phase it is refused
     loaded = config(method=method, **ALONE, phase_steps=steps, update_steps=every, drop_fraction=drop_fraction)
     explore, finetune = build(loaded).phases
     entry = Entry("w", (numel, 1), 0, max(1, math.floor(density * numel)))

@@ -341,7 +341,8 @@ def test_a_weight_that_is_nan_stops_the_boundary() -> None:
         engine.module.layers[0].fc.weight[3, 1] = float("nan")
     message = r"layers\.0\.fc\.weight: 1 weights are NaN, so their magnitudes have no order\. .*diverged"
     with pytest.raises(ValueError, match=message):
-        engine._select({e: engine._rule(e, engine.phase, engine.schedule.phases[1]) for e in engine.plan.entries[:6]})
+        after = engine.schedule.phases[1]
+        engine._select({e: engine._rule(e, engine.phase, after, after.first_step) for e in engine.plan.entries[:6]})
 
 
 def test_what_travels_is_forecast() -> None:

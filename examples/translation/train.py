@@ -36,7 +36,7 @@ from torch import nn
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
-from gap_ds import GaPConfig, GaPEngine, Worker, schedule
+from gap_ds import GaPConfig, GaPEngine, Worker, checkpoint, schedule
 
 log = logging.getLogger("translation")
 
@@ -86,6 +86,8 @@ class Arguments:
     resume: bool = HfArg(default=False, help="go on from the newest checkpoint in --output-dir, if there is one")
     overwrite: bool = HfArg(default=False, help="delete the run in --output-dir first")
     save_every: int | None = HfArg(default=None, help="optimizer steps between checkpoints; default: an epoch")
+    keep_checkpoints: int = HfArg(default=2, help="checkpoints to leave in the folder: a damaged one is passed over")
+    portable: bool = HfArg(default=False, help="let --resume go on with another number of ranks or another backend")
     log_every: int = HfArg(default=50, help="optimizer steps between lines of metrics.jsonl")
     tensorboard: bool = HfArg(default=False, help="write TensorBoard files too")
     threads: int | None = HfArg(default=None, help="CPU threads of each process")
@@ -126,7 +128,7 @@ AT_LEAST = {
     "samples": 0,
     "threads": 1,
 }
-AT_LEAST |= {"limit": 1, "save_every": 1, "log_every": 1, "warmup_steps": 0, "seed": 0}
+AT_LEAST |= {"keep_checkpoints": 1, "limit": 1, "save_every": 1, "log_every": 1, "warmup_steps": 0, "seed": 0}
 
 # What a run that goes on must have as it was, besides its plan and schedule, which the engine compares.
 FIXED = (
@@ -307,7 +309,7 @@ def train_model(
                     monitor.write("validation", done, epoch=epoch, loss=loss, density=engine.density)
                 stopped = interrupt.requested()
                 if stopped or state["batches"] % every == 0 or engine.finished:
-                    save(engine, folder / "checkpoints", state)
+                    save(args, engine, folder / "checkpoints", state)
                 if stopped:
                     return seen, stopped
                 if engine.finished:
@@ -502,7 +504,7 @@ def prepare_folder(args: Arguments) -> tuple[Path, bool]:
         runtime.end_processes()
         raise SystemExit(0)
     finished, begun = (folder / "results.json").exists(), (folder / "metrics.jsonl").exists()
-    saved = any((folder / "checkpoints").glob("step_*"))
+    saved = bool(checkpoint.candidates(folder / "checkpoints"))
     runtime.barrier()
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir={args.output_dir!r}: is a file, must be a folder. Set --output-dir.")
@@ -560,13 +562,9 @@ def load_tokenizer(args: Arguments, folder: Path, rows: Any, trained: bool) -> P
     return AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
 
 
-def save(engine: GaPEngine, folder: Path, state: dict[str, Any]) -> None:
-    """A checkpoint; the one before it goes once this one is whole."""
-    newest = engine.save_checkpoint(folder, client_state=state)
-    if runtime.rank() == 0:
-        for old in folder.glob("step_*"):
-            if old != newest:
-                shutil.rmtree(old)
+def save(args: Arguments, engine: GaPEngine, folder: Path, state: dict[str, Any]) -> None:
+    """A checkpoint; the oldest goes once this one is whole."""
+    engine.save_checkpoint(folder, client_state=state, keep=args.keep_checkpoints, portable=args.portable)
 
 
 def parse(argv: Sequence[str] | None = None) -> Arguments:

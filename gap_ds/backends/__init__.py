@@ -34,6 +34,9 @@ class Backend:
     skips_overflow: whether a step whose gradients are not finite is left out, as loss scaling does.
     backward, step: one micro-batch's backward pass; the update, if this micro-batch completes one.
     save, load: the library's own checkpoint of weights and optimizer, in a folder that exists on every rank.
+    reshards: whether `load` reads what another number of ranks saved.
+    counters: what the library counts besides, as plain numbers; `recount`: sets them, from those of any backend, after
+        weights and optimizer state were restored without `load`.
     """
 
     name: str
@@ -48,6 +51,9 @@ class Backend:
     save: Callable[[Path], None]
     load: Callable[[Path], None]
     skips_overflow: bool = False
+    reshards: bool = False
+    counters: Callable[[], dict[str, float]] = dict
+    recount: Callable[[int, dict[str, float]], None] = lambda applied_steps, counters: None
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,9 @@ def _oss(model: Any, training: Training) -> Backend:
 
     def load(folder: Path) -> None:
         _load(folder, model, shards(), inner, comm)
+        spread()
+
+    def spread(*_: object) -> None:
         OSS._sync_param_groups(inner.param_groups, oss.param_groups)
         oss._broadcast_params()
 
@@ -107,6 +110,7 @@ def _oss(model: Any, training: Training) -> Backend:
         step=loop.step,
         save=lambda folder: _save(folder, model, shards(), inner, comm),
         load=load,
+        recount=spread,
         skips_overflow=training.grad_scaler is not None,
     )
 

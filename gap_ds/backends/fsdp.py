@@ -71,6 +71,7 @@ def _backend(name: str, model: nn.Module, root: nn.Module, training: Training, l
         save=save,
         load=load,
         skips_overflow=training.grad_scaler is not None,
+        reshards=True,
         **rest,
     )
 

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from gap_ds.backends import Backend, Training, uncompiled
-from gap_ds.comm import Comm
+from gap_ds.comm import Comm, why
 from gap_ds.plan import clean_name
 from gap_ds.shard import Shard
 
@@ -62,6 +62,7 @@ def build(model: nn.Module, training: Training) -> Backend:
         save=lambda folder: save_state(module, optimizer, folder),
         load=lambda folder: load_state(module, optimizer, folder),
         skips_overflow=training.grad_scaler is not None,
+        reshards=True,
     )
 
 
@@ -172,9 +173,11 @@ def save_state(module: nn.Module, optimizer: torch.optim.Optimizer, folder: Path
     initialise_state(module, optimizer)
     model_state, optimizer_state = get_state_dict(module, optimizer)
     alone = not torch.distributed.is_initialized()
-    save_distributed(
-        {"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder / "state", no_dist=alone
-    )
+    state = {"model": model_state, "optimizer": optimizer_state}
+    try:
+        save_distributed(state, checkpoint_id=folder / "state", no_dist=alone)
+    except CheckpointException as error:
+        raise _first_failure(folder / "state", error) from error
 
 
 def load_state(module: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
@@ -188,10 +191,14 @@ def load_state(module: nn.Module, optimizer: torch.optim.Optimizer, folder: Path
     try:
         load_distributed(model, checkpoint_id=path, no_dist=alone)
         load_distributed(state, checkpoint_id=path, no_dist=alone, planner=DefaultLoadPlanner(allow_partial_load=True))
-    except CheckpointException as error:  # on all ranks alike; no Exception, so nobody would expect it
-        reason = next(iter(error.failures.values()))[0]
-        raise ValueError(f"{path}: {type(reason).__name__}: {reason}") from reason
+    except CheckpointException as error:
+        raise _first_failure(path, error) from error
     set_state_dict(module, optimizer, model_state_dict=model["model"], optim_state_dict=state["optimizer"])
+
+
+def _first_failure(path: Path, error: CheckpointException) -> ValueError:
+    """What went wrong on the first of the ranks; it is raised on all, and no Exception, so nobody would expect it."""
+    return ValueError(f"{path}: {why(next(iter(error.failures.values()))[0])}")
 
 
 def initialise_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -10,7 +10,8 @@ DeepSpeed keeps fp32 weights in flat buffers, one per parameter group (stages 1 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -78,6 +79,8 @@ def build(engine: Any, training: Training) -> Backend:
         step=engine.step,
         save=lambda folder: _save(engine, folder),
         load=lambda folder: _load(engine, folder),
+        counters=lambda: _counters(engine),
+        recount=lambda applied, counters: _recount(engine, applied, counters),
         skips_overflow=engine.fp16_enabled(),
     )
 
@@ -132,6 +135,13 @@ def _refuse(engine: Any, training: Training) -> None:
             "deepspeed.moe",
             "expert groups shard their parameters differently",
             "Use experts held on every rank.",
+        )
+    if engine.checkpoint_engine.is_decoupled():
+        _refuse_value(
+            "checkpoint engine",
+            type(engine.checkpoint_engine).__name__,
+            "it goes on writing after the checkpoint is listed as whole",
+            "Use the default one.",
         )
     if engine.mp_world_size > 1:
         _refuse_value(
@@ -248,10 +258,59 @@ def _publish_copies(optimizer: Any) -> None:
 
 
 def _save(engine: Any, folder: Path) -> None:
-    engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+    """DeepSpeed's own checkpoint. A rank that cannot write still meets the others, and says so at the end."""
+    errors: list[Exception] = []
+    with _outlived(engine.checkpoint_engine, "save", errors), _outlived(engine, "_copy_recovery_script", errors):
+        engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+    if errors:
+        raise errors[0]
+
+
+@contextmanager
+def _outlived(target: Any, name: str, errors: list[Exception]) -> Iterator[None]:
+    """Keeps the errors of a method for later."""
+    method = getattr(target, name)
+
+    def call(*arguments: Any, **keywords: Any) -> None:
+        try:
+            method(*arguments, **keywords)
+        except Exception as error:  # torch.save raises RuntimeError when the disk is full
+            errors.append(error)
+
+    setattr(target, name, call)
+    try:
+        yield
+    finally:
+        delattr(target, name)  # the class has it still
 
 
 def _load(engine: Any, folder: Path) -> None:
     path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if path is None:
         raise ValueError(f"{folder}: DeepSpeed found no checkpoint of its own in it")
+
+
+#: Of the loss scaler, if it has them.
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def _scaler(engine: Any) -> Any:
+    optimizer = engine.optimizer
+    return getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", optimizer)
+
+
+def _counters(engine: Any) -> dict[str, float]:
+    scaler = {key: getattr(_scaler(engine), key, None) for key in _SCALER}
+    scaler = {key: value for key, value in scaler.items() if isinstance(value, int | float)}
+    return {"skipped_steps": engine.skipped_steps, "global_samples": engine.global_samples, **scaler}
+
+
+def _recount(engine: Any, applied_steps: int, counters: dict[str, float]) -> None:
+    engine.skipped_steps = int(counters.get("skipped_steps", 0))
+    engine.global_steps = applied_steps + engine.skipped_steps
+    samples = engine.global_steps * engine.train_batch_size()
+    engine.global_samples = int(counters.get("global_samples", samples))
+    engine.micro_steps = 0
+    for key in _SCALER:
+        if key in counters and hasattr(_scaler(engine), key):
+            setattr(_scaler(engine), key, counters[key])

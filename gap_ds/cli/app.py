@@ -164,6 +164,34 @@ def report(
 
 
 @app.command()
+def export(
+    source: Annotated[Path, typer.Argument(metavar="DIR", help="An exported model, dense or compact.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+    form: Annotated[Literal["compact", "dense"], typer.Option("--format", help="What to write.")] = "compact",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what OUT holds.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Convert an exported model to its compact form, or back.
+
+    The weights stay the same, bit for bit.
+    """
+    from gap_ds import compact
+
+    if form == "dense":
+        compact.expand(source, out, overwrite=overwrite)
+        figures: dict[str, Any] = {"path": str(out)}
+        told = f"{out}: dense again"
+    else:
+        figures = compact.compact(source, out, overwrite=overwrite)
+        told = (
+            f"{out}: {figures['file_bytes']:,} bytes of weights instead of {figures['dense_bytes']:,} "
+            f"({figures['packed']} of {figures['tensors']} tensors packed, {figures['kept']:,} of "
+            f"{figures['weights']:,} weights kept)"
+        )
+    _print_json(figures) if as_json else typer.echo(told)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of the GaP config, for editors."""
     _print_json(GaPConfig.model_json_schema())

@@ -14,25 +14,18 @@ def inspect(folder: Path, progress: Progress) -> dict[str, Any]:
     """The figures of a checkpoint or an export, for JSON; `problems` is empty where nothing is wrong.
 
     Args:
-        folder: FOLDER/TAG of a checkpoint, FOLDER for the latest in it, or an export.
+        folder: FOLDER/TAG of a checkpoint, FOLDER for the newest in it, or an export.
     Raises:
         ValueError: it is none of these, or so damaged that it cannot be looked at.
     """
     if (folder / "gap" / "state.json").is_file():
         return inspect_checkpoint.inspect(folder, progress)
-    if (folder / "latest").is_file():
-        return inspect_checkpoint.inspect(_latest(folder), progress)
+    if checkpoint.candidates(folder):
+        return inspect_checkpoint.inspect(checkpoint.find(folder), progress)
     weights = ("model.safetensors", "model.safetensors.index.json")
     if (folder / export.INFO).is_file() and any((folder / name).is_file() for name in weights):
         return inspect_export.inspect(folder, progress)
     raise ValueError(f"{folder}: {_what(folder)}")
-
-
-def _latest(folder: Path) -> Path:
-    try:
-        return checkpoint.find(folder)
-    except UnicodeDecodeError:
-        raise ValueError(f'{folder}: its file "latest" is damaged. Name the checkpoint: {folder}/TAG.') from None
 
 
 def _what(folder: Path) -> str:

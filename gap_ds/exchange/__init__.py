@@ -17,7 +17,7 @@ only if it is the one that the plan expects, which also bounds what is allocated
     worker.py    Worker and Exchange: publish, wait, read
     file.py      what is in a file, and what is accepted as one; pure functions
     folder.py    local folders and URLs
-    ranks.py     work of one rank that all wait for; errors of one rank that all must hear of
+    ranks.py     work of one rank that all wait for
 
 N weights of a piece or parameter, E entries, K workers (one per partition), R ranks of a job.
 """

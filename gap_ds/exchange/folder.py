@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
+from gap_ds.comm import why
+
 
 class Writing(Protocol):
     """A file that is being written."""
@@ -241,13 +243,3 @@ def open_folder(url: str) -> Folder:
 def without_password(url: str) -> str:
     """A URL without the user and password that it may have."""
     return re.sub(r"//[^/@]*@", "//", url)
-
-
-def why(error: BaseException) -> str:
-    """The kind of an error and the first line of what it says."""
-    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
-
-
-def said(error: BaseException) -> str:
-    """What an error says: our own are ValueErrors and say all, others are named."""
-    return str(error) if isinstance(error, ValueError) else why(error)

@@ -1,15 +1,12 @@
-"""Work of some ranks that others wait for: they meet while it goes on, and an error on one is raised on all."""
+"""Work of the first rank that others wait for: they meet while it goes on, and its error is raised on all."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from typing import Any, TypeVar
 
-import torch
-
-from gap_ds.comm import Comm
-from gap_ds.exchange.folder import said, why
+from gap_ds.comm import Comm, why
 
 #: Seconds after which the ranks meet while one of them works alone.
 _MEET = 5.0
@@ -48,24 +45,3 @@ def _advance(work: Generator[None, None, T]) -> tuple[tuple[str, Any], Exception
     except Exception as error:
         return ("error", why(error)), error
     return ("busy", None), None
-
-
-def together(world: Comm, work: Callable[[], T]) -> T:
-    """What `work` returns on this rank; an error on any rank becomes the same ValueError on all.
-
-    `work` must not wait for other ranks.
-    """
-    error: Exception | None = None
-    try:
-        result = work()
-    except Exception as caught:  # whatever it is, the others must hear of it before they wait for this rank
-        error = caught
-    failed = world.all_gather(torch.tensor([error is not None], dtype=torch.int64)).view(-1)
-    if not bool(failed.any()):
-        return result
-    row = torch.zeros(2048, dtype=torch.uint8)
-    text = b"" if error is None else said(error).encode(errors="replace")[: row.numel()]
-    row[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
-    rows = world.all_gather(row)
-    first = bytes(rows[int(failed.nonzero()[0, 0])].tolist()).rstrip(b"\0").decode(errors="replace")
-    raise ValueError(first) from error

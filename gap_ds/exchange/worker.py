@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from gap_ds import masks
-from gap_ds.comm import Comm, by_rank
+from gap_ds.comm import Comm, by_rank, said, together, why
 from gap_ds.exchange import file
 from gap_ds.exchange.file import FORMAT, VERSION, Item, Received, Slot, printable
-from gap_ds.exchange.folder import Writing, open_folder, said, why, without_password
-from gap_ds.exchange.ranks import by_first, together
+from gap_ds.exchange.folder import Writing, open_folder, without_password
+from gap_ds.exchange.ranks import by_first
 
 log = logging.getLogger("gap_ds")
 T = TypeVar("T")

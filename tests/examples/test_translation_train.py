@@ -563,44 +563,62 @@ def _truncate(pattern: str) -> Callable[[Path], None]:
     return damage
 
 
-CANNOT_RESUME: dict[str, tuple[dict[str, Any], list[str], Callable[[Path], None] | None, str]] = {
-    "sparsity": ({"sparsity": 0.6}, [], None, "was written for another plan .* start in a new folder"),
-    "model": ({}, ["--preset", "small"], None, "was written for another plan"),
-    "schedule": ({"finetune_steps": 3}, [], None, r"was written with ft:2st \(now ft:3st\)"),
-    "dense": ({}, ["--dense"], None, "was written for another plan"),
-    "lr": ({}, ["--lr", "1e-3"], None, r"was written with lr=0.003 \(now 0.001\)"),
-    "batches": ({}, ["--batch-tokens", "512"], None, r"was written with batch_tokens=256 \(now 512\)"),
-    "rows": ({}, ["--limit", "100"], None, r"was written with rows=160 \(now 100\)"),
-    "masks": ({}, [], _truncate("gap/masks.safetensors"), "the mask file is truncated or damaged"),
-    "state": ({}, [], _truncate("gap/state.json"), "state.json: cannot be read"),
-    "random state": ({}, [], _truncate("gap/rng_0.json"), "rng_0.json: cannot be read"),
-    "weights": (
-        {},
-        [],
-        _truncate("state/__0_0.distcp"),
-        "plain on 1 ranks cannot restore .* Use an earlier checkpoint",
-    ),
-    "checkpoint": (
-        {},
-        [],
-        lambda out: shutil.rmtree(out / "checkpoints" / "step_6" / "gap"),
-        "holds no complete checkpoint 'step_6'",
-    ),
-    "latest": ({}, [], lambda out: (out / "checkpoints" / "latest").unlink(), "holds no checkpoint"),
+CANNOT_RESUME: dict[str, tuple[dict[str, Any], list[str], str]] = {
+    "sparsity": ({"sparsity": 0.6}, [], "was written for another plan .* start in a new folder"),
+    "model": ({}, ["--preset", "small"], "was written for another plan"),
+    "schedule": ({"finetune_steps": 3}, [], r"was written with ft:2st \(now ft:3st\)"),
+    "dense": ({}, ["--dense"], "was written for another plan"),
+    "lr": ({}, ["--lr", "1e-3"], r"was written with lr=0.003 \(now 0.001\)"),
+    "batches": ({}, ["--batch-tokens", "512"], r"was written with batch_tokens=256 \(now 512\)"),
+    "rows": ({}, ["--limit", "100"], r"was written with rows=160 \(now 100\)"),
 }
 
 
 @pytest.mark.parametrize("case", CANNOT_RESUME)
 def test_cannot_resume(case: str, here: Path, finished: Path, run: Callable[..., int], tmp_path: Path) -> None:
-    changes, more, damage, message = CANNOT_RESUME[case]
+    changes, more, message = CANNOT_RESUME[case]
     (finished / "results.json").unlink()
     gap = write_json(tmp_path / "gap.json", {**GAP, "phase_steps": 2, "finetune_steps": 2, **changes})
-    if damage:
-        damage(finished)
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     with pytest.raises(ValueError, match=message):
         run(arguments(here, finished, "--resume", *more, gap=gap))
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+
+
+#: What is done to the newest checkpoint, of step 6, and the step that is gone on from.
+DAMAGES: dict[str, tuple[Callable[[Path], None], int]] = {
+    "masks": (_truncate("gap/masks.safetensors"), 4),
+    "state": (_truncate("gap/state.json"), 4),
+    "random state": (_truncate("gap/rng_0.json"), 4),
+    "weights": (_truncate("state/__0_0.distcp"), 4),
+    "no files of ours": (lambda out: shutil.rmtree(out / "checkpoints" / "step_6" / "gap"), 4),
+    "latest": (lambda out: (out / "checkpoints" / "latest").unlink(), 6),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*this checkpoint is damaged and passed over")
+@pytest.mark.parametrize("case", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over(
+    case: str, here: Path, finished: Path, run: Callable[..., int], tmp_path: Path
+) -> None:
+    damage, step = DAMAGES[case]
+    shutil.copytree(finished, tmp_path / "undisturbed")
+    (finished / "results.json").unlink()
+    damage(finished)
+    assert run(arguments(here, finished, "--resume", gap=str(here / "short.json"))) == 0
+    assert results(finished)["trained_from_step"] == step
+    assert same_weights(finished, tmp_path / "undisturbed")
+
+
+@pytest.mark.filterwarnings("ignore:.*this checkpoint is damaged and passed over")
+def test_only_damaged_checkpoints(here: Path, finished: Path, run: Callable[..., int]) -> None:
+    (finished / "results.json").unlink()
+    for path in finished.glob("checkpoints/*/gap/state.json"):
+        os.truncate(path, 10)
+    with pytest.raises(
+        ValueError, match=r"step_6.gap.state.json: has 10 bytes, and was saved with .* damaged. Use another one"
+    ):
+        run(arguments(here, finished, "--resume", gap=str(here / "short.json")))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,139 @@
+"""Translating a file: the same text from a dense and a compact export, sparse and dense, in the order of the input."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import evaluate
+import model as models
+import pytest
+import torch
+import translate
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers import models as tokenizer_models
+from tokenizers.trainers import BpeTrainer
+from transformers import PreTrainedTokenizerFast
+
+from gap_ds import compact, inference
+
+SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "translation" / "translate.py"
+LINES = ["the dog sleeps", "", "the small dog sleeps in the old house", "a cat sees\u2028the dog", "the dog"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A model that was not trained, 80 % of the weights of its matrices pruned: dense and compact."""
+    backend = Tokenizer(tokenizer_models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    specials = ["<s>", "<pad>", "</s>", "<unk>"]
+    backend.train_from_iterator(LINES, BpeTrainer(vocab_size=80, special_tokens=specials, show_progress=False))
+    backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", models.EOS)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+    torch.manual_seed(1)
+    model = models.build_model(models.build_config("tiny", vocab_size=len(tokenizer), max_positions=64)).eval()
+    names = [name for name, weight in model.named_parameters() if ".layers." in name and weight.dim() == 2]
+    with torch.no_grad():
+        for name in names:
+            weight = model.get_parameter(name)
+            weight.masked_fill_(torch.rand_like(weight) < 0.8, 0.0)
+    root = tmp_path_factory.mktemp("models")
+    model.save_pretrained(root / "dense")
+    tokenizer.save_pretrained(root / "dense")
+    info = {"signature": "gap|x", "entries": {name: {} for name in names}}
+    (root / "dense" / "gap.json").write_text(json.dumps(info))
+    assert compact.compact(root / "dense", root / "compact")["packed"] == len(names) == 32
+    return {"dense": root / "dense", "compact": root / "compact"}
+
+
+@pytest.fixture(autouse=True)
+def sparse_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    inference.MEASURED.clear()
+    monkeypatch.setattr(inference, "measure_layers", lambda layers, rows: {"dense": 2.0, "csr": 1.0})
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    (tmp_path / "input").write_text("".join(line + "\n" for line in LINES), encoding="utf-8")
+    return tmp_path / "input"
+
+
+@pytest.mark.parametrize("beams", ["1", "4"])
+def test_every_way_gives_the_same_text(folders, source: Path, tmp_path: Path, beams: str, capsys) -> None:
+    texts = []
+    for kind in ("dense", "compact"):
+        for form in ("--sparse", "--dense"):
+            out = tmp_path / f"{kind}{form}"
+            argv = [str(folders[kind]), "--input", str(source), "--output", str(out), "--beams", beams, form]
+            assert translate.main([*argv, "--batch-tokens", "16", "--table"]) == 0
+            texts.append(out.read_text(encoding="utf-8"))
+            printed = capsys.readouterr()
+            assert printed.out == "" and "4 sentences in" in printed.err and "sentences/s" in printed.err
+            assert ("csr (sparse is 2.00 times as fast)" in printed.err) == (form == "--sparse")
+    assert len(set(texts)) == 1
+    model, tokenizer = translate.load(folders["dense"], torch.float32)
+    wanted = evaluate.translate(model, tokenizer, [line for line in LINES if line], beams=int(beams), batch_tokens=16)
+    assert texts[0].split("\n") == [wanted[0], "", *wanted[1:], ""]
+
+
+def test_standard_input_and_output(folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stream:
+        def __init__(self, data: bytes) -> None:
+            self.buffer = io.BytesIO(data)
+            self.flush = lambda: None
+
+    out = Stream(b"")
+    monkeypatch.setattr(sys, "stdin", Stream("the dog\n\na cat\u2028sees".encode()))
+    monkeypatch.setattr(sys, "stdout", out)
+    assert translate.main([str(folders["compact"]), "--beams", "1", "--dtype", "bfloat16"]) == 0
+    lines = out.buffer.getvalue().decode().split("\n")
+    assert len(lines) == 4 and lines[1] == lines[3] == ""
+
+
+@pytest.mark.parametrize("data", ["", "\n", "\n\n"])
+def test_input_without_a_sentence(folders, tmp_path: Path, data: str, capsys) -> None:
+    (tmp_path / "in").write_text(data)
+    assert translate.main([str(folders["dense"]), "--input", f"{tmp_path}/in", "--output", f"{tmp_path}/out"]) == 0
+    assert (tmp_path / "out").read_text() == data and "0 sentences" in capsys.readouterr().err
+
+
+def test_mistakes_are_named_in_one_sentence(folders, tmp_path: Path, capsys) -> None:
+    (tmp_path / "latin").write_bytes(b"caf\xe9\n")
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "config.json").write_bytes((folders["compact"] / "config.json").read_bytes())
+    (damaged / compact.FILE).write_bytes((folders["compact"] / compact.FILE).read_bytes()[:-1])
+    cases: list[tuple[list[Any], str]] = [
+        ([tmp_path / "none"], "must be a folder"),
+        ([tmp_path], "must be a folder or hub name"),
+        ([damaged], "follow the header"),
+        ([folders["dense"], "--beams", 0], "at least 1"),
+        ([folders["dense"], "--input", tmp_path / "latin"], "is no UTF-8"),
+        ([folders["dense"], "--input", tmp_path / "none"], "No such file"),
+    ]
+    for argv, message in cases:
+        assert translate.main([str(arg) for arg in argv]) == 2
+        printed = capsys.readouterr().err
+        assert message in printed and printed.startswith("error: ") and printed.count("\n") == 1
+
+
+def test_the_script_from_a_shell(folders) -> None:
+    command = [sys.executable, str(SCRIPT), str(folders["compact"]), "--threads", "1", "--beams", "1"]
+    result = subprocess.run(command, input="the dog\na cat\n", capture_output=True, text=True, timeout=300, check=True)
+    assert result.stdout.count("\n") == 2 and "2 sentences in" in result.stderr

@@ -1,0 +1,125 @@
+"""Runs that go on with another number of ranks, or in another library, from bit for bit the same state."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launch import run_workers
+from parity import result
+
+KINDS = ["zero2", "zero3", "fsdp2"]
+#: Name of the checkpoint, on whose ranks it was saved -> backend and ranks that go on.
+RANKS = [(f"2_{kind}", kind, ranks) for kind in KINDS for ranks in (1, 3)] + [(f"1_{kind}", kind, 2) for kind in KINDS]
+BACKENDS = [
+    ("2_zero3", "fsdp2"),
+    ("2_fsdp2", "zero3"),
+    ("2_zero2", "ddp"),
+    ("2_zero2", "fsdp1"),
+    ("2_fsdp2", "zero2"),
+    ("2_fsdp2", "zero3_offload"),
+    ("2_fsdp2", "oss"),
+    ("2_zero3", "fairscale"),
+    ("2_ddp", "zero3"),
+]
+#: With another arrangement of the parameter groups, or of precision: what is restored is the same, what follows is not.
+OTHERS = [("2_fsdp2", "fsdp1_flat"), ("2_fsdp2", "zero2_bf16")]
+ALL = [*RANKS, *((saved, on, 2) for saved, on in BACKENDS + OTHERS)]
+
+
+def run(out: Path, ranks: int, jobs: list[dict[str, Any]]) -> None:
+    run_workers("worker_resume.py", ranks, out, json.dumps(jobs), timeout=400)
+
+
+def loads(ranks: int, saved_on: str) -> list[dict[str, Any]]:
+    return [{"load": name, "on": on} for name, on, n in ALL if n == ranks and name.startswith(saved_on)]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("resume")
+    saves = [{"save": f"2_{kind}", "on": kind} for kind in [*KINDS, "ddp"]]
+    saves += [{"save": f"bare_{kind}", "on": kind, "portable": False} for kind in ("zero2", "fsdp2")]
+    full = [{"full": f"full_{kind}", "on": kind} for kind in [*KINDS, "ddp", "oss"]]
+    run(out, 2, saves + loads(2, "2_") + full)
+    bare = [{"load": f"bare_{kind}", "on": kind} for kind in ("zero2", "fsdp2")]
+    run(out, 1, [{"save": f"1_{kind}", "on": kind} for kind in KINDS] + loads(1, "2_") + bare)
+    run(out, 3, loads(3, "2_"))
+    run(out, 2, loads(2, "1_"))
+    return out
+
+
+def same(ours: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Weights, moments, masks and buffers bit for bit; steps and learning rates."""
+    for what in ("weights", "masks", "buffers"):
+        assert ours[what].keys() == wanted[what].keys()
+        assert all(torch.equal(ours[what][n], t.view(ours[what][n].shape)) for n, t in wanted[what].items()), what
+    for name, moments in wanted["moments"].items():
+        assert len(ours["moments"][name]) == len(moments) == 2
+        for a, b in zip(ours["moments"][name], moments, strict=True):
+            assert torch.equal(a, b.view(a.shape)), name
+    assert ours["steps"] == wanted["steps"] and set(ours["steps"].values()) == {4.0}
+    assert ours["lr"] == wanted["lr"] == [0.008, 0.008] and ours["applied"] == wanted["applied"] == 4
+
+
+@pytest.mark.parametrize(("saved", "on", "ranks"), ALL)
+def test_the_state_is_the_same_bit_for_bit(trained: Path, saved: str, on: str, ranks: int) -> None:
+    wanted = result(trained, f"{saved}_{saved[0]}")
+    assert len(wanted["state"]["masks"]) == 4 and float(wanted["state"]["buffers"]["scale"][0]) == 5.0
+    for rank in range(ranks):
+        found = result(trained, f"{saved}_to_{on}_{ranks}", rank)
+        assert found["wrong"] == []
+        same(found["state"], wanted["state"])
+        working = wanted["working"].to(found["working"].dtype)
+        assert torch.equal(found["working"], working.view(found["working"].shape))
+
+
+@pytest.mark.parametrize(("saved", "on", "ranks"), [*RANKS, *((saved, on, 2) for saved, on in BACKENDS)])
+def test_training_goes_on_as_the_run_that_was_not_moved(trained: Path, saved: str, on: str, ranks: int) -> None:
+    """Over a boundary, with the same global batches; sums over other ranks are taken in another order."""
+    wanted, found = result(trained, f"{saved}_{saved[0]}"), result(trained, f"{saved}_to_{on}_{ranks}")
+    assert found["later"] == pytest.approx(wanted["later"], abs=1e-5)
+    assert found["end"]["masks"].keys() == wanted["end"]["masks"].keys() != wanted["state"]["masks"].keys()
+    for name, mask in wanted["end"]["masks"].items():
+        assert torch.equal(found["end"]["masks"][name], mask)
+    assert found.get("global_steps", 8) == 8
+
+
+def test_replicas_are_written_once(trained: Path) -> None:
+    assert result(trained, "2_ddp_2")["files"] == ["portable_0.safetensors"]
+    assert result(trained, "2_fsdp2_2")["files"] == ["portable_0.safetensors", "portable_1.safetensors"]
+
+
+@pytest.mark.slow
+def test_replicas_of_pieces_are_written_once(tmp_path: Path) -> None:
+    """Hybrid sharding: 2 replicas of 2 pieces."""
+    run(tmp_path, 4, [{"save": "4_hybrid", "on": "fsdp2_hybrid"}])
+    run(tmp_path, 2, [{"load": "4_hybrid", "on": "zero3"}])
+    wanted, found = result(tmp_path, "4_hybrid_4"), result(tmp_path, "4_hybrid_to_zero3_2")
+    assert wanted["files"] == ["portable_0.safetensors", "portable_1.safetensors"]
+    same(found["state"], wanted["state"])
+
+
+def test_a_checkpoint_that_is_not_portable_says_so(trained: Path) -> None:
+    said = result(trained, "bare_zero2_to_zero2_1")["said"]
+    assert said.endswith(
+        "step_4: was saved by zero2 on 2 ranks, and this is zero2 on 1 ranks: that takes a checkpoint saved with "
+        "portable=True. Go on with zero2 on 2 ranks, and save such a one there."
+    )
+
+
+def test_libraries_that_reshard_their_own_files_need_no_portable_ones(trained: Path) -> None:
+    same(result(trained, "bare_fsdp2_to_fsdp2_1")["state"], result(trained, "bare_fsdp2_2")["state"])
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "ddp", "oss"])
+def test_a_full_disk_on_one_rank_stops_the_save_on_all(trained: Path, kind: str) -> None:
+    first, second = (result(trained, f"full_{kind}_2", rank) for rank in (0, 1))
+    assert len(first["said"]) == len(second["said"]) == 4
+    for sentence in first["said"] + second["said"]:
+        assert ": was not saved, and older checkpoints are as they were (" in sentence
+    assert all(seen == first["seen"][0] for seen in first["seen"] + second["seen"])
+    assert first["left"] == second["left"] == ["next"]
