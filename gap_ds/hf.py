@@ -1,0 +1,244 @@
+"""Hugging Face: `GaPCallback` for the Trainer, and `prepare` for a loop of one's own with Accelerate.
+
+Both build a GaPEngine around what Accelerate has prepared, so that DDP, DeepSpeed and FSDP are one case. What all of it
+rests on is the order of the Trainer's step (transformers 5.23, `Trainer._run_epoch`):
+
+    backward; clip; optimizer.step() -> our post-step hook; learning rate; zero_grad; on_step_end -> a boundary, if one
+    is due; log; evaluate; save -> on_save: the masks, into the checkpoint's own folder
+
+Under DeepSpeed the optimizer has stepped already at the end of Accelerate's `backward`; the hook does not mind.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from gap_ds.backends import zero
+from gap_ds.config import GaPConfig
+from gap_ds.engine import GaPEngine
+
+log = logging.getLogger("gap_ds")
+
+#: The folder inside a checkpoint of the Trainer or of Accelerate that holds the masks.
+FOLDER = "gap"
+
+
+class GaPCallback(TrainerCallback):  # type: ignore[misc]
+    """Trains the Trainer's model sparse: `Trainer(..., callbacks=[GaPCallback("gap.json")])` is all of it.
+
+    For Trainer, Seq2SeqTrainer and what derives from them, on one process, DDP, DeepSpeed ZeRO, FSDP1 and FSDP2. Epochs
+    are those of the Trainer. Its checkpoints carry the masks, and `resume_from_checkpoint` goes on bit for bit. Its
+    training logs get `gap/phase`, `gap/density` (both of the next step) and `gap/partition`: the number of the dense
+    partition, -1 if none is dense, the number of partitions if all of several are.
+
+    After `train()` the model is exactly sparse, and `save_model` writes it as it is. `engine` is the GaPEngine of the
+    last training: its `stats()`, `mask(name)` and `export(folder)` can be used until the next.
+
+    Args:
+        config: a GaPConfig, a dict, or the path of a JSON or YAML file.
+        prune_at_end: whether a training that ends before its schedule does (early stopping, or a best model of an
+            earlier phase) prunes what is dense then. Without it such a model is left as it is, with a warning.
+    Raises:
+        ValueError: a mistake in the config; when training begins: a combination that is not supported, a schedule
+            longer than the training, or a checkpoint without masks.
+    """
+
+    def __init__(self, config: GaPConfig | dict[str, Any] | str | Path, *, prune_at_end: bool = True) -> None:
+        self.config = GaPConfig.load(config)
+        self.prune_at_end = prune_at_end
+        self.engine: GaPEngine | None = None
+        _refuse(self.config)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        trainer, checkpoint = _caller(self)
+        if self.engine is not None:
+            self.engine.close()  # of a training before, or of an attempt with another batch size
+        if state.is_hyper_param_search and str(getattr(args.save_strategy, "value", args.save_strategy)) != "no":
+            raise ValueError(
+                f"save_strategy={args.save_strategy}: checkpoints of a hyperparameter search lie in folders that a "
+                'callback does not learn. Set save_strategy to "no".'
+            )
+        wrapped = trainer.model_wrapped
+        # DataParallel replicates its module at every forward pass: what is trained is the module.
+        model = wrapped.module if isinstance(wrapped, nn.DataParallel) else wrapped
+        self.engine = GaPEngine(
+            model,
+            self.config,
+            optimizer=_innermost(model, trainer.optimizer),
+            steps_per_epoch=_steps_per_epoch(self.config, args, trainer.callback_handler.train_dataloader),
+            masks_from=None if checkpoint is None else Path(checkpoint, FOLDER),
+        )
+        self._check_length(self.engine, args, state)
+        # First of all callbacks: what the others see and report in a step is then the state after its boundary.
+        handler = trainer.callback_handler
+        handler.callbacks = [self, *(callback for callback in handler.callbacks if callback is not self)]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        assert self.engine is not None
+        before = self.engine.phase
+        self.engine.after_step()
+        if self.engine.phase is not before and str(getattr(args.logging_strategy, "value", "")) != "no":
+            control.should_log = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+        # Logs of evaluations are left alone: `evaluate` returns them.
+        if self.engine is None or "loss" not in logs:
+            return
+        figures = _figures(self.engine)
+        logs.update(figures)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(figures)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        assert self.engine is not None
+        self.engine.save_masks(Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", FOLDER))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        assert self.engine is not None
+        engine, what = self.engine, "the training"
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            # The Trainer has just put that checkpoint's weights in the place of the last ones.
+            what = f"the best model ({state.best_model_checkpoint})"
+            engine.load_masks(Path(state.best_model_checkpoint, FOLDER))
+        phase = engine.phase
+        if phase.dense and self.config.method != "dense":
+            density = engine.density
+            if self.prune_at_end:
+                engine.finish()
+                done = f"it was pruned to {engine.density:.4f} now, without fine-tuning"
+            else:
+                done = "it is left so (prune_at_end=False)"
+            if state.is_world_process_zero:
+                log.warning(f"{what} ended at step {engine.applied_steps} in {phase}, density {density:.4f}: {done}")
+        engine.close()
+
+    def _check_length(self, engine: GaPEngine, args: Any, state: Any) -> None:
+        schedule = engine.schedule
+        if schedule.total_steps > state.max_steps:
+            given = f"max_steps={args.max_steps}" if args.max_steps > 0 else f"num_train_epochs={args.num_train_epochs}"
+            raise ValueError(
+                f"{given}: the training has {state.max_steps} steps and the schedule {schedule.total_steps}, so it "
+                "would end before the model is sparse and fine-tuned. Train longer, or shorten the schedule in the "
+                "GaP config."
+            )
+        last, some_dense = schedule.phases[-1].first_step, any(phase.dense for phase in schedule.phases[:-1])
+        if args.load_best_model_at_end and some_dense and self.config.method != "dense" and state.global_step == 0:
+            by_steps = str(getattr(args.eval_strategy, "value", args.eval_strategy)) == "steps"
+            wanted = last if by_steps else math.ceil(last * state.num_train_epochs / max(state.max_steps, 1))
+            if (args.eval_delay or 0) < wanted and state.is_world_process_zero:
+                log.warning(
+                    "load_best_model_at_end: models of all phases are compared, also those with a dense partition, and "
+                    f"the best one may be none of the fine-tuning. Set eval_delay={wanted} to compare sparse ones only."
+                )
+
+
+def prepare(
+    accelerator: Any,
+    model: nn.Module,
+    optimizer: Any,
+    scheduler: Any,
+    config: GaPConfig | dict[str, Any] | str | Path,
+    *,
+    steps_per_epoch: int | None = None,
+) -> GaPEngine:
+    """A GaPEngine around what `accelerator.prepare` has returned, for a loop of one's own.
+
+    The loop stays as it is, with `engine.after_step()` after `scheduler.step()`. `accelerator.save_state` and
+    `load_state` carry the masks from now on.
+
+    Args:
+        model, optimizer, scheduler: as prepared; there may be no scheduler (None).
+        steps_per_epoch: applied steps in an epoch, where the config counts in epochs: with gradient accumulation over
+            n micro-batches len(loader) / n, rounded up.
+    Raises:
+        ValueError: as GaPEngine.
+    """
+    settings = GaPConfig.load(config)
+    if settings.method == "parallel":
+        _refuse(settings)
+    # A DeepSpeed engine brings both itself.
+    inner = None if zero.recognises(model) else getattr(scheduler, "scheduler", scheduler)
+    engine = GaPEngine(
+        model,
+        settings,
+        optimizer=_innermost(model, optimizer),
+        lr_scheduler=inner,
+        steps_per_epoch=steps_per_epoch,
+    )
+    accelerator.register_save_state_pre_hook(lambda _m, _w, folder: engine.save_masks(Path(folder, FOLDER)))
+    accelerator.register_load_state_pre_hook(lambda _m, folder: engine.load_masks(Path(folder, FOLDER)))
+    return engine
+
+
+def _refuse(config: GaPConfig) -> None:
+    if config.method == "parallel":
+        raise ValueError(
+            'method="parallel": a worker of parallel GaP is a job of its own, which neither the Trainer nor Accelerate '
+            "starts. Use gap-ds parallel with a GaPEngine, or another method."
+        )
+    if config.lr == "restart":
+        raise ValueError(
+            'lr="restart": the scheduler that the Trainer builds covers the whole training, so starting it again in '
+            'every phase would never let the learning rate fall. Set "lr" to "continuous", or use a GaPEngine with a '
+            "scheduler that covers one phase."
+        )
+
+
+def _caller(callback: GaPCallback) -> tuple[Any, str | None]:
+    """The Trainer that is calling a callback, and the checkpoint that it has resumed from.
+
+    A Trainer hands its callbacks the model before it was wrapped, and neither the DeepSpeed engine nor the checkpoint.
+    It is on the stack, though: both are read from the frame of its training loop.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        found, names = frame.f_locals.get("self"), frame.f_locals
+        calls = isinstance(found, Trainer) and any(other is callback for other in found.callback_handler.callbacks)
+        if calls and "resume_from_checkpoint" in names:
+            return found, names["resume_from_checkpoint"]
+        frame = frame.f_back
+    raise ValueError("GaPCallback: on_train_begin was not called by the train() of a transformers.Trainer that has it.")
+
+
+def _innermost(model: nn.Module, optimizer: Any) -> torch.optim.Optimizer | None:
+    """The optimizer inside Accelerate's wrapper; None for a DeepSpeed engine, which brings its own."""
+    if zero.recognises(model):
+        return None
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    found: torch.optim.Optimizer = optimizer
+    return found
+
+
+def _steps_per_epoch(config: GaPConfig, args: Any, loader: Any) -> int | None:
+    """Optimizer steps in an epoch as the Trainer counts them; the last one may have fewer micro-batches."""
+    if not config.in_epochs:
+        return None
+    try:
+        batches: int = len(loader)
+    except TypeError:
+        raise ValueError(
+            "the training data has no length, so that an epoch has no number of steps. Set the times of the GaP config "
+            'in steps: "phase_steps", "finetune_steps".'
+        ) from None
+    per_step: int = args.gradient_accumulation_steps
+    return max(1, math.ceil(batches / per_step))
+
+
+def _figures(engine: GaPEngine) -> dict[str, float]:
+    """What is logged, as numbers: a plot has no room for a set of partitions."""
+    dense, partitions = sorted(engine.phase.dense), engine.config.kappa
+    if engine.config.method == "dense" or len(dense) > 1:
+        partition = partitions
+    else:
+        partition = dense[0] if dense else -1
+    return {"gap/phase": engine.phase.index, "gap/density": engine.density, "gap/partition": partition}
