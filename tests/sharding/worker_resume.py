@@ -31,7 +31,7 @@ from gap_ds import GaPEngine, export
 warnings.filterwarnings("ignore")
 
 #: Micro-batches of a step over all ranks, which 1, 2 and 3 ranks can share out; and 4.
-MICRO = 12 if os.environ["WORLD_SIZE"] == "4" else 6
+MICRO = 12 if os.environ.get("WORLD_SIZE") == "4" else 6
 SAVED, LAST = 4, 8  # the boundary at step 6 lies between
 
 
