@@ -503,12 +503,7 @@ class GaPEngine:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "state.json").unlink(missing_ok=True)
         self._world.barrier()
-        if self._backend.comm.writes:
-            comm = self._backend.comm
-            checkpoint.write_masks(folder / "masks.safetensors", self.plan, self._shards, self._bits, comm)
-            if self.config.regrow == "last_value":
-                checkpoint.write_values(folder / "pruned.safetensors", self.plan, self._shards, self._last, comm)
-        self._world.barrier()
+        together(self._world, lambda: self._write_masks(folder))
         if self._world.rank == 0:
             checkpoint.write_json(folder / "state.json", self._state(None))
         self._world.barrier()
@@ -519,7 +514,7 @@ class GaPEngine:
         Raises:
             ValueError: the folder is not complete, is damaged, or belongs to another plan or schedule.
         """
-        path, comm = Path(folder), self._backend.comm
+        path = Path(folder)
         if not (path / "state.json").is_file():
             raise ValueError(
                 f"{path}: holds no masks: its checkpoint was written without gap_ds, or the run was killed before it "
@@ -527,16 +522,7 @@ class GaPEngine:
             )
         state = checkpoint.read_json(path / "state.json")
         self._check_state(path, state)
-        step = state["applied_steps"]
-        phase = self.schedule.phase_at(step)
-        sparse = {entry.name for entry in self.plan.entries if phase.is_masked(entry.partition, step)}
-        bits = checkpoint.read_masks(path / "masks.safetensors", self.plan, sparse, self._shards, comm)
-        last = {}
-        if self.config.regrow == "last_value":
-            last = checkpoint.read_values(path / "pruned.safetensors", self.plan, sparse, self._shards, comm)
-        self._bits = {name: b.to(self._shards[name].weight().device) for name, b in bits.items()}
-        self._last = {name: v.to(self._shards[name].weight().device) for name, v in last.items()}
-        self.applied_steps, self._updated, self._over = step, False, False
+        self._take_masks(*self._read_masks(path, state["applied_steps"]), state["applied_steps"])
         self._say(f"masks of {path} at step {self.applied_steps}: {self.phase}")
 
     # -- checkpoint and export -------------------------------------------------------------------------------------
@@ -613,17 +599,9 @@ class GaPEngine:
     def _restore(self, path: Path) -> Any:
         state = checkpoint.read_json(path / "gap" / "state.json")
         self._check_state(path, state)
-        phase = self.schedule.phase_at(state["applied_steps"])
-        step, comm = state["applied_steps"], self._backend.comm
-        sparse = {entry.name for entry in self.plan.entries if phase.is_masked(entry.partition, step)}
-        bits = checkpoint.read_masks(path / "gap" / "masks.safetensors", self.plan, sparse, self._shards, comm)
-        last = {}
-        if self.config.regrow == "last_value":
-            last = checkpoint.read_values(path / "gap" / "pruned.safetensors", self.plan, sparse, self._shards, comm)
+        found = self._read_masks(path / "gap", state["applied_steps"])
         self._restore_weights(path, state)
-        self._bits = {name: b.to(self._shards[name].weight().device) for name, b in bits.items()}
-        self._last = {name: v.to(self._shards[name].weight().device) for name, v in last.items()}
-        self.applied_steps, self._updated, self._over = state["applied_steps"], False, False
+        self._take_masks(*found, state["applied_steps"])
         if state["lr_scheduler"] is not None and self._lr_scheduler is not None:
             self._lr_scheduler.load_state_dict(state["lr_scheduler"])
         if state["grad_scaler"] is not None and self._grad_scaler is not None:
@@ -635,6 +613,21 @@ class GaPEngine:
         self._world.barrier()  # a rank that could not restore its part has left: nobody goes on without it
         self._say(f"resumed {path} at step {self.applied_steps}: {self.phase}")
         return state["client_state"]
+
+    def _read_masks(self, folder: Path, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """This rank's masks before a step, and with `regrow: last_value` what its pruned weights were."""
+        phase, comm = self.schedule.phase_at(step), self._backend.comm
+        sparse = {entry.name for entry in self.plan.entries if phase.is_masked(entry.partition, step)}
+        bits = checkpoint.read_masks(folder / "masks.safetensors", self.plan, sparse, self._shards, comm)
+        if self.config.regrow != "last_value":
+            return bits, {}
+        return bits, checkpoint.read_values(folder / "pruned.safetensors", self.plan, sparse, self._shards, comm)
+
+    def _take_masks(self, bits: dict[str, Tensor], last: dict[str, Tensor], step: int) -> None:
+        """Goes on before a step with what was read."""
+        self._bits = {name: b.to(self._shards[name].weight().device) for name, b in bits.items()}
+        self._last = {name: v.to(self._shards[name].weight().device) for name, v in last.items()}
+        self.applied_steps, self._updated, self._over = step, False, False
 
     def _restore_weights(self, path: Path, state: dict[str, Any]) -> None:
         """Weights and optimizer state: from the library's own files if it can read them, else from portable ones."""
@@ -665,6 +658,7 @@ class GaPEngine:
             "applied_steps": self.applied_steps,
             "signature": self.signature,
             "plan": self.plan.fingerprint,
+            "entries": [[e.name, list(e.shape), e.partition, e.keep, list(e.dims)] for e in self.plan.entries],
             "worker": None if self.worker is None else self.worker.index,
             "first_steps": [phase.first_step for phase in self.schedule.phases],
             "ranks": self._world.size,
@@ -740,7 +734,10 @@ class GaPEngine:
             "mean_density": mean_density,
             "training_flops": self.plan.training_flops(mean_density),
             "entries": {
-                e.name: {"keep": e.keep, "nonzero": kept[e.name], "numel": e.numel, "partition": e.partition}
+                e.name: {
+                    **{"keep": e.keep, "nonzero": kept[e.name], "numel": e.numel},
+                    **{"partition": e.partition, "dims": list(e.dims)},
+                }
                 for e in self.plan.entries
             },
         }
