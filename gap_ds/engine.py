@@ -479,8 +479,8 @@ class GaPEngine:
 
         For a training that is stopped early. Training on has fixed masks. All ranks must call this.
         """
-        dense = {e: methods.Largest(e.keep) for e in self.plan.entries if e.partition in self.phase.dense}
-        if self.config.method == "dense" or not dense:
+        dense = self._to_prune()
+        if not dense:
             return False
         with operation(f"the end at step {self.applied_steps}"):
             self._agree(f"the end at step {self.applied_steps}")
@@ -491,6 +491,11 @@ class GaPEngine:
         self._over = True
         self._say(f"step {self.applied_steps}: ended early, {len(dense)} entries pruned, density {self.density:.4f}")
         return True
+
+    def _to_prune(self) -> dict[plan.Entry, methods.Largest]:
+        """What still has to be pruned for the final model: the entries that are dense in this phase, in a ramp too."""
+        dense = self.phase.dense
+        return {e: methods.Largest(e.keep) for e in self.plan.entries if e.partition in dense and e.keep < e.numel}
 
     def save_masks(self, folder: str | Path) -> None:
         """Saves the masks and the place in the schedule alone, beside weights and optimizer that something else saves.
@@ -709,8 +714,7 @@ class GaPEngine:
             raise ValueError(
                 f"{folder}: is not empty. Choose another folder, or overwrite it on purpose (overwrite=True)."
             )
-        dense = {e: methods.Largest(e.keep) for e in self.plan.entries if e.partition in self.phase.dense}
-        bits = {**self._bits, **self._select({} if self.config.method == "dense" else dense)}
+        bits = {**self._bits, **self._select(self._to_prune())}
         if self._backend.comm.writes:
             shards, comm = self._backend.shards(), self._backend.comm
             weights = export.full_weights(self._backend.module, shards, bits, comm, dtype)

@@ -103,13 +103,10 @@ def weight_files(folder: Path) -> dict[Path, list[str] | None]:
     if not index.is_file():
         raise ValueError(f"{folder}: has neither {single.name} nor {index.name}.")
     try:
-        homes = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
-        files: dict[Path, list[str]] = {}
-        for name, home in homes:
-            files.setdefault(folder / home, []).append(name)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        homes = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        outside = next((home for home in homes.values() if Path(home).name != home or home in ("", ".", "..")), None)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{index}: is damaged.") from None
-    for path in files:
-        if path.parent != folder or path.name in ("", "..") or path.name == index.name:
-            raise ValueError(f"{index}: names a file that is not in its folder ({str(path)[:200]!a}).")
-    return dict(sorted(files.items()))
+    if outside is not None:
+        raise ValueError(f"{index}: names a file that is not in its folder ({outside[:200]!a}).")
+    return {folder / home: [name for name in homes if homes[name] == home] for home in sorted(set(homes.values()))}

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from gap_ds.backends import zero
+from gap_ds.backends import brings_optimizer
 from gap_ds.config import GaPConfig
 from gap_ds.engine import GaPEngine
 
@@ -166,7 +166,7 @@ def prepare(
     if settings.method == "parallel":
         _refuse(settings)
     # A DeepSpeed engine brings both itself.
-    inner = None if zero.recognises(model) else getattr(scheduler, "scheduler", scheduler)
+    inner = None if brings_optimizer(model) else getattr(scheduler, "scheduler", scheduler)
     engine = GaPEngine(
         model,
         settings,
@@ -211,7 +211,7 @@ def _caller(callback: GaPCallback) -> tuple[Any, str | None]:
 
 def _innermost(model: nn.Module, optimizer: Any) -> torch.optim.Optimizer | None:
     """The optimizer inside Accelerate's wrapper; None for a DeepSpeed engine, which brings its own."""
-    if zero.recognises(model):
+    if brings_optimizer(model):
         return None
     while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = inner

@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import random
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fake_ranks import Ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -26,64 +26,6 @@ from gap_ds.plan import Entry, Plan
 from gap_ds.shard import Shard
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True, database=None)
-
-
-class Ranks:
-    """The collectives of a Comm among threads, written without torch.distributed."""
-
-    def __init__(self, size: int) -> None:
-        self.size, self.slots = size, [torch.empty(0)] * size
-        self.wait = threading.Barrier(size, timeout=20).wait
-
-    def run(self, work: Callable[[Any], Any]) -> list[Any]:
-        results: list[Any] = [None] * self.size
-
-        def target(rank: int) -> None:
-            try:
-                results[rank] = work(Rank(self, rank))
-            except Exception as error:
-                results[rank] = error
-
-        threads = [threading.Thread(target=target, args=(rank,)) for rank in range(self.size)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return results
-
-
-class Rank:
-    writes = True
-
-    def __init__(self, ranks: Ranks, rank: int) -> None:
-        self.ranks, self.rank, self.size = ranks, rank, ranks.size
-
-    def exchange(self, value: Any) -> list[Any]:
-        self.ranks.slots[self.rank] = value
-        self.ranks.wait()
-        values = list(self.ranks.slots)
-        self.ranks.wait()
-        return values
-
-    def sum(self, counts: Tensor) -> Tensor:
-        return torch.stack(self.exchange(counts)).sum(0)
-
-    def all_gather(self, row: Tensor) -> Tensor:
-        return torch.stack(self.exchange(row))
-
-    def assemble(self, piece: Tensor, starts: list[int], numels: list[int], total: int) -> Tensor | None:
-        pieces = self.exchange(piece)
-        assert [p.numel() for p in pieces] == numels
-        whole = torch.empty(total, dtype=piece.dtype)
-        for start, part in zip(starts, pieces, strict=True):
-            whole[start : start + part.numel()] = part
-        return whole if self.rank == 0 else None
-
-    def from_first(self, value: Any) -> Any:
-        return self.exchange(value)[0]
-
-    def barrier(self) -> None:
-        self.ranks.wait()
 
 
 def no_owner() -> Tensor:

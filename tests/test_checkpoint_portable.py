@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from fake_ranks import Ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_checkpoint_files import ALONE, FULL, NAMES, PLAN, Ranks, content_of, read, replace_header, writer
+from test_checkpoint_files import ALONE, FULL, NAMES, PLAN, content_of, read, replace_header, writer
 from torch import Tensor, nn
 
 from gap_ds import GaPEngine, checkpoint, masks, portable

@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ pytest.importorskip("rich")
 transformers = pytest.importorskip("transformers")
 
 from gap_ds import GaPConfig, __version__, selection  # noqa: E402
-from gap_ds.cli import doctor, forecast, main  # noqa: E402
+from gap_ds.cli import doctor, forecast  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -93,27 +93,14 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
+def run(command_line: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs a command line in a folder with all configs; (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    for variable in ("FORCE_COLOR", "GITHUB_ACTIONS", "TTY_COMPATIBLE"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setattr(forecast, "__version__", "0.0.0")
     monkeypatch.setattr(doctor, "__version__", "0.0.0")
     monkeypatch.setattr(doctor, "look", lambda: FACTS)
     for name, config in CONFIGS.items():
         write(Path(f"{name}.json"), config)
-
-    def run(*argv: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as exit_:
-            main(argv)
-        captured = capsys.readouterr()
-        assert isinstance(exit_.value.code, int)
-        return exit_.value.code, captured.out, captured.err
-
-    yield run
+    return command_line
 
 
 def write(path: Path, config: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ import os
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ pytest.importorskip("typer")
 pytest.importorskip("rich")
 
 from gap_ds import GaPConfig, GaPEngine, engine, masks
-from gap_ds.cli import main
 from gap_ds.cli.inspect_signature import config_of, schedule_of
 from gap_ds.schedule import build
 
@@ -62,23 +61,10 @@ def model() -> nn.Module:
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
+def run(command_line: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs a command line in an empty folder; (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    for variable in ("FORCE_COLOR", "GITHUB_ACTIONS", "TTY_COMPATIBLE"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setattr(engine, "__version__", "0.0.0")
-
-    def run(*argv: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as exit_:
-            main(argv)
-        captured = capsys.readouterr()
-        assert isinstance(exit_.value.code, int)
-        return exit_.value.code, captured.out, captured.err
-
-    yield run
+    return command_line
 
 
 @pytest.fixture
@@ -214,7 +200,8 @@ def test_sharded_export(run: Run, make: Make) -> None:
     edit(path, lambda data: data["weight_map"].update(ghost="../secret.safetensors"))
     assert run("inspect", "model")[::2] == (
         2,
-        "gap-ds: model/model.safetensors.index.json: names a file that is not in its folder (../secret.safetensors).\n",
+        "gap-ds: model/model.safetensors.index.json: names a file that is not in its folder "
+        "('../secret.safetensors').\n",
     )
     edit(path, lambda data: data["weight_map"].update(ghost="absent.safetensors"))
     assert run("inspect", "model")[0] == 2

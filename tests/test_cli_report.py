@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ pytest.importorskip("matplotlib")
 from PIL import Image
 
 from gap_ds import GaPConfig, plots
-from gap_ds.cli import main, report, report_page, report_runs
+from gap_ds.cli import report, report_page, report_runs
 from gap_ds.schedule import build
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,23 +43,10 @@ NUMEL = 64
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
+def run(command_line: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs a command line in an empty folder; (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    for variable in ("FORCE_COLOR", "GITHUB_ACTIONS", "TTY_COMPATIBLE"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setattr(report_page, "__version__", "0.0.0")
-
-    def run(*argv: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as exit_:
-            main(argv)
-        captured = capsys.readouterr()
-        assert isinstance(exit_.value.code, int)
-        return exit_.value.code, captured.out, captured.err
-
-    yield run
+    return command_line
 
 
 def make_run(folder: Path, config: dict[str, Any], *, finished: bool = True, bleu: bool = False, history: bool = False):

@@ -91,6 +91,13 @@ def detect(model: nn.Module, training: Training) -> Backend:
     return next(build for recognises, build in kinds if recognises(inside))(model, training)
 
 
+def brings_optimizer(model: nn.Module) -> bool:
+    """Whether a model is an engine that has an optimizer and a learning-rate scheduler of its own (DeepSpeed's)."""
+    from gap_ds.backends import zero
+
+    return zero.recognises(uncompiled(model))
+
+
 def uncompiled(model: nn.Module) -> nn.Module:
     """The module that torch.compile has wrapped, if it has."""
     return model._modules.get("_orig_mod") or model

@@ -65,7 +65,7 @@ def inspect(folder: Path, progress: Progress) -> dict[str, Any]:
     problems: list[str] = []
     whole: Counter[str] = Counter()
     dtypes: Counter[str] = Counter()
-    paths = files.weight_files(folder)
+    paths = export.weight_files(folder)
     total = sum(path.stat().st_size for path in paths if path.is_file())
     done = 0
     for path, expected in paths.items():

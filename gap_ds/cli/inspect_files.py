@@ -79,31 +79,6 @@ def chunks(file: Any, name: str, multiple: int = 1) -> Iterator[Tensor]:
         yield piece[lo : min(lo + rows, shape[0])]
 
 
-class _Index(Record):
-    weight_map: dict[str, str]
-
-
-def weight_files(folder: Path) -> dict[Path, list[str] | None]:
-    """The files of a model's weights and the names that each should hold; None: whatever it holds.
-
-    Raises:
-        ValueError: there are none, the index is damaged, or names a file outside the folder.
-    """
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return {single: None}
-    if not index.is_file():
-        raise ValueError(f"{folder}: has neither model.safetensors nor model.safetensors.index.json.")
-    files: dict[Path, list[str] | None] = {}
-    for name, file in read_json(index, _Index).weight_map.items():
-        if Path(file).name != file or file in ("", ".", ".."):
-            raise ValueError(f"{index}: names a file that is not in its folder ({printable(file)}).")
-        names = files.setdefault(folder / file, [])
-        assert names is not None
-        names.append(name)
-    return dict(sorted(files.items()))
-
-
 def header_counts(metadata: Mapping[str, str] | None) -> dict[str, int] | None:
     """The number of kept weights by entry that the header of a masks file has; None if it has none."""
 

@@ -106,13 +106,7 @@ def run(
                         jobs[worker] = start(worker)
                     elif status:
                         _end(jobs.values(), signal.SIGTERM)
-                        last = "".join(f"    {line}\n" for line in job.last)
-                        print(
-                            f"gap-ds parallel: worker {worker} ended with status {_status(status)}, so all have been "
-                            f"ended. Its last lines:\n{last}",
-                            file=sys.stderr,
-                            end="",
-                        )
+                        _tell(job, _status(status))
                         return _status(status)
                 time.sleep(0.1)
             return 0
@@ -172,6 +166,16 @@ def _copy(job: _Job, out: IO[str], lock: threading.Lock) -> None:
 def _say(out: IO[str], lock: threading.Lock, worker: int, line: str) -> None:
     with lock:
         print(f"[worker {worker}] {line}", file=out, flush=True)
+
+
+def _tell(job: _Job, status: int) -> None:
+    """Says once more, at the end, what ended all workers."""
+    print(
+        f"gap-ds parallel: worker {job.worker} ended with status {status}, so all have been ended. Its last lines:",
+        *(f"    {line}" for line in job.last),
+        sep="\n",
+        file=sys.stderr,
+    )
 
 
 def _finish(job: _Job) -> None:

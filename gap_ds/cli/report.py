@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from gap_ds import export
 from gap_ds.cli import inspect_files as files
 from gap_ds.cli import report_page, report_runs
 from gap_ds.cli.inspect_export import Progress
@@ -227,7 +228,7 @@ def _magnitudes(run: Run) -> bytes | None:
         return None
     bins = (_HIGHEST - _LOWEST) * _PER_OCTAVE
     counts, zeros = torch.zeros(kappa, bins, dtype=torch.int64), [0] * kappa
-    for path in files.weight_files(run.model):
+    for path in export.weight_files(run.model):
         with files.open_tensors(path) as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
                 if name in info.entries:
