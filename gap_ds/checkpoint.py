@@ -74,17 +74,23 @@ def write_masks(
     _write_pieces(path, metadata, layout, pieces, shards, comm, lambda whole: masks.pack(whole.bool()))
 
 
-def read_masks(path: Path, plan: Plan, sparse: set[str], shards: Mapping[str, Shard], comm: Comm) -> dict[str, Tensor]:
+def read_masks(
+    path: Path, plan: Plan, sparse: set[str] | None, shards: Mapping[str, Shard], comm: Comm, foreign: bool = False
+) -> dict[str, Tensor]:
     """This rank's piece of each sparse entry's mask, on the CPU; reads only the bytes that cover the piece.
 
+    Args:
+        sparse: the entries that must have a mask in the file; None: it may be any.
+        foreign: whether the file may be of another run, whose entries have the same names and sizes.
     Raises:
         ValueError: the file is truncated, of another format, version or plan, its sparse entries are not `sparse`, or
             a mask does not keep as many weights as the file says. On all ranks alike.
     """
     found: dict[str, Tensor] = {}
-    with _open(path, FORMAT, plan) as file:
-        _check_names(path, file.keys(), sparse)
-        for entry in _entries(plan, sparse):
+    with _open(path, FORMAT, None if foreign else plan) as file:
+        if sparse is not None:
+            _check_names(path, file.keys(), sparse)
+        for entry in _entries(plan, set(file.keys())):
             shard, piece = shards[entry.name], file.get_slice(entry.name)
             if piece.get_shape() != [masks.nbytes(entry.numel)] or piece.get_dtype() != "U8":
                 raise ValueError(f"{path}: the mask of {entry.name} does not have the size of its entry")
@@ -97,6 +103,16 @@ def read_masks(path: Path, plan: Plan, sparse: set[str], shards: Mapping[str, Sh
                 f"{path}: the mask of {name} keeps {n} weights instead of {wanted.get(name)}: it is damaged"
             )
     return found
+
+
+def kept_weights(path: Path) -> dict[str, int]:
+    """Weights that each mask of a file keeps, as its header says.
+
+    Raises:
+        ValueError: the file cannot be read, or is damaged or of another format or version.
+    """
+    with _open(path, FORMAT, None) as file:
+        return _counts(path, file.metadata())
 
 
 def write_values(path: Path, plan: Plan, shards: Mapping[str, Shard], values: Mapping[str, Tensor], comm: Comm) -> None:
@@ -150,8 +166,8 @@ def _counts(path: Path, metadata: Mapping[str, str]) -> dict[str, int]:
 
 
 @contextmanager
-def _open(path: Path, kind: str, plan: Plan) -> Iterator[Any]:
-    """A safetensors file of ours, with its header checked; damage anywhere in it becomes a ValueError."""
+def _open(path: Path, kind: str, plan: Plan | None) -> Iterator[Any]:
+    """A safetensors file of ours, of this plan if one is given; damage anywhere in it becomes a ValueError."""
     try:
         with safe_open(path, framework="pt") as file:
             _check_header(path, kind, file.metadata() or {}, plan)
@@ -160,14 +176,14 @@ def _open(path: Path, kind: str, plan: Plan) -> Iterator[Any]:
         raise ValueError(f"{path}: the file is truncated or damaged ({error}). Use an earlier checkpoint.") from None
 
 
-def _check_header(path: Path, kind: str, metadata: Mapping[str, str], plan: Plan) -> None:
+def _check_header(path: Path, kind: str, metadata: Mapping[str, str], plan: Plan | None) -> None:
     if metadata.get("format") != kind:
         raise ValueError(f"{path}: is no file of the kind {kind}")
     if metadata.get("version") != str(VERSION):
         raise ValueError(
             f"{path}: {kind} of version {metadata.get('version')}; this version of gap_ds reads version {VERSION}"
         )
-    if metadata.get("plan") != plan.fingerprint:
+    if plan is not None and metadata.get("plan") != plan.fingerprint:
         raise ValueError(
             f"{path}: was written for another plan ({metadata.get('plan')}, now {plan.fingerprint}): the model, the "
             "sparsity, the distribution, the pattern or the partitions differ. Restore them, or start in a new folder."

@@ -70,7 +70,9 @@ class GaPConfig(BaseModel):
         "one_shot: train dense, prune, retrain. gradual: prune little by little. rigl, set: drop by magnitude, grow by "
         "gradient or at random. static: fixed random masks. dense: none.",
     )
-    sparsity: float = Field(ge=0.0, lt=1.0, description="Fraction of the entries' weights that the final model drops.")
+    sparsity: float = Field(
+        0.0, ge=0.0, lt=1.0, description="Fraction of the entries' weights that the final model drops; must be set."
+    )
     distribution: Literal["uniform", "erk", "global"] | dict[str, float] = Field(
         "uniform",
         description="How the sparsity is spread: the same for every entry; Erdos-Renyi-Kernel; one budget and one "
@@ -103,8 +105,13 @@ class GaPConfig(BaseModel):
     )
     finetune_epochs: float | None = Field(None, ge=0, description="Length of the final phase with fixed masks, epochs.")
     finetune_steps: int | None = Field(None, ge=0, description="Length of the final phase with fixed masks, steps.")
-    init: Literal["random", "magnitude"] = Field(
-        "random", description="First masks: random (fresh weights) or by magnitude (pretrained weights)."
+    init: Literal["random", "magnitude", "from_weights", "from_file"] = Field(
+        "random",
+        description="First masks: random (fresh weights) or by magnitude (pretrained weights). With static also those "
+        "of a sparse model: where its weights are not zero, or as a file of masks has them.",
+    )
+    init_file: str | None = Field(
+        None, description="With init from_file: the masks.safetensors of a checkpoint, all of whose entries are sparse."
     )
     include: list[str] = Field(default=[], description="Patterns of further weights to make entries.")
     exclude: list[str] = Field(default=[], description="Patterns of weights that must stay dense.")
@@ -175,12 +182,29 @@ class GaPConfig(BaseModel):
             raise ValueError(f'"rounds" must be set with method={self.method!r}')
         if self.method in ("cyclic", "parallel") and self.kappa < 2:
             raise ValueError(f'partitions: {self.method} GaP needs at least 2; with one it is method="dsd"')
-        if (self.method == "dense") != (self.sparsity == 0.0):
+        self._check_init(given)
+        if self.method != "dense" and not self.inherits and "sparsity" not in given:
+            raise ValueError(f'"sparsity" must be set with method={self.method!r}')
+        if not self.inherits and (self.method == "dense") != (self.sparsity == 0.0):
             raise ValueError(f'sparsity={self.sparsity} with method="{self.method}": 0 and "dense" go together')
         self._check_selection()
         if not (self.exploring or self.dense_epochs or self.dense_steps or self.finetune_epochs or self.finetune_steps):
             raise ValueError('the run would be empty: raise "rounds" or the length of the fine-tuning')
         return self
+
+    def _check_init(self, given: set[str]) -> None:
+        if self.inherits and self.method != "static":
+            raise ValueError(
+                f'init="{self.init}" with method={self.method!r}: masks that are taken over stay as they are, so set '
+                '"method" to "static"'
+            )
+        for key in ("sparsity", "distribution", "pattern"):
+            if self.inherits and key in given:
+                raise ValueError(
+                    f'"{key}" has no effect with init="{self.init}", whose masks say what is kept: remove it'
+                )
+        if (self.init == "from_file") != (self.init_file is not None):
+            raise ValueError(f'"init_file" with init="{self.init}": the file and "from_file" go together')
 
     def _check_times(self) -> None:
         for name in _TIMES:
@@ -232,6 +256,11 @@ class GaPConfig(BaseModel):
                 f'distribution="global" with method={self.method!r}: its budgets are fixed before there are weights '
                 'to compare, so set "distribution" to "uniform" or "erk"'
             )
+
+    @property
+    def inherits(self) -> bool:
+        """Whether masks and budgets are those of a model that is sparse already."""
+        return self.init in ("from_weights", "from_file")
 
     @property
     def kappa(self) -> int:
@@ -291,9 +320,11 @@ class GaPConfig(BaseModel):
         parts |= {"T": self._length("phase")}
         if self.method not in _ONE_PHASE:
             parts["rounds"] = self.rounds
-        parts |= {"ft": self._length("finetune"), "s": _exact(self.sparsity)}
-        parts["dist"] = self.distribution if isinstance(self.distribution, str) else json.dumps(self.distribution)
-        parts["pat"] = self.pattern
+        parts["ft"] = self._length("finetune")
+        if not self.inherits:
+            parts["s"] = _exact(self.sparsity)
+            parts["dist"] = self.distribution if isinstance(self.distribution, str) else json.dumps(self.distribution)
+            parts["pat"] = self.pattern
         if "init" not in _UNUSED[self.method]:
             parts["init"] = self.init
         parts["lr"] = self.lr
@@ -355,8 +386,6 @@ def explain(error: ValidationError, origin: str, known: list[str]) -> str:
             near = difflib.get_close_matches(where, known, n=1)
             hint = f'did you mean "{near[0]}"?' if near else f"known settings: {', '.join(known)}."
             lines.append(f'unknown setting "{where}" in {origin}: {hint}')
-        elif item["type"] == "missing":
-            lines.append(f'"{where}" is missing in {origin}: it must be set.')
         elif not where:
             lines.append(f"{item['msg'].removeprefix('Value error, ')} (in {origin}).")
         else:

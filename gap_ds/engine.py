@@ -12,14 +12,14 @@ import copy
 import logging
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from gap_ds import agreement, checkpoint, export, masks, methods, plan, schedule, selection
+from gap_ds import agreement, checkpoint, export, masking, masks, methods, plan, schedule
 from gap_ds import portable as portable_files
 from gap_ds._version import __version__
 from gap_ds.agreement import Watch
@@ -27,9 +27,9 @@ from gap_ds.backends import Training, detect
 from gap_ds.comm import Comm, operation, together, why
 from gap_ds.config import GaPConfig
 from gap_ds.exchange import Exchange, Worker, items_of
-from gap_ds.pattern import Unstructured
+from gap_ds.history import History
+from gap_ds.masking import Masking
 from gap_ds.schedule import Phase
-from gap_ds.shard import Shard
 
 log = logging.getLogger("gap_ds")
 
@@ -62,6 +62,8 @@ class GaPEngine:
         worker: with `method: parallel`, which worker this job is and where it meets the others.
         masks_from: a folder that `save_masks` wrote: the run goes on from there. The weights and the optimizer are
             already restored, by whatever else saved them.
+        history: file to record what every boundary does to the masks (`gap-ds report` draws it); costs up to a further
+            bit for each weight of the entries. See history.py.
         gradient_accumulation_steps, gradient_clipping, grad_scaler: for a model that is no DeepSpeed engine: `step()`
             updates at every n-th call; norm to clip at (0: off); a torch.amp.GradScaler.
     Raises:
@@ -79,6 +81,7 @@ class GaPEngine:
         worker: Worker | None = None,
         nonfinite_loss: Literal["stop", "skip"] = "stop",
         masks_from: str | Path | None = None,
+        history: str | Path | None = None,
         gradient_accumulation_steps: int = 1,
         gradient_clipping: float = 0.0,
         grad_scaler: Any = None,
@@ -105,16 +108,14 @@ class GaPEngine:
         shards = self._backend.shards()
         frozen = {shard.name for shard in shards if not shard.trainable}
         shapes = {shard.name: shard.shape for shard in shards}
-        self.plan = plan.build(self._backend.module, self.config, shapes, frozen)
-        by_name = {shard.name: shard for shard in shards}
-        self._shards: dict[str, Shard] = {entry.name: by_name[entry.name] for entry in self.plan.entries}
-        #: Packed mask of this rank's piece of each sparse entry. A dense entry is not in it: None means not masked.
-        self._bits: dict[str, Tensor] = {}
-        #: With `regrow: last_value`, the values that this rank's pruned weights had, and zeros elsewhere.
-        self._last: dict[str, Tensor] = {}
-        #: This rank's gradients of the step before an update that looks at them.
-        self._gradients: dict[str, Tensor] = {}
+        kept = masking.inherited(self.config, shards, self._backend.comm) if self.config.inherits else None
+        self.plan = plan.build(self._backend.module, self.config, shapes, frozen, kept)
+        self.masking = Masking(self.plan, self.config, self._backend)
         self._rule = methods.rule(self.config)
+        self._history = None
+        if history is not None:
+            comms = (self._backend.comm, self._world)
+            self._history = History(Path(history), self.plan, self.signature, self.masking, *comms)
         self._exchange = None
         if worker is not None:
             of_run = (self.plan.kappa, self.signature, self.plan.fingerprint)
@@ -220,27 +221,18 @@ class GaPEngine:
         return self.config.signature(__version__)
 
     def _after_update(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Post-step hook: zeroes the pruned weights that the optimizer has just changed.
-
-        A sharding library may step its optimizer several times per update, with some of the weights each time; only
-        those are masked.
-        """
+        """Post-step hook: zeroes the pruned weights that the optimizer has just changed."""
         self._updated = True
-        owners = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for name, bits in self._bits.items():
-            shard = self._shards[name]
-            if shard.numel and id(owner := shard.owner()) in owners:
-                masks.zero_pruned_(shard.of(owner), bits)
+        self.masking.zero_pruned(optimizer)
         if methods.needs_gradient(self.config, self.phase, self.applied_steps + 1):
-            # Copied, because libraries free or overwrite them before the boundary.
-            for name, shard in self._shards.items():
-                if shard.numel and id(owner := shard.owner()) in owners and owner.grad is not None:
-                    self._gradients[name] = shard.of(owner.grad).clone()
+            self.masking.copy_gradients(optimizer)
 
     def _enter(self, before: Phase | None, after: Phase) -> None:
         """Does to every entry what the boundary between two phases, or an update inside one, asks for."""
         with operation(f"the boundary at step {self.applied_steps}"):
             self._cross(before, after)
+            if self._history is not None:
+                self._history.record(self.applied_steps, after)
 
     def _cross(self, before: Phase | None, after: Phase) -> None:
         started = time.perf_counter()
@@ -272,20 +264,12 @@ class GaPEngine:
         self._agree_on_masks()
 
     def _agree_on_masks(self) -> None:
-        agreement.check_masks(self.plan, self._bits, self._shards, self._backend.comm, self._world)
+        agreement.check_masks(self.plan, self.masking.bits, self.masking.shards, self._backend.comm, self._world)
 
     def _apply(self, before: Phase | None, after: Phase) -> list[methods.Update]:
-        """Selects all new masks, then changes masks, weights and moments; what was done to each entry."""
+        """Does to all entries what their rule says; what that was."""
         updates = {entry: self._rule(entry, before, after, self.applied_steps) for entry in self.plan.entries}
-        selected = self._select(updates)
-        self._gradients.clear()
-        for entry, update in updates.items():
-            if isinstance(update, methods.Dense):
-                self._grow(self._shards[entry.name])
-            elif entry.name in selected:
-                self._mask(self._shards[entry.name], selected[entry.name])
-        if selected or self.config.regrow == "last_value":
-            self._backend.publish()
+        self.masking.apply(updates, self.applied_steps)
         return list(updates.values())
 
     def _combine(self, exchange: Exchange, round_: int) -> None:
@@ -293,119 +277,15 @@ class GaPEngine:
         shards = {shard.name: shard for shard in self._backend.shards()}
         buffers = dict(export.buffers(self._backend.module))
         items = items_of(self.plan, list(shards.values()), buffers)
-        for received in exchange.combine(round_, items, self._bits):
+        for received in exchange.combine(round_, items, self.masking.bits):
             if (shard := shards.get(received.name)) is None:
                 buffers[received.name].copy_(received.value.view(buffers[received.name].shape))
                 continue
             if received.bits is not None:
-                self._forget_moments(shard, self._bits[shard.name])
-                self._bits[shard.name] = received.bits.to(shard.weight().device)
+                self.masking.replace(shard, received.bits)
             if shard.numel:
                 shard.weight().copy_(received.value)
         self._backend.publish()
-
-    def _select(self, updates: Mapping[plan.Entry, methods.Update]) -> dict[str, Tensor]:
-        """Exact masks of this rank's pieces for all entries whose mask changes; changes nothing."""
-        largest = {e: u for e, u in updates.items() if isinstance(u, methods.Largest)}
-        random = {e: u for e, u in updates.items() if isinstance(u, methods.Random)}
-        exchanged = {e: u for e, u in updates.items() if isinstance(u, methods.Exchange)}
-        if isinstance(self.plan.pattern, Unstructured):
-            bits = self._select_exactly(
-                {e: (u.keep, self._magnitudes(e)) for e, u in largest.items()}, self.plan.pooled
-            )
-            bits |= self._select_exactly({e: (u.keep, self._random(e, e.name)) for e, u in random.items()})
-            return bits | self._select_exchanged(exchanged)
-        bits = {e.name: self._select_whole(e, u.keep, self._magnitudes(e), True) for e, u in largest.items()}
-        return bits | {e.name: self._select_whole(e, u.keep, self._random(e, e.name), False) for e, u in random.items()}
-
-    def _select_exactly(
-        self, wanted: Mapping[plan.Entry, tuple[int, selection.Keys]], pooled: bool = False
-    ) -> dict[str, Tensor]:
-        """For each entry its `keep` largest keys; pooled: for each partition the sum of its budgets."""
-        if not wanted:
-            return {}
-        pieces: list[selection.Piece] = []
-        budgets: dict[int | str, int] = {}
-        keep: list[int] = []
-        for entry, (n, keys) in wanted.items():
-            shard = self._shards[entry.name]
-            budget = budgets.setdefault(entry.partition if pooled else entry.name, len(budgets))
-            keep += [0] * (len(budgets) - len(keep))
-            keep[budget] += n
-            pieces.append(selection.Piece(entry.name, shard.start, shard.numel, keys, budget))
-        bits = selection.select_largest(pieces, keep, self._backend.comm)
-        return {piece.name: b for piece, b in zip(pieces, bits, strict=True)}
-
-    def _select_exchanged(self, exchanged: Mapping[plan.Entry, methods.Exchange]) -> dict[str, Tensor]:
-        """Drop and grow: the kept weights without the smallest, and as many of all others by gradient or at random."""
-        kept = self._select_exactly(
-            {
-                e: (u.keep - u.drop, selection.only(self._magnitudes(e), self._bits[e.name]))
-                for e, u in exchanged.items()
-            }
-        )
-        grown = self._select_exactly(
-            {e: (u.drop, selection.only(self._growth(e, u.by_gradient), ~kept[e.name])) for e, u in exchanged.items()}
-        )
-        return {name: bits | grown[name] for name, bits in kept.items()}
-
-    def _magnitudes(self, entry: plan.Entry) -> selection.Keys:
-        return selection.magnitude_keys(self._shards[entry.name].weight())
-
-    def _random(self, entry: plan.Entry, name: str) -> selection.Keys:
-        shard = self._shards[entry.name]
-        return selection.random_keys(self.config.seed, name, shard.start, shard.weight().device)
-
-    def _growth(self, entry: plan.Entry, by_gradient: bool) -> selection.Keys:
-        """What the weights that come are chosen by. A parameter without a gradient has that of zeros."""
-        if not by_gradient:
-            return self._random(entry, f"{entry.name} {self.applied_steps}")
-        weight = self._shards[entry.name].weight()
-        gradient = self._gradients.get(entry.name)
-        return selection.magnitude_keys(torch.zeros_like(weight) if gradient is None else gradient)
-
-    def _select_whole(self, entry: plan.Entry, keep: int, keys: selection.Keys, by_magnitude: bool) -> Tensor:
-        """Bits of this rank's piece where the pattern needs the whole entry: all ranks assemble it and decide alike."""
-        shard = self._shards[entry.name]
-        piece = selection.Piece(entry.name, shard.start, shard.numel, keys, budget=0)
-        own = torch.cat([piece.keys(0, 0), *(chunk for _, chunk in piece.chunks())])
-        whole = self._backend.comm.assemble_everywhere(own, piece.start, entry.numel)
-        scores = selection.magnitudes(entry.name, whole) if by_magnitude else whole
-        kept = self.plan.pattern.mask(scores.view(entry.shape), keep, entry.dims)
-        return masks.pack(kept.flatten()[piece.start : piece.start + piece.numel])
-
-    def _mask(self, shard: Shard, bits: Tensor) -> None:
-        """Puts on a mask. It may keep weights that the mask before it pruned: those start with moments at zero."""
-        before = self._bits.get(shard.name)
-        if before is not None:
-            self._forget_moments(shard, before)
-        if self.config.regrow == "last_value":
-            self._remember(shard, before, bits)
-        if shard.numel:
-            masks.zero_pruned_(shard.weight(), bits)
-        self._bits[shard.name] = bits
-
-    def _grow(self, shard: Shard) -> None:
-        """Takes the mask off. The weights it had pruned are zero already, or get their last value; moments are zero."""
-        bits = self._bits.pop(shard.name, None)
-        if bits is not None:
-            self._forget_moments(shard, bits)
-            if self.config.regrow == "last_value":
-                weight, last = shard.weight(), self._last.pop(shard.name)
-                torch.where(masks.unpack(bits, shard.numel), weight, last, out=weight)
-
-    def _forget_moments(self, shard: Shard, bits: Tensor) -> None:
-        """Zeroes the moments of the weights that a mask prunes."""
-        for moment in shard.moments(self._backend.optimizer):
-            masks.zero_pruned_(moment, bits)
-
-    def _remember(self, shard: Shard, before: Tensor | None, bits: Tensor) -> None:
-        """Keeps the values of the weights that a new mask prunes, besides those that the mask before it had pruned."""
-        values = shard.weight().clone()
-        if before is not None:
-            values += self._last[shard.name]  # where the one is not zero, the other is
-        masks.zero_pruned_(values, ~bits)
-        self._last[shard.name] = values
 
     # -- learning rate ---------------------------------------------------------------------------------------------
 
@@ -446,16 +326,12 @@ class GaPEngine:
             mask_bytes: memory of this rank's masks.
             entries: per entry name: kept, numel, partition, dense.
         """
-        entries = self.plan.entries
-        local = [
-            masks.count(self._bits[e.name]) if e.name in self._bits else self._shards[e.name].numel for e in entries
-        ]
-        kept = self._backend.comm.sum(torch.tensor(local, dtype=torch.int64))
+        kept = self.masking.kept()
         rows = {
-            e.name: {"kept": n, "numel": e.numel, "partition": e.partition, "dense": e.name not in self._bits}
-            for e, n in zip(entries, kept.tolist(), strict=True)
+            e.name: {"kept": n, "numel": e.numel, "partition": e.partition, "dense": e.name not in self.masking.bits}
+            for e, n in zip(self.plan.entries, kept, strict=True)
         }
-        total = int(kept.sum())
+        total = sum(kept)
         return {
             "applied_steps": self.applied_steps,
             "phase": self.phase.index,
@@ -463,14 +339,14 @@ class GaPEngine:
             "numel": self.plan.numel,
             "density": total / self.plan.numel,
             "model_sparsity": (self.plan.numel - total) / self.plan.total,
-            "mask_bytes": sum(bits.numel() for bits in self._bits.values()),
+            "mask_bytes": sum(bits.numel() for bits in self.masking.bits.values()),
             "entries": rows,
         }
 
     def mask(self, name: str) -> Tensor | None:
         """This rank's piece of an entry's mask as a bool tensor; None while the entry is dense."""
-        bits = self._bits.get(name)
-        return None if bits is None else masks.unpack(bits, self._shards[name].numel)
+        bits = self.masking.bits.get(name)
+        return None if bits is None else masks.unpack(bits, self.masking.shards[name].numel)
 
     # -- the end, and masks next to other checkpoints ---------------------------------------------------------------
 
@@ -484,11 +360,11 @@ class GaPEngine:
             return False
         with operation(f"the end at step {self.applied_steps}"):
             self._agree(f"the end at step {self.applied_steps}")
-            for name, bits in self._select(dense).items():
-                self._mask(self._shards[name], bits)
-            self._backend.publish()
+            self.masking.apply(dense, self.applied_steps)
             self._agree_on_masks()
         self._over = True
+        if self._history is not None:
+            self._history.record(self.applied_steps, self.phase)
         self._say(f"step {self.applied_steps}: ended early, {len(dense)} entries pruned, density {self.density:.4f}")
         return True
 
@@ -527,7 +403,7 @@ class GaPEngine:
             )
         state = checkpoint.read_json(path / "state.json")
         self._check_state(path, state)
-        self._take_masks(*self._read_masks(path, state["applied_steps"]), state["applied_steps"])
+        self._read_masks(path, state["applied_steps"])()
         self._say(f"masks of {path} at step {self.applied_steps}: {self.phase}")
 
     # -- checkpoint and export -------------------------------------------------------------------------------------
@@ -568,17 +444,16 @@ class GaPEngine:
             return checkpoint.save(Path(folder), tag or f"step_{self.applied_steps}", self._world, write, keep)
 
     def _write_masks(self, folder: Path) -> None:
-        comm = self._backend.comm
-        if comm.writes:
+        if self._backend.comm.writes:
             about = {
                 "signature": self.signature,
                 "applied_steps": str(self.applied_steps),
                 "phase": str(self.phase.index),
                 "gap_ds": __version__,
             }
-            checkpoint.write_masks(folder / "masks.safetensors", self.plan, self._shards, self._bits, comm, about)
-            if self.config.regrow == "last_value":
-                checkpoint.write_values(folder / "pruned.safetensors", self.plan, self._shards, self._last, comm)
+            self.masking.write(folder, about)
+            if self._history is not None:
+                self._history.write(folder)
 
     def _write_state(self, folder: Path, client_state: Any) -> None:
         checkpoint.write_json(folder / f"rng_{self._world.rank}.json", checkpoint.random_state())
@@ -604,9 +479,9 @@ class GaPEngine:
     def _restore(self, path: Path) -> Any:
         state = checkpoint.read_json(path / "gap" / "state.json")
         self._check_state(path, state)
-        found = self._read_masks(path / "gap", state["applied_steps"])
+        take_masks = self._read_masks(path / "gap", state["applied_steps"])  # before anything is changed
         self._restore_weights(path, state)
-        self._take_masks(*found, state["applied_steps"])
+        take_masks()
         if state["lr_scheduler"] is not None and self._lr_scheduler is not None:
             self._lr_scheduler.load_state_dict(state["lr_scheduler"])
         if state["grad_scaler"] is not None and self._grad_scaler is not None:
@@ -619,20 +494,20 @@ class GaPEngine:
         self._say(f"resumed {path} at step {self.applied_steps}: {self.phase}")
         return state["client_state"]
 
-    def _read_masks(self, folder: Path, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """This rank's masks before a step, and with `regrow: last_value` what its pruned weights were."""
-        phase, comm = self.schedule.phase_at(step), self._backend.comm
+    def _read_masks(self, folder: Path, step: int) -> Callable[[], None]:
+        """Reads the masks before a step from a folder; what is returned goes on with them."""
+        phase = self.schedule.phase_at(step)
         sparse = {entry.name for entry in self.plan.entries if phase.is_masked(entry.partition, step)}
-        bits = checkpoint.read_masks(folder / "masks.safetensors", self.plan, sparse, self._shards, comm)
-        if self.config.regrow != "last_value":
-            return bits, {}
-        return bits, checkpoint.read_values(folder / "pruned.safetensors", self.plan, sparse, self._shards, comm)
+        pieces = self.masking.read(folder, sparse)
+        recorded = self._history.read(folder) if self._history is not None else None
 
-    def _take_masks(self, bits: dict[str, Tensor], last: dict[str, Tensor], step: int) -> None:
-        """Goes on before a step with what was read."""
-        self._bits = {name: b.to(self._shards[name].weight().device) for name, b in bits.items()}
-        self._last = {name: v.to(self._shards[name].weight().device) for name, v in last.items()}
-        self.applied_steps, self._updated, self._over = step, False, False
+        def go_on() -> None:
+            self.masking.restore(*pieces)
+            self.applied_steps, self._updated, self._over = step, False, False
+            if self._history is not None:
+                self._history.restore(recorded, step, phase)
+
+        return go_on
 
     def _restore_weights(self, path: Path, state: dict[str, Any]) -> None:
         """Weights and optimizer state: from the library's own files if it can read them, else from portable ones."""
@@ -714,7 +589,7 @@ class GaPEngine:
             raise ValueError(
                 f"{folder}: is not empty. Choose another folder, or overwrite it on purpose (overwrite=True)."
             )
-        bits = {**self._bits, **self._select(self._to_prune())}
+        bits = {**self.masking.bits, **self.masking.select(self._to_prune(), self.applied_steps)}
         if self._backend.comm.writes:
             shards, comm = self._backend.shards(), self._backend.comm
             weights = export.full_weights(self._backend.module, shards, bits, comm, dtype)
@@ -754,6 +629,8 @@ class GaPEngine:
 
     def close(self) -> None:
         """Takes the hook off the optimizer; the model keeps its present weights."""
+        if self._history is not None:
+            self._history.flush()
         self._hook.remove()
 
     def __getattr__(self, name: str) -> Any:

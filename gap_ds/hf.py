@@ -22,6 +22,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from gap_ds import history
 from gap_ds.backends import brings_optimizer
 from gap_ds.config import GaPConfig
 from gap_ds.engine import GaPEngine
@@ -47,14 +48,19 @@ class GaPCallback(TrainerCallback):  # type: ignore[misc]
         config: a GaPConfig, a dict, or the path of a JSON or YAML file.
         prune_at_end: whether a training that ends before its schedule does (early stopping, or a best model of an
             earlier phase) prunes what is dense then. Without it such a model is left as it is, with a warning.
+        history: whether to record in OUTPUT_DIR/gap_history.jsonl what every boundary does to the masks, for
+            `gap-ds report`; costs up to a bit for each weight of the entries.
     Raises:
         ValueError: a mistake in the config; when training begins: a combination that is not supported, a schedule
             longer than the training, or a checkpoint without masks.
     """
 
-    def __init__(self, config: GaPConfig | dict[str, Any] | str | Path, *, prune_at_end: bool = True) -> None:
+    def __init__(
+        self, config: GaPConfig | dict[str, Any] | str | Path, *, prune_at_end: bool = True, history: bool = True
+    ) -> None:
         self.config = GaPConfig.load(config)
         self.prune_at_end = prune_at_end
+        self.history = history
         self.engine: GaPEngine | None = None
         _refuse(self.config)
 
@@ -76,6 +82,7 @@ class GaPCallback(TrainerCallback):  # type: ignore[misc]
             optimizer=_innermost(model, trainer.optimizer),
             steps_per_epoch=_steps_per_epoch(self.config, args, trainer.callback_handler.train_dataloader),
             masks_from=None if checkpoint is None else Path(checkpoint, FOLDER),
+            history=Path(args.output_dir, history.NAME) if self.history else None,
         )
         self._check_length(self.engine, args, state)
         # First of all callbacks: what the others see and report in a step is then the state after its boundary.

@@ -54,7 +54,12 @@ class Exchange:
     by_gradient: bool
 
 
-Update = Keep | Dense | Largest | Random | Exchange
+@dataclass(frozen=True)
+class Stored:
+    """Take over: the mask is the one that the config's file of masks has."""
+
+
+Update = Keep | Dense | Largest | Random | Stored | Exchange
 Rule = Callable[[Entry, Phase | None, Phase, int], Update]
 
 
@@ -116,10 +121,17 @@ def _grow_and_prune(config: GaPConfig) -> Rule:
         if is_dense:
             return Keep() if was_dense else Dense()
         if before is None:
-            return Random(entry.keep) if config.init == "random" else Largest(entry.keep)
+            return _first(config, entry)
         return Largest(entry.keep) if was_dense else Keep()
 
     return update
+
+
+def _first(config: GaPConfig, entry: Entry) -> Update:
+    """The first mask of a sparse entry. The largest are all that are not zero where the weights are sparse already."""
+    if config.init == "from_file":
+        return Stored()
+    return Random(entry.keep) if config.init == "random" else Largest(entry.keep)
 
 
 def _drop_and_grow(config: GaPConfig) -> Rule:
@@ -143,7 +155,7 @@ def _drop_and_grow(config: GaPConfig) -> Rule:
 
     def update(entry: Entry, before: Phase | None, after: Phase, step: int) -> Update:
         if before is None:
-            return Random(entry.keep) if config.init == "random" else Largest(entry.keep)
+            return _first(config, entry)
         if before is not after:
             return Keep()
         alpha = config.drop_fraction / 2 * (1 + math.cos(math.pi * float(after.progress(step))))

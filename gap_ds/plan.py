@@ -123,6 +123,7 @@ def build(
     config: GaPConfig,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     frozen: Container[str] | None = None,
+    kept: Mapping[str, int] | None = None,
 ) -> Plan:
     """The plan of a model.
 
@@ -130,10 +131,12 @@ def build(
         shapes: full shape of every parameter by its clean name. A sharding backend hands this over, because the
             parameters it leaves in the module tree may be empty or flattened.
         frozen: names of the parameters that are not trained, and so never entries.
+        kept: where masks are taken over (`config.inherits`), the number of weights that each entry keeps, by name.
 
     Raises:
         ValueError: no entry was found, a name pattern matches nothing, there are more partitions than blocks, the
-            written partitions overlap or leave entries out, or an entry's shape does not go with the pattern.
+            written partitions overlap or leave entries out, an entry's shape does not go with the pattern, or `kept`
+            does not go with the model.
     """
     parameters = {clean_name(name): p for name, p in model.named_parameters()}
     if shapes is None:
@@ -149,7 +152,8 @@ def build(
     pattern = parse(config.pattern)
     dims = {name: _dims(name, modules) for name in names}
     _check_shapes(pattern, {name: shapes[name] for name in names}, dims)
-    keep = _budgets({name: shapes[name] for name in names}, config)
+    of_entries = {name: shapes[name] for name in names}
+    keep = _inherited(of_entries, config, kept) if config.inherits else _budgets(of_entries, config)
     entries = tuple(
         Entry(n, tuple(shapes[n]), partition[n], pattern.budget(shapes[n], k, dims[n]), dims[n])
         for n, k in zip(names, keep, strict=True)
@@ -174,6 +178,24 @@ def _budgets(shapes: Mapping[str, tuple[int, ...]], config: GaPConfig) -> list[i
         sparsity |= dict.fromkeys(found, ratio)
         matched |= dict.fromkeys(found, pattern)
     return [keep_count(math.prod(shape), sparsity[name]) for name, shape in shapes.items()]
+
+
+def _inherited(shapes: Mapping[str, tuple[int, ...]], config: GaPConfig, kept: Mapping[str, int] | None) -> list[int]:
+    """Weights that each entry keeps by the masks that are taken over."""
+    where = f'init="{config.init}"'
+    if kept is None:
+        raise ValueError(f"{where}: how many weights an entry keeps is known in training alone, from the weights.")
+    if missing := next((name for name in shapes if name not in kept), None):
+        raise ValueError(
+            f'{where}: {missing} has no mask in "init_file": its partition was dense then. Use the last checkpoint of '
+            'the run, or list it in "exclude".'
+        )
+    for name, shape in shapes.items():
+        if kept[name] > math.prod(shape):
+            raise ValueError(f"{where}: {name} keeps {kept[name]} weights and has {math.prod(shape)}.")
+    if all(kept[name] == math.prod(shape) for name, shape in shapes.items()):
+        raise ValueError(f"{where}: no entry has a pruned weight. Load the sparse weights before the engine is built.")
+    return [kept[name] for name in shapes]
 
 
 def _tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:

@@ -122,7 +122,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"sparsity": float("nan")}, 'sparsity=nan: input should be a finite number. Set "sparsity" in gap_config.'),
     ({"sparsity": "0.8"}, "sparsity='0.8': input should be a valid number. Set \"sparsity\" in gap_config."),
     ({"sparsity": True}, 'sparsity=True: input should be a valid number. Set "sparsity" in gap_config.'),
-    ({"sparsity": REMOVE}, '"sparsity" is missing in gap_config: it must be set.'),
+    ({"sparsity": REMOVE}, "\"sparsity\" must be set with method='cyclic' (in gap_config)."),
     ({"sparsity": 0}, 'sparsity=0.0 with method="cyclic": 0 and "dense" go together (in gap_config).'),
     (
         {"method": "dense", "partitions": REMOVE},
@@ -268,7 +268,32 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"exclude": ["a", 1]}, 'exclude.1=1: input should be a valid string. Set "exclude" in gap_config.'),
     ({"seed": -1}, 'seed=-1: input should be greater than or equal to 0. Set "seed" in gap_config.'),
     ({"seed": 0.0}, 'seed=0.0: input should be a valid integer. Set "seed" in gap_config.'),
-    ({"init": "zero"}, "init='zero': input should be 'random' or 'magnitude'. Set \"init\" in gap_config."),
+    (
+        {"init": "zero"},
+        "init='zero': input should be 'random', 'magnitude', 'from_weights' or 'from_file'. "
+        'Set "init" in gap_config.',
+    ),
+    (
+        {"init": "from_weights"},
+        'init="from_weights" with method=\'cyclic\': masks that are taken over stay as they are, so set "method" to '
+        '"static" (in gap_config).',
+    ),
+    (
+        {"method": "static", "init": "from_weights"},
+        '"sparsity" has no effect with init="from_weights", whose masks say what is kept: remove it (in gap_config).',
+    ),
+    (
+        {"method": "static", "init": "from_file", "init_file": "m", "sparsity": REMOVE, "pattern": "unstructured"},
+        '"pattern" has no effect with init="from_file", whose masks say what is kept: remove it (in gap_config).',
+    ),
+    (
+        {"method": "static", "init": "from_file", "sparsity": REMOVE},
+        '"init_file" with init="from_file": the file and "from_file" go together (in gap_config).',
+    ),
+    (
+        {"init_file": "masks.safetensors"},
+        '"init_file" with init="random": the file and "from_file" go together (in gap_config).',
+    ),
     ({"sparsty": 0.9}, 'unknown setting "sparsty" in gap_config: did you mean "sparsity"?'),
     ({"phase_epoch": 1}, 'unknown setting "phase_epoch" in gap_config: did you mean "phase_epochs"?'),
     *(
@@ -505,6 +530,10 @@ SIGNATURES: list[tuple[dict[str, Any], str]] = [
         "gap|method:cyclic|k:3|T:1ep|rounds:2|ft:2ep|s:0.5|dist:uniform|pat:2:4|init:random|lr:continuous|seed:0|v:1",
     ),
     (
+        data(method="static", init="from_file", init_file="masks.safetensors", sparsity=REMOVE),
+        "gap|method:static|k:3|T:1ep|rounds:2|ft:2ep|init:from_file|lr:continuous|seed:0|v:1",
+    ),
+    (
         data(method="dense", sparsity=0),
         "gap|method:dense|k:3|T:1ep|rounds:2|ft:2ep|s:0|dist:uniform|pat:unstructured|lr:continuous|seed:0|v:1",
     ),
@@ -707,7 +736,6 @@ def test_the_schema_is_printed() -> None:
     schema = json.loads(result.stdout)
     assert schema["properties"].keys() == GaPConfig.model_fields.keys()
     assert schema["additionalProperties"] is False
-    assert set(schema["required"]) == {"sparsity"}
     assert all("description" in entry for entry in schema["properties"].values())
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from gap_ds import GaPConfig, GaPEngine
+from gap_ds import GaPConfig, GaPEngine, plan
 
 STEPS = {"phase_steps": 3, "rounds": 2, "finetune_steps": 2}
 CYCLIC = {"sparsity": 0.75, "partitions": 2, **STEPS}
@@ -286,10 +286,79 @@ def test_the_engine_keeps_no_tensor_but_bits() -> None:
     engine = build()
     for _ in range(14):
         train(engine, 1)
-        kept = [value for value in vars(engine).values() if isinstance(value, torch.Tensor)]
-        kept += [v for value in vars(engine).values() if isinstance(value, dict) for v in value.values()]
+        attributes = [*vars(engine).values(), *vars(engine.masking).values()]
+        kept = attributes + [v for value in attributes if isinstance(value, dict) for v in value.values()]
         tensors = [value for value in kept if isinstance(value, torch.Tensor)]
         assert all(t.dtype == torch.uint8 and t.numel() == 5 for t in tensors)  # 36 bits in 5 bytes
         assert len(tensors) == sum(not row["dense"] for row in engine.stats()["entries"].values())
-        shard = engine._shards["layers.0.fc.weight"]
+        shard = engine.masking.shards["layers.0.fc.weight"]
         assert not any(isinstance(value, torch.Tensor) for value in vars(shard).values())
+
+
+# -- masks of a model that is sparse already -----------------------------------------------------------------------
+
+INHERIT = {"method": "static", "partitions": 2, **STEPS}
+
+
+def sparse_run(tmp_path: Path) -> GaPEngine:
+    """A finished sparse run, with a checkpoint in tmp_path/end."""
+    engine = build()
+    train(engine, 14)
+    engine.save_checkpoint(tmp_path, "end")
+    return engine
+
+
+def fine_tune(tmp_path: Path, config: dict[str, Any], weights_of: GaPEngine) -> GaPEngine:
+    torch.manual_seed(1)
+    model = Model()
+    model.load_state_dict(weights_of.module.state_dict())
+    return GaPEngine(model, config, optimizer=torch.optim.Adam(model.parameters(), lr=0.01))
+
+
+@pytest.mark.parametrize("init", ["from_weights", "from_file"])
+def test_fine_tuning_keeps_the_masks_of_a_sparse_model(tmp_path: Path, init: str) -> None:
+    before = sparse_run(tmp_path)
+    path = tmp_path / "end" / "gap" / "masks.safetensors"
+    config = {**INHERIT, "init": init, **({"init_file": str(path)} if init == "from_file" else {})}
+    engine = fine_tune(tmp_path, config, before)
+    assert weights(engine).keys() == weights(before).keys()
+    assert all(torch.equal(weight, weights(engine)[name]) for name, weight in weights(before).items())
+    train(engine, 14)
+    assert engine.finished and engine.stats()["kept"] == 36
+    for entry in engine.plan.entries:
+        mask, wanted = engine.mask(entry.name), before.mask(entry.name)
+        assert mask is not None and wanted is not None and torch.equal(mask, wanted)
+        weight, old = weights(engine)[entry.name], weights(before)[entry.name]
+        assert not weight.flatten()[~mask].count_nonzero() and not torch.equal(weight, old)
+
+
+def test_a_kept_weight_that_is_zero_is_in_the_file_of_masks_alone(tmp_path: Path) -> None:
+    before = sparse_run(tmp_path)
+    weight = dict(before.module.named_parameters())["layers.1.fc.weight"]
+    with torch.no_grad():
+        weight.view(-1)[int(weight.flatten().nonzero()[0])] = 0.0
+    path = str(tmp_path / "end" / "gap" / "masks.safetensors")
+    by_file = fine_tune(tmp_path, {**INHERIT, "init": "from_file", "init_file": path}, before)
+    by_weights = fine_tune(tmp_path, {**INHERIT, "init": "from_weights"}, before)
+    kept = [engine.stats()["entries"]["layers.1.fc.weight"]["kept"] for engine in (by_file, by_weights)]
+    assert kept == [9, 8]
+
+
+def test_masks_that_cannot_be_taken_over_are_refused(tmp_path: Path) -> None:
+    before = build()
+    with pytest.raises(ValueError, match=r"no entry has a pruned weight. Load the sparse weights before the engine"):
+        build({**INHERIT, "init": "from_weights"})
+    train(before, 4)  # partition 1 is dense
+    before.save_checkpoint(tmp_path, "early")
+    path = tmp_path / "early" / "gap" / "masks.safetensors"
+    config = {**INHERIT, "init": "from_file", "init_file": str(path)}
+    with pytest.raises(ValueError, match=r"layers.2.fc.weight has no mask in .* Use the last checkpoint"):
+        build(config)
+    with pytest.raises(ValueError, match=r"the mask of layers.0.fc.weight, which the model does not have"):
+        other = nn.ModuleList(nn.ModuleList([nn.Linear(6, 6)]) for _ in range(4))
+        GaPEngine(other, config, optimizer=torch.optim.Adam(other.parameters()))
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(ValueError, match="truncated or damaged"):
+        build(config)
+    with pytest.raises(ValueError, match="known in training alone"):
+        plan.build(Model(), GaPConfig.load(config))

@@ -342,7 +342,9 @@ def test_a_weight_that_is_nan_stops_the_boundary() -> None:
     message = r"layers\.0\.fc\.weight: 1 weights are NaN, so their magnitudes have no order\. .*diverged"
     with pytest.raises(ValueError, match=message):
         after = engine.schedule.phases[1]
-        engine._select({e: engine._rule(e, engine.phase, after, after.first_step) for e in engine.plan.entries[:6]})
+        engine.masking.select(
+            {e: engine._rule(e, engine.phase, after, after.first_step) for e in engine.plan.entries[:6]}, 0
+        )
 
 
 def test_what_travels_is_forecast() -> None:

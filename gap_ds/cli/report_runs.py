@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from gap_ds import checkpoint, export, schedule
+from gap_ds import checkpoint, export, history, schedule
 from gap_ds.cli import inspect_files as files
 from gap_ds.cli.inspect_checkpoint import State
 from gap_ds.cli.inspect_export import Count, EntryInfo
@@ -27,7 +27,6 @@ from gap_ds.cli.inspect_signature import config_of, schedule_of
 from gap_ds.config import GaPConfig
 from gap_ds.schedule import Schedule
 
-HISTORY = "gap_history.jsonl"
 #: Scores that results.json may have, in the order of the columns, and how to write them.
 SCORES = {
     "bleu": "BLEU",
@@ -322,14 +321,14 @@ def _read_metrics(run: Run) -> None:
 
 
 def _history(run: Run) -> History | None:
-    path = run.folder / HISTORY
+    path = run.folder / history.NAME
     if not path.is_file():
-        run.missing.append(f"changes of masks and exploration: this run recorded none (it has no {HISTORY})")
+        run.missing.append(f"changes of masks and exploration: this run recorded none (it has no {history.NAME})")
         return None
     try:
         lines = _lines(path)
         header = _Header.model_validate_json(next(lines, ""))
-        if (header.format, header.version) != ("gap_ds.history", 1):
+        if (header.format, header.version) != (history.FORMAT, history.VERSION):
             raise ValueError("another format")
         names = [row[0] for row in header.entries]
         numel, partition = [row[1] for row in header.entries], [row[2] for row in header.entries]
@@ -338,12 +337,12 @@ def _history(run: Run) -> History | None:
             try:
                 boundaries.append(Boundary.model_validate_json(line))
             except ValidationError:  # a kill can cut the last line short
-                run.missing.append(f"what follows line {len(boundaries) + 1} of {HISTORY}, which is damaged")
+                run.missing.append(f"what follows line {len(boundaries) + 1} of {history.NAME}, which is damaged")
                 break
         if not boundaries or any(len(boundary.kept) != len(names) for boundary in boundaries):
             raise ValueError("no boundary, or another number of entries")
     except (ValueError, ValidationError):
-        run.missing.append(f"changes of masks and exploration: {HISTORY} is damaged or of another version")
+        run.missing.append(f"changes of masks and exploration: {history.NAME} is damaged or of another version")
         return None
     return History(names, numel, partition, sorted(boundaries, key=lambda b: b.step))
 

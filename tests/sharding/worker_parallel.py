@@ -54,8 +54,8 @@ def train(engine: GaPEngine, last: int | None = None) -> tuple[list[Any], list[s
         for micro in range(toy.ACCUMULATION):
             engine.backward(engine(*toy.batch(step, micro, dist.get_rank(), skip=False)))
             engine.step()
-        for name in engine._bits:
-            if engine._shards[name].weight()[~engine.mask(name)].count_nonzero():
+        for name in engine.masking.bits:
+            if engine.masking.shards[name].weight()[~engine.mask(name)].count_nonzero():
                 wrong.append(f"step {step}: {name} has pruned weights that are not 0")
         if engine.phase is not phase and phase.kind == "explore":
             history.append(observe.full_masks(engine))

@@ -88,8 +88,8 @@ def train(engine: GaPEngine, until: int, wrong: list[str]) -> list[float]:
             engine.step()
         dist.all_reduce(total)
         losses.append(total.item())
-        for name in engine._bits:
-            shard = engine._shards[name]
+        for name in engine.masking.bits:
+            shard = engine.masking.shards[name]
             if shard.numel and shard.weight()[~engine.mask(name)].count_nonzero():
                 wrong.append(f"step {engine.applied_steps}: {name} has pruned weights that are not 0")
     return losses
