@@ -42,9 +42,10 @@ def main() -> int:
     shutil.rmtree(args.out, ignore_errors=True)
     rows = []
     for kind, moments in MOMENTS.items():
-        wanted = finish(kind, args.out / f"{kind}_undisturbed", [], args.seed)
+        rounds = 4 + args.kills  # enough of them, so that the run is not over before its last kill
+        wanted = finish(kind, args.out / f"{kind}_undisturbed", [], args.seed, rounds)
         chosen = list(itertools.islice(itertools.cycle(moments), args.kills))
-        found = finish(kind, args.out / f"{kind}_killed", chosen, args.seed)
+        found = finish(kind, args.out / f"{kind}_killed", chosen, args.seed, rounds)
         rows.append(row(kind, wanted, found))
         print(json.dumps(rows[-1]), flush=True)
     result = {

@@ -20,7 +20,6 @@ import contextlib
 import hashlib
 import json
 import os
-import random
 import shutil
 import struct
 import warnings
@@ -29,7 +28,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -544,31 +542,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def random_state() -> dict[str, Any]:
-    """State of this process's random generators: torch (CPU and current GPU), NumPy, Python."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    state: dict[str, Any] = {
-        "torch": bytes(torch.get_rng_state().numpy()).hex(),
-        "numpy": [kind, np.asarray(keys).tolist(), position, has_gauss, gauss],
-        "python": random.getstate(),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = bytes(torch.cuda.get_rng_state().numpy()).hex()
-    return state
-
-
-def set_random_state(state: Mapping[str, Any]) -> None:
-    """Restores what `random_state` returned."""
-
-    def tensor(text: str) -> Tensor:
-        return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
-
-    torch.set_rng_state(tensor(state["torch"]))
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensor(state["cuda"]))

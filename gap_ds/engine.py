@@ -29,7 +29,9 @@ from gap_ds.config import GaPConfig
 from gap_ds.exchange import Exchange, Worker, items_of
 from gap_ds.history import History
 from gap_ds.masking import Masking
+from gap_ds.records import read_json
 from gap_ds.schedule import Phase
+from gap_ds.state import RandomState, State
 
 log = logging.getLogger("gap_ds")
 
@@ -172,6 +174,13 @@ class GaPEngine:
         """Backward pass of one micro-batch; the loss is its mean, whatever the number of accumulated micro-batches."""
         if self._watch.admits(loss, self.applied_steps):
             self._backend.backward(loss)
+
+    def watch(self, loss: Tensor) -> None:
+        """Looks at a loss that something else propagates, as `backward` does: one that is not finite ends the run.
+
+        With nonfinite_loss="stop" alone: a micro-batch that is not ours to propagate cannot be left out.
+        """
+        self._watch.admits(loss, self.applied_steps)
 
     def step(self) -> None:
         """Ends a micro-batch. If that completes an update: optimizer step, masks, and at a boundary prune and grow."""
@@ -386,7 +395,7 @@ class GaPEngine:
         self._world.barrier()
         together(self._world, lambda: self._write_masks(folder))
         if self._world.rank == 0:
-            checkpoint.write_json(folder / "state.json", self._state(None))
+            checkpoint.write_json(folder / "state.json", self._state().model_dump())
         self._world.barrier()
 
     def load_masks(self, folder: str | Path) -> None:
@@ -401,9 +410,9 @@ class GaPEngine:
                 f"{path}: holds no masks: its checkpoint was written without gap_ds, or the run was killed before it "
                 "was complete. Use an earlier checkpoint."
             )
-        state = checkpoint.read_json(path / "state.json")
-        self._check_state(path, state)
-        self._read_masks(path, state["applied_steps"])()
+        state = read_json(path / "state.json", State)
+        state.check(path, self._state())
+        self._read_masks(path, state.applied_steps)()
         self._say(f"masks of {path} at step {self.applied_steps}: {self.phase}")
 
     # -- checkpoint and export -------------------------------------------------------------------------------------
@@ -456,9 +465,9 @@ class GaPEngine:
                 self._history.write(folder)
 
     def _write_state(self, folder: Path, client_state: Any) -> None:
-        checkpoint.write_json(folder / f"rng_{self._world.rank}.json", checkpoint.random_state())
+        checkpoint.write_json(folder / f"rng_{self._world.rank}.json", RandomState.now().model_dump())
         if self._world.rank == 0:
-            checkpoint.write_json(folder / "state.json", self._state(client_state))
+            checkpoint.write_json(folder / "state.json", self._state(client_state).model_dump())
 
     def load_checkpoint(self, folder: str | Path, tag: str | None = None) -> Any:
         """Restores FOLDER/TAG; without a tag the newest that is whole. Returns the caller's `client_state`.
@@ -477,22 +486,25 @@ class GaPEngine:
             return self._restore(path)
 
     def _restore(self, path: Path) -> Any:
-        state = checkpoint.read_json(path / "gap" / "state.json")
-        self._check_state(path, state)
-        take_masks = self._read_masks(path / "gap", state["applied_steps"])  # before anything is changed
+        # Everything is read and checked before anything is changed.
+        state = read_json(path / "gap" / "state.json", State)
+        state.check(path, self._state())
+        take_masks = self._read_masks(path / "gap", state.applied_steps)
+        same_ranks = state.ranks == self._world.size
+        random = read_json(path / "gap" / f"rng_{self._world.rank}.json", RandomState) if same_ranks else None
         self._restore_weights(path, state)
         take_masks()
-        if state["lr_scheduler"] is not None and self._lr_scheduler is not None:
-            self._lr_scheduler.load_state_dict(state["lr_scheduler"])
-        if state["grad_scaler"] is not None and self._grad_scaler is not None:
-            self._grad_scaler.load_state_dict(state["grad_scaler"])
-        if state["ranks"] == self._world.size:
-            checkpoint.set_random_state(checkpoint.read_json(path / "gap" / f"rng_{self._world.rank}.json"))
+        if state.lr_scheduler is not None and self._lr_scheduler is not None:
+            self._lr_scheduler.load_state_dict(state.lr_scheduler)
+        if state.grad_scaler is not None and self._grad_scaler is not None:
+            self._grad_scaler.load_state_dict(state.grad_scaler)
+        if random is not None:
+            random.restore()
         else:
-            warnings.warn(f"saved by {state['ranks']} ranks: the random state is not restored", stacklevel=2)
+            warnings.warn(f"saved by {state.ranks} ranks: the random state is not restored", stacklevel=2)
         self._world.barrier()  # a rank that could not restore its part has left: nobody goes on without it
         self._say(f"resumed {path} at step {self.applied_steps}: {self.phase}")
-        return state["client_state"]
+        return state.client_state
 
     def _read_masks(self, folder: Path, step: int) -> Callable[[], None]:
         """Reads the masks before a step from a folder; what is returned goes on with them."""
@@ -509,18 +521,16 @@ class GaPEngine:
 
         return go_on
 
-    def _restore_weights(self, path: Path, state: dict[str, Any]) -> None:
+    def _restore_weights(self, path: Path, state: State) -> None:
         """Weights and optimizer state: from the library's own files if it can read them, else from portable ones."""
         backend = self._backend
-        was, now = (
-            f"{n} on {r} ranks" for n, r in [(state["backend"], state["ranks"]), (backend.name, self._world.size)]
-        )
+        was, now = (f"{n} on {r} ranks" for n, r in [(state.backend, state.ranks), (backend.name, self._world.size)])
         if was != now and portable_files.exists(path / "gap"):
             portable_files.read(path / "gap", backend, dict(export.buffers(backend.module)), self._world)
             backend.publish()
-            backend.recount(state["applied_steps"], state.get("counters", {}))
+            backend.recount(state.applied_steps, state.counters)
             return
-        if was != now and not (backend.reshards and state["backend"] == backend.name):
+        if was != now and not (backend.reshards and state.backend == backend.name):
             raise ValueError(
                 f"{path}: was saved by {was}, and this is {now}: that takes a checkpoint saved with portable=True. "
                 f"Go on with {was}, and save such a one there."
@@ -533,45 +543,22 @@ class GaPEngine:
                 "backend and the number of ranks that saved this one."
             ) from error
 
-    def _state(self, client_state: Any) -> dict[str, Any]:
-        return {
-            "applied_steps": self.applied_steps,
-            "signature": self.signature,
-            "plan": self.plan.fingerprint,
-            "entries": [[e.name, list(e.shape), e.partition, e.keep, list(e.dims)] for e in self.plan.entries],
-            "worker": None if self.worker is None else self.worker.index,
-            "first_steps": [phase.first_step for phase in self.schedule.phases],
-            "ranks": self._world.size,
-            "backend": self._backend.name,
-            "lr_scheduler": None if self._lr_scheduler is None else _plain(self._lr_scheduler.state_dict()),
-            "grad_scaler": None if self._grad_scaler is None else self._grad_scaler.state_dict(),
-            "counters": self._backend.counters(),
-            "manifest": True,
-            "client_state": client_state,
-        }
-
-    def _check_state(self, path: Path, state: dict[str, Any]) -> None:
-        if state["plan"] != self.plan.fingerprint:
-            raise ValueError(
-                f"{path}: was written for another plan ({state['plan']}, now {self.plan.fingerprint}): the model, the "
-                "sparsity, the distribution, the pattern or the partitions differ. Restore them, or start in a new "
-                "folder."
-            )
-        was, now = (s.rpartition("|v:")[0].split("|") for s in (state["signature"], self.signature))
-        if was != now:
-            changed = [f"{a} (now {b})" for a, b in zip(was, now, strict=False) if a != b] or ["other settings"]
-            raise ValueError(
-                f"{path}: was written with {', '.join(changed)}. Restore the config, or start in a new folder."
-            )
-        index = None if self.worker is None else self.worker.index
-        if state["worker"] != index:
-            raise ValueError(f"{path}: was written by worker {state['worker']}, and this is worker {index}.")
-        first_steps = [phase.first_step for phase in self.schedule.phases]
-        if state["first_steps"] != first_steps:
-            raise ValueError(
-                f"{path}: its phases start at steps {state['first_steps'][:4]}..., now at {first_steps[:4]}...: "
-                "an epoch had another number of steps. Restore the data and the batch size, or start in a new folder."
-            )
+    def _state(self, client_state: Any = None) -> State:
+        return State(
+            applied_steps=self.applied_steps,
+            signature=self.signature,
+            plan=self.plan.fingerprint,
+            entries=[(e.name, list(e.shape), e.partition, e.keep, list(e.dims)) for e in self.plan.entries],
+            worker=None if self.worker is None else self.worker.index,
+            first_steps=[phase.first_step for phase in self.schedule.phases],
+            ranks=self._world.size,
+            backend=self._backend.name,
+            lr_scheduler=None if self._lr_scheduler is None else _plain(self._lr_scheduler.state_dict()),
+            grad_scaler=None if self._grad_scaler is None else self._grad_scaler.state_dict(),
+            counters=self._backend.counters(),
+            manifest=True,
+            client_state=client_state,
+        )
 
     def export(
         self, folder: str | Path, *, tokenizer: Any = None, dtype: torch.dtype = torch.float32, overwrite: bool = False

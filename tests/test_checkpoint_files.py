@@ -24,6 +24,7 @@ from gap_ds import checkpoint, masks
 from gap_ds.comm import Comm
 from gap_ds.plan import Entry, Plan
 from gap_ds.shard import Shard
+from gap_ds.state import RandomState
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
@@ -548,11 +549,11 @@ def test_json_is_whole_or_as_before(tmp_path: Path) -> None:
 
 
 def test_random_state_survives_json() -> None:
-    before = checkpoint.random_state()
+    before = RandomState.now()
     try:
         torch.manual_seed(1), random.seed(2), np.random.seed(3)
         random.gauss(0, 1), np.random.standard_normal()  # both keep a second number for the next call
-        state = json.loads(json.dumps(checkpoint.random_state()))
+        state = RandomState.model_validate_json(json.dumps(RandomState.now().model_dump()))
 
         def drawn() -> list[float]:
             numbers = [random.gauss(0, 1), random.random(), *np.random.standard_normal(2).tolist()]
@@ -560,8 +561,8 @@ def test_random_state_survives_json() -> None:
 
         expected = drawn()
         assert drawn() != expected
-        checkpoint.set_random_state(state)
+        state.restore()
         assert drawn() == expected
         assert all(math.isfinite(number) for number in expected)
     finally:
-        checkpoint.set_random_state(before)
+        before.restore()

