@@ -17,10 +17,10 @@ export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env demo test test-slow test-gpu lint format bench clean distclean
+.PHONY: help env demo docs test test-slow test-gpu lint format bench bench-gpu bench-guard clean distclean
 
 help:  ## list the targets
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "  PYTHON=$(PYTHON)  VENV=$(VENV)  PIP_ARGS='$(PIP_ARGS)'  PYTEST_ARGS='$(PYTEST_ARGS)'"
 
@@ -72,8 +72,26 @@ format: env  ## let ruff sort imports, fix what it can, and format
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: env  ## what a step costs with and without the engine
-	$(RUN) benchmarks/overhead.py
+docs: env  ## write docs/reference.md from docstrings, settings and options
+	$(RUN) docs/build_reference.py
+
+bench: env  ## all benchmarks of a CPU, into benchmarks/results (about an hour on 2 cores)
+	OMP_NUM_THREADS=1; export OMP_NUM_THREADS; set -e; \
+	for name in masks peers scaling startup throughput memory; do $(RUN) benchmarks/$$name.py; done; \
+	for ranks in 1 2 4; do $(RUN) benchmarks/boundary.py --ranks $$ranks --name boundary_$${ranks}_ranks; done; \
+	rm -f benchmarks/results/overhead.json; \
+	for preset in small base; do $(RUN) benchmarks/overhead.py --preset $$preset --tokens 512 --out benchmarks/results/overhead.json; done; \
+	for backend in ddp fsdp1 fsdp2 fairscale zero1 zero2 zero3; do \
+	    $(RUN) -m torch.distributed.run --standalone --nproc-per-node 2 benchmarks/overhead.py \
+	        --backend $$backend --tokens 512 --out benchmarks/results/overhead.json; done
+	$(RUN) benchmarks/tables.py
+
+bench-gpu: env  ## all benchmarks of a GPU, in less than 8 minutes; needs no network
+	$(RUN) benchmarks/gpu.py
+
+bench-guard: env  ## time the hot paths; fails if a median is 20 % above the last run's on this machine
+	$(RUN) -m pytest -q benchmarks/guard.py -p no:xdist --benchmark-autosave --benchmark-columns=median,iqr,rounds \
+	    $$(test ! -d .benchmarks || echo --benchmark-compare --benchmark-compare-fail=median:20%)
 
 clean:  ## remove caches and build products (the environment and runs/ stay)
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

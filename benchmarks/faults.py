@@ -15,6 +15,7 @@ import os
 import platform
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def main() -> int:
     shutil.rmtree(args.out, ignore_errors=True)
     rows = []
     for kind, moments in MOMENTS.items():
-        rounds = 4 + args.kills  # enough of them, so that the run is not over before its last kill
+        rounds = 4 + 3 * args.kills  # enough of them, so that the run is not over before its last kill
         wanted = finish(kind, args.out / f"{kind}_undisturbed", [], args.seed, rounds)
         chosen = list(itertools.islice(itertools.cycle(moments), args.kills))
         found = finish(kind, args.out / f"{kind}_killed", chosen, args.seed, rounds)
@@ -60,7 +61,7 @@ def main() -> int:
 
 def row(kind: str, wanted: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     """What happened to one run."""
-    by_moment = {m: sum(kill["moment"] == m for kill in found["kills"]) for m in MOMENTS[kind]}
+    by_moment = dict(Counter(kill["moment"] for kill in found["kills"]))
     return {
         "run": kind,
         "kills": len(found["kills"]),

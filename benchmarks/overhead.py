@@ -1,11 +1,12 @@
 """What a training step costs with the engine, relative to the same step without it.
 
     torchrun --nproc-per-node 2 benchmarks/overhead.py --preset small --backend zero2
-    python benchmarks/overhead.py --preset small --backend plain
+    python benchmarks/overhead.py --preset base --backend plain
 
 Two copies of a model take turns on the same batches in one process: A bare, B inside a GaPEngine, in the order A B B A,
 so that whatever else the machine does falls on both alike. Reported are the medians and the median of the ratios of
-neighbouring steps. No boundary falls into the timed steps: its cost is reported separately, as the engine measures it.
+neighbouring steps. No boundary falls into the timed steps: its cost is reported separately (boundary.py, and
+`last_boundary_seconds` in a run). fairscale names CUDA streams: without a GPU the tests' stand-in for them is used.
 """
 
 from __future__ import annotations
@@ -13,26 +14,27 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import measure
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "translation"))
+sys.path.insert(0, str(measure.ROOT / "examples"))
+sys.path.insert(0, str(measure.ROOT / "examples" / "translation"))
 
 import model as models
+from common import sharding
 
-from gap_ds import GaPEngine, __version__
+from gap_ds import GaPEngine
 
-BACKENDS = ("plain", "ddp", "zero0", "zero1", "zero2", "zero3")
+BACKENDS = ("plain", "ddp", "fsdp1", "fsdp2", "fairscale", "zero0", "zero1", "zero2", "zero3")
 VOCABULARY = 6000
 
 
@@ -44,37 +46,34 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048, help="target tokens of a step of one rank")
     parser.add_argument("--pairs", type=int, default=40, help="timed pairs of steps")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
+    parser.add_argument("--quick", action="store_true", help="a size for tests")
     parser.add_argument("--out", type=Path, help="JSON file to add the result to")
     args = parser.parse_args()
+    if args.quick:
+        args.preset, args.tokens, args.pairs = "tiny", 64, 3
 
     warnings.filterwarnings("ignore", category=FutureWarning)
     device = start(args.backend)
-    bare = build(args, device, sparse=False)
-    engine = build(args, device, sparse=True)
+    steps = {name: build(args, device, sparse=name == "engine")[0] for name in ("bare", "engine")}
     batch = tokens(args, device)
-    for _ in range(5):
-        for step in (bare, engine):
-            step(batch)
-    seconds: dict[str, list[float]] = {"bare": [], "engine": []}
-    for pair in range(args.pairs):
-        turns = [("bare", bare), ("engine", engine)]
-        for name, step in turns if pair % 2 == 0 else turns[::-1]:
-            seconds[name].append(timed(step, batch, device))
-    if dist.is_initialized() and dist.get_rank() != 0:
-        return
-    result = summary(args, seconds)
-    print(json.dumps(result, indent=1))
-    if args.out:
-        results = json.loads(args.out.read_text()) if args.out.exists() else []
-        args.out.write_text(json.dumps([*results, result], indent=1) + "\n")
+    works = {name: (lambda step=step: step(batch)) for name, step in steps.items()}
+    barrier = dist.barrier if dist.is_initialized() else lambda: None
+    measure.in_turns(works, min(4, args.pairs), barrier)
+    seconds = measure.in_turns(works, args.pairs, barrier)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        result = summary(args, seconds)
+        print(json.dumps(result, indent=1))
+        if args.out:
+            results = json.loads(args.out.read_text()) if args.out.exists() else []
+            args.out.write_text(json.dumps([*results, result], indent=1) + "\n")
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def start(backend: str) -> torch.device:
     """Joins the launcher's processes, if there are any."""
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    device = measure.device()
     if backend.startswith("zero"):
         import deepspeed
 
@@ -84,13 +83,17 @@ def start(backend: str) -> torch.device:
     return device
 
 
-def build(args: argparse.Namespace, device: torch.device, sparse: bool) -> Callable[[dict[str, Any]], None]:
-    """One training step of a fresh model, bare or inside the engine."""
+def build(
+    args: argparse.Namespace, device: torch.device, sparse: bool, phase_steps: int = 10**9
+) -> tuple[Callable[[dict[str, Any]], None], Any]:
+    """One training step of a fresh model, bare or inside the engine; and what trains it."""
     torch.manual_seed(0)
     model = models.build_model(models.build_config(args.preset, vocab_size=VOCABULARY)).to(device)
+    if not args.backend.startswith("zero"):
+        model = wrap(model, args.backend, device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
-    # One phase that never ends: two of three partitions are sparse, as in most of a cyclic run.
-    gap = {"sparsity": args.sparsity, "partitions": 3, "phase_steps": 10**9, "rounds": 1, "finetune_steps": 1}
+    # By default one phase that never ends: two of three partitions are sparse, as in most of a cyclic run.
+    gap = {"sparsity": args.sparsity, "partitions": 3, "phase_steps": phase_steps, "rounds": 1, "finetune_steps": 1}
     trained: Any = model
     if args.backend.startswith("zero"):
         import deepspeed
@@ -108,8 +111,7 @@ def build(args: argparse.Namespace, device: torch.device, sparse: bool) -> Calla
         if sparse:
             trained = GaPEngine(trained, gap)
     else:
-        wrapped = DistributedDataParallel(model) if args.backend == "ddp" else model
-        trained = GaPEngine(wrapped, gap, optimizer=optimizer) if sparse else Bare(wrapped, optimizer)
+        trained = GaPEngine(model, gap, optimizer=optimizer) if sparse else Bare(model, optimizer)
     autocast = args.dtype == "bf16" and not args.backend.startswith("zero")
 
     def step(batch: dict[str, Any]) -> None:
@@ -119,7 +121,21 @@ def build(args: argparse.Namespace, device: torch.device, sparse: bool) -> Calla
         trained.backward(loss)
         trained.step()
 
-    return step
+    return step, trained
+
+
+def wrap(model: nn.Module, backend: str, device: torch.device) -> nn.Module:
+    """The model as the examples shard it; fairscale on a CPU as the tests do."""
+    if backend != "fairscale" or device.type == "cuda":
+        return sharding.wrap(model, "none" if backend == "plain" else backend, device)
+    sys.path.insert(0, str(measure.ROOT / "tests" / "sharding"))
+    import worker_fairscale
+
+    worker_fairscale.without_cuda()
+    for stack in (model.model.encoder.layers, model.model.decoder.layers):
+        for i, layer in enumerate(stack):
+            stack[i] = worker_fairscale.FullyShardedDataParallel(layer, compute_device=device, bucket_cap_mb=0)
+    return worker_fairscale.FullyShardedDataParallel(model, compute_device=device, bucket_cap_mb=0)
 
 
 class Bare:
@@ -147,40 +163,23 @@ def tokens(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     return {"input_ids": ids[0], "decoder_input_ids": ids[1], "labels": ids[2]}
 
 
-def timed(step: Callable[[dict[str, Any]], None], batch: dict[str, Any], device: torch.device) -> float:
-    """Seconds of one step."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    if dist.is_initialized():
-        dist.barrier()
-    started = time.perf_counter()
-    step(batch)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
 def summary(args: argparse.Namespace, seconds: dict[str, list[float]]) -> dict[str, Any]:
     """The figures, and all that it takes to repeat them."""
-    ratios = [b / a for a, b in zip(seconds["bare"], seconds["engine"], strict=True)]
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     launcher = f"torchrun --nproc-per-node {ranks}" if ranks > 1 else "python"
+    figures = measure.compared(seconds, "bare")
+    engine, bare = figures["engine"], figures["bare"]
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "quick")}
     return {
         "ratio_of_medians": round(statistics.median(seconds["engine"]) / statistics.median(seconds["bare"]), 4),
-        "median_of_ratios": round(statistics.median(ratios), 4),
-        "bare_ms": round(1e3 * statistics.median(seconds["bare"]), 2),
-        "engine_ms": round(1e3 * statistics.median(seconds["engine"]), 2),
-        "quartiles_of_ratios": [round(q, 4) for q in statistics.quantiles(ratios, n=4)],
-        **{k: v for k, v in vars(args).items() if k != "out"},
-        "command": f"{launcher} benchmarks/overhead.py "
-        + " ".join(f"--{k} {v}" for k, v in vars(args).items() if k != "out"),
+        "median_of_ratios": engine["ratio"],
+        "bare_ms": bare["ms"],
+        "engine_ms": engine["ms"],
+        "quartiles_of_ratios": engine["quartiles"],
+        **settings,
+        "command": f"{launcher} benchmarks/overhead.py " + " ".join(f"--{k} {v}" for k, v in settings.items()),
         "ranks": ranks,
-        "threads": torch.get_num_threads(),
-        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU",
-        "cores": len(os.sched_getaffinity(0)),
-        "load_average": round(os.getloadavg()[0], 2),
-        "torch": torch.__version__,
-        "gap_ds": __version__,
+        "machine": measure.machine(),
         "seed": 0,
     }
 

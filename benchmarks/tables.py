@@ -19,6 +19,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import measure
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 TRANSLATION = RESULTS / "translation_multi30k.json"
@@ -36,6 +38,7 @@ def main() -> int:
     readme = ROOT / "README.md"
     before = readme.read_text(encoding="utf-8")
     sections = {"translation": translation(), "quality": quality(), "overhead": overhead(), "backends": backends()}
+    sections["performance"] = performance()
     after = fill(before, sections)
     if args.check:
         return int(before != after)
@@ -118,11 +121,77 @@ def overhead() -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in json.loads(OVERHEAD.read_text(encoding="utf-8")) if OVERHEAD.exists() else []:
-        low, _, high = row["quartiles_of_ratios"]
+        low, *_, high = row["quartiles_of_ratios"]
         times = f"{row['bare_ms']:.0f} ms | {row['engine_ms']:.0f} ms"
         ratios = f"{row['ratio_of_medians']:.3f} | {row['median_of_ratios']:.3f} | {low:.3f} to {high:.3f}"
         lines.append(f"| {row['preset']} | {row['backend']} | {row['ranks']} | {times} | {ratios} |")
     return "\n".join(lines) + "\n"
+
+
+def performance() -> str:
+    """Masks, boundaries, peers, memory, throughput: the rows that say most, from all results that there are."""
+    parts = [_masks(), _boundary(), _peers(), _memory(), _throughput(), _gpu()]
+    return "\n".join(part for part in parts if part)
+
+
+def _rows(name: str) -> list[dict[str, Any]]:
+    path = RESULTS / f"{name}.json"
+    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    return rows
+
+
+def _masks() -> str:
+    rows = [row for row in _rows("masks") if row["dtype"] == "float32"]
+    return (
+        measure.table(
+            [
+                {"masks on fp32 weights": row["work"], "weights": row["weights"]}
+                | {"ms": f"{row['ms']:.2f}", "times a float mask's mul_": f"{row['ratio']:.2f}"}
+                for row in rows
+            ]
+        )
+        if rows
+        else ""
+    )
+
+
+def _boundary() -> str:
+    rows = [row for path in sorted(RESULTS.glob("boundary_*.json")) for row in _rows(path.stem)]
+    return (
+        measure.table(
+            [
+                {"choosing the largest tenth": row["method"], "ranks": row["ranks"], "weights": row["weights"]}
+                | {"ms": f"{row['ms']:.0f}", "times topk": f"{row['ratio']:.2f}"}
+                | {"extra bytes a weight": row["extra_bytes_per_weight"], "MB received": row["received_MB"]}
+                for row in sorted(rows, key=lambda row: (row["weights"], row["ranks"]))
+                if row["weights"] >= 20_000_000 or row["ranks"] == 4
+            ]
+        )
+        if rows
+        else ""
+    )
+
+
+def _peers() -> str:
+    names = {"ms": "step, ms", "ratio": "times bare AdamW", "quartiles": "quartiles"}
+    rows = [{names.get(key, key): value for key, value in row.items()} for row in _rows("peers")]
+    return measure.table(rows) if rows else ""
+
+
+def _memory() -> str:
+    return measure.table(_rows("memory")) if _rows("memory") else ""
+
+
+def _throughput() -> str:
+    rows = [row for row in _rows("throughput") if row["loop"] != "loader"]
+    names = {"pair": "translation example", "tokens_per_s": "tokens/s", "ms": "median step, ms"}
+    rows = [{names.get(key, key): value for key, value in row.items()} for row in rows]
+    return measure.table(rows) if rows else ""
+
+
+def _gpu() -> str:
+    there = (RESULTS / "gpu.json").exists()
+    return "" if there else "GPU figures: not measured yet (`make bench-gpu`).\n"
 
 
 #: (backend, test file, how its rows' names begin, what holds of fp32)

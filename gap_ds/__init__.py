@@ -11,17 +11,19 @@ from typing import TYPE_CHECKING, Any
 from gap_ds._version import __version__
 
 if TYPE_CHECKING:
+    from gap_ds.compact import load_compact
     from gap_ds.config import GaPConfig
     from gap_ds.engine import GaPEngine
     from gap_ds.exchange import Worker
     from gap_ds.inference import sparsify_for_inference
 
-__all__ = ["GaPConfig", "GaPEngine", "Worker", "__version__", "sparsify_for_inference"]
+__all__ = ["GaPConfig", "GaPEngine", "Worker", "__version__", "load_compact", "sparsify_for_inference"]
 
 _HOMES = {
     "GaPConfig": "gap_ds.config",
     "GaPEngine": "gap_ds.engine",
     "Worker": "gap_ds.exchange",
+    "load_compact": "gap_ds.compact",
     "sparsify_for_inference": "gap_ds.inference",
 }
 

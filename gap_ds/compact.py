@@ -21,7 +21,7 @@ import math
 import os
 import shutil
 import struct
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,43 +30,20 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from gap_ds import masks
+from gap_ds import export, masks
 from gap_ds.exchange.file import encode, header_length, load_json, printable
-from gap_ds.export import INFO, weight_files
+from gap_ds.export import DTYPES, INFO, SAFETENSORS, Progress, is_weights, weight_files, write_weights
 
 FILE = "compact.safetensors"
 FORMAT = "gap_ds.compact"
 VERSION = 1
 
-#: Called with (name of a tensor, bytes done, bytes in all).
-Progress = Callable[[str, int, int], None]
-
 #: Longest header that is read; safetensors itself stops there.
 _MOST_HEADER = 100_000_000
 _ZEROS = "0" * 64  # stands for a digest where there is none yet
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "C64": torch.complex64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -96,10 +73,10 @@ class Stored:
     def parts(self) -> list[tuple[str, str, list[int]]]:
         """(name, dtype, shape) of what the file holds of it."""
         if self.kept is None:
-            return [(self.name, _NAMES[self.dtype], list(self.shape))]
+            return [(self.name, SAFETENSORS[self.dtype], list(self.shape))]
         return [
             (f"{self.name}.mask", "U8", [masks.nbytes(self.numel)]),
-            (f"{self.name}.values", _NAMES[self.dtype], [self.kept]),
+            (f"{self.name}.values", SAFETENSORS[self.dtype], [self.kept]),
         ]
 
     @property
@@ -166,7 +143,7 @@ def write(
 
 
 def _describe(name: str, tensor: Tensor, is_entry: bool) -> Stored:
-    if tensor.dtype not in _NAMES:
+    if tensor.dtype not in SAFETENSORS:
         raise ValueError(f"{name}: safetensors has no {tensor.dtype}. Convert it first.")
     whole = Stored(name, tuple(tensor.shape), tensor.dtype, None)
     if not is_entry:
@@ -222,7 +199,7 @@ def _table(header: Header) -> dict[str, Any]:
     tensors = {
         tensor.name: {
             "shape": list(tensor.shape),
-            "dtype": _NAMES[tensor.dtype],
+            "dtype": SAFETENSORS[tensor.dtype],
             "kept": tensor.kept,
             "sha256": tensor.sha256,
         }
@@ -326,12 +303,34 @@ def read(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
     Raises:
         ValueError: as `header`, or at the tensor that is damaged.
     """
+    with opened(folder) as tensors:
+        yield from tensors.items()
+
+
+@contextmanager
+def opened(folder: str | Path) -> Iterator[Mapping[str, Tensor]]:
+    """The tensors of FOLDER/compact.safetensors, each read when it is asked for; errors as `read`."""
     path = _path(folder)
     with _reading(path), path.open("rb") as file:
-        found, start = _read_header(file)
-        where = _offsets(found)
-        for stored in found.tensors:
-            yield stored.name, _read_tensor(file, stored, start, where)
+        yield _Tensors(file)
+
+
+class _Tensors(Mapping[str, Tensor]):
+    """The tensors of an open compact file, read when asked for."""
+
+    def __init__(self, file: io.BufferedReader) -> None:
+        found, self._start = _read_header(file)
+        self._file, self._where = file, _offsets(found)
+        self._stored = {stored.name: stored for stored in found.tensors}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return _read_tensor(self._file, self._stored[name], self._start, self._where)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
 
 
 def _path(folder: str | Path) -> Path:
@@ -468,39 +467,35 @@ def compact(
 def expand(source: str | Path, out: str | Path, *, overwrite: bool = False) -> Path:
     """Converts a compact folder back into a dense one, for tools that know nothing of it; `out` is whole or absent.
 
-    The tensors of its model.safetensors equal those of the first export bit for bit. All are held in memory at once.
+    The tensors of its model.safetensors equal those of the first export bit for bit. Read and written one at a time.
 
     Raises:
         ValueError: as `read`; `out` holds something and `overwrite` is not set.
     """
     source, out = Path(source), Path(out)
     header(source)
-    with _folder(source, out, overwrite) as aside:
-        # transformers refuses a file that does not say that torch wrote it.
-        save_file(dict(read(source)), aside / "model.safetensors", metadata={"format": "pt"})
+    with _folder(source, out, overwrite) as aside, opened(source) as tensors:
+        write_weights(aside / "model.safetensors", tensors)
     return out
 
 
 @contextmanager
 def _folder(source: Path, out: Path, overwrite: bool) -> Iterator[Path]:
     """An empty folder to write weights to; what else lies in `source` joins them, and it becomes `out`, or vanishes."""
+    check_out(source, out, overwrite)
+    with export.aside(out) as aside:
+        yield aside
+        for path in sorted(source.iterdir()):
+            if path.is_file() and not is_weights(path):
+                shutil.copyfile(path, aside / path.name)
+
+
+def check_out(source: Path, out: Path, overwrite: bool) -> None:
+    """ValueError: `out` is `source` or holds it, or is not empty and `overwrite` is not set."""
     if out.resolve() == source.resolve() or out.resolve() in source.resolve().parents:
         raise ValueError(f"{out}: is the model's own folder, or holds it. Choose another folder.")
     if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: is not empty. Choose another folder, or overwrite it on purpose (overwrite=True).")
-    aside = out.with_name(out.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-        for path in sorted(source.iterdir()):
-            if path.is_file() and not _is_weights(path):
-                shutil.copyfile(path, aside / path.name)
-        if out.is_dir():
-            shutil.rmtree(out)
-        aside.rename(out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def figures(folder: str | Path) -> dict[str, Any]:
@@ -534,10 +529,6 @@ def _read_info(path: Path) -> _Info:
         return _Info.model_validate_json(path.read_bytes())
     except ValidationError:
         raise ValueError(f"{path}: is damaged, or is not the {INFO} of an exported model.") from None
-
-
-def _is_weights(path: Path) -> bool:
-    return path.name.endswith((".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth"))
 
 
 class _Files(Mapping[str, Tensor]):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -136,7 +137,8 @@ class GaPConfig(BaseModel):
         if isinstance(data, dict):
             for key in ("sparsity", "prune_ramp", *(f"{name}_epochs" for name in ("dense", *_TIMES, "update"))):
                 if type(data.get(key)) is int:
-                    data = {**data, key: float(data[key])}
+                    with contextlib.suppress(OverflowError):
+                        data = {**data, key: float(data[key])}
         return data
 
     @field_validator("distribution", mode="before")

@@ -145,6 +145,7 @@ class GaPEngine:
         steps_per_epoch: int | None = None,
         worker: Worker | None = None,
         nonfinite_loss: Literal["stop", "skip"] = "stop",
+        history: str | Path | None = None,
         **deepspeed_arguments: Any,
     ) -> GaPEngine:
         """As `deepspeed.initialize`, which gets `model`, `config` and all further arguments; returns a GaPEngine.
@@ -162,7 +163,14 @@ class GaPEngine:
             deepspeed_arguments["model_parameters"] = [p for p in model.parameters() if p.requires_grad]
         config = str(config) if isinstance(config, Path) else config
         engine = zero.initialize(model=model, config=config, **deepspeed_arguments)
-        return cls(engine, gap, steps_per_epoch=steps_per_epoch, worker=worker, nonfinite_loss=nonfinite_loss)
+        return cls(
+            engine,
+            gap,
+            steps_per_epoch=steps_per_epoch,
+            worker=worker,
+            nonfinite_loss=nonfinite_loss,
+            history=history,
+        )
 
     # -- training --------------------------------------------------------------------------------------------------
 
@@ -581,32 +589,12 @@ class GaPEngine:
             shards, comm = self._backend.shards(), self._backend.comm
             weights = export.full_weights(self._backend.module, shards, bits, comm, dtype)
             if self._world.rank == 0:
-                info = self._export_info(weights)
+                nonzero = {entry.name: int(weights[entry.name].count_nonzero()) for entry in self.plan.entries}
+                info = export.info(self.plan, self.schedule, self.signature, self.applied_steps, nonzero)
+                info["training_flops"] = self.plan.training_flops(info["mean_density"])
                 export.write_model(folder, self._backend.module, weights, dtype, info, tokenizer)
         self._world.barrier()
         return folder
-
-    def _export_info(self, weights: dict[str, Tensor]) -> dict[str, Any]:
-        kept = {e.name: int(weights[e.name].count_nonzero()) for e in self.plan.entries}
-        pruned = sum(e.numel - e.keep for e in self.plan.entries)
-        mean_density = self.schedule.mean_density(*self.plan.per_partition())
-        return {
-            "signature": self.signature,
-            "applied_steps": self.applied_steps,
-            "entry_sparsity": pruned / self.plan.numel,
-            "model_sparsity": pruned / self.plan.total,
-            "kept": self.plan.keep,
-            "numel": self.plan.numel,
-            "mean_density": mean_density,
-            "training_flops": self.plan.training_flops(mean_density),
-            "entries": {
-                e.name: {
-                    **{"keep": e.keep, "nonzero": kept[e.name], "numel": e.numel},
-                    **{"partition": e.partition, "dims": list(e.dims)},
-                }
-                for e in self.plan.entries
-            },
-        }
 
     # -- the rest --------------------------------------------------------------------------------------------------
 

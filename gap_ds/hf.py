@@ -14,11 +14,12 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -52,7 +53,8 @@ class GaPCallback(TrainerCallback):  # type: ignore[misc]
             `gap-ds report`; costs up to a bit for each weight of the entries.
     Raises:
         ValueError: a mistake in the config; when training begins: a combination that is not supported, a schedule
-            longer than the training, or a checkpoint without masks.
+            longer than the training, or a checkpoint without masks; at a boundary or a checkpoint: a loss before it
+            was NaN or infinite.
     """
 
     def __init__(
@@ -62,12 +64,12 @@ class GaPCallback(TrainerCallback):  # type: ignore[misc]
         self.prune_at_end = prune_at_end
         self.history = history
         self.engine: GaPEngine | None = None
+        self._watched: tuple[Trainer, Callable[..., Tensor]] | None = None
         _refuse(self.config)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer, checkpoint = _caller(self)
-        if self.engine is not None:
-            self.engine.close()  # of a training before, or of an attempt with another batch size
+        self._release()  # of a training before, or of an attempt with another batch size
         if state.is_hyper_param_search and str(getattr(args.save_strategy, "value", args.save_strategy)) != "no":
             raise ValueError(
                 f"save_strategy={args.save_strategy}: checkpoints of a hyperparameter search lie in folders that a "
@@ -85,6 +87,7 @@ class GaPCallback(TrainerCallback):  # type: ignore[misc]
             history=Path(args.output_dir, history.NAME) if self.history else None,
         )
         self._check_length(self.engine, args, state)
+        self._watch(trainer, self.engine)
         # First of all callbacks: what the others see and report in a step is then the state after its boundary.
         handler = trainer.callback_handler
         handler.callbacks = [self, *(callback for callback in handler.callbacks if callback is not self)]
@@ -126,7 +129,34 @@ class GaPCallback(TrainerCallback):  # type: ignore[misc]
                 done = "it is left so (prune_at_end=False)"
             if state.is_world_process_zero:
                 log.warning(f"{what} ended at step {engine.applied_steps} in {phase}, density {density:.4f}: {done}")
-        engine.close()
+        self._release()
+
+    def _watch(self, trainer: Trainer, engine: GaPEngine) -> None:
+        """Lets the engine see every micro-batch's loss, which a Trainer does not show to its callbacks.
+
+        What the Trainer logs will not do: it puts the running mean in the place of a loss that is not finite. With a
+        gradient scaler such a step changes no weight, so that there is nothing to watch.
+        """
+        if getattr(trainer.accelerator, "scaler", None) is not None:
+            return
+        training_step = trainer.training_step
+
+        def watched(*args: Any, **kwargs: Any) -> Tensor:
+            loss: Tensor = training_step(*args, **kwargs)
+            engine.watch(loss)
+            return loss
+
+        self._watched = trainer, training_step
+        trainer.training_step = watched
+
+    def _release(self) -> None:
+        """Takes the hooks off the optimizer and the Trainer."""
+        if self.engine is not None:
+            self.engine.close()
+        if self._watched is not None:
+            trainer, training_step = self._watched
+            trainer.training_step = training_step
+            self._watched = None
 
     def _check_length(self, engine: GaPEngine, args: Any, state: Any) -> None:
         schedule = engine.schedule

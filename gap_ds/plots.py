@@ -110,7 +110,7 @@ def schedule(
         density: of each of K partitions in each of the S spans.
         boundaries: first steps of the phases, at which lines are drawn.
         rounds: first step and name of each round.
-        train, validation, bleu: losses in nats per token, and scores; each may be empty.
+        train, validation, bleu: losses in nats (of a token, of a picture), and scores; each may be empty.
     """
     k = len(density)
     row = max(0.16, min(0.36, 4.0 / k))
@@ -179,7 +179,7 @@ def _losses(axis: Axes, train: Points, validation: Points, has_boundaries: bool)
         axis.plot(*_xy(validation), color=COLOURS[1], marker="o", markersize=4.5, linewidth=1.5, label="validation")
     if has_boundaries:
         axis.plot([], [], color="#b8bcc0", linewidth=0.8, label="boundary")
-    axis.set_ylabel("loss in nats per token")
+    axis.set_ylabel("loss in nats")
     axis.set_title("Losses")
     _clip_start(axis, [*train, *validation])
     _legend_above(axis)
@@ -248,29 +248,31 @@ def exploration(fresh: Sequence[Curve], active: Sequence[Curve], end: int) -> Fi
     """How much of each partition's mask is new at each boundary, and how many of its weights were ever active.
 
     Args:
-        fresh: for each partition: (step, part of the kept weights that the last mask had pruned).
+        fresh: for each partition: (step, part of the kept weights that the last mask had pruned). Not drawn if no
+            entry ever got a second mask.
         active: for each partition: (step, part of its weights that were active in some step so far).
         end: last step of the run.
     """
-    panels = [2.6, 2.6]
-    figure = Figure(figsize=(_WIDTH, 6.4), layout="constrained")
-    top, bottom = _column(figure, panels)
-    for curve in fresh[:_MOST_LINES]:
-        look = _look(curve.look) | {"marker": _marker(curve.look)}
-        top.plot(*_xy(curve.points), markersize=5, linewidth=1.2, label=curve.name, **look)
-    top.set_ylabel("part of the kept weights")
-    top.set_title("New weights in a mask, against the entry's mask before")
+    panels = [2.6] * (1 + any(curve.points for curve in fresh))
+    figure = Figure(figsize=(_WIDTH, sum(panels) + 1.2), layout="constrained")
+    *above, bottom = axes = _column(figure, panels)
+    for top in above:
+        for curve in fresh[:_MOST_LINES]:
+            look = _look(curve.look) | {"marker": _marker(curve.look)}
+            top.plot(*_xy(curve.points), markersize=5, linewidth=1.2, label=curve.name, **look)
+        top.set_ylabel("part of the kept weights")
+        top.set_title("New weights in a mask, against the entry's mask before")
     for curve in active[:_MOST_LINES]:
         x, y = _xy([*curve.points, (end, curve.points[-1][1])] if curve.points else [])
         bottom.plot(x, y, drawstyle="steps-post", linewidth=2, label=curve.name, **_look(curve.look))
     bottom.set_ylabel("part of all weights")
     bottom.set_title("Weights that were active in any step so far")
     bottom.set_xlabel("applied optimizer steps")
-    for axis in (top, bottom):
+    for axis in axes:
         axis.set_ylim(-0.03, 1.05)
     bottom.set_xlim(0, max(1, end))
     _thousands(bottom)
-    _legend_below(figure, top, bottom)
+    _legend_below(figure, *axes)
     return figure
 
 
@@ -323,7 +325,7 @@ def compare_losses(train: Sequence[Curve], validation: Sequence[Curve]) -> Figur
                 marker = _marker(curve.look)
                 axis.plot(x, y, linewidth=1.8, marker=marker, markersize=4.5, label=curve.name, **look)
                 axis.set_title(title)
-        axis.set_ylabel("nats per token")
+        axis.set_ylabel("loss in nats")
         _clip_start(axis, [point for curve in curves for point in curve.points])
     axes[-1].set_xlabel("applied optimizer steps")
     _thousands(axes[-1])
@@ -332,11 +334,11 @@ def compare_losses(train: Sequence[Curve], validation: Sequence[Curve]) -> Figur
 
 
 @_styled
-def compare_bars(names: Sequence[str], columns: Sequence[tuple[str, Sequence[float | None]]]) -> Figure:
-    """A bar for each run in each column of (heading with its unit, a value for each run or none)."""
-    figure = Figure(figsize=(_WIDTH, 1.1 + 0.36 * len(names)), layout="constrained")
+def compare_bars(names: Sequence[str], columns: Sequence[tuple[str, str, Sequence[float | None]]]) -> Figure:
+    """A bar for each run in each column of (heading, unit, a value for each run or none)."""
+    figure = Figure(figsize=(_WIDTH, 1.3 + 0.36 * len(names)), layout="constrained")
     axes = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
-    for i, (axis, (heading, values)) in enumerate(zip(axes, columns, strict=True)):
+    for i, (axis, (heading, unit, values)) in enumerate(zip(axes, columns, strict=True)):
         known = [value for value in values if value is not None]
         rows = [row for row, value in enumerate(values) if value is not None]
         axis.barh(rows, known, height=0.62, color=COLOURS[0])
@@ -346,6 +348,7 @@ def compare_bars(names: Sequence[str], columns: Sequence[tuple[str, Sequence[flo
             axis.annotate(text, (value, row), (3, 0), textcoords="offset points", va="center", fontsize=9.5)
         axis.set_xlim(0, 1.28 * top)
         axis.set_title(heading)
+        axis.set_xlabel(unit, fontsize=9.5)
         axis.grid(False, axis="y")
         axis.tick_params(axis="y", length=0)
         axis.xaxis.set_major_locator(MaxNLocator(3))

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,6 +209,50 @@ def _check(
             f"{folder}: was saved with {len(files[0].groups)} parameter groups, and the optimizer now has "
             f"{len(optimizer.param_groups)}. Build it with the same groups in the same order."
         )
+
+
+class Weights(Mapping[str, Tensor]):
+    """Parameters and buffers of a checkpoint's portable files, each put together when it is asked for, on the CPU.
+
+    Args:
+        shapes: of what the caller will ask for; the files hold vectors.
+    Raises:
+        ValueError: a file is truncated or damaged or missing, or `shapes` lacks one that is asked for, or is wrong.
+    """
+
+    def __init__(self, folder: Path, shapes: Mapping[str, tuple[int, ...]], stack: contextlib.ExitStack) -> None:
+        self._folder, self._shapes, self._files = folder, shapes, list(_open(folder, stack))
+        if any(file.files != len(self._files) for file in self._files):
+            raise ValueError(f"{folder}: holds {len(self._files)} of {self._files[0].files} portable files")
+        self._buffers = {
+            key.removeprefix("buffer:"): file
+            for file in self._files
+            for key in file.lengths
+            if key.startswith("buffer:")
+        }
+        self._names = dict.fromkeys([name for file in self._files for name in file.pieces] + list(self._buffers))
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        if (shape := self._shapes.get(name)) is None:
+            raise ValueError(f"{self._folder}: its portable files do not say the shape of {name}. Set --model.")
+        if name in self._buffers:
+            vector: Tensor = self._buffers[name].tensors.get_tensor(f"buffer:{name}")
+        else:
+            whole = Shard(name, shape, 0, math.prod(shape), 0, torch.Tensor)
+            pieces = sorted(_overlaps(self._files, "weight", whole), key=lambda overlap: overlap[2])
+            found = [file.tensors.get_slice(f"weight:{name}")[at : at + n] for file, at, _, n in pieces]
+            vector = torch.cat(found) if found else torch.empty(0)
+        if vector.numel() != math.prod(shape):
+            raise ValueError(f"{self._folder}: its portable files do not hold {name} in the shape {shape}")
+        return vector.view(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _overlaps(files: list[_File], kind: str, shard: Shard) -> Iterator[tuple[_File, int, int, int]]:

@@ -19,6 +19,9 @@ from gap_ds.config import GaPConfig
 
 Kind = Literal["dense", "explore", "finetune"]
 
+#: Phases of a run, updates of a phase, and partitions that a config can mean.
+MOST = 1_000_000
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -148,6 +151,7 @@ def build(config: GaPConfig, steps_per_epoch: int | None = None, worker: int = 0
     if not 0 <= worker < (config.kappa if config.method == "parallel" else 1):
         raise ValueError(f"worker {worker}: must lie in 0 to {config.kappa - 1}, one for each partition.")
     unit = _unit(config, steps_per_epoch)
+    _check_size(config)
     warmup, length, finetune = (_exact(config, name) for name in ("dense", "phase", "finetune"))
     sets = _dense_partitions(config, worker)
     every = frozenset(range(config.kappa))
@@ -226,6 +230,19 @@ def _mean_density(phase: Phase, keep: Sequence[int], numel: Sequence[int]) -> fl
         return _density(phase, phase.first_step, keep, numel)
     spans = itertools.pairwise(marks)
     return sum(_density(phase, lo, keep, numel) * (hi - lo) for lo, hi in spans) / phase.steps
+
+
+def _check_size(config: GaPConfig) -> None:
+    """Refuses what can only be a slip of the keyboard, before it fills the memory."""
+    if config.kappa > MOST:
+        raise ValueError(f"partitions={config.partitions}: must be at most {MOST}.")
+    if config.exploring > MOST:
+        raise ValueError(f"rounds={config.rounds}: makes {config.exploring} phases, must make at most {MOST}.")
+    if config.updates:
+        length, gap = max(_exact(config, "phase"), _exact(config, "dense")), _exact(config, "update")
+        if length / gap > MOST:
+            name = f"update_{'epochs' if config.in_epochs else 'steps'}"
+            raise ValueError(f"{name}={getattr(config, name)}: makes more than {MOST} updates in a phase. Raise it.")
 
 
 def _unit(config: GaPConfig, steps_per_epoch: int | None) -> int:

@@ -108,5 +108,5 @@ class RandomState(Record):
             random.setstate((version, tuple(internal), next_gauss))
             if self.cuda is not None and torch.cuda.is_available():
                 torch.cuda.set_rng_state(tensor(self.cuda))
-        except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+        except (ValueError, TypeError, RuntimeError, OverflowError, IndexError) as error:
             raise ValueError(f"the random state of a checkpoint is damaged ({why(error)})") from None

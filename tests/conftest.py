@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,3 +30,17 @@ def command_line(
         return exit_.value.code, captured.out, captured.err
 
     return run
+
+
+@pytest.fixture
+def golden() -> Callable[[str, str], None]:
+    """Compares an output with a file of tests/golden; UPDATE_GOLDEN=1 writes it instead: read the difference then."""
+
+    def check(name: str, out: str) -> None:
+        path = Path(__file__).resolve().parent / "golden" / name
+        text = "".join(f"{line.rstrip()}\n" for line in out.rstrip().splitlines())
+        if os.environ.get("UPDATE_GOLDEN"):
+            path.write_text(text, encoding="utf-8")
+        assert text.splitlines() == path.read_text(encoding="utf-8").splitlines()
+
+    return check

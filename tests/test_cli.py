@@ -26,7 +26,6 @@ from gap_ds import GaPConfig, __version__, selection  # noqa: E402
 from gap_ds.cli import doctor, forecast  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-GOLDEN = Path(__file__).resolve().parent / "golden"
 
 CYCLIC = {"sparsity": 0.9, "partitions": 3, "phase_epochs": 1, "rounds": 2, "finetune_epochs": 2}
 STEPS = {"sparsity": 0.8, "partitions": 2, "phase_steps": 50, "rounds": 2, "finetune_steps": 100}
@@ -59,7 +58,7 @@ LLAMA = {
     "intermediate_size": 28672,
     "num_attention_heads": 64,
     "num_key_value_heads": 8,
-    "vocab_size": 128256,
+    "vocab_size": 32000,
     "tie_word_embeddings": False,
 }
 TINY_LLAMA = {
@@ -89,7 +88,10 @@ FACTS = doctor.Facts(
     headers=True,
 )
 
+COMMANDS = ("plan", "parallel", "inspect", "report", "export", "schema", "doctor")
+
 Run = Callable[..., tuple[int, str, str]]
+Golden = Callable[[str, str], None]
 
 
 @pytest.fixture
@@ -137,17 +139,12 @@ def process(*argv: str, code: str | None = None) -> subprocess.CompletedProcess[
         ("doctor.json", "doctor --json"),
     ],
 )
-def test_golden(run: Run, name: str, argv: str) -> None:
+def test_golden(run: Run, golden: Golden, name: str, argv: str) -> None:
     code, out, err = run(*argv.split())
     assert (code, err) == (0, "")
-    lines = [line.rstrip() for line in out.rstrip().splitlines()]
-    path = GOLDEN / name
-    if os.environ.get("UPDATE_GOLDEN"):
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    golden(name, out)
     if name.endswith(".txt"):  # the signature is one line, so that it can be pasted
-        assert all(len(line) <= 80 for line in lines if not line.startswith("gap|"))
-    assert lines == path.read_text(encoding="utf-8").splitlines()
+        assert all(len(line.rstrip()) <= 80 for line in out.splitlines() if not line.startswith("gap|"))
 
 
 def test_schema_is_the_one_of_the_config(run: Run) -> None:
@@ -157,16 +154,30 @@ def test_schema_is_the_one_of_the_config(run: Run) -> None:
 
 def test_version_and_help_in_80_columns(run: Run) -> None:
     assert run("--version") == (0, f"gap-ds {__version__}\n", "")
+    options = ("--model", "--gap-config", "--steps-per-epoch", "--world-size", "--vocab-size", "big")
     for argv, words in (
-        ([], ("plan", "schema", "doctor")),
-        (["-h"], ("plan", "schema", "doctor", "--version")),
-        (["plan", "--help"], ("--model", "--gap-config", "--steps-per-epoch", "--world-size", "--vocab-size", "big")),
-        (["doctor", "--help"], ("--json",)),
+        ([], COMMANDS),
+        (["-h"], (*COMMANDS, "--version")),
+        *(([command, "--help"], options if command == "plan" else ("--help",)) for command in COMMANDS),
     ):
         code, out, err = run(*argv)
-        assert (code, err) == (0, "")
-        assert all(word in out for word in words) and "..." not in out.replace("ARGS]...", "")
-        assert max(map(len, out.splitlines())) <= 80
+        usage, *lines = out.splitlines()
+        assert (code, err) == (0, "") and usage.startswith("Usage: gap-ds")
+        assert all(word in out for word in words) and not any(line.endswith("...") for line in lines)
+        assert max(map(len, [usage, *lines])) <= 80
+
+
+def test_the_shell_completes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As bash asks: the script that --install-completion writes sets these variables."""
+    monkeypatch.setenv("_GAP_DS_COMPLETE", "source_bash")
+    code, out, _ = run()
+    assert code == 0 and "_GAP_DS_COMPLETE=complete_bash" in out and "complete -o default -F" in out
+    monkeypatch.setenv("_GAP_DS_COMPLETE", "complete_bash")
+    for words, wanted in (("gap-ds ", set(COMMANDS)), ("gap-ds pl", {"plan"}), ("gap-ds plan --wo", {"--world-size"})):
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", str(words.count(" ")))
+        code, out, _ = run()
+        assert code == 0 and set(out.split()) == wanted
 
 
 # -- figures by hand ---------------------------------------------------------------------------------------------------
@@ -216,7 +227,7 @@ main()
 
 
 def test_seventy_billion_weights_in_seconds(tmp_path: Path) -> None:
-    """Llama 70B on 512 ranks; every figure below is computed by hand from its config."""
+    """Llama 2 70B on 512 ranks; every figure below is computed by hand from its config."""
     model = write(tmp_path / "llama" / "config.json", LLAMA)
     config = write(tmp_path / "gap.json", {**CYCLIC, "partitions": 4})
     done = process("plan", "--model", model, "--gap-config", config, "--world-size", "512", "--json", code=MEASURED)
@@ -228,18 +239,31 @@ def test_seventy_billion_weights_in_seconds(tmp_path: Path) -> None:
     assert layer == 855_638_016
     kept = 2 * 6_710_886 + 2 * 838_861 + 3 * 23_488_102
     assert figures["weights"] == 80 * layer == 68_451_041_280
-    assert figures["model"]["weights"] == 80 * (layer + 2 * 8192) + 8192 + 2 * 128_256 * 8192 == 70_553_706_496
+    assert figures["model"]["weights"] == 80 * (layer + 2 * 8192) + 8192 + 2 * 32_000 * 8192 == 68_976_648_192
+    assert [row["entries"] for row in figures["partitions"]] == [20 * 7] * 4
     assert [row["blocks"][0] for row in figures["partitions"]] == [f"model.layers.{20 * k}" for k in range(4)]
     assert [row["weights"] for row in figures["partitions"]] == [20 * layer] * 4
     assert [row["kept"] for row in figures["partitions"]] == [20 * kept] * 4
     assert figures["entry_sparsity"] == pytest.approx(0.9, abs=1e-6)
-    assert figures["model_sparsity"] == pytest.approx(61_605_937_280 / 70_553_706_496, abs=1e-6)
+    assert figures["model_sparsity"] == pytest.approx(61_605_937_280 / 68_976_648_192, abs=1e-6)
     # 8 of 10 epochs with a quarter dense and three at 10 %, 2 epochs at 10 %.
     assert figures["mean_density"] == pytest.approx((8 * (0.25 + 0.75 * 0.1) + 2 * 0.1) / 10, abs=1e-6)
     ranks = figures["ranks"]
     assert ranks["mask_bytes"] == 80 * layer // 512 // 8 == 16_711_680  # just below 16 MiB
+    assert ranks["mask_bytes_unsharded"] == 80 * layer // 8 == 8_556_380_160
     assert ranks["boundary_bytes"] == 8 * (140 * 4096 + 2048) == 4_603_904  # 20 layers of 7 entries
     assert ranks["start_bytes"] == 8 * (420 * 4096 + 2048) == 13_778_944  # three of four partitions
+
+
+def test_what_workers_of_seventy_billion_weights_exchange(run: Run) -> None:
+    """By hand: of 20 layers a bit for each weight, and 4 bytes for each kept one."""
+    write(Path("llama") / "config.json", LLAMA)
+    write(Path("four.json"), {**CYCLIC, "method": "parallel", "partitions": 4})
+    _, out, _ = run("plan", "-m", "llama", "-g", "four.json", "--world-size", "512", "--json")
+    of_partition = 20 * 855_638_016 // 8 + 4 * 20 * (2 * 6_710_886 + 2 * 838_861 + 3 * 23_488_102)
+    assert of_partition == 2_139_095_040 + 6_845_104_000
+    workers = json.loads(out)["workers"]
+    assert (workers["exchanges"], workers["exchange_bytes"]) == (2, [of_partition] * 4)
 
 
 @pytest.mark.parametrize("budgets", [1, 5, 2049])

@@ -362,3 +362,9 @@ def test_masks_that_cannot_be_taken_over_are_refused(tmp_path: Path) -> None:
         build(config)
     with pytest.raises(ValueError, match="known in training alone"):
         plan.build(Model(), GaPConfig.load(config))
+
+
+def test_weights_in_another_memory_format_are_refused() -> None:
+    model = nn.ModuleList(nn.ModuleList([nn.Conv2d(4, 4, 3)]) for _ in range(2)).to(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match=r"0\.0\.weight: is laid out in another memory format \(channels_last\?\)"):
+        GaPEngine(model, CYCLIC, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))

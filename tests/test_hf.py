@@ -223,6 +223,27 @@ def test_the_best_model_gets_its_own_masks(tmp_path: Path, caplog: pytest.LogCap
         assert torch.equal(weight, torch.where(engine.mask(entry.name).view(was.shape), was, 0.0))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "a loss before the boundary at step 6 was NaN or infinite on rank 0"),
+        ({"save_strategy": "steps", "save_steps": 5}, "a loss before the masks saved at step 5 was NaN or infinite"),
+    ],
+)
+def test_a_loss_that_is_not_finite_ends_the_training(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    """The Trainer itself goes on, and logs a running mean in the place of such a loss."""
+    ruined, calls = model(), iter(range(100))
+
+    def ruin(module: nn.Module, args: Any, output: Any) -> None:
+        if next(calls) == 7:  # of the fourth step
+            output["loss"] = output["loss"] * math.inf
+
+    ruined.register_forward_hook(ruin)
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, model=ruined, **options)
+    assert not any(tmp_path.rglob("state.json"))
+
+
 def test_two_trainings_in_a_row(tmp_path: Path) -> None:
     trainer, callback, witness = train(tmp_path)
     first = callback.engine

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gap_ds import inference, sparsify_for_inference
-from gap_ds.inference import CSRLinear, Form
+from gap_ds.inference import CSRLinear, Form, PackedLinear
 
 
 @pytest.fixture(autouse=True)
@@ -42,13 +42,14 @@ def says(**seconds: float) -> Any:
     """A measurement with this outcome, whatever it is asked."""
 
     def measure(layers: Mapping[Form, Sequence[nn.Module]], rows: int) -> dict[Form, float]:
-        return {form: seconds[form] for form in layers}  # type: ignore[misc]
+        return {form: seconds.get(form, 9.0) for form in layers}
 
     return measure
 
 
 def forms(model: nn.Module) -> list[str]:
-    return ["csr" if isinstance(module, CSRLinear) else "dense" for module in model if not isinstance(module, nn.ReLU)]
+    names = {CSRLinear: "csr", PackedLinear: "packed", nn.Linear: "dense"}
+    return [names[type(module)] for module in model if not isinstance(module, nn.ReLU)]
 
 
 # ---------------------------------------------------------------------------------------------------- the form csr
@@ -130,8 +131,8 @@ def test_the_measurement_decides() -> None:
         model = network()
         table = sparsify_for_inference(model, batch=4, measure=seconds)
         assert forms(model) == [wanted, wanted, "dense"]  # the last layer is not sparse
-        assert [choice.names for choice in table] == [("0",), ("2",)]
-        assert {choice.form for choice in table} == {wanted} and table[0].shape == (48, 32)
+        assert [choice.names for choice in table] == [("0",), ("2",), ("3",)]
+        assert {choice.form for choice in table[:2]} == {wanted} and table[0].shape == (48, 32)
         assert table[0].ratio == (2.0 if wanted == "csr" else 0.5) and table[0].batch == ((4, 1),)
         assert table[0].density == pytest.approx(0.1, abs=0.02)
         assert json.loads(json.dumps([choice.row() for choice in table]))[0]["form"] == wanted
@@ -143,14 +144,18 @@ def test_a_small_gain_is_not_taken() -> None:
     assert sparsify_for_inference(model, measure=says(dense=1.02, csr=1.0), margin=1.01)[0].form == "csr"
 
 
-def test_layers_that_are_not_sparse_are_not_measured() -> None:
+def test_layers_that_are_not_sparse_get_no_sparse_form() -> None:
     model = network(density=0.8)
-    assert sparsify_for_inference(model, measure=says()) == [] and forms(model) == ["dense"] * 3
-    assert sparsify_for_inference(model, min_sparsity=0.1, measure=says(dense=2.0, csr=1.0))
+    assert sparsify_for_inference(model, measure=says(dense=2.0, csr=1.0)) and forms(model) == ["dense"] * 3
+    sparsify_for_inference(model, min_sparsity=0.1, measure=says(dense=2.0, csr=1.0))
+    assert forms(model) == ["csr", "csr", "dense"]
+    sparsify_for_inference(model, measure=says(dense=2.0, csr=1.0, packed=0.5))
+    assert forms(model) == ["csr", "csr", "packed"]
 
 
 def test_a_form_can_be_asked_for() -> None:
-    for form, wanted in (("csr", "csr"), ("dense", "dense"), ("2:4", "dense")):  # no GPU here: 2:4 stays dense
+    # Not on a GPU: 2:4 stays dense.
+    for form, wanted in (("csr", "csr"), ("packed", "packed"), ("dense", "dense"), ("2:4", "dense")):
         model = network()
         table = sparsify_for_inference(model, form=form, measure=says())  # type: ignore[arg-type]
         assert forms(model)[:2] == [wanted, wanted] and table[0].ratio is None
@@ -174,14 +179,87 @@ def test_rows_that_a_run_has_shown_weigh_as_often_as_they_came() -> None:
 
     def measure(layers: Mapping[Form, Sequence[nn.Module]], rows: int) -> dict[Form, float]:
         asked.append(rows)
-        return {"dense": 1.0, "csr": 2.0 if rows > 50 else 0.5}
+        return {"dense": 1.0, "packed": 3.0, "csr": 2.0 if rows > 50 else 0.5}
 
     model = Two()
     table = {choice.names[0]: choice for choice in sparsify_for_inference(model, run, measure=measure)}
-    assert table["once"].batch == ((128, 1),) and table["often"].batch == ((4, 30), (128, 1))
+    assert table["once"].batch == ((100, 1),) and table["often"].batch == ((3, 30), (100, 1))
     assert [table[name].form for name in ("once", "often", "never")] == ["dense", "csr", "dense"]
     assert table["often"].ratio == pytest.approx(31 / 17) and table["never"].ratio is None
-    assert sorted(asked) == [4, 128, 128]
+    assert sorted(asked) == [3, 100, 100]
+
+
+def test_many_row_counts_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(model: Any) -> None:
+        for rows in range(1, 12):
+            model(torch.zeros(rows, 32))
+
+    table = sparsify_for_inference(network(), run, measure=says(dense=1.0, csr=2.0))
+    assert table[0].batch == ((1, 1), (2, 1), (4, 2), (8, 4), (16, 3))
+
+
+@pytest.mark.parametrize(("gain", "wanted"), [(1.3, "csr"), (1.01, "dense")])
+def test_the_whole_run_confirms_the_choice(monkeypatch: pytest.MonkeyPatch, gain: float, wanted: str) -> None:
+    """A clock that only runs where a dense or a sparse layer is called: what the parts promise, the whole must keep."""
+    monkeypatch.setattr(
+        inference, "measure_layers", lambda layers, rows: {f: 1.0 if f == "csr" else 2.0 for f in layers}
+    )
+    monkeypatch.setattr(
+        inference, "_seconds", lambda call, model, device: 1.0 if isinstance(model[0], CSRLinear) else gain
+    )
+    model = network()
+    table = sparsify_for_inference(model, lambda model: model(torch.ones(4, 32)))
+    assert forms(model)[0] == wanted and table[0].form == wanted and table[0].ratio == 2.0
+
+
+# --------------------------------------------------------------------------------------------------- the form packed
+
+
+def packed(layer: nn.Linear, rows: int = 4) -> Any:
+    made = inference._packed(layer, rows)
+    if made is None:
+        pytest.skip("this torch or CPU has no packed product")
+    return made
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(32,), (1, 32), (7, 32), (2, 5, 32), (0, 32)])
+def test_packed_equals_dense(shape: tuple[int, ...], bias: bool) -> None:
+    layer = linear(48, 32, 1.0, bias)
+    for x in (torch.randn(shape), torch.randn(*shape[:-1], 64)[..., ::2]):
+        y = packed(layer)(x)
+        torch.testing.assert_close(y, layer(x), rtol=1e-5, atol=1e-6)
+        assert y.is_contiguous()
+
+
+def test_packed_is_moved_copied_pickled_and_saved_as_other_modules_are() -> None:
+    layer, x = linear(48, 32, 1.0), torch.randn(4, 32)
+    made = packed(layer)
+    buffer = io.BytesIO()
+    torch.save(made, buffer)
+    buffer.seek(0)
+    for twin in (copy.deepcopy(made), torch.load(buffer, weights_only=False)):
+        assert torch.equal(twin(x), made(x)) and twin.state_dict().keys() == layer.state_dict().keys()
+    assert made.weight is layer.weight  # what is tied to it stays tied
+    half = copy.deepcopy(made).to(torch.bfloat16)
+    torch.testing.assert_close(half(x.bfloat16()).float(), made(x), rtol=3e-2, atol=3e-2)
+    double = copy.deepcopy(made).double()  # for which there is no packed product
+    torch.testing.assert_close(double(x.double()).float(), made(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert made(x).dtype == torch.bfloat16
+
+
+@pytest.mark.gpu
+def test_two_of_four_on_a_gpu() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(128, 256, device="cuda", dtype=torch.float16)
+    with torch.no_grad():
+        layer.weight.view(-1, 4)[:, [1, 3]] = 0
+    model = nn.Sequential(copy.deepcopy(layer))
+    x = torch.randn(64, 128, device="cuda", dtype=torch.float16)
+    assert sparsify_for_inference(model, form="2:4")[0].form == "2:4"
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), layer(x), rtol=1e-2, atol=1e-2)
 
 
 def test_real_measurements_are_kept_for_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +275,7 @@ def test_real_measurements_are_kept_for_the_process(monkeypatch: pytest.MonkeyPa
     for batch in (2, 2, 8):
         sparsify_for_inference(copy.deepcopy(network()), batch)
         torch.set_rng_state(state)
-    assert calls == [2, 2, 8, 8]  # two shapes, two batches
+    assert calls == [2, 2, 2, 8, 8, 8]  # three shapes, two batches
     before = torch.get_rng_state()
     inference.MEASURED.clear()
     model = network()
@@ -225,7 +303,7 @@ def test_modules_that_do_something_of_their_own_stay() -> None:
     block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     nn.init.zeros_(block.linear1.weight)
     model = nn.ModuleList([hooked, patched, mine, block])
-    assert sparsify_for_inference(model, form="csr") == []
+    assert [choice.names for choice in sparsify_for_inference(model, form="csr")] == []
     assert not block.training and block(torch.zeros(1, 3, 8)).shape == (1, 3, 8)
 
 
@@ -285,11 +363,11 @@ def test_generate_with_and_without_beams(translator: Any, beams: int) -> None:
         return model.generate(**source(), num_beams=beams, min_new_tokens=8, max_new_tokens=12, **options)
 
     table = sparsify_for_inference(model, run, measure=says(dense=2.0, csr=1.0))
-    names = [name for choice in table for name in choice.names]
+    names = [name for choice in table for name in choice.names if choice.form == "csr"]
     assert len(names) == 2 * 6 + 2 * 10 and all("layers" in name for name in names)
     batches = {name: choice.batch for choice in table for name in choice.names}
     decoder, encoder = (batches[f"model.{side}.layers.0.fc1"] for side in ("decoder", "encoder"))
-    assert encoder == ((32, 1),) and decoder[0][0] == {1: 4, 4: 16}[beams] and decoder[0][1] > 3
+    assert encoder == ((27, 1),) and decoder[0][0] == 3 * beams and decoder[0][1] > 3
     assert batches["model.decoder.layers.1.encoder_attn.k_proj"][0][1] == 1  # cached after the first step
     assert torch.equal(run(model), run(translator))
     inputs = {**source(), "decoder_input_ids": torch.full((3, 4), 5)}
@@ -302,7 +380,7 @@ def test_generate_with_and_without_beams(translator: Any, beams: int) -> None:
 def test_generate_in_bf16(translator: Any) -> None:
     dense = copy.deepcopy(translator).to(torch.bfloat16)
     model = copy.deepcopy(dense)
-    assert {choice.form for choice in sparsify_for_inference(model, form="csr")} == {"csr"}
+    assert {choice.form for choice in sparsify_for_inference(model, form="csr")} == {"csr", "dense"}
     inputs = {**source(), "decoder_input_ids": torch.full((3, 4), 5)}
     exact = translator(**inputs).logits
     with torch.no_grad():

@@ -553,3 +553,19 @@ def test_a_worker_without_a_step_has_a_mean_density() -> None:
     assert schedule.total_steps == 0
     assert schedule.density([20, 40, 60], [100, 200, 300]) == [0.2]
     assert schedule.mean_density([20, 40, 60], [100, 200, 300]) == 0.2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rounds": 10**9}, "rounds=1000000000: makes 3000000000 phases, must make at most 1000000"),
+        ({"rounds": 0, "partitions": 10**9}, "partitions=1000000000: must be at most 1000000"),
+        (
+            {"method": "rigl", **ALONE, "phase_steps": 10**12, "update_steps": 1},
+            "update_steps=1: makes more than 1000000 updates in a phase. Raise it",
+        ),
+    ],
+)
+def test_a_slip_of_the_keyboard_does_not_fill_the_memory(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(config(**changes))

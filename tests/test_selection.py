@@ -128,6 +128,10 @@ values = st.one_of(
 )
 
 
+#: By chunk: whether candidates for the threshold are held on to always, sometimes, or (in pieces this small) never.
+FEW = {8: 1, 16: 4, 1 << 20: 1 << 20}
+
+
 @st.composite
 def problems(draw: st.DrawFn) -> tuple[list[Tensor], Cuts, list[int], list[int], int]:
     dtype = draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16]))
@@ -158,6 +162,7 @@ def test_equals_a_stable_sort_for_any_sharding(problem: tuple[list[Tensor], Cuts
         assert sum(sum(mask) for mask, b in zip(expected, budgets, strict=True) if b == g) == k
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(selection, "_CHUNK", chunk)
+        patch.setattr(selection, "_FEW", FEW[chunk])
         results = on_ranks(len(cuts[0]), lambda rank: select(weights, cuts, budgets, keep, rank))
         assert assembled(results, weights, cuts) == expected
     alone = on_ranks(1, lambda rank: select(weights, whole(weights), budgets, keep, rank))
@@ -325,6 +330,7 @@ def test_only_some_equals_a_sort_of_them(
     expected = reference_only(weights, among, budgets, keep)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(selection, "_CHUNK", chunk)
+        patch.setattr(selection, "_FEW", FEW[chunk])
         results = on_ranks(len(cuts[0]), lambda rank: select_only(weights, among, cuts, budgets, keep, rank))
     assert assembled(results, weights, cuts) == expected
     for g, n in enumerate(inside):

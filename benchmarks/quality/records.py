@@ -15,6 +15,7 @@ import fcntl
 import functools
 import hashlib
 import json
+import operator
 import os
 import platform
 import runpy
@@ -30,13 +31,7 @@ from rows import Row
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-SCRIPT = "examples/translation/train.py"
-
-#: Arguments of the example that change a result.
-MATTER = (
-    "preset vocab_size dropout source_lang target_lang train_split validation_split test_split limit max_length "
-    "batch_tokens accumulation lr lr_schedule warmup_steps label_smoothing bf16 beams length_penalty"
-).split()
+COMMON = "examples/common/arguments.py"  # arguments that all examples have
 
 Record = dict[str, Any]
 Key = tuple[str, float, int, str]
@@ -59,7 +54,8 @@ class Run:
     @property
     def config(self) -> dict[str, Any]:
         """Its GaP config."""
-        return self.row.config(self.sparsity, self.preset.epochs, self.seed)
+        more = self.preset.settings.get(self.row.name, {})
+        return {**self.row.config(self.sparsity, self.preset.epochs, self.seed), **more}
 
     @property
     def setup(self) -> str:
@@ -86,10 +82,10 @@ class Run:
             words += ["--threads", str(preset.threads)]
         words += ["--seed", str(self.seed), "--resume", "--output-dir"]
         if self.row.workers == 1:
-            return [python, SCRIPT, *words, str(folder)]
+            return [python, preset.example.script, *words, str(folder)]
         parallel = ["-m", "gap_ds.cli", "parallel", "--workers", str(self.row.workers), "--ranks-per-worker", "1"]
         exchange = ["--exchange", str(folder / "exchange"), "--"]
-        return [python, *parallel, *exchange, SCRIPT, *words, str(folder / "worker_{worker}")]
+        return [python, *parallel, *exchange, preset.example.script, *words, str(folder / "worker_{worker}")]
 
     def folders(self, out: Path) -> list[Path]:
         """The output folders of the example, the first of which holds the final model."""
@@ -108,23 +104,25 @@ def dataset(preset: Preset, data: Path, out: Path) -> Path:
 
 
 @functools.cache
-def defaults() -> dict[str, Any]:
-    """Default values of the example's arguments, read from its source: importing it takes seconds."""
-    tree = ast.parse((ROOT / SCRIPT).read_text(encoding="utf-8"))
-    arguments = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Arguments")
+def defaults(script: str) -> dict[str, Any]:
+    """Default values of an example's arguments, read from its source: importing it takes seconds."""
     found = {}
-    for line in arguments.body:
-        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and isinstance(line.value, ast.Call):
-            given = {keyword.arg: keyword.value for keyword in line.value.keywords}
-            if line.target.id in MATTER:
-                found[line.target.id] = ast.literal_eval(given["default"])
-    assert set(MATTER) == set(found), f"{SCRIPT} has no longer {set(MATTER) - set(found)}"
+    for path, name in ((COMMON, "RunArguments"), (script, "Arguments")):
+        tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+        arguments = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+        lines = (node for node in arguments.body if isinstance(node, ast.AnnAssign))
+        for line in lines:
+            if isinstance(line.target, ast.Name) and isinstance(line.value, ast.Call):
+                given = {keyword.arg: keyword.value for keyword in line.value.keywords}
+                if "default" in given:
+                    found[line.target.id] = ast.literal_eval(given["default"])
     return found
 
 
 def expected(preset: Preset) -> dict[str, Any]:
     """The arguments of the example that change a result, as every run of a preset has them."""
-    return {name: {**defaults(), **preset.arguments}[name] for name in MATTER}
+    values = {**defaults(preset.example.script), **preset.arguments}
+    return {name: values[name] for name in preset.example.matter}
 
 
 @functools.cache
@@ -234,21 +232,18 @@ def collect(run: Run, out: Path) -> Record:
         "row": run.row.name,
         "sparsity": run.sparsity,
         "seed": run.seed,
-        "bleu": round(first["bleu"], 3),
-        "bleu_uncased": round(first["bleu_uncased"], 3),
-        "chrf": round(first["chrf"], 3),
+        **{name: round(first[name], 3) for name in run.preset.example.scores},
         "epochs": round(first["applied_steps"] / first["steps_per_epoch"], 4),
         "training_flops": round(sum(one["training_flops"] * one["applied_steps"] for one in found) / budget, 5),
         "mean_density": round(first["mean_density"], 5),
         "entry_sparsity": round(first["entry_sparsity"], 5),
         "model_sparsity": round(first["model_sparsity"], 5),
         "train_seconds": round(sum(map(_train_seconds, found, lines)), 1),
-        "score_seconds": first["score_seconds"],
+        **{name: functools.reduce(operator.getitem, keys, first) for name, keys in run.preset.example.told.items()},
         "validation_loss": [round(line["loss"], 4) for line in lines[0] if line["kind"] == "validation"],
         "applied_steps": first["applied_steps"],
         "steps_per_epoch": first["steps_per_epoch"],
         "signature": first["signature"],
-        "bleu_signature": first["signatures"]["bleu"],
         "gap_ds": version(),
         "setup": run.setup,
         "config": run.config,
@@ -298,16 +293,16 @@ def joined(preset: Preset, data: Path, out: Path) -> Path:
     ValueError names the file that is missing.
     """
     folder = dataset(preset, data, out)
-    test = str(expected(preset)["test_split"])
+    splits = [expected(preset)[f"{name}_split"] for name in ("validation", "test")]
     files = [data / part / "train.parquet" for part in preset.parts]
-    held_out = [data / preset.parts[-1] / f"{split}.parquet" for split in ("validation", test)]
-    for path in (*files, *held_out):
+    held_out = {split: data / preset.parts[-1] / f"{split}.parquet" for split in splits if split}
+    for path in (*files, *held_out.values()):
         if not path.exists():
             raise ValueError(f"{path}: no such file; preset {preset.name!r} needs it. Set --data.")
     if len(preset.parts) == 1:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    for name, parts in (("train", files), ("validation", held_out[:1]), (test, held_out[1:])):
+    for name, parts in {"train": files, **{split: [path] for split, path in held_out.items()}}.items():
         _join(parts, folder / f"{name}.parquet")
     return folder
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import records
-from presets import PRESETS
+from presets import EXAMPLES, PRESETS, Example
 from rows import BY_NAME, ROWS
 
 #: Okabe and Ito's colours, which differ for colour-blind readers too (yellow left out: too pale on white).
@@ -30,16 +30,16 @@ class Cell:
 
     row: str
     sparsity: float
-    bleu: tuple[float, ...]  # by seed
-    chrf: float  # this and the others: means over the seeds
+    scores: tuple[float, ...]  # by seed
+    second: float  # of the figure beside it; this and the others: means over the seeds
     epochs: float
     flops: float  # relative to one dense run of the same epochs
     density: float  # of the prunable weights, averaged over the steps
 
     @property
     def mean(self) -> float:
-        """Mean BLEU over the seeds."""
-        return statistics.mean(self.bleu)
+        """Mean score over the seeds."""
+        return statistics.mean(self.scores)
 
     @property
     def title(self) -> str:
@@ -81,8 +81,19 @@ class Results:
     left_out: int
 
     @property
+    def example(self) -> Example:
+        """Whose results these are: that whose figures they have."""
+        return next(example for example in EXAMPLES if example.score in self.kept[0])
+
+    @property
+    def columns(self) -> tuple[str, str]:
+        """Names of the figure that ranks and of that beside it, the last one."""
+        return self.example.score, list(self.example.scores)[-1]
+
+    @property
     def cells(self) -> list[Cell]:
-        """Dense first, then by sparsity, the best BLEU first."""
+        """Dense first, then by sparsity, the best score first."""
+        score, second = self.columns
         groups: dict[tuple[str, float], list[records.Record]] = {}
         for record in sorted(self.kept, key=lambda record: int(record["seed"])):
             groups.setdefault((record["row"], record["sparsity"]), []).append(record)
@@ -90,10 +101,10 @@ class Results:
             Cell(
                 row,
                 sparsity,
-                tuple(record["bleu"] for record in group),
+                tuple(record[score] for record in group),
                 *(
                     statistics.mean(record[figure] for record in group)
-                    for figure in ("chrf", "epochs", "training_flops", "mean_density")
+                    for figure in (second, "epochs", "training_flops", "mean_density")
                 ),
             )
             for (row, sparsity), group in groups.items()
@@ -130,18 +141,20 @@ def markdown(name: str, results: Results) -> str:
     best = {
         s: max(cell.mean for cell in cells if cell.sparsity == s) for s in {cell.sparsity for cell in cells} - {0.0}
     }
+    title, beside = (results.example.scores[column] for column in results.columns)
     lines = [f"# Quality: `{name}`", ""]
     if preset:
         lines += [f"{preset.about[0].upper()}{preset.about[1:]}.", ""]
     lines += [
-        "| method | sparsity | BLEU | range over seeds | seeds | chrF | epochs | training FLOPs | mean density |",
+        f"| method | sparsity | {title} | range over seeds | seeds | {beside} | epochs | training FLOPs | "
+        "mean density |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for cell in cells:
-        bleu = f"**{cell.mean:.1f}**" if cell.mean == best.get(cell.sparsity) else f"{cell.mean:.1f}"
-        spread = f"{min(cell.bleu):.1f} to {max(cell.bleu):.1f}" if len(cell.bleu) > 1 else ""
+        score = f"**{cell.mean:.1f}**" if cell.mean == best.get(cell.sparsity) else f"{cell.mean:.1f}"
+        spread = f"{min(cell.scores):.1f} to {max(cell.scores):.1f}" if len(cell.scores) > 1 else ""
         lines.append(
-            f"| {cell.title} | {cell.sparsity:.0%} | {bleu} | {spread} | {len(cell.bleu)} | {cell.chrf:.1f} | "
+            f"| {cell.title} | {cell.sparsity:.0%} | {score} | {spread} | {len(cell.scores)} | {cell.second:.1f} | "
             f"{cell.epochs:g} | {cell.flops:.2f} | {cell.density:.2f} |"
         )
     return "\n".join([*lines, "", *notes(name, results), ""])
@@ -150,9 +163,13 @@ def markdown(name: str, results: Results) -> str:
 def notes(name: str, results: Results) -> list[str]:
     """What a reader must know before a figure is believed."""
     kept = results.kept
-    seeds = sorted({len(cell.bleu) for cell in results.cells})
-    several = [max(cell.bleu) - min(cell.bleu) for cell in results.cells if len(cell.bleu) > 1]
-    spread = f"; seeds of one method differ by up to {max(several):.1f} BLEU" if several else ""
+    seeds = sorted({len(cell.scores) for cell in results.cells})
+    several = [max(cell.scores) - min(cell.scores) for cell in results.cells if len(cell.scores) > 1]
+    spread = (
+        f"; seeds of one method differ by up to {max(several):.1f} {results.example.scores[results.example.score]}"
+        if several
+        else ""
+    )
     counts = " or ".join(str(count) for count in seeds)
     call = f"--preset {name.removesuffix('_extra')} --data DATA --out OUT"
     call += " --extra FILE" if name.endswith("_extra") else ""
@@ -161,7 +178,7 @@ def notes(name: str, results: Results) -> list[str]:
         "smaller differences between methods are none.",
         "All methods have the same epochs, batches, peak learning rate and warm-up; none was tuned for its own "
         "method, and a short budget favours those that need little training.",
-        "Sparsity is of the prunable matrices; embeddings stay dense.",
+        results.example.entries,
         "FLOPs are of the products with weights, forward and backward, relative to one dense run of the same epochs, "
         "with all workers added, and counted as if pruned weights cost nothing. The products are dense: no run was "
         "faster for its sparsity. What RigL spends on dense gradients at its updates is not counted.",
@@ -195,7 +212,7 @@ def style(name: str, others: Sequence[str] = ()) -> tuple[str, str]:
 
 
 def plot(results: Results, path: Path) -> Path:
-    """BLEU over training FLOPs, one panel for each sparsity; the path, of a PNG.
+    """Scores over training FLOPs, one panel for each sparsity; the path, of a PNG.
 
     A line goes from the worst to the best seed. The dense run is a dashed line, because it lies far to the right.
     """
@@ -224,7 +241,7 @@ def plot(results: Results, path: Path) -> Path:
             handles[f"dense ({cell.mean:.1f})"] = panel.axhline(cell.mean, color="0.35", linestyle="--", linewidth=1)
         for cell in (cell for cell in cells if cell.sparsity == sparsity and cell not in dense):
             colour, marker = style(cell.row, sorted(others))
-            span = [[cell.mean - min(cell.bleu)], [max(cell.bleu) - cell.mean]]
+            span = [[cell.mean - min(cell.scores)], [max(cell.scores) - cell.mean]]
             handles[cell.title] = panel.errorbar(
                 cell.flops,
                 cell.mean,
@@ -240,7 +257,7 @@ def plot(results: Results, path: Path) -> Path:
         panel.set_title(f"{sparsity:.0%} of the prunable weights pruned", fontsize=10)
         panel.set_xlabel("training FLOPs (1 = dense training)")
         panel.grid(alpha=0.3)
-    panels[0][0].set_ylabel("BLEU (0 to 100)")
+    panels[0][0].set_ylabel(results.example.axis)
     figure.legend(
         list(handles.values()), list(handles), loc="outside lower center", ncols=2 if count > 1 else 1, fontsize=8
     )

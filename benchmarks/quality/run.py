@@ -2,7 +2,7 @@
 
     python benchmarks/quality/run.py --preset cpu --data DATA --out RUNS [--jobs 2] [--rows NAME...] [--list]
 
-Each run is examples/translation/train.py in a process and a folder of its own, RUNS/<row>_s<sparsity>_seed<seed>/.
+Each run is the training script of an example in a process and a folder of its own, RUNS/<row>_s<sparsity>_seed<seed>/.
 Results go to benchmarks/results/quality_<preset>.jsonl, and `report.py` makes the table of them. Seed 0 of all rows
 comes first.
 
@@ -215,7 +215,9 @@ class Queue:
         for folder in run.folders(self._out):  # nothing goes on from them, and they are the larger part of a run
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         self._table.finished(before)
-        self._table.say(f"{run.name}: BLEU {record['bleu']:.1f}, trained in {record['train_seconds'] / 60:.1f} min")
+        name, title = next(iter(run.preset.example.scores.items()))
+        minutes = record["train_seconds"] / 60
+        self._table.say(f"{run.name}: {title} {record[name]:.1f}, trained in {minutes:.1f} min")
 
     def _fail(self, run: Run, reason: str) -> None:
         self._failed.append(run)

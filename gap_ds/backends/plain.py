@@ -87,9 +87,18 @@ def require_optimizer(training: Training) -> torch.optim.Optimizer:
 
 
 def whole_shards(module: nn.Module) -> list[Shard]:
-    """Shards that are the parameters themselves."""
+    """Shards that are the parameters themselves.
+
+    Raises:
+        ValueError: a parameter does not lie in memory in the order of its indices.
+    """
 
     def shard(name: str, parameter: nn.Parameter) -> Shard:
+        if not parameter.is_contiguous():
+            raise ValueError(
+                f"{clean_name(name)}: is laid out in another memory format (channels_last?), must be contiguous. "
+                "Convert the activations only: x.to(memory_format=torch.channels_last) makes convolutions as fast."
+            )
         shape = tuple(parameter.shape)
         return Shard(clean_name(name), shape, 0, parameter.numel(), 0, lambda: parameter, parameter.requires_grad)
 

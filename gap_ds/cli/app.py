@@ -165,30 +165,31 @@ def report(
 
 @app.command()
 def export(
-    source: Annotated[Path, typer.Argument(metavar="DIR", help="An exported model, dense or compact.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A checkpoint, its folder, or an exported model, dense or compact.")
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
     form: Annotated[Literal["compact", "dense"], typer.Option("--format", help="What to write.")] = "compact",
+    model: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="For a checkpoint: folder of the model's config.json and tokenizer."),
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="For a checkpoint: dtype of the weights.")
+    ] = "float32",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what OUT holds.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Convert an exported model to its compact form, or back.
+    """Write a checkpoint's final model, or convert an exported one.
 
-    The weights stay the same, bit for bit.
+    Of a checkpoint, entries that are dense at that step are pruned in the copy; it may be of any number of ranks. An
+    exported model's weights stay the same, bit for bit.
     """
-    from gap_ds import compact
+    from gap_ds.cli import export as export_
 
-    if form == "dense":
-        compact.expand(source, out, overwrite=overwrite)
-        figures: dict[str, Any] = {"path": str(out)}
-        told = f"{out}: dense again"
-    else:
-        figures = compact.compact(source, out, overwrite=overwrite)
-        told = (
-            f"{out}: {figures['file_bytes']:,} bytes of weights instead of {figures['dense_bytes']:,} "
-            f"({figures['packed']} of {figures['tensors']} tensors packed, {figures['kept']:,} of "
-            f"{figures['weights']:,} weights kept)"
-        )
-    _print_json(figures) if as_json else typer.echo(told)
+    with _progress("writing") as progress:
+        figures = export_.export(source, out, form, model, dtype, overwrite, progress)
+    _print_json(figures) if as_json else typer.echo(export_.told(figures))
 
 
 @app.command()

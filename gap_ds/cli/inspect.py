@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gap_ds import checkpoint, export
+from gap_ds import checkpoint, compact, export
 from gap_ds.cli import inspect_checkpoint, inspect_export
 from gap_ds.cli.inspect_export import Progress
 
@@ -22,7 +22,7 @@ def inspect(folder: Path, progress: Progress) -> dict[str, Any]:
         return inspect_checkpoint.inspect(folder, progress)
     if checkpoint.candidates(folder):
         return inspect_checkpoint.inspect(checkpoint.find(folder), progress)
-    weights = ("model.safetensors", "model.safetensors.index.json")
+    weights = ("model.safetensors", "model.safetensors.index.json", compact.FILE)
     if (folder / export.INFO).is_file() and any((folder / name).is_file() for name in weights):
         return inspect_export.inspect(folder, progress)
     raise ValueError(f"{folder}: {_what(folder)}")

@@ -8,36 +8,20 @@ from __future__ import annotations
 import math
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field
 
-from gap_ds import checkpoint, masks, methods, pattern
+from gap_ds import checkpoint, masks, methods, pattern, records
 from gap_ds.cli import inspect_files as files
-from gap_ds.cli.inspect_export import Count, Progress
+from gap_ds.cli.inspect_export import Progress
 from gap_ds.cli.inspect_pattern import Legality, multiple, possible_dims
 from gap_ds.cli.inspect_signature import config_of, schedule_of
 from gap_ds.config import GaPConfig
 from gap_ds.pattern import Unstructured
 from gap_ds.plan import Entry, Plan
 from gap_ds.schedule import Phase, Schedule
-
-#: name, shape, partition, keep, dims: as the plan's fingerprint has them.
-EntryRow = tuple[str, list[Count], Annotated[int, Field(ge=0, lt=2**31)], Count, list[Count]]
-
-
-class State(files.Record):
-    """gap/state.json as `GaPEngine.save_checkpoint` writes it, as far as it says what the masks are."""
-
-    applied_steps: Count
-    signature: str
-    plan: str
-    worker: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    first_steps: Annotated[list[Count], Field(min_length=1)]
-    ranks: Annotated[int, Field(ge=1, lt=2**31)]
-    backend: str
-    entries: list[EntryRow] | None = None
+from gap_ds.state import State
 
 
 def inspect(folder: Path, progress: Progress) -> dict[str, Any]:
@@ -46,7 +30,7 @@ def inspect(folder: Path, progress: Progress) -> dict[str, Any]:
     Raises:
         ValueError: state.json or a file of masks cannot be read.
     """
-    state = files.read_json(folder / "gap" / "state.json", State)
+    state = records.read_json(folder / "gap" / "state.json", State)
     config = config_of(state.signature)
     entries, notes = _entries(state)
     schedule = schedule_of(config, state.first_steps, state.worker or 0) if config is not None else None
@@ -83,7 +67,7 @@ def inspect(folder: Path, progress: Progress) -> dict[str, Any]:
         "plan": state.plan,
         "partitions": _partitions(rows),
         "entries": rows,
-        "notes": [*notes, f"the weights are in {files.printable(state.backend)}'s own files and are not looked at"],
+        "notes": [*notes, f"the weights are in {records.printable(state.backend)}'s own files and are not looked at"],
         "problems": problems,
     }
 
@@ -125,7 +109,7 @@ def _masks(
         if counts is None:
             problems.append("masks.safetensors: its header does not say how many weights each mask keeps")
         names = list(file.keys())
-        problems += [f"{files.printable(name)}: has no mask" for name in counts or {} if name not in names]
+        problems += [f"{records.printable(name)}: has no mask" for name in counts or {} if name not in names]
         total, done = path.stat().st_size, 0
         for name in names:
             entry = entries.get(name) if entries is not None else None
@@ -136,10 +120,10 @@ def _masks(
             if problem is None and entries is not None and entry is None:
                 problem = "has a mask and is no entry of the plan"
             if problem:
-                problems.append(f"{files.printable(name)}: {problem}")
+                problems.append(f"{records.printable(name)}: {problem}")
             found[name] = figures
             done += figures["bits"] // 8
-            progress(files.printable(name), done, total)
+            progress(records.printable(name), done, total)
     return found, problems
 
 
@@ -188,7 +172,7 @@ def _against_schedule(
     for name, entry in entries.items():
         has, should = name in found, phase.is_masked(entry.partition, step) and config.method != "dense"
         if has != should:
-            problems.append(f"{files.printable(name)}: {'has a' if has else 'lacks its'} mask in {phase}")
+            problems.append(f"{records.printable(name)}: {'has a' if has else 'lacks its'} mask in {phase}")
         if not (has and should):
             continue
         budget = entry.keep
@@ -199,7 +183,7 @@ def _against_schedule(
         kept[entry.partition] += found[name]["kept"]
         if config.distribution != "global" and found[name]["kept"] != budget:
             problems.append(
-                f"{files.printable(name)}: its mask keeps {found[name]['kept']:,} weights, its budget is {budget:,}"
+                f"{records.printable(name)}: its mask keeps {found[name]['kept']:,} weights, its budget is {budget:,}"
             )
     if config.distribution == "global":
         problems += [
@@ -219,19 +203,19 @@ def _last_values(folder: Path, path: Path, state: State, found: dict[str, dict[s
         if metadata.get("plan") != state.plan:
             problems.append(f"pruned.safetensors: is of plan {metadata.get('plan')}, state.json of plan {state.plan}")
         names = set(file.keys())
-        problems += [f"{files.printable(name)}: is in one of masks and pruned alone" for name in names ^ set(found)]
+        problems += [f"{records.printable(name)}: is in one of masks and pruned alone" for name in names ^ set(found)]
         for name in sorted(names & set(found)):
             piece, mask = file.get_slice(name), bits.get_slice(name)
             shape = piece.get_shape()
             if len(shape) != 1 or masks.nbytes(shape[0]) * 8 != found[name]["bits"]:
-                problems.append(f"{files.printable(name)}: its pruned values are of shape {shape}")
+                problems.append(f"{records.printable(name)}: its pruned values are of shape {shape}")
                 continue
             for lo in range(0, shape[0], files.CHUNK):
                 values = piece[lo : lo + files.CHUNK]
                 kept = masks.unpack(mask[lo // 8 : masks.nbytes(lo + values.numel())], values.numel())
                 if not files.is_finite(values) or bool(torch.count_nonzero(values[kept])):
                     problems.append(
-                        f"{files.printable(name)}: has pruned values that are not finite, or of kept weights"
+                        f"{records.printable(name)}: has pruned values that are not finite, or of kept weights"
                     )
                     break
     return problems

@@ -1,31 +1,34 @@
-"""What an export holds: every tensor is read once and counted, and compared with what its gap.json says."""
+"""What an export holds, dense or compact: every tensor is read and counted, and compared with what gap.json says."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
-from gap_ds import export, pattern
+from gap_ds import compact, export, pattern, records
 from gap_ds.cli import inspect_files as files
 from gap_ds.cli.inspect_pattern import Legality, multiple, possible_dims
 from gap_ds.cli.inspect_signature import config_of
 from gap_ds.pattern import Pattern, Unstructured
+from gap_ds.state import Count
 
-Count = Annotated[int, Field(ge=0, lt=2**63)]
 #: Called with a file's or tensor's name and the bytes done and in all.
 Progress = Callable[[str, int, int], None]
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-class EntryInfo(files.Record):
+class EntryInfo(records.Record):
     """A line of `entries` in gap.json."""
 
     keep: Count
@@ -40,7 +43,7 @@ class EntryInfo(files.Record):
         return (pair[0], pair[1]) if pair in possible_dims(n) else None
 
 
-class ExportInfo(files.Record):
+class ExportInfo(records.Record):
     """gap.json as `GaPEngine.export` writes it."""
 
     signature: str
@@ -58,33 +61,36 @@ def inspect(folder: Path, progress: Progress) -> dict[str, Any]:
     Raises:
         ValueError: gap.json or a file of weights cannot be read.
     """
-    info = files.read_json(folder / export.INFO, ExportInfo)
+    info = records.read_json(folder / export.INFO, ExportInfo)
     config = config_of(info.signature)
     the_pattern = pattern.parse(config.pattern) if config is not None else Unstructured()
     entries: dict[str, dict[str, Any]] = {}
     problems: list[str] = []
     whole: Counter[str] = Counter()
     dtypes: Counter[str] = Counter()
-    paths = export.weight_files(folder)
-    total = sum(path.stat().st_size for path in paths if path.is_file())
+    paths = _weight_files(folder)
+    is_compact = folder / compact.FILE in paths
+    total = (
+        compact.figures(folder)["dense_bytes"] if is_compact else sum(p.stat().st_size for p in paths if p.is_file())
+    )
     done = 0
     for path, expected in paths.items():
-        with files.open_tensors(path) as file:
+        with _open(path) as file:
             names = list(file.keys())
             if expected is not None and (lost := sorted(set(expected) - set(names))):
-                problems.append(f"{path.name}: lacks {files.printable(lost[0])}, which the index says it has")
+                problems.append(f"{path.name}: lacks {records.printable(lost[0])}, which the index says it has")
             for name in names:
                 figures, problem = _count(file, name, info.entries.get(name), the_pattern)
                 if problem:
-                    problems.append(f"{files.printable(name)}: {problem}")
+                    problems.append(f"{records.printable(name)}: {problem}")
                 dtypes[figures["dtype"]] += figures["weights"]
                 whole.update(weights=figures["weights"], nonzero=figures["nonzero"], bytes=figures["bytes"], tensors=1)
                 if name in info.entries:
                     entries[name] = figures
                 done += figures["bytes"]
-                progress(files.printable(name), done, total)
+                progress(records.printable(name), done, total)
     pooled = config is not None and config.distribution == "global"
-    problems += [f"{files.printable(name)}: is in no file" for name in info.entries if name not in entries]
+    problems += [f"{records.printable(name)}: is in no file" for name in info.entries if name not in entries]
     rows = _partitions(info, entries)
     problems += _budgets(info, entries, rows, pooled) + _totals(info) + _config_dtype(folder, dtypes)
     return {
@@ -105,9 +111,66 @@ def inspect(folder: Path, progress: Progress) -> dict[str, Any]:
             for name, said in info.entries.items()
             if name in entries
         },
-        "notes": _notes(info, entries, config is None),
+        "notes": _notes(info, entries, config is None) + (_saved(folder) if is_compact else []),
         "problems": problems,
     }
+
+
+def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
+    """As `export.weight_files`; where there is only the compact form, its file."""
+    path = folder / compact.FILE
+    if path.is_file() and not any(folder.glob("model.safetensors*")):
+        return {path: None}
+    return export.weight_files(folder)
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    """A file of weights, as safetensors opens it."""
+    if path.name != compact.FILE:
+        with files.open_tensors(path) as file:
+            yield file
+        return
+    with compact.opened(path.parent) as tensors:
+        yield _Compact(tensors)
+
+
+class _Compact:
+    """A compact file in the words of safetensors: dense tensors, one at a time."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+        self._last: tuple[str, _Slice] | None = None
+
+    def keys(self) -> list[str]:
+        return list(self._tensors)
+
+    def get_tensor(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def get_slice(self, name: str) -> _Slice:
+        if self._last is None or self._last[0] != name:
+            self._last = name, _Slice(self._tensors[name])
+        return self._last[1]
+
+
+@dataclass(frozen=True)
+class _Slice:
+    tensor: Tensor
+
+    def get_shape(self) -> list[int]:
+        return list(self.tensor.shape)
+
+    def get_dtype(self) -> str:
+        return export.SAFETENSORS[self.tensor.dtype]
+
+    def __getitem__(self, index: slice) -> Tensor:
+        return self.tensor[index]
+
+
+def _saved(folder: Path) -> list[str]:
+    found = compact.figures(folder)
+    return [f"compact form: {found['file_bytes']:,} bytes; the dense tensors have {found['dense_bytes']:,}"]
 
 
 def _count(file: Any, name: str, said: EntryInfo | None, the_pattern: Pattern) -> tuple[dict[str, Any], str | None]:
@@ -166,7 +229,7 @@ def _budgets(
             if row["nonzero"] > row["keep"]
         ]
     return [
-        f"{files.printable(name)}: has {entries[name]['nonzero']:,} weights that are not zero, its budget is "
+        f"{records.printable(name)}: has {entries[name]['nonzero']:,} weights that are not zero, its budget is "
         f"{said.keep:,}"
         for name, said in info.entries.items()
         if name in entries and entries[name]["nonzero"] > said.keep
@@ -188,18 +251,18 @@ def _totals(info: ExportInfo) -> list[str]:
 def _config_dtype(folder: Path, dtypes: Counter[str]) -> list[str]:
     """Whether config.json, where there is one, has the dtype of the weights: `from_pretrained` believes it."""
 
-    class HfConfig(files.Record):
+    class HfConfig(records.Record):
         dtype: Any = None
         torch_dtype: Any = None
 
     if not (folder / "config.json").is_file() or not dtypes:
         return []
-    config = files.read_json(folder / "config.json", HfConfig)
+    config = records.read_json(folder / "config.json", HfConfig)
     said = config.dtype or config.torch_dtype
     held = {_DTYPES.get(dtype, dtype) for dtype in dtypes}
     if isinstance(said, str) and said not in held:
         names = ", ".join(sorted(held))
-        return [f"config.json: says that the weights are {files.printable(json.dumps(said))}, they are {names}"]
+        return [f"config.json: says that the weights are {records.printable(json.dumps(said))}, they are {names}"]
     return []
 
 

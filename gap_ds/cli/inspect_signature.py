@@ -42,11 +42,13 @@ def config_of(signature: str) -> GaPConfig | None:
             else:
                 name, read = _SETTINGS[key]
                 settings[name] = _read(read, text, parts)
+        if settings.get("init") == "from_file":
+            settings["init_file"] = "masks.safetensors"  # whose path is in no signature
         # What has its default may be a setting that the method refuses to be given.
         given = {k: v for k, v in settings.items() if k == "rounds" or v != GaPConfig.model_fields[k].default}
         config = GaPConfig.model_validate(given)
         return config if config.signature(version) == signature and _is_sane(config) else None
-    except (ValueError, KeyError, SyntaxError, TypeError, RecursionError, MemoryError):
+    except (ValueError, KeyError, SyntaxError, TypeError, RecursionError, MemoryError, OverflowError):
         return None
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from gap_ds import export
+from gap_ds import export, records
 from gap_ds.cli import inspect_files as files
 from gap_ds.cli import report_page, report_runs
 from gap_ds.cli.inspect_export import Progress
@@ -41,7 +41,7 @@ def report(folders: Sequence[Path], page: Path, progress: Progress) -> dict[str,
         ValueError: a folder is none of a run, a file in it is damaged, or the page cannot be written.
     """
     folders = report_runs.find(folders)
-    names = [files.printable(name) for name in report_runs.names_of(folders)]
+    names = [records.printable(name) for name in report_runs.names_of(folders)]
     runs = [report_runs.load(folder, name) for folder, name in zip(folders, names, strict=True)]
     jobs = [*_comparisons(runs), *(job for run in runs for job in _pictures(run))]
     pictures: list[Picture] = []
@@ -108,7 +108,7 @@ def _pictures(run: Run) -> list[_Job]:
         add("losses", "The schedule is not known.", lambda: _losses(run))
     if len(_density_points(run)) > 1:
         add("density", "Of all prunable weights together.", lambda: _density(run))
-    if run.history is not None:
+    if run.history is not None and run.history.ever_sparse:
         add("layers over time", "Rows are in the order of the model.", lambda: _layers_over_time(run))
         add(
             "exploration",
@@ -222,7 +222,7 @@ def _magnitudes(run: Run) -> bytes | None:
     assert run.model is not None
     from gap_ds.cli.inspect_export import ExportInfo
 
-    info = files.read_json(run.model / "gap.json", ExportInfo)
+    info = records.read_json(run.model / "gap.json", ExportInfo)
     kappa = 1 + max((entry.partition for entry in info.entries.values()), default=0)
     if not info.entries or kappa > len(info.entries):
         return None
@@ -292,12 +292,13 @@ def _comparisons(runs: Sequence[Run]) -> list[_Job]:
     return jobs
 
 
-def _bars(runs: Sequence[Run]) -> list[tuple[str, list[float | None]]]:
+def _bars(runs: Sequence[Run]) -> list[tuple[str, str, list[float | None]]]:
     """Columns in which at least one run has a value: two scores, the last validation loss, density, cost."""
-    columns: list[tuple[str, list[float | None]]] = []
+    columns: list[tuple[str, str, list[float | None]]] = []
     for key in ("bleu", "chrf", "accuracy", "top1"):
-        columns.append((SCORES[key], [run.scores.get(key) for run in runs]))
-    columns.append(("validation loss", [run.validation[-1][1] if run.validation else None for run in runs]))
-    columns.append(("final density", [run.results.density_at_end for run in runs]))
-    columns.append(("training FLOPs", [run.results.training_flops for run in runs]))
-    return [row for row in columns if any(value is not None and math.isfinite(value) for value in row[1])][:5]
+        columns.append((SCORES[key], "", [run.scores.get(key) for run in runs]))
+    losses = [run.validation[-1][1] if run.validation else None for run in runs]
+    columns.append(("validation loss", "nats", losses))
+    columns.append(("final density", "of the entries", [run.results.density_at_end for run in runs]))
+    columns.append(("training FLOPs", "dense = 1", [run.results.training_flops for run in runs]))
+    return [row for row in columns if any(value is not None and math.isfinite(value) for value in row[2])][:5]

@@ -19,13 +19,12 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from gap_ds import checkpoint, export, history, schedule
-from gap_ds.cli import inspect_files as files
-from gap_ds.cli.inspect_checkpoint import State
-from gap_ds.cli.inspect_export import Count, EntryInfo
+from gap_ds import checkpoint, export, history, records, schedule
+from gap_ds.cli.inspect_export import EntryInfo
 from gap_ds.cli.inspect_signature import config_of, schedule_of
 from gap_ds.config import GaPConfig
 from gap_ds.schedule import Schedule
+from gap_ds.state import Count, State
 
 #: Scores that results.json may have, in the order of the columns, and how to write them.
 SCORES = {
@@ -40,7 +39,7 @@ SCORES = {
 _LONGEST_LINE = 64 * 2**20
 
 
-class Results(files.Record):
+class Results(records.Record):
     """results.json, as far as the report reads it. Every part may be missing."""
 
     signature: str | None = None
@@ -62,7 +61,7 @@ class Results(files.Record):
     top5: float | None = None
 
 
-class _Point(files.Record):
+class _Point(records.Record):
     kind: str
     step: Count
     epoch: Count | None = None
@@ -71,13 +70,13 @@ class _Point(files.Record):
     bleu: float | None = None
 
 
-class _Header(files.Record):
+class _Header(records.Record):
     format: str
     version: int
     entries: list[tuple[str, Annotated[int, Field(ge=1)], Annotated[int, Field(ge=0, lt=2**31)]]]
 
 
-class Boundary(files.Record):
+class Boundary(records.Record):
     """What masks did before one step: a line of the history after its first. A value for each entry, in its order.
 
     kept: weights active in the steps that follow; all of a dense entry. came, went: weights that the entry's new mask
@@ -107,6 +106,11 @@ class History:
     numel: list[int]
     partition: list[int]
     boundaries: list[Boundary]
+
+    @property
+    def ever_sparse(self) -> bool:
+        """Whether any entry ever had a mask; of a dense run there is nothing to draw."""
+        return any(boundary.kept != self.numel for boundary in self.boundaries)
 
 
 @dataclass
@@ -218,7 +222,7 @@ def load(folder: Path, name: str) -> Run:
     Raises:
         ValueError: results.json or the export's gap.json is damaged. Damaged lines of metrics are left out and told.
     """
-    results = files.read_json(folder / "results.json", Results) if (folder / "results.json").is_file() else Results()
+    results = records.read_json(folder / "results.json", Results) if (folder / "results.json").is_file() else Results()
     state = _state(folder)
     said = results.signature or (state.signature if state is not None else None)
     config = (config_of(said) if said is not None else None) or _config(folder / "gap.json")
@@ -261,7 +265,7 @@ def _is_run(folder: Path) -> bool:
 def _state(folder: Path) -> State | None:
     """state.json of the latest checkpoint, where there is a readable one."""
     try:
-        return files.read_json(checkpoint.find(folder / "checkpoints") / "gap" / "state.json", State)
+        return records.read_json(checkpoint.find(folder / "checkpoints") / "gap" / "state.json", State)
     except ValueError:
         return None
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gap_ds.cli import forecast
-from gap_ds.cli.inspect_files import printable
+from gap_ds.records import printable
 
 #: Above this many phases the table shows the first and the last ones only; the timeline shows all.
 _MAX_PHASES = 24

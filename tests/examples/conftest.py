@@ -1,6 +1,8 @@
-"""Makes the modules of examples/translation importable, as they are for a person who runs its scripts."""
+"""Makes the modules of the examples importable, as they are for a person who runs their scripts."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "translation"))
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "translation"), str(EXAMPLES / "vision")]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import train
+from common import run as common
 from test_translation_train import (  # noqa: F401
     GAP,
     SCRIPT,
@@ -22,7 +22,7 @@ from test_translation_train import (  # noqa: F401
     write_json,
 )
 
-from gap_ds import GaPConfig
+from gap_ds import GaPConfig, schedule
 
 PARALLEL = {**GAP, "method": "parallel", "phase_steps": 4, "rounds": 2, "finetune_steps": 4}
 
@@ -85,12 +85,11 @@ def test_a_teacher_changes_the_fine_tuning_alone(
 def test_learning_rate(lr: str) -> None:
     """Linear to zero, over the run or over each phase, whatever its length."""
     gap = GaPConfig.load({**GAP, "phase_steps": 10, "finetune_steps": 40, "lr": lr})
-    args = train.parse(["--gap-config", "x", "--output-dir", "y", "--warmup-steps", "0", "--lr", "1"])
     now: list[Any] = [None]
-    relative = train.learning_rate(args, gap, 5, lambda: now[0])
+    relative = common.learning_rate(gap, 5, 0, common.linear, lambda: now[0])
     if lr == "continuous":
         assert [relative(step) for step in (0, 30, 60)] == [1.0, 0.5, 0.0]
         return
-    for phase in train.schedule.build(gap).phases:
+    for phase in schedule.build(gap).phases:
         now[0] = phase
         assert relative(0) == 1.0 and relative(phase.steps // 2) == 0.5 and relative(phase.steps) == 0.0

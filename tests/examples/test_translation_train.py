@@ -23,9 +23,9 @@ from typing import Any
 
 import evaluate
 import pytest
-import runtime
 import torch
 import train
+from common import runtime
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -565,6 +565,7 @@ CANNOT_RESUME: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "schedule": ({"finetune_steps": 3}, [], r"was written with ft:2st \(now ft:3st\)"),
     "dense": ({}, ["--dense"], "was written for another plan"),
     "lr": ({}, ["--lr", "1e-3"], r"was written with lr=0.003 \(now 0.001\)"),
+    "micro-batches": ({}, ["--accumulation", "2"], r"was written with accumulation x ranks=1 \(now 2\)"),
     "batches": ({}, ["--batch-tokens", "512"], r"was written with batch_tokens=256 \(now 512\)"),
     "rows": ({}, ["--limit", "100"], r"was written with rows=160 \(now 100\)"),
 }

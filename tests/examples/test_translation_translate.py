@@ -65,7 +65,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(autouse=True)
 def sparse_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     inference.MEASURED.clear()
-    monkeypatch.setattr(inference, "measure_layers", lambda layers, rows: {"dense": 2.0, "csr": 1.0})
+    monkeypatch.setattr(
+        inference, "measure_layers", lambda layers, rows: {form: 1.0 if form == "csr" else 2.0 for form in layers}
+    )
+    monkeypatch.setattr(inference, "_gain", lambda *arguments: 2.0)
 
 
 @pytest.fixture

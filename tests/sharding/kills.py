@@ -91,6 +91,9 @@ def finish(kind: str, out: Path, moments: list[str], seed: int, rounds: int) -> 
             victim, both = rng.randrange(2), kind != "parallel" and rng.random() < 0.5
             fate = f"{moment}:{rng.randint(1, 6 if moment == 'step' else 3)}:{rng.uniform(0, 20):.1f}"
             hit = [0, 1] if both else [victim]
+            if victim in run.processes and run.processes[victim].poll() is None:  # a worker that has gone on alone
+                run.kill([victim])
+                kills.append({"moment": "any", "both": False})
             run.start(dict.fromkeys(hit, fate))
             codes = run.wait(hit[:1])
             assert codes == [-signal.SIGKILL], f"the run was over before {fate} came: {codes}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -92,3 +94,20 @@ def check_early(out: Path, row: Row, ranks: int) -> None:
         assert found["wrong"] == []
         for name in ("saved", "resumed", "back"):
             assert largest_difference(found[name], found["plain"]) == 0, name
+
+
+def export_offline(out: Path, names: list[str]) -> dict[str, str | None]:
+    """Exports the checkpoints of these rows in a process of its own, and compares each with the engine's export then.
+
+    What could not be exported, and why, by name; None for what could.
+    """
+    command = [sys.executable, str(Path(__file__).parent / "worker_offline.py"), str(out), *names]
+    subprocess.run(command, check=True, timeout=300)
+    said: dict[str, str | None] = json.loads((out / "offline.json").read_text())
+    for name in (name for name, reason in said.items() if reason is None):
+        offline, wanted = (load_file(out / kind / name / "model.safetensors") for kind in ("offline", "mid"))
+        # A weight that is tied has several names in a library's own files.
+        assert wanted.keys() <= offline.keys(), name
+        for key, weight in wanted.items():
+            assert torch.equal(offline[key], weight), (name, key)
+    return said

@@ -103,6 +103,12 @@ def test_export_is_the_sparse_model_and_reloads(trained: dict[int, Path], row: R
     parity.check_export(trained[ranks], row)
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_checkpoints_are_exported_without_their_ranks(trained: dict[int, Path], ranks: int) -> None:
+    said = parity.export_offline(trained[ranks], [row["name"] for row in (ROWS if ranks == 2 else ROWS_4)])
+    assert set(said.values()) == {None}
+
+
 @pytest.mark.parametrize("row", EARLY, ids=lambda row: row["name"])
 def test_a_checkpoint_before_the_first_step_changes_nothing(trained: dict[int, Path], row: Row) -> None:
     parity.check_early(trained[2], row, ranks=2)

@@ -24,7 +24,7 @@ def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path: Path, kind: str) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", MOMENTS)
 def test_a_dozen_kills(tmp_path: Path, kind: str) -> None:
-    wanted = finish(kind, tmp_path / "undisturbed", [], seed=0, rounds=16)
+    wanted = finish(kind, tmp_path / "undisturbed", [], seed=0, rounds=40)
     moments = (["exchange", "save", "step"] if kind == "parallel" else ["save", "boundary", "step"]) * 4
-    found = finish(kind, tmp_path / "killed", moments, seed=2, rounds=16)
+    found = finish(kind, tmp_path / "killed", moments, seed=2, rounds=40)
     assert found["finals"] == wanted["finals"]

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import parity
 import pytest
 import torch
 from launch import run_workers
@@ -184,3 +185,13 @@ def test_deepspeed_cpu_adam(tmp_path: Path) -> None:
 
 
 CPU_ADAM = [(2, "fp32"), (2, "bf16"), (3, "bf16")]
+
+
+def test_checkpoints_are_exported_without_their_ranks(trained: Path) -> None:
+    """Frozen weights, too, of which ZeRO-1 has none among its optimizer's; ZeRO-0 is refused with the way out."""
+    said = parity.export_offline(trained, NAMES)
+    for name, reason in said.items():
+        if BY_NAME[name]["stage"] == 0:
+            assert reason is not None and "ZeRO-1, -2 and -3 alone" in reason
+        else:
+            assert reason is None

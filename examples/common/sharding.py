@@ -24,7 +24,8 @@ def wrap(model: nn.Module, backend: str, device: torch.device) -> nn.Module:
     if not dist.is_initialized():
         raise ValueError(f'backend="{backend}": needs processes. Start by torchrun, or set --backend none.')
     if backend == "ddp":
-        return nn.parallel.DistributedDataParallel(model)
+        # A recipe whose buffers move (BatchNorm) keeps them alike itself, on every backend in the same way.
+        return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     return {"fsdp1": _fsdp1, "fsdp2": _fsdp2, "fairscale": _fairscale}[backend](model, device)
 
 

@@ -53,7 +53,7 @@ def start_processes(seed: int, threads: int | None, deepspeed: bool) -> torch.de
         # DeepSpeed calls collectives by names that torch deprecates; its users cannot change that.
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
         ds.init_distributed()
-    elif int(os.environ["WORLD_SIZE"]) > 1:
+    elif int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
     # Saving a run of one process without a process group is what we want, not what torch has to guess.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)

@@ -1,0 +1,95 @@
+"""How small the compact file is, against zip and zstd of the dense one, and how long writing and loading it take.
+
+    python benchmarks/compact.py --presets base --sparsities 0.8 0.9 0.95 --dtypes bfloat16 float32
+    python benchmarks/compact.py --models runs/cyclic_80/model
+
+Of presets the weights are random and the smallest of each matrix zero; embeddings are never pruned. Sizes are exact;
+seconds are of one call each, files in the page cache. zstd (level 3, by its command line) is left out where it is not
+installed. `entries` is the share of the dense bytes that the pruned matrices take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import inference
+import measure
+import torch
+from transformers import AutoModelForSeq2SeqLM
+
+from gap_ds import compact
+from gap_ds.presets import VOCAB_SIZE
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--presets", nargs="*", default=["base"])
+    parser.add_argument("--sparsities", nargs="+", type=float, default=[0.8, 0.9, 0.95])
+    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["bfloat16", "float32"])
+    parser.add_argument("--models", nargs="*", type=Path, default=[], help="exported folders, dense")
+    parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE)
+    parser.add_argument("--out", type=Path, default=measure.RESULTS)
+    args = parser.parse_args()
+    rows = [row({"model": path.parent.name}, path) for path in args.models]
+    for preset in args.presets:
+        for sparsity in args.sparsities:
+            for dtype in args.dtypes:
+                with tempfile.TemporaryDirectory() as folder:
+                    save(Path(folder), preset, sparsity, getattr(torch, dtype), args.vocab_size)
+                    rows.append(row({"model": preset, "sparsity": sparsity, "dtype": dtype}, Path(folder)))
+    measure.write("compact", rows, args.out)
+
+
+def save(folder: Path, preset: str, sparsity: float, dtype: torch.dtype, vocab_size: int) -> None:
+    model = inference.build(preset, sparsity, dtype, vocab_size)
+    model.save_pretrained(folder, max_shard_size="100GB")
+    info = {"signature": "benchmark", "entries": {name: {} for name, _ in inference.entries(model)}}
+    (folder / "gap.json").write_text(json.dumps(info))
+
+
+def row(what: dict[str, Any], dense: Path) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as name:
+        out = Path(name) / "compact"
+        write = measure.seconds(lambda: compact.compact(dense, out))
+        figures = compact.figures(out)
+        loaded: list[Any] = []
+        load = measure.seconds(lambda: loaded.append(compact.load_compact(out, dtype="auto")))
+        load_dense = measure.seconds(lambda: loaded.append(AutoModelForSeq2SeqLM.from_pretrained(dense, dtype="auto")))
+        ours, wanted = (model.state_dict() for model in loaded)
+        files = {"dense": dense / "model.safetensors", "compact": out / compact.FILE}
+        sizes = {kind: path.stat().st_size for kind, path in files.items()}
+        for kind, path in files.items():
+            sizes[f"{kind}.zip"] = zipped(path, Path(name))
+            if shutil.which("zstd"):
+                sizes[f"{kind}.zst"] = zstd(path, Path(name))
+    return {
+        **what,
+        **{f"{kind} MB": round(size / 1e6, 2) for kind, size in sizes.items()},
+        "entries": round(figures["packed_bytes"] / figures["packed_dense_bytes"], 4),
+        "write s": round(write, 2),
+        "load s": round(load, 2),
+        "load dense s": round(load_dense, 2),
+        "equal": ours.keys() == wanted.keys() and all(torch.equal(ours[key], wanted[key]) for key in wanted),
+    }
+
+
+def zipped(path: Path, folder: Path) -> int:
+    with zipfile.ZipFile(folder / "weights.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(path)
+    return (folder / "weights.zip").stat().st_size
+
+
+def zstd(path: Path, folder: Path) -> int:
+    subprocess.run(["zstd", "-q", "-f", "-3", str(path), "-o", str(folder / "weights.zst")], check=True)
+    return (folder / "weights.zst").stat().st_size
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Whether a sparse model translates alike in its three forms: dense folder, compact folder, sparsified for inference.
+
+    python benchmarks/forms.py --models runs/zero3/model runs/fsdp2/model --dataset FOLDER --split test_2016_flickr
+
+For each exported model: BLEU of each form on real sentences, in how many the translations differ from the dense
+folder's, and sentences/s (of one pass each, in this order: an impression, not a measurement).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import measure
+import torch
+
+sys.path.insert(0, str(measure.ROOT / "examples"))
+sys.path.insert(0, str(measure.ROOT / "examples" / "translation"))
+
+import data
+import evaluate
+import translate
+
+from gap_ds import compact
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", type=Path, required=True, help="exported folders, dense")
+    parser.add_argument("--dataset", required=True)
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--beams", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, default=measure.RESULTS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    rows = data.load_rows(args.dataset, args.split, "en", "de", limit=args.limit)
+    sources, references = list(rows["source"]), list(rows["target"])
+    measure.write("forms", [row for path in args.models for row in forms(path, sources, references, args)], args.out)
+
+
+def forms(path: Path, sources: list[str], references: list[str], args: argparse.Namespace) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        compact.compact(path, Path(folder) / "compact")
+        models = {
+            "dense": translate.load(path, torch.float32)[0],
+            "compact": translate.load(Path(folder) / "compact", torch.float32)[0],
+            "sparse": translate.load(path, torch.float32)[0],
+        }
+    tokenizer = translate.load(path, torch.float32)[1]
+    table = translate.sparsify(models["sparse"], tokenizer, sources, args.beams, 2048)
+    changed = sum(len(choice.names) for choice in table if choice.form != "dense")
+    found: dict[str, list[str]] = {}
+    result = []
+    for form, model in models.items():
+        begin = time.perf_counter()
+        found[form] = evaluate.translate(model, tokenizer, sources, beams=args.beams)
+        seconds = time.perf_counter() - begin
+        result.append(
+            {
+                "model": path.parent.name,
+                "form": form,
+                "layers in another form": changed if form == "sparse" else 0,
+                "sentences": len(sources),
+                "beams": args.beams,
+                "BLEU": round(evaluate.score(found[form], references, ["bleu"]).bleu or 0.0, 4),
+                "differing": sum(a != b for a, b in zip(found[form], found["dense"], strict=True)),
+                "sentences/s": round(len(sources) / seconds, 1),
+            }
+        )
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""Tokens per second of the translation example's own loop, against loops that a user would write or take.
+
+    OMP_NUM_THREADS=1 python benchmarks/throughput.py
+
+    zero2   the example with the engine over DeepSpeed ZeRO-2, against a bare DeepSpeed loop
+    plain   the example with the engine over PyTorch alone, against transformers' Seq2SeqTrainer
+
+Both loops of a pair train the same model on the same batches in one process and take turns step by step: a loop has its
+turn from the moment it gets a batch until it asks for the next one. The example's loop is as it is, with boundaries and
+without what it does once at the end (checkpoint, validation). `loader` is the example's data alone, without training.
+`--quick` is a size for tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import measure
+import torch
+
+sys.path.insert(0, str(measure.ROOT / "examples"))
+sys.path.insert(0, str(measure.ROOT / "examples" / "translation"))
+
+import data
+import model as models
+import train
+from common import run, runtime, training
+
+from gap_ds.schedule import Phase
+
+PAIRS = {"zero2": ("example", "bare DeepSpeed"), "plain": ("example", "Seq2SeqTrainer")}
+WARM_UP = 5
+
+
+class Turns:
+    """Lets loops in several threads take one step each in turn, and times the steps."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._waiting, self._changed = list(names), threading.Condition()
+        self.seconds: dict[str, list[float]] = {name: [] for name in names}
+        self.units: dict[str, list[int]] = {name: [] for name in names}
+
+    def batches(self, name: str, steps: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+        """The steps, each when it is this loop's turn."""
+        try:
+            for units, batch in steps:
+                with self._changed:
+                    assert self._changed.wait_for(lambda: self._waiting[0] == name, timeout=300)
+                started = time.perf_counter()
+                yield units, batch
+                self.seconds[name].append(time.perf_counter() - started)
+                self.units[name].append(units)
+                self._pass(name)
+        finally:
+            self.leave(name)
+
+    def _pass(self, name: str) -> None:
+        with self._changed:
+            self._waiting.append(self._waiting.pop(self._waiting.index(name)))
+            self._changed.notify_all()
+
+    def leave(self, name: str) -> None:
+        with self._changed:
+            if name in self._waiting:
+                self._waiting.remove(name)
+            self._changed.notify_all()
+
+
+class InTurns(train.Translation):
+    """The example's task; its batches come in turn."""
+
+    def __init__(self, turns: Turns, name: str, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._turns, self._name = turns, name
+
+    def batches(self, epoch: int, start: int) -> Iterator[tuple[int, Sequence[dict[str, torch.Tensor]]]]:
+        return self._turns.batches(self._name, super().batches(epoch, start))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pairs", nargs="+", choices=list(PAIRS), default=list(PAIRS))
+    parser.add_argument("--preset", choices=list(models.PRESETS), default="small")
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens of a step")
+    parser.add_argument("--steps", type=int, default=48)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--out", type=Path, default=measure.RESULTS)
+    args = parser.parse_args()
+    if args.quick:
+        args.preset, args.tokens, args.steps, args.pairs = "tiny", 128, 12, ["plain"]
+    warnings.filterwarnings("ignore")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    rows = [row for pair in args.pairs for row in compare(args, pair)]
+    note = (
+        f"{args.preset}, {args.steps} steps of {args.tokens} tokens, bf16, generated corpus, 1 process; ratio: time of"
+    )
+    measure.write("throughput", rows, args.out, note + " a step to that of the other loop's neighbouring step")
+
+
+def compare(args: argparse.Namespace, pair: str) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        part = args.steps // 4
+        gap = {
+            "sparsity": 0.9,
+            "partitions": 3,
+            "rounds": 1,
+            "phase_steps": part,
+            "finetune_steps": args.steps - 3 * part,
+        }
+        (folder / "gap.json").write_text(json.dumps(gap))
+        words = ["--gap-config", f"{folder}/gap.json", "--output-dir", f"{folder}/run", "--preset", args.preset]
+        words += ["--batch-tokens", str(args.tokens), "--vocab-size", "2000", "--threads", str(torch.get_num_threads())]
+        words += ["--backend", "none", "--bf16"] if pair == "plain" else []
+        words += ["--deepspeed_config", str(measure.ROOT / "configs/ds/zero2.json")] if pair == "zero2" else []
+        own = train.parse(words)
+        turns = Turns(PAIRS[pair])
+        tokens, loading = race(own, folder / "run", turns, pair)
+    steps = min(map(len, turns.seconds.values()))
+    times = {name: seconds[WARM_UP:steps] for name, seconds in turns.seconds.items()}
+    rows = [
+        {"pair": pair, "loop": name, "tokens_per_s": round(sum(turns.units[name][WARM_UP:steps]) / sum(times[name]), 1)}
+        | figures
+        for name, figures in measure.compared(times, PAIRS[pair][1]).items()
+    ]
+    return [*rows, {"pair": pair, "loop": "loader", "tokens_per_s": round(tokens / loading, 1)}]
+
+
+def race(args: train.Arguments, folder: Path, turns: Turns, pair: str) -> tuple[int, float]:
+    """Trains both loops; target tokens of an epoch and the seconds that the loader alone takes for them."""
+    deepspeed = train.deepspeed_config(args)
+    device = runtime.start_processes(args.seed, args.threads, deepspeed=deepspeed is not None)
+    folder, _ = run.prepare_folder(args)
+    rows = {split: train.load_rows(args, split).select(range(n)) for split, n in (("train", 4000), ("validation", 50))}
+    tokenizer = train.load_tokenizer(args, folder, rows["train"], trained=False)
+    encoded = {split: data.encode(rows[split], tokenizer, args.max_length) for split in rows}
+    samplers = {split: data.TokenBatches.of(found, args.batch_tokens) for split, found in encoded.items()}
+    pairs = [(encoded[split], samplers[split]) for split in encoded]
+
+    def build() -> tuple[Any, torch.optim.Optimizer]:
+        runtime.seed_everything(0)
+        model = models.build_model(models.build_config(args.preset, vocab_size=len(tokenizer))).to(device)
+        return model, torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.997), eps=1e-9, fused=True)
+
+    gap, shape = run.gap_config(args, pretrained=False), train.LR_SCHEDULES[args.lr_schedule]
+    per_epoch = samplers["train"].steps_per_epoch
+    engine = run.build_engine(args, gap, None, deepspeed, *build(), per_epoch, shape)
+    example, other = PAIRS[pair]
+    steps = engine.schedule.total_steps
+    plain = train.Translation(args, device, tokenizer, *pairs)
+    started, tokens = time.perf_counter(), sum(units for units, _ in plain.batches(0, 0))
+    seconds = time.perf_counter() - started
+    loop = bare_deepspeed if pair == "zero2" else seq2seq_trainer
+    work = loop(plain, build, deepspeed, steps, folder, turns, other)
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    task = InTurns(turns, example, args, device, tokenizer, *pairs)
+    training.train(args, engine, folder, run.begin(args, train.FIXED, rows=len(encoded["train"])), task)
+    thread.join(timeout=300)
+    return tokens, seconds
+
+
+Build = Callable[[], tuple[Any, torch.optim.Optimizer]]
+
+
+def endless(task: train.Translation) -> Iterator[tuple[int, Any]]:
+    epoch = 0
+    while True:
+        yield from task.batches(epoch, 0)
+        epoch += 1
+
+
+def bare_deepspeed(
+    task: train.Translation, build: Build, config: Any, steps: int, folder: Path, turns: Turns, name: str
+) -> Callable[[], None]:
+    """The loop of DeepSpeed's own tutorial, on the example's forward pass and loss."""
+    import deepspeed
+
+    model, optimizer = build()
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    phase = Phase.__new__(Phase)  # asked for only where there is a teacher
+
+    def work() -> None:
+        for step, (units, (batch,)) in enumerate(turns.batches(name, endless(task))):
+            engine.backward(task.loss(engine, batch, units, phase))
+            engine.step()
+            if step == steps:
+                break
+        turns.leave(name)
+
+    return work
+
+
+def seq2seq_trainer(
+    task: train.Translation, build: Build, config: Any, steps: int, folder: Path, turns: Turns, name: str
+) -> Callable[[], None]:
+    """transformers' trainer with its own label smoothing, fed with the example's batches."""
+    from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+
+    model, optimizer = build()
+    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # with them the trainer takes a lone process for DDP's
+        os.environ.pop(variable, None)
+
+    class Batches(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+        def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+            for _, (batch,) in turns.batches(name, endless(task)):
+                shifted = batch["labels"].masked_fill(batch["labels"] == data.IGNORED, models.PAD).roll(1, dims=1)
+                shifted[:, 0] = model.config.decoder_start_token_id
+                yield {**batch, "decoder_input_ids": shifted}
+
+    arguments = Seq2SeqTrainingArguments(
+        output_dir=str(folder / "trainer"), max_steps=steps + 1, per_device_train_batch_size=1, bf16=True,
+        use_cpu=not torch.cuda.is_available(), max_grad_norm=0.0, label_smoothing_factor=0.1, report_to=[],
+        save_strategy="no", logging_strategy="no", disable_tqdm=True, remove_unused_columns=False,
+    )  # fmt: skip
+    trainer = Seq2SeqTrainer(
+        model,
+        arguments,
+        train_dataset=Batches(),
+        data_collator=lambda batches: batches[0],
+        optimizers=(optimizer, None),
+    )
+
+    def work() -> None:
+        trainer.train()
+        turns.leave(name)
+
+    return work
+
+
+if __name__ == "__main__":
+    main()

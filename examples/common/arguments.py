@@ -1,0 +1,93 @@
+"""The part of an example's command line that is about running: backend, folders, checkpoints, processes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NoReturn, TypeVar
+
+from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
+
+Parsed = TypeVar("Parsed")
+
+
+@dataclass
+class RunArguments:
+    """An example adds what it trains and on what; all of that has a default."""
+
+    gap_config: str = HfArg(help="GaP config, JSON or YAML (configs/gap)")
+    output_dir: str = HfArg(help="folder of the run: checkpoints, metrics, results, the exported model")
+    deepspeed_config: str | None = HfArg(default=None, help="DeepSpeed config (configs/ds); default: PyTorch alone")
+    backend: Literal["deepspeed", "fsdp2", "fsdp1", "fairscale", "ddp", "none"] | None = HfArg(
+        default=None, help="sharding library; default: deepspeed with its config, else ddp, or none on one process"
+    )
+    dense: bool = HfArg(default=False, help="train the same model as long, without sparsity")
+    gap_worker: int | None = HfArg(default=None, help="number of this worker of parallel GaP (gap-ds parallel sets it)")
+    exchange: str | None = HfArg(default=None, help="exchange folder or URL of parallel GaP; default: in --output-dir")
+    exchange_timeout: float = HfArg(default=7200.0, help="seconds to wait for the other workers at the end of a round")
+
+    accumulation: int = HfArg(default=1, help="micro-batches of a rank in an optimizer step")
+    lr: float = HfArg(default=2e-3, help="peak learning rate")
+    warmup_steps: int = HfArg(default=200, help="linear warm-up, in optimizer steps")
+    label_smoothing: float = HfArg(default=0.1, help="of the training loss")
+    seed: int = HfArg(default=0, help="of weights, batches and dropout; masks have their own in the GaP config")
+    bf16: bool = HfArg(default=False, help="autocast to bf16; with DeepSpeed its config decides")
+
+    resume: bool = HfArg(default=False, help="go on from the newest checkpoint in --output-dir, if there is one")
+    overwrite: bool = HfArg(default=False, help="delete the run in --output-dir first")
+    save_every: int | None = HfArg(default=None, help="optimizer steps between checkpoints; default: an epoch")
+    keep_checkpoints: int = HfArg(default=2, help="checkpoints to leave in the folder: a damaged one is passed over")
+    portable: bool = HfArg(default=False, help="let --resume go on with another number of ranks or another backend")
+    log_every: int = HfArg(default=50, help="optimizer steps between lines of metrics.jsonl")
+    tensorboard: bool = HfArg(default=False, help="write TensorBoard files too")
+    threads: int | None = HfArg(default=None, help="CPU threads of each process")
+    local_rank: int = field(default=-1, metadata={"help": "set by launchers; LOCAL_RANK is read instead"})
+
+    def __post_init__(self) -> None:
+        check_at_least(
+            self,
+            {"gap_worker": 0, "exchange_timeout": 0, "accumulation": 1, "threads": 1, "keep_checkpoints": 1}
+            | {"save_every": 1, "log_every": 1, "warmup_steps": 0, "seed": 0},
+        )
+        check_fraction(self, ["label_smoothing"])
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr={self.lr}: must be above 0. Set --lr.")
+        if self.resume and self.overwrite:
+            raise ValueError(
+                "--resume and --overwrite: one goes on with what is in --output-dir, the other deletes it."
+            )
+        if (self.backend == "deepspeed") > (self.deepspeed_config is not None):
+            raise ValueError('backend="deepspeed": needs a config. Set --deepspeed_config (configs/ds).')
+        if self.deepspeed_config and self.backend not in (None, "deepspeed"):
+            raise ValueError(f'--deepspeed_config: has no effect with backend="{self.backend}". Remove one of the two.')
+        if self.bf16 and self.deepspeed_config:
+            raise ValueError('--bf16: has no effect with --deepspeed_config. Set "bf16" in that file instead.')
+
+
+def check_at_least(args: Any, lowest: Mapping[str, float]) -> None:
+    """ValueError for an argument below its lowest value; one that is None is not looked at."""
+    for name, bound in lowest.items():
+        if (value := getattr(args, name)) is not None and not value >= bound:
+            raise ValueError(f"{name}={value}: must be at least {bound}. Set --{name.replace('_', '-')}.")
+
+
+def check_fraction(args: Any, names: Iterable[str]) -> None:
+    """ValueError for an argument that does not lie in [0, 1)."""
+    for name in names:
+        if not 0 <= (value := getattr(args, name)) < 1:
+            raise ValueError(f"{name}={value}: must lie in [0, 1). Set --{name.replace('_', '-')}.")
+
+
+def parse(kind: type[Parsed], argv: Sequence[str] | None = None) -> Parsed:
+    """The arguments of the command line. ValueError for a mistake in them."""
+    parsed: tuple[Parsed, ...] = Parser(kind).parse_args_into_dataclasses(args=argv)
+    return parsed[0]
+
+
+class Parser(HfArgumentParser):
+    """One sentence for a mistake, on one rank, instead of forty options on each."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}. --help lists all arguments.")

@@ -1,0 +1,305 @@
+"""A run: its configs, its folder, what a checkpoint must agree with, and the engine around the model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from common import runtime
+from common.arguments import RunArguments
+from gap_ds import GaPConfig, GaPEngine, Worker, checkpoint, history, schedule
+
+log = logging.getLogger("examples")
+
+Arguments = TypeVar("Arguments", bound=RunArguments)
+
+#: What a run leaves in its folder, and --overwrite deletes; nothing else in there is touched.
+FILES = (
+    *("results.json", "metrics.jsonl", history.NAME, "model", "model.partial", "checkpoints", "tokenizer"),
+    "tensorboard",
+)
+
+# -- configs -----------------------------------------------------------------------------------------------------------
+
+
+def gap_config(args: RunArguments, pretrained: bool) -> GaPConfig:
+    """The GaP config of this run, complete before anything is started."""
+    gap = GaPConfig.load(args.gap_config)
+    if args.dense:
+        return gap.as_dense()
+    if pretrained and "init" not in gap.model_fields_set and gap.method != "dsd":
+        return GaPConfig.load({**gap.model_dump(exclude_unset=True), "init": "magnitude"})
+    return gap
+
+
+def gap_worker(args: Arguments, gap: GaPConfig, same: Iterable[str], script: str) -> tuple[Arguments, Worker | None]:
+    """Of parallel GaP, which worker this is; its folder is one in --output-dir. Otherwise the arguments as they are.
+
+    Args:
+        same: names of the arguments that all workers of a run must have alike, which no signature of the config knows.
+    """
+    if gap.method != "parallel":
+        for name in ("gap_worker", "exchange"):
+            if getattr(args, name) is not None:
+                raise ValueError(f'--{name.replace("_", "-")}: has no effect with method="{gap.method}". Remove it.')
+        return args, None
+    if args.gap_worker is None:
+        raise ValueError(
+            'method="parallel": every worker is a job of its own. Start all by gap-ds parallel --workers '
+            f"{gap.kappa} -- {script} ..., or each by --gap-worker 0, 1, ..."
+        )
+    if args.gap_worker >= gap.kappa:
+        raise ValueError(f"--gap-worker {args.gap_worker}: must be below {gap.kappa}, the number of partitions.")
+    folder = Path(args.output_dir)
+    told = {name: getattr(args, name) for name in same}
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+    exchange = args.exchange or str(folder / "exchange")
+    worker = Worker(args.gap_worker, exchange, args.exchange_timeout, run=digest)
+    return replace(args, output_dir=str(folder / f"worker_{args.gap_worker}")), worker
+
+
+def deepspeed_config(args: RunArguments, batch_flag: str) -> dict[str, Any] | None:
+    """The DeepSpeed config of this run, with what its arguments decide filled in; None without --deepspeed_config.
+
+    Args:
+        batch_flag: the argument of this example that sets the size of a batch.
+    """
+    if args.deepspeed_config is None:
+        return None
+    origin = f"--deepspeed_config {args.deepspeed_config}"
+    try:
+        config = json.loads(Path(args.deepspeed_config).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{origin}: cannot be read as JSON ({error}). Set another file (configs/ds).") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{origin}: holds a {type(config).__name__}, must hold an object. Set another file.")
+    for key, instead in (("optimizer", "--lr"), ("scheduler", "--lr-schedule"), ("train_batch_size", batch_flag)):
+        if key in config:
+            raise ValueError(f'{origin}: "{key}" would have no effect. Remove it, and set {instead}.')
+    if (given := config.get("gradient_accumulation_steps", 1)) not in (1, "auto", args.accumulation):
+        raise ValueError(
+            f"{origin}: gradient_accumulation_steps={given}, but --accumulation {args.accumulation}: set both alike."
+        )
+    config["gradient_accumulation_steps"] = args.accumulation
+    config["train_micro_batch_size_per_gpu"] = 1  # DeepSpeed asks for it; the example cuts its batches itself
+    if auto := [key for key, value in _items(config) if value == "auto"]:
+        raise ValueError(f'{origin}: {auto[0]}="auto" is for the Trainer of transformers. Set a value, or remove it.')
+    return config
+
+
+def _items(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """All settings of a config, nested ones as "section.key"."""
+    for key, value in config.items():
+        yield key, value
+        if isinstance(value, dict):
+            yield from ((f"{key}.{inner}", setting) for inner, setting in _items(value))
+
+
+# -- the folder --------------------------------------------------------------------------------------------------------
+
+
+def prepare_folder(args: RunArguments) -> tuple[Path, bool]:
+    """The run's folder, and whether to go on from a checkpoint; no run is overwritten or continued unasked."""
+    folder = Path(args.output_dir)
+    if (folder / "results.json").exists() and args.resume and args.gap_worker is not None:
+        if runtime.rank() == 0:
+            print(f"worker {args.gap_worker}: was done before.")
+        runtime.end_processes()
+        raise SystemExit(0)
+    finished, begun = (folder / "results.json").exists(), (folder / "metrics.jsonl").exists()
+    saved = bool(checkpoint.candidates(folder / "checkpoints"))
+    runtime.barrier()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir={args.output_dir!r}: is a file, must be a folder. Set --output-dir.")
+    if finished and not args.overwrite:
+        raise ValueError(
+            f"output_dir={args.output_dir!r}: holds a finished run. Start afresh with --overwrite, or set another."
+        )
+    if (begun or saved) and not (args.resume or args.overwrite):
+        raise ValueError(
+            f"output_dir={args.output_dir!r}: holds an unfinished run. Go on with --resume, start afresh with "
+            "--overwrite, or set another."
+        )
+    if runtime.rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in (folder / name for name in FILES if args.overwrite):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        if args.resume and not saved:
+            log.info("no checkpoint in %s yet: starting at step 0", folder / "checkpoints")
+    runtime.barrier()
+    return folder, args.resume and saved
+
+
+def write_results(folder: Path, results: dict[str, Any]) -> None:
+    """results.json, which says that the run is over; whole or absent."""
+    (folder / "results.json.partial").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    (folder / "results.json.partial").replace(folder / "results.json")
+
+
+def figures(args: RunArguments, engine: GaPEngine, seconds: float, first_step: int) -> dict[str, Any]:
+    """What a run cost, whoever scores it."""
+    mean_density = engine.schedule.mean_density(*engine.plan.per_partition())
+    return {
+        "signature": engine.signature,
+        "applied_steps": engine.applied_steps,
+        "mean_density": mean_density,
+        "training_flops": engine.plan.training_flops(mean_density),
+        "dense": args.dense,
+        "train_seconds": round(seconds, 1),
+        "trained_from_step": first_step,
+        "ranks": runtime.world_size(),
+        "torch": torch.__version__,
+        "arguments": asdict(args),
+    }
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+def begin(args: RunArguments, fixed: Sequence[str], rows: int) -> dict[str, Any]:
+    """The state of a run before its first step, as it goes into checkpoints.
+
+    "batches" counts the steps of data that were used: more than the applied steps where fp16 overflowed. "run" is what
+    a run that goes on must have as it was, besides its plan and schedule, which the engine compares. A step may be cut
+    into other micro-batches per rank, as long as there are as many in all.
+
+    Args:
+        fixed: names of the arguments that must stay as they were.
+        rows: of the training set.
+    """
+    micro_batches = {"accumulation x ranks": args.accumulation * runtime.world_size()}
+    run = {"rows": rows, **{name: getattr(args, name) for name in fixed}, **micro_batches}
+    return {"batches": 0, "ranks": runtime.world_size(), "run": run}
+
+
+def resume(engine: GaPEngine, folder: Path, state: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Goes on from the newest checkpoint: the state saved with it. ValueError if another run saved it."""
+    saved = same_run(state, engine.load_checkpoint(folder / "checkpoints"))
+    if saved["ranks"] != state["ranks"]:
+        # Random states are those of ranks that are no more: new ones, which differ between ranks and from those of
+        # the steps before.
+        sequence = np.random.SeedSequence((seed, state["ranks"], runtime.rank(), engine.applied_steps))
+        runtime.seed_everything(int(sequence.generate_state(1)[0]))
+    return {**saved, "ranks": state["ranks"]}
+
+
+def same_run(now: dict[str, Any], saved: Any) -> dict[str, Any]:
+    """The state saved with a checkpoint. ValueError if another run saved it than the one that `now` begins."""
+    was = saved["run"] if isinstance(saved, dict) and "run" in saved else {}
+    if changed := [
+        f"{key}={was.get(key)!r} (now {value!r})" for key, value in now["run"].items() if was.get(key) != value
+    ]:
+        raise ValueError(
+            f"the checkpoint was written with {', '.join(changed)}. Restore them, or start in a new folder."
+        )
+    return saved
+
+
+def save(args: RunArguments, engine: GaPEngine, folder: Path, state: dict[str, Any]) -> None:
+    """A checkpoint; the oldest goes once this one is whole."""
+    engine.save_checkpoint(folder, client_state=state, keep=args.keep_checkpoints, portable=args.portable)
+
+
+# -- the engine --------------------------------------------------------------------------------------------------------
+
+
+def build_engine(
+    args: RunArguments,
+    gap: GaPConfig,
+    worker: Worker | None,
+    deepspeed: dict[str, Any] | None,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps_per_epoch: int,
+    shape: Callable[[int, int, int], float],
+) -> GaPEngine:
+    """The engine over DeepSpeed, or over a model that is wrapped already; `shape` as in `learning_rate`."""
+    built: list[GaPEngine] = []  # the schedule asks the engine for the phase, and the engine is built around it
+    relative = learning_rate(gap, steps_per_epoch, args.warmup_steps, shape, lambda: built[0].phase if built else None)
+    lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, relative)
+    built.append(_wrap_engine(args, gap, worker, deepspeed, model, optimizer, lr_scheduler, steps_per_epoch))
+    return built[0]
+
+
+def _wrap_engine(
+    args: RunArguments,
+    gap: GaPConfig,
+    worker: Worker | None,
+    deepspeed: dict[str, Any] | None,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    lr_scheduler: torch.optim.lr_scheduler.LambdaLR,
+    steps_per_epoch: int,
+) -> GaPEngine:
+    """A GaPEngine around DeepSpeed's, or around the model."""
+    record = Path(args.output_dir, history.NAME)
+    if deepspeed is not None:
+        return GaPEngine.initialize(
+            model=model,
+            config=deepspeed,
+            gap_config=gap,
+            steps_per_epoch=steps_per_epoch,
+            worker=worker,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            history=record,
+        )
+    return GaPEngine(
+        model,
+        gap,
+        optimizer=optimizer,
+        lr_scheduler=lr_scheduler,
+        steps_per_epoch=steps_per_epoch,
+        worker=worker,
+        gradient_accumulation_steps=args.accumulation,
+        history=record,
+    )
+
+
+def learning_rate(
+    gap: GaPConfig,
+    steps_per_epoch: int,
+    warmup_steps: int,
+    shape: Callable[[int, int, int], float],
+    phase: Callable[[], schedule.Phase | None],
+) -> Callable[[int], float]:
+    """The learning rate relative to its peak, by step: of the run, or of each phase where the config restarts it.
+
+    The workers of parallel GaP have one learning rate, that of worker 0, although the others end before it.
+
+    Args:
+        warmup_steps: of a linear rise from the first step on; at most half of the phase or run.
+        shape: (step, steps of warm-up, steps in all) -> learning rate after the warm-up.
+    """
+    whole = schedule.build(gap, steps_per_epoch)
+
+    def relative(step: int) -> float:
+        length = (phase() or whole.phases[0]).steps if gap.lr == "restart" else whole.total_steps
+        warmup = min(warmup_steps, max(1, length // 2))
+        return (step + 1) / warmup if step < warmup else shape(step, warmup, length)
+
+    return relative
+
+
+def inverse_sqrt(step: int, warmup: int, length: int) -> float:
+    """Falls with the square root of the step."""
+    return float((warmup / (step + 1)) ** 0.5)
+
+
+def linear(step: int, warmup: int, length: int) -> float:
+    """Falls to 0 in a line.
+
+    >>> linear(10, 10, 20), linear(15, 10, 20), linear(20, 10, 20)
+    (1.0, 0.5, 0.0)
+    """
+    return max(0.0, (length - step) / max(1, length - warmup))

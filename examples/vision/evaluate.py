@@ -1,0 +1,100 @@
+"""Top-1 and top-5 accuracy of an exported model, dense or sparse, or of any image classifier.
+
+    python examples/vision/evaluate.py --model-dir OUT/model --dataset FOLDER --split validation
+
+Size, crop, mean and deviation are those that were exported with the model. Under torchrun the pictures are spread over
+the processes; every picture is counted once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers.hf_argparser import HfArg
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import classifier
+import images
+import scoring
+from common import arguments, runtime
+from transformers import AutoImageProcessor
+
+
+@dataclass
+class Arguments:
+    """Score an image classifier."""
+
+    model_dir: str = HfArg(help="exported model: folder or hub name")
+    dataset: str | None = HfArg(default=None, help="folder, parquet file or hub name; default: drawn pictures")
+    dataset_config: str | None = HfArg(default=None, help="configuration of a hub dataset")
+    split: str = HfArg(default="validation", help="split to score")
+    image_column: str = HfArg(default="image", help="of parquet files and hub datasets")
+    label_column: str = HfArg(default="label", help="of parquet files and hub datasets")
+    limit: int | None = HfArg(default=None, help="use N rows only")
+    skip_damaged: bool = HfArg(default=False, help="leave out pictures that cannot be decoded, and count them")
+    trust_remote_code: bool = HfArg(default=False, help="run code that comes with the model")
+    image_size: int | None = HfArg(default=None, help="pixels of a side; default: the model's")
+    crop_part: float | None = HfArg(default=None, help="part of the shorter side that is kept; default: the model's")
+    batch_size: int = HfArg(default=128, help="pictures of a batch of a process")
+    workers: int = HfArg(default=0, help="decoding processes")
+    bf16: bool = HfArg(default=False, help="autocast to bf16")
+    threads: int | None = HfArg(default=None, help="CPU threads of each process")
+    json: str | None = HfArg(default=None, help="file to write the scores to")
+
+    def __post_init__(self) -> None:
+        arguments.check_at_least(self, {"limit": 1, "image_size": 1, "batch_size": 1, "workers": 0, "threads": 1})
+        if self.crop_part is not None and not 0 < self.crop_part <= 1:
+            raise ValueError(f"crop_part={self.crop_part}: must lie in (0, 1]. Set --crop-part.")
+
+
+def main(args: Arguments) -> int:
+    """Scores; the exit status."""
+    device = runtime.start_processes(seed=0, threads=args.threads, deepspeed=False)
+    columns = {"image_column": args.image_column, "label_column": args.label_column}
+    source = images.load(args.dataset, args.split, config=args.dataset_config, limit=args.limit, **columns)
+    model = classifier.load_pretrained(args.model_dir, trust_remote_code=args.trust_remote_code).to(device).eval()
+    images.check_labels(source, model.config.num_labels)
+    try:
+        processor = AutoImageProcessor.from_pretrained(args.model_dir, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model {args.model_dir!r}: has no image processor ({str(error).splitlines()[0]}).") from error
+    size = args.image_size or _side(processor.size)
+    change = images.Evaluation(size, args.crop_part or getattr(processor, "crop_pct", None) or 0.875)
+    mean, deviation = (torch.tensor(v, device=device) for v in (processor.image_mean, processor.image_std))
+
+    def forward(pictures: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device.type, torch.bfloat16) if args.bf16 else nullcontext():
+            return model(pixel_values=images.normalise(pictures.to(device), mean, deviation)).logits
+
+    loader = images.Loader(source, change, seed=0, workers=args.workers, skip=args.skip_damaged)
+    ranks = {"world_size": runtime.world_size(), "rank": runtime.rank()}
+    scores = scoring.score(forward, loader(images.evaluation_batches(len(source), args.batch_size, **ranks)))
+    for message in sorted(loader.skipped):
+        print(f"left out: {message}", file=sys.stderr)
+    if runtime.rank() == 0:
+        print(f"top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} %, {scores['pictures']:.0f} pictures")
+        if args.json:
+            Path(args.json).write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+    runtime.end_processes()
+    return 0
+
+
+def _side(size: dict[str, int]) -> int:
+    """Pixels of a side, as image processors tell them in one way or another."""
+    return size.get("shortest_edge") or size["height"]
+
+
+def parse(argv: Sequence[str] | None = None) -> Arguments:
+    """The arguments of the command line. ValueError for a mistake in them."""
+    return arguments.parse(Arguments, argv)
+
+
+if __name__ == "__main__":
+    runtime.run(lambda: main(parse()))

@@ -1,0 +1,401 @@
+"""From a data set to batches of pictures, with the same optimizer steps for any number of ranks.
+
+    load -> Source -> Batches -> DataLoader workers: decode, crop, flip -> uint8 (B, H, W, 3) and labels (B,)
+
+Pictures are decoded, resized and coloured by Pillow. They leave the workers as bytes and are normalised where the model
+is. What happens to a picture depends on (seed, epoch, row) alone, not on workers, ranks or where a run was resumed.
+Shape legend: B pictures of a micro-batch, H and W pixels.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import drawings
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance
+from torch.utils.data import DataLoader, Dataset
+
+IGNORED = -100  # label of a row that only fills up a batch, as torch and transformers have it
+FILES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
+PADDING = -1  # number of a row that is no picture
+
+# --- sources ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """The pictures of a split, none decoded yet.
+
+    labels: class of each row, (N,). read: the picture of a row, in any mode. name: what a message calls a row.
+    """
+
+    labels: np.ndarray
+    classes: tuple[str, ...]
+    read: Callable[[int], Image.Image]
+    name: Callable[[int], str]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def load(
+    dataset: str | None,
+    split: str,
+    *,
+    config: str | None = None,
+    image_column: str = "image",
+    label_column: str = "label",
+    limit: int | None = None,
+) -> Source:
+    """The pictures of one split.
+
+    dataset: None (drawn by drawings.py), a folder, a parquet file, or a name on the Hugging Face hub. A folder holds
+        `<split>/<class>/<picture>` as ImageNet's does, or `<split>.parquet`, also in shards
+        `<split>-00000-of-00002.parquet`. Rows of parquet files and of the hub have a picture and an integer label.
+    limit: at most that many rows, chosen at random but always the same: trees of folders are sorted by class.
+
+    Raises ValueError, with the file or the argument to change, for anything that cannot be read as such rows.
+    """
+    if dataset is None:
+        source = _drawn(split)
+    elif (folder := Path(dataset).expanduser() / split).is_dir():
+        source = _folder(folder)
+    else:
+        where = f"--dataset {dataset}, split {split!r}"
+        source = _rows(_read(dataset, split, config), where, image_column, label_column)
+    if len(source) == 0:
+        raise ValueError(f"--dataset {dataset}: has no rows in split {split!r}: at least one is needed.")
+    return source if limit is None else _some(source, limit)
+
+
+def _some(source: Source, limit: int) -> Source:
+    chosen = np.sort(np.random.default_rng(0).permutation(len(source))[:limit])
+    return Source(
+        source.labels[chosen],
+        source.classes,
+        lambda row: source.read(int(chosen[row])),
+        lambda row: source.name(int(chosen[row])),
+    )
+
+
+def _drawn(split: str) -> Source:
+    if split not in drawings.SIZES:
+        names = ", ".join(drawings.SIZES)
+        raise ValueError(f"the drawn pictures have no split {split!r}, only {names}: choose one, or set --dataset.")
+    labels = np.array([drawings.label(number) for number in range(drawings.SIZES[split])])
+    return Source(
+        labels, drawings.CLASSES, lambda row: drawings.draw(split, row), lambda row: f"drawing {row} of {split}"
+    )
+
+
+def _folder(folder: Path) -> Source:
+    """A tree `<class>/<picture>`: classes in alphabetical order, and their pictures too."""
+    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    if not classes:
+        raise ValueError(f"{folder}: has no folders: a folder for each class is needed. Set --dataset.")
+    paths: list[str] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        found = sorted(entry.path for entry in os.scandir(folder / name) if entry.name.lower().endswith(FILES))
+        if not found:
+            raise ValueError(
+                f"{folder / name}: has no picture ({', '.join(FILES)}): each class needs at least one. Remove the "
+                "folder, or fill it."
+            )
+        paths += found
+        labels += [label] * len(found)
+    table = np.array(paths)  # one block of memory, which workers share
+    return Source(np.array(labels), tuple(classes), lambda row: Image.open(table[row]), lambda row: str(table[row]))
+
+
+def _read(dataset: str, split: str, config: str | None) -> datasets.Dataset:
+    path = Path(dataset).expanduser()
+    if path.is_dir():
+        inside = path / config if config else path
+        files = sorted(file for file in inside.glob("*.parquet") if file.stem.split("-")[0] == split)
+        if not files:
+            splits = {file.stem.split("-")[0] for file in inside.glob("*.parquet")}
+            splits |= {entry.name for entry in path.iterdir() if entry.is_dir()}
+            raise ValueError(
+                f"--dataset {dataset}: has no split {split!r}, neither as a folder of classes nor as {split}.parquet "
+                f"({'only ' + ', '.join(sorted(splits)) if splits else 'it is empty'}). Set --dataset or the split."
+            )
+        return _parquet(files, dataset)
+    if path.is_file():
+        return _parquet([path], dataset)
+    if dataset.startswith((".", "/", "~")) or dataset.endswith(("/", ".parquet")) or dataset.count("/") > 1:
+        raise ValueError(f"--dataset {dataset}: no such file or folder (looked in {Path.cwd()}). Set --dataset.")
+    try:
+        return datasets.load_dataset(dataset, config, split=split)
+    except Exception as error:  # network, missing name, missing configuration, missing split: one class each
+        raise ValueError(
+            f"--dataset {dataset}: neither a local file or folder, nor could split {split!r} be loaded from the hub "
+            f"({_line(error)}). Set --dataset or --dataset-config."
+        ) from error
+
+
+def _parquet(files: Sequence[Path], dataset: str) -> datasets.Dataset:
+    try:
+        return datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
+    except Exception as error:  # pyarrow and datasets each have their own errors for a damaged file
+        raise ValueError(
+            f"--dataset {dataset}: {files[0].name} cannot be read as parquet ({_line(error)}). Set --dataset."
+        ) from error
+
+
+def _line(error: BaseException) -> str:
+    """The kind of an error and the first line of its deepest cause: one line is what a user reads."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+
+
+def _rows(rows: datasets.Dataset, where: str, image_column: str, label_column: str) -> Source:
+    for column, flag in ((image_column, "--image-column"), (label_column, "--label-column")):
+        if column not in rows.column_names:
+            raise ValueError(f"{where}: has no column {column!r}, only {', '.join(rows.column_names)}. Set {flag}.")
+    feature = rows.features[label_column]
+    labels = np.asarray(rows.data.column(label_column).to_numpy())
+    if labels.dtype.kind not in "iu":  # text, or integers with gaps, which Arrow hands over as floats
+        raise ValueError(f"{where}: column {label_column!r} holds {feature}, must hold an integer in every row.")
+    # The feature is asked for bytes, so that a file that cannot be decoded is met by `decode`, which knows its name.
+    rows = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+
+    def name(row: int) -> str:
+        return f"row {row} of {where} ({rows[row][image_column]['path'] or 'no file name'})"
+
+    def read(row: int) -> Image.Image:
+        found = rows[row][image_column]
+        return Image.open(io.BytesIO(found["bytes"]) if found["bytes"] is not None else found["path"])
+
+    known = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+    classes = known or tuple(str(i) for i in range(int(labels.max()) + 1 if len(labels) else 0))
+    source = Source(labels.astype(np.int64), classes, read, name)
+    check_labels(source, len(classes))
+    return source
+
+
+def check_labels(source: Source, classes: int) -> None:
+    """ValueError, with the first row's file, where a label is no class."""
+    if len(wrong := np.flatnonzero((source.labels < 0) | (source.labels >= classes))):
+        row = int(wrong[0])
+        raise ValueError(
+            f"{source.name(row)}: has label {source.labels[row]}, must lie in 0 to {classes - 1} ({len(wrong)} such "
+            "rows). A split without labels cannot be scored: set another."
+        )
+
+
+# --- one picture ------------------------------------------------------------------------------------------------------
+
+
+class Damaged(ValueError):
+    """A picture that cannot be decoded; the message has its name."""
+
+
+def decode(source: Source, row: int) -> Image.Image:
+    """A row's picture in RGB, whatever it was: grey, CMYK, with a palette, or with transparency (which is dropped).
+
+    Raises:
+        Damaged: it is cut short, is no picture, or has more pixels than Pillow takes for an honest one.
+    """
+    try:
+        return source.read(row).convert("RGB")
+    except (OSError, ValueError, SyntaxError, KeyError, TypeError, Image.DecompressionBombError) as error:
+        raise Damaged(f"{source.name(row)}: cannot be decoded ({_line(error)}).") from error
+
+
+@dataclass(frozen=True)
+class Training:
+    """Random resized crop, mirroring, and colours if asked for.
+
+    smallest: part of the picture's area that a crop has at least; its ratio of sides lies between 3/4 and 4/3.
+    jitter: brightness, contrast and saturation are each multiplied by a random factor in [1 - jitter, 1 + jitter].
+
+    Source of the crop: Szegedy et al., "Going Deeper with Convolutions", arXiv 1409.4842, section 6.
+    """
+
+    size: int
+    smallest: float = 0.08
+    jitter: float = 0.0
+
+    def __call__(self, image: Image.Image, random: np.random.Generator) -> Image.Image:
+        """The picture as (size, size)."""
+        box = random_box(image.width, image.height, self.smallest, random)
+        # Cut out first: `resize(box=...)` would let pixels from outside the box into its edges.
+        image = image.crop(box).resize((self.size, self.size), Image.Resampling.BILINEAR)
+        if random.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if self.jitter:
+            for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+                image = enhance(image).enhance(random.uniform(1 - self.jitter, 1 + self.jitter))
+        return image
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The shorter side becomes size / part, and the middle of (size, size) is cut out."""
+
+    size: int
+    part: float = 0.875
+
+    def __call__(self, image: Image.Image, random: np.random.Generator | None = None) -> Image.Image:
+        """The picture as (size, size)."""
+        shorter = int(self.size / self.part)
+        width, height = image.size
+        longer = int(shorter * max(width, height) / min(width, height))
+        target = (shorter, longer) if width <= height else (longer, shorter)
+        if target != image.size:
+            image = image.resize(target, Image.Resampling.BILINEAR)
+        left, top = (target[0] - self.size) // 2, (target[1] - self.size) // 2
+        return image.crop((left, top, left + self.size, top + self.size))
+
+
+def random_box(width: int, height: int, smallest: float, random: np.random.Generator) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of a crop in whole pixels, of a random area, ratio of sides and place.
+
+    Ten tries; if none fits into the picture, the largest crop in its middle that is not too narrow.
+    """
+    for _ in range(10):
+        area = width * height * random.uniform(smallest, 1.0)
+        ratio = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(random.integers(0, width - w + 1)), int(random.integers(0, height - h + 1))
+            return left, top, left + w, top + h
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+Key = tuple[int, int]  # epoch, row
+
+
+class Batches:
+    """Cuts every epoch's permutation of the rows into optimizer steps of exactly `batch_size` pictures.
+
+    What is left at the end of an epoch is left out of it. The step is the same for any number of ranks and
+    micro-batches; micro-batch m of a step is number m // world_size of rank m % world_size.
+    """
+
+    def __init__(
+        self, rows: int, batch_size: int, *, world_size: int = 1, rank: int = 0, accumulation: int = 1, seed: int = 0
+    ) -> None:
+        parts = world_size * accumulation
+        if batch_size % parts:
+            raise ValueError(
+                f"batch_size={batch_size}: must be a multiple of {parts} ({world_size} ranks x {accumulation} "
+                "accumulation steps). Set --batch-size or --accumulation."
+            )
+        if rows < batch_size:
+            raise ValueError(
+                f"batch_size={batch_size}: must be at most {rows}, the training pictures. Set --batch-size."
+            )
+        self._rows, self._batch_size, self._seed = rows, batch_size, seed
+        self._parts = [slice(m, None, parts) for m in range(rank, parts, world_size)]
+        self.steps_per_epoch = rows // batch_size
+
+    def micro_batches(self, epoch: int, start: int = 0) -> Iterator[list[Key]]:
+        """This rank's micro-batches from a step of an epoch on, without end."""
+        while True:
+            order = np.random.default_rng((self._seed, epoch)).permutation(self._rows)
+            for step in range(start, self.steps_per_epoch):
+                rows = order[step * self._batch_size : (step + 1) * self._batch_size]
+                yield from ([(epoch, int(row)) for row in rows[part]] for part in self._parts)
+            epoch, start = epoch + 1, 0
+
+
+def evaluation_batches(rows: int, batch_size: int, *, world_size: int = 1, rank: int = 0) -> list[list[Key]]:
+    """Every row on one rank, in as many batches on each rank: what is missing on some is filled up with PADDING."""
+    own = list(range(rank, rows, world_size))
+    most = -(-rows // world_size)
+    own += [PADDING] * (most - len(own))
+    return [[(0, row) for row in own[i : i + batch_size]] for i in range(0, most, batch_size)]
+
+
+class _Pictures(Dataset[Any]):
+    """What workers do: a key becomes (picture (H, W, 3) as bytes, label), or a message where it is damaged."""
+
+    def __init__(self, source: Source, change: Training | Evaluation, seed: int) -> None:
+        self._source, self._change, self._seed = source, change, seed
+
+    def __getitem__(self, key: Key) -> tuple[np.ndarray, int] | str:
+        epoch, row = key
+        if row == PADDING:
+            return np.zeros((self._change.size, self._change.size, 3), np.uint8), IGNORED
+        try:
+            image = decode(self._source, row)
+        except Damaged as error:
+            return str(error)  # raised where it is read: a worker would wrap it into its traceback
+        changed = self._change(image, np.random.default_rng((self._seed, 1, epoch, row)))
+        return np.asarray(changed), int(self._source.labels[row])
+
+
+def _collate(found: list[tuple[np.ndarray, int] | str]) -> dict[str, Any]:
+    whole = [one for one in found if not isinstance(one, str)]
+    return {
+        "pictures": torch.from_numpy(np.stack([picture for picture, _ in whole])) if whole else None,
+        "labels": torch.tensor([label for _, label in whole]),
+        "damaged": [one for one in found if isinstance(one, str)],
+    }
+
+
+def _start_worker(_: int) -> None:
+    """A Ctrl-C is for the rank, which lets the run save; its workers end with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+class Loader:
+    """Batches of pictures, made by workers ahead of their use.
+
+    A batch is {"pictures": uint8 (B, H, W, 3), "labels": int64 (B,)}.
+
+    Args:
+        workers: processes; 0: this one.
+        skip: leave damaged pictures out, and keep their messages in `skipped`, instead of ending with the first one.
+    """
+
+    def __init__(self, source: Source, change: Training | Evaluation, seed: int, workers: int, skip: bool) -> None:
+        self._pictures, self._workers, self._skip = _Pictures(source, change, seed), workers, skip
+        self.skipped: set[str] = set()
+
+    def __call__(self, keys: Iterator[list[Key]] | Sequence[list[Key]]) -> Iterator[dict[str, Any]]:
+        """The batches of some keys, in their order.
+
+        Raises:
+            ValueError: a picture is damaged, and must not be skipped, or it was all that its batch had.
+        """
+        loader = DataLoader(
+            self._pictures,
+            batch_sampler=keys,  # type: ignore[arg-type]
+            num_workers=self._workers,
+            collate_fn=_collate,
+            worker_init_fn=_start_worker,
+            pin_memory=torch.cuda.is_available(),
+            prefetch_factor=4 if self._workers else None,
+        )
+        for batch in loader:
+            if damaged := batch.pop("damaged"):
+                if not self._skip:
+                    raise ValueError(f"{damaged[0]} Mend or remove it, or set --skip-damaged.")
+                self.skipped.update(damaged)
+                if batch["pictures"] is None:
+                    raise ValueError(f"{damaged[0]} So are all {len(damaged)} pictures of its batch: nothing is left.")
+            yield batch
+
+
+def normalise(pictures: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
+    """Bytes (B, H, W, 3) as fp32 (B, 3, H, W), channels last in memory: (x / 255 - mean) / deviation, per channel."""
+    return ((pictures.float() / 255 - mean) / deviation).permute(0, 3, 1, 2)

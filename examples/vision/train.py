@@ -1,0 +1,431 @@
+"""Train an image classifier sparse by grow-and-prune, export it, and report its accuracy.
+
+    deepspeed examples/vision/train.py --gap-config configs/gap/resnet50_cyclic_90_erk.json \\
+        --deepspeed_config configs/ds/zero1.json --dataset FOLDER --output-dir runs/resnet50
+
+Runs as well under torchrun and plain python; without --deepspeed_config it trains by PyTorch alone. `main` is the
+recipe, from top to bottom. Signals act as in the translation example: saved after the step, exit status 130 or 143.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.hf_argparser import HfArg
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import average
+import classifier
+import images
+import numpy as np
+import scoring
+from common import arguments, run, runtime, sharding, training
+from transformers import AutoImageProcessor
+from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
+
+from gap_ds import GaPConfig, GaPEngine
+from gap_ds.plan import clean_name
+from gap_ds.schedule import Phase
+
+log = logging.getLogger("vision")
+
+#: Mean and deviation of ImageNet's pictures, per channel, of values in [0, 1].
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@dataclass
+class Arguments(arguments.RunArguments):
+    """Train a sparse image classifier by grow-and-prune."""
+
+    dataset: str | None = HfArg(default=None, help="folder, parquet file or hub name; default: drawn pictures")
+    dataset_config: str | None = HfArg(default=None, help="configuration of a hub dataset")
+    image_column: str = HfArg(default="image", help="of parquet files and hub datasets")
+    label_column: str = HfArg(default="label", help="of parquet files and hub datasets")
+    train_split: str = HfArg(default="train", help="split to train on")
+    validation_split: str = HfArg(default="validation", help="split of the accuracy between epochs")
+    test_split: str | None = HfArg(default=None, help="split to score; default: the validation split, as for ImageNet")
+    limit: int | None = HfArg(default=None, help="use N rows of every split only")
+    skip_damaged: bool = HfArg(default=False, help="leave out pictures that cannot be decoded, and count them")
+
+    preset: Literal["resnet50", "resnet18", "resnet50_small", "resnet18_small", "resnet20_small"] = HfArg(
+        default="resnet50", help="fresh model; _small: for images of about 32 pixels"
+    )
+    model_name: str | None = HfArg(default=None, help="pretrained model to make sparse instead: folder or hub name")
+    trust_remote_code: bool = HfArg(default=False, help="run code that comes with the pretrained model")
+    sync_batchnorm: bool = HfArg(default=False, help="BatchNorm over the batch of all ranks instead of each one's")
+    channels_last: bool = HfArg(
+        default=False, help="memory format of the activations; faster convolutions on most GPUs"
+    )
+
+    image_size: int = HfArg(default=224, help="pixels of a side, in training and evaluation")
+    crop_part: float = HfArg(default=0.875, help="part of the shorter side that evaluation keeps; 1 for small images")
+    smallest_crop: float = HfArg(default=0.08, help="part of the area that a training crop has at least")
+    jitter: float = HfArg(default=0.0, help="of brightness, contrast and saturation in training, as 0.4; 0: none")
+    workers: int | None = HfArg(default=None, help="decoding processes of a rank; default: its cores less one, up to 8")
+
+    batch_size: int = HfArg(default=256, help="pictures of an optimizer step, over all ranks and micro-batches")
+    lr: float = HfArg(default=0.256, help="peak learning rate")
+    lr_schedule: Literal["cosine", "step", "linear"] = HfArg(default="cosine", help="after the warm-up")
+    momentum: float = HfArg(default=0.875, help="of SGD")
+    weight_decay: float = HfArg(default=3.05e-5, help="of all weights but norms and biases")
+    mixup: float = HfArg(default=0.2, help="alpha of the beta distribution of mixing weights; 0: no mixing")
+    ema: float = HfArg(default=0.0, help="decay of a moving average of the weights to export, as 0.9999; 0: none")
+    statistics_batches: int = HfArg(default=20, help="batches for BatchNorm's statistics after a prune; 0: leave them")
+    validate_every: int = HfArg(default=1, help="epochs between accuracies of the validation split; 0: none")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        arguments.check_at_least(
+            self,
+            {"limit": 1, "image_size": 1, "workers": 0, "batch_size": 1, "jitter": 0, "mixup": 0, "weight_decay": 0}
+            | {"statistics_batches": 0, "validate_every": 0},
+        )
+        arguments.check_fraction(self, ["momentum", "ema"])
+        for name in ("crop_part", "smallest_crop"):
+            if not 0 < (value := getattr(self, name)) <= 1:
+                raise ValueError(f"{name}={value}: must lie in (0, 1]. Set --{name.replace('_', '-')}.")
+        if self.jitter >= 1:
+            raise ValueError(f"jitter={self.jitter}: must lie in [0, 1). Set --jitter.")
+
+
+# What a run that goes on must have as it was, besides its plan and schedule, which the engine compares.
+FIXED = (
+    "model_name sync_batchnorm image_size smallest_crop jitter batch_size lr lr_schedule warmup_steps momentum "
+    "weight_decay label_smoothing mixup ema statistics_batches validate_every seed bf16"
+).split()
+
+
+def cosine(step: int, warmup: int, length: int) -> float:
+    """Half a cosine, from 1 to 0.
+
+    >>> cosine(10, 10, 20), round(cosine(15, 10, 20), 6), cosine(20, 10, 20)
+    (1.0, 0.5, 0.0)
+    """
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, length - warmup)))
+
+
+def step(step: int, warmup: int, length: int) -> float:
+    """A tenth of it after 1/3, 2/3 and 8/9 of the steps: epochs 30, 60 and 80 of 90.
+
+    >>> [step(s, 5, 90) for s in (29, 30, 60, 80)]
+    [1.0, 0.1, 0.01, 0.001]
+    """
+    return float(round(0.1 ** sum(9 * step >= part * length for part in (3, 6, 8)), 3))
+
+
+LR_SCHEDULES = {"cosine": cosine, "step": step, "linear": run.linear}
+
+
+def main(args: Arguments) -> int:
+    """Trains, exports and scores; the exit status."""
+    gap = run.gap_config(args, pretrained=args.model_name is not None)
+    check_average(args, gap)
+    deepspeed = run.deepspeed_config(args, batch_flag="--batch-size")
+    of_all_workers = (*FIXED, "preset", "dataset", "dataset_config", "train_split", "limit")
+    args, worker = run.gap_worker(args, gap, of_all_workers, "examples/vision/train.py")
+    device = runtime.start_processes(args.seed, args.threads, deepspeed=deepspeed is not None)
+    folder, resumed = run.prepare_folder(args)
+
+    # Data: pictures by number, and batches that are the same for any number of ranks.
+    with runtime.first_rank_first():
+        train, validation, test = load_splits(args)
+    ranks = {"world_size": runtime.world_size(), "rank": runtime.rank()}
+    batches = images.Batches(len(train), args.batch_size, accumulation=args.accumulation, seed=args.seed, **ranks)
+
+    # Model, optimizer and learning rate of the paper's code, and the engine around them.
+    model, processor = build_model(args, train.classes)
+    uses, dense = classifier.products(model, args.image_size)
+    undecayed = {name for name, weight in model.named_parameters() if weight.dim() < 2}
+    classifier.use_own_batch_norm(model, everywhere=args.sync_batchnorm)
+    if deepspeed is None:
+        default = "ddp" if runtime.world_size() > 1 else "none"
+        model = sharding.wrap(model.to(device), args.backend or default, device)
+    optimizer = torch.optim.SGD(groups(model, undecayed, args.weight_decay), lr=args.lr, momentum=args.momentum)
+    shape = LR_SCHEDULES[args.lr_schedule]
+    engine = run.build_engine(args, gap, worker, deepspeed, model, optimizer, batches.steps_per_epoch, shape)
+    averages = average.MovingAverage(engine.optimizer, args.ema) if args.ema else None
+    # Dropout must differ between ranks, and between the workers of parallel GaP.
+    runtime.seed_everything(args.seed + 1 + runtime.rank() + (runtime.world_size() * worker.index if worker else 0))
+
+    # Training, from the newest checkpoint on where there is one.
+    state = run.begin(args, FIXED, rows=len(train))
+    if resumed:
+        state = run.resume(engine, folder, state, args.seed)
+    first_step, started = engine.applied_steps, time.perf_counter()
+    task = Vision(args, device, processor, train, batches, validation)
+    pictures, stopped = training.train(args, engine, folder, state, task)
+    if stopped:
+        return training.say_stopped(engine, stopped)
+    seconds = time.perf_counter() - started
+
+    figures = run.figures(args, engine, seconds, first_step) | flops(engine, uses, dense)
+    if worker is not None and worker.index > 0:  # worker 0 has fine-tuned what all have made, and scores it
+        if runtime.rank() == 0:
+            print(f"worker {worker.index}: done after {engine.applied_steps} steps.")
+            run.write_results(folder, {"worker": worker.index, **figures})
+        runtime.end_processes()
+        return 0
+
+    # The final sparse model, and what it is worth: scored as exported, spread over the ranks.
+    with averages.in_place_of_weights() if averages else nullcontext():
+        engine.export(folder / "model", tokenizer=processor, overwrite=True)
+    figures |= {"pictures_per_second": round(pictures / seconds, 1), "density_at_end": engine.stats()["density"]}
+    del engine, optimizer, model, averages
+    exported = classifier.load_pretrained(str(folder / "model")).to(device)
+    if args.ema and args.statistics_batches:  # those that were exported are of the weights, not of their averages
+        task.recompute_statistics(exported, lambda pixels: exported(pixel_values=pixels).logits, epoch=0)
+        if runtime.rank() == 0:
+            exported.save_pretrained(folder / "model")
+    scored = time.perf_counter()
+    scores = task.score(exported.eval(), test)
+    if runtime.rank() == 0:
+        results = {
+            **scores,
+            **json.loads((folder / "model" / "gap.json").read_text(encoding="utf-8")),
+            **figures,
+            "score_seconds": round(time.perf_counter() - scored, 1),
+            "steps_per_epoch": batches.steps_per_epoch,
+            "skipped": sorted(task.skipped),
+            "device": str(device.type),
+        }
+        print(f"{results['signature']}\ntop-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} %")
+        print(folder / "results.json")
+        run.write_results(folder, results)
+    runtime.end_processes()
+    return 0
+
+
+class Vision:
+    """The task of the training loop: label-smoothed cross entropy of mixed pictures."""
+
+    unit = "pictures"
+
+    def __init__(
+        self,
+        args: Arguments,
+        device: torch.device,
+        processor: Any,
+        train: images.Source,
+        batches: images.Batches,
+        validation: images.Source | None,
+    ) -> None:
+        self._args, self._device, self._batches = args, device, batches
+        self._train, self._validation = train, validation
+        self.steps_per_epoch = batches.steps_per_epoch
+        self._mean, self._deviation = (
+            torch.tensor(values, device=device) for values in (processor.image_mean, processor.image_std)
+        )
+        self._autocast = torch.autocast(device.type, torch.bfloat16) if args.bf16 else nullcontext()
+        self._workers = workers(device) if args.workers is None else args.workers
+        self._loader = self._load(train, images.Training(args.image_size, args.smallest_crop, args.jitter))
+        self._stream: Iterator[dict[str, Any]] | None = None
+        self._held_out_skipped: set[str] = set()
+
+    @property
+    def skipped(self) -> set[str]:
+        """What was left out by this rank and why, with --skip-damaged."""
+        return self._loader.skipped | self._held_out_skipped
+
+    def batches(self, epoch: int, start: int) -> Iterator[tuple[int, Sequence[dict[str, Any]]]]:
+        """Steps with their pictures. The workers go on from epoch to epoch, ahead of the steps."""
+        if self._stream is None:
+            self._stream = self._loader(self._batches.micro_batches(epoch, start))
+        for number in range(start, self.steps_per_epoch):
+            random = np.random.default_rng((self._args.seed, 2, epoch, number))
+            micro_batches = list(itertools.islice(self._stream, self._args.accumulation))
+            for batch in micro_batches:
+                batch["mix"] = random.beta(self._args.mixup, self._args.mixup) if self._args.mixup else 1.0
+            yield self._args.batch_size, micro_batches
+
+    def loss(self, engine: GaPEngine, batch: dict[str, Any], units: int, phase: Phase) -> torch.Tensor:
+        """Mean cross entropy in nats. Each picture is mixed with the one as far from the other end of its batch.
+
+        Source of mixup: Zhang et al., arXiv 1710.09412.
+        """
+        share, labels = batch["mix"], batch["labels"].to(self._device)
+        pixels = self._pixels(batch["pictures"])
+        pixels = pixels if share == 1.0 else share * pixels + (1 - share) * pixels.flip(0)
+        logits = self._forward(engine, pixels)
+        smoothing = self._args.label_smoothing
+        loss = share * functional.cross_entropy(logits, labels, label_smoothing=smoothing)
+        if share != 1.0:
+            loss = loss + (1 - share) * functional.cross_entropy(logits, labels.flip(0), label_smoothing=smoothing)
+        return loss
+
+    def after_step(self, engine: GaPEngine) -> None:
+        """Keeps BatchNorm's statistics alike on all ranks."""
+        classifier.average_statistics(engine.module)
+
+    def validate(self, engine: GaPEngine, epoch: int) -> dict[str, float]:
+        """Accuracy of the validation split; after a prune also with the statistics from before it."""
+        figures: dict[str, float] = {}
+        due = self._args.validate_every and (engine.finished or (epoch + 1) % self._args.validate_every == 0)
+        if self._masks_changed(engine) and self._args.statistics_batches:
+            if due and self._validation is not None:
+                figures["top1_old_statistics"] = self.score(engine, self._validation)["top1"]
+            self.recompute_statistics(engine.module, lambda pixels: self._forward(engine, pixels), epoch)
+        if not due or self._validation is None:
+            return {}
+        return {**self.score(engine, self._validation), **figures}
+
+    def _masks_changed(self, engine: GaPEngine) -> bool:
+        """Whether any mask changed within the last epoch; by the schedule, so that a resumed run knows it, too."""
+        now = engine.applied_steps
+        before, phase = max(0, now - self.steps_per_epoch), engine.phase
+        return engine.schedule.phase_at(before) is not phase or any(before < at <= now for at in phase.updates)
+
+    def score(self, model: Any, source: images.Source) -> dict[str, float]:
+        """Figures of a model, or of the engine, on a split."""
+        ranks = {"world_size": runtime.world_size(), "rank": runtime.rank()}
+        keys = images.evaluation_batches(len(source), max(1, self._args.batch_size // ranks["world_size"]), **ranks)
+        loader = self._load(source, images.Evaluation(self._args.image_size, self._args.crop_part))
+        scores = scoring.score(lambda pictures: self._forward(model, self._pixels(pictures)), loader(keys))
+        self._held_out_skipped |= loader.skipped
+        return scores
+
+    def recompute_statistics(self, model: nn.Module, forward: scoring.Forward, epoch: int) -> None:
+        """BatchNorm's statistics of a model, from training batches without mixing."""
+        keys = itertools.islice(self._batches.micro_batches(epoch), self._args.statistics_batches)
+        batches = self._loader(keys)
+        scoring.recompute_statistics(model, lambda pictures: forward(self._pixels(pictures)), batches)
+
+    def _load(self, source: images.Source, change: images.Training | images.Evaluation) -> images.Loader:
+        return images.Loader(source, change, self._args.seed, self._workers, self._args.skip_damaged)
+
+    def _pixels(self, pictures: torch.Tensor) -> torch.Tensor:
+        pixels = images.normalise(pictures.to(self._device, non_blocking=True), self._mean, self._deviation)
+        # Convolutions hand the format of their input on. Weights stay as they are: shards and masks flatten them.
+        wanted = torch.channels_last if self._args.channels_last else torch.contiguous_format
+        return pixels.contiguous(memory_format=wanted)
+
+    def _forward(self, model: Any, pixels: torch.Tensor) -> torch.Tensor:
+        """Logits (B, K) in fp32; pixels in the dtype of the weights, which DeepSpeed may have made bf16."""
+        module = model.module if isinstance(model, GaPEngine) else model
+        with self._autocast:
+            return model(pixel_values=pixels.to(next(module.parameters()).dtype)).logits.float()
+
+
+def check_average(args: Arguments, gap: GaPConfig) -> None:
+    """ValueError where the moving average would be lost."""
+    if args.ema and gap.optimizer_state == "reset":
+        raise ValueError(
+            '--ema: lies in the optimizer\'s state, which optimizer_state="reset" clears. Remove one of the two.'
+        )
+
+
+def load_splits(args: Arguments) -> tuple[images.Source, images.Source | None, images.Source]:
+    """Training, validation (if it is looked at) and test pictures, with one list of classes."""
+
+    def load(split: str) -> images.Source:
+        return images.load(
+            args.dataset,
+            split,
+            config=args.dataset_config,
+            image_column=args.image_column,
+            label_column=args.label_column,
+            limit=args.limit,
+        )
+
+    train = load(args.train_split)
+    validation = load(args.validation_split) if args.validate_every or not args.test_split else None
+    test = load(args.test_split) if args.test_split else validation
+    assert test is not None
+    for source in (validation, test):
+        if source is not None:
+            same_classes(train, source)
+    return train, validation, test
+
+
+def same_classes(train: images.Source, other: images.Source) -> None:
+    """ValueError where another split has a class that the training split does not have."""
+    if unknown := [name for name in other.classes if name not in train.classes]:
+        raise ValueError(
+            f"{other.name(0)}: its split has a class {unknown[0]!r} that the training split does not have "
+            f"({len(train.classes)} classes). Set --dataset or the splits."
+        )
+    if other.classes != train.classes[: len(other.classes)]:
+        raise ValueError(
+            f"{other.name(0)}: its split lacks {sorted(set(train.classes) - set(other.classes))[0]!r} and numbers the "
+            "classes differently. Complete it."
+        )
+
+
+def build_model(args: Arguments, classes: Sequence[str]) -> tuple[nn.Module, Any]:
+    """The model, and what `AutoImageProcessor` reads beside it: size, crop, mean and deviation."""
+    mean, deviation = IMAGENET
+    if args.model_name:
+        model = classifier.load_pretrained(args.model_name, classes, args.trust_remote_code)
+        try:
+            known = AutoImageProcessor.from_pretrained(args.model_name, trust_remote_code=args.trust_remote_code)
+            mean, deviation = known.image_mean, known.image_std
+        except (OSError, ValueError, AttributeError) as error:
+            log.info("%s: has no mean and deviation of its own, ImageNet's are used (%s)", args.model_name, error)
+    else:
+        model = classifier.build(args.preset, classes)
+    processor = ConvNextImageProcessorPil(
+        size={"shortest_edge": args.image_size},
+        crop_pct=args.crop_part,
+        resample=2,  # bilinear
+        image_mean=list(mean),
+        image_std=list(deviation),
+    )
+    return model, processor
+
+
+def groups(model: nn.Module, undecayed: set[str], weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups of the optimizer: with weight decay, and norms and biases without."""
+    named = [(clean_name(name).removeprefix("module."), p) for name, p in model.named_parameters() if p.requires_grad]
+    return [
+        {"params": [p for name, p in named if name not in undecayed], "weight_decay": weight_decay},
+        {"params": [p for name, p in named if name in undecayed], "weight_decay": 0.0},
+    ]
+
+
+def flops(engine: GaPEngine, uses: dict[str, int], dense: int) -> dict[str, float]:
+    """FLOPs relative to the dense network, of convolutions and linear layers at the run's image size.
+
+    `inference_flops` of the final model; `training_flops` of the run, forward and backward alike, replaces the
+    engine's own figure, which counts every weight once: a weight of an early stage is used far more often.
+    """
+    plan = engine.plan
+    keep, numel = [0] * plan.kappa, [0] * plan.kappa
+    for entry in plan.entries:
+        keep[entry.partition] += entry.keep * uses[entry.name]
+        numel[entry.partition] += entry.numel * uses[entry.name]
+    pruned_in_training = sum(numel) * (1 - engine.schedule.mean_density(keep, numel))
+    return {
+        "inference_flops": 1 - (sum(numel) - sum(keep)) / dense,
+        "training_flops": 1 - pruned_in_training / dense,
+        "dense_inference_gflops": 2 * dense / 1e9,
+    }
+
+
+def workers(device: torch.device) -> int:
+    """Decoding processes of a rank: the cores that it has for itself less one, at most 8."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    return min(8, len(os.sched_getaffinity(0)) // here - 1) if device.type == "cuda" else 0
+
+
+def parse(argv: Sequence[str] | None = None) -> Arguments:
+    """The arguments of the command line. ValueError for a mistake in them."""
+    return arguments.parse(Arguments, argv)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    runtime.run(lambda: main(parse()))

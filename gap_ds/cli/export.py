@@ -1,0 +1,58 @@
+"""`gap-ds export`: from a checkpoint or an exported model to an exported model, dense or compact."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gap_ds import compact
+from gap_ds.cli import export_checkpoint
+from gap_ds.export import Progress
+
+
+def export(
+    source: Path, out: Path, form: str, model: Path | None, dtype: str, overwrite: bool, progress: Progress
+) -> dict[str, Any]:
+    """Writes OUT; figures for JSON.
+
+    Args:
+        form: dense or compact.
+        model, dtype: of a checkpoint alone.
+    Raises:
+        ValueError: `source` is neither, or is damaged; `out` holds something and `overwrite` is not set.
+    """
+    path = export_checkpoint.find(source)
+    if path is None:
+        if model is not None or dtype != "float32":
+            raise ValueError(f"{source}: is no checkpoint, so --model and --dtype have no effect. Remove them.")
+        return _convert(source, out, form, overwrite, progress)
+    compact.check_out(path, out, overwrite)
+    options = {"model": model, "dtype": getattr(torch, dtype), "progress": progress}
+    if form == "dense":
+        export_checkpoint.write(path, out, **options)
+        return {"path": str(out), "checkpoint": str(path)}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.") as dense:
+        export_checkpoint.write(path, Path(dense) / "dense", **options)
+        return _convert(Path(dense) / "dense", out, form, overwrite, progress) | {"checkpoint": str(path)}
+
+
+def _convert(source: Path, out: Path, form: str, overwrite: bool, progress: Progress) -> dict[str, Any]:
+    if form == "dense":
+        return {"path": str(compact.expand(source, out, overwrite=overwrite))}
+    return compact.compact(source, out, overwrite=overwrite, progress=progress)
+
+
+def told(figures: dict[str, Any]) -> str:
+    """What the command prints."""
+    origin = f" of {figures['checkpoint']}" if "checkpoint" in figures else ""
+    if "file_bytes" not in figures:
+        return f"{figures['path']}: the dense model{origin}"
+    return (
+        f"{figures['path']}: {figures['file_bytes']:,} bytes of weights instead of {figures['dense_bytes']:,} "
+        f"({figures['packed']} of {figures['tensors']} tensors packed, {figures['kept']:,} of "
+        f"{figures['weights']:,} weights kept){origin}"
+    )
