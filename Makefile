@@ -4,6 +4,7 @@ PYTHON      ?= python3
 VENV        ?= .venv
 PIP_ARGS    ?=
 PYTEST_ARGS ?=
+JOBS        ?= 2
 
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -22,7 +23,7 @@ export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 help:  ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo "  PYTHON=$(PYTHON)  VENV=$(VENV)  PIP_ARGS='$(PIP_ARGS)'  PYTEST_ARGS='$(PYTEST_ARGS)'"
+	@echo "  PYTHON=$(PYTHON)  VENV=$(VENV)  PIP_ARGS='$(PIP_ARGS)'  PYTEST_ARGS='$(PYTEST_ARGS)'  JOBS=$(JOBS)"
 
 env: $(STAMP)  ## create the environment in VENV with the versions of constraints.txt
 
@@ -53,8 +54,14 @@ $(STAMP): pyproject.toml constraints.txt
 demo: env  ## train a small Transformer dense and sparse, print both BLEU scores (about 5 minutes on 2 CPU cores)
 	$(RUN) examples/translation/demo.py
 
-test: lint  ## everything a change must pass: lint, types, floors, doctests, tests
+test: lint  ## everything a change must pass: lint, types, floors, doctests, tests; a part by PYTEST_ARGS
+ifdef PYTEST_ARGS
 	$(RUN) -m pytest $(PYTEST_ARGS)
+else
+	@# Tests of sharded runs start two processes each, and come one after the other.
+	$(RUN) -m pytest -n $(JOBS) --dist loadfile --ignore tests/sharding
+	$(RUN) -m pytest tests/sharding
+endif
 
 test-slow: env  ## the long tests
 	$(RUN) -m pytest -m "slow and not gpu" $(PYTEST_ARGS)

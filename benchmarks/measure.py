@@ -6,6 +6,7 @@ Markdown table beside it.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
@@ -150,12 +151,14 @@ def peak_bytes(work: Callable[[], object]) -> int | None:
         before = torch.cuda.memory_allocated()
         work()
         return torch.cuda.max_memory_allocated() - before
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # what was freed is the system's again, not a reserve
+        trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     except OSError:
         work()
         return None
-    before = _status("VmRSS")
+    before = memory()
     work()
     return _status("VmHWM") - before
 

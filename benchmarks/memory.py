@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--preset", default="base")
     parser.add_argument("--backends", nargs="+", default=["plain", *overhead.BACKENDS[1:]], choices=overhead.BACKENDS)
     parser.add_argument("--repeats", type=int, default=1, help="runs of each kind, of which the median is taken")
+    parser.add_argument("--name", default="memory", help="of the result")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, default=measure.RESULTS)
     args = parser.parse_args()
@@ -44,7 +45,7 @@ def main() -> None:
             for kind in ("bare", "engine", "boundary")
         }
         rows.append(row(backend, {kind: sorted(found, key=_peak)[len(found) // 2] for kind, found in runs.items()}))
-        measure.write("memory", rows, args.out, f"preset {args.preset}, fp32 Adam; sums over 2 ranks (plain: 1)")
+        measure.write(args.name, rows, args.out, f"preset {args.preset}, fp32 Adam; sums over 2 ranks (plain: 1)")
 
 
 def _peak(figures: dict[str, Any]) -> int:

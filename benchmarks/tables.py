@@ -179,7 +179,8 @@ def _peers() -> str:
 
 
 def _memory() -> str:
-    return measure.table(_rows("memory")) if _rows("memory") else ""
+    rows = [row for path in sorted(RESULTS.glob("memory*.json")) for row in _rows(path.stem)]
+    return measure.table(rows) if rows else ""
 
 
 def _throughput() -> str:

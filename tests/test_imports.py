@@ -24,6 +24,12 @@ def test_import_gap_ds_loads_no_optional_library() -> None:
     assert not (loaded - loaded_after("import torch, torch.distributed.checkpoint")) & set(OPTIONAL)
 
 
+def test_import_gap_ds_alone_loads_nothing_heavy() -> None:
+    """Names are imported at first use: the import itself costs milliseconds, whatever else is installed."""
+    heavy = {"torch", "numpy", "pydantic", "safetensors", *OPTIONAL}
+    assert not loaded_after("import gap_ds; gap_ds.__version__") & heavy
+
+
 def test_the_version_is_read_without_torch() -> None:
     code = "import runpy, sys; runpy.run_path(sys.argv[1]); assert 'torch' not in sys.modules"
     import gap_ds._version

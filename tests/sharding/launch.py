@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 
 def free_port() -> int:
     """A port that nobody listens on, below those that the system gives to outgoing connections."""
-    for port in range(20000 + os.getpid() % 10000, 32000):
+    for port in range(20000 + os.getpid() * 37 % 10000, 32000):
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)):
                 return port

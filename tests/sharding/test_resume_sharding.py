@@ -44,7 +44,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     saves = [{"save": f"2_{kind}", "on": kind} for kind in [*KINDS, "ddp"]]
     saves += [{"save": f"bare_{kind}", "on": kind, "portable": False} for kind in ("zero2", "fsdp2")]
     full = [{"full": f"full_{kind}", "on": kind} for kind in [*KINDS, "ddp", "oss"]]
-    run(out, 2, saves + loads(2, "2_") + full)
+    inherited = [{"inherit": f"inherit_{kind}", "on": kind} for kind in [*KINDS, "ddp", "fsdp1"]]
+    run(out, 2, saves + loads(2, "2_") + full + inherited)
     bare = [{"load": f"bare_{kind}", "on": kind} for kind in ("zero2", "fsdp2")]
     run(out, 1, [{"save": f"1_{kind}", "on": kind} for kind in KINDS] + loads(1, "2_") + bare)
     run(out, 3, loads(3, "2_"))
@@ -113,6 +114,16 @@ def test_a_checkpoint_that_is_not_portable_says_so(trained: Path) -> None:
 
 def test_libraries_that_reshard_their_own_files_need_no_portable_ones(trained: Path) -> None:
     same(result(trained, "bare_fsdp2_to_fsdp2_1")["state"], result(trained, "bare_fsdp2_2")["state"])
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "ddp", "fsdp1"])
+def test_masks_of_a_sparse_model_are_kept_through_fine_tuning(trained: Path, kind: str) -> None:
+    for rank in (0, 1):
+        found = result(trained, f"inherit_{kind}_2", rank)
+        assert found["wrong"] == [] and len(found["masks"]) == 8
+        for init in ("from_weights", "from_file"):
+            assert found[init].keys() == found["masks"].keys()
+            assert all(torch.equal(found[init][name], mask) for name, mask in found["masks"].items())
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "ddp", "oss"])

@@ -1,6 +1,6 @@
 """Saves portable checkpoints on some ranks and backends, and goes on from those of others.
 
-python worker_resume.py OUT JOBS    JOBS: [{"save", "load" or "full": a name, "on": how to train, "portable": ...}]
+python worker_resume.py OUT JOBS    JOBS: [{"save", "load", "full" or "inherit": a name, "on": how, "portable": ...}]
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import toy
 import worker_fairscale
 import worker_fsdp
 import worker_zero
+from safetensors.torch import load_file
 from torch import Tensor
 
 from gap_ds import GaPEngine, export
@@ -35,24 +36,27 @@ MICRO = 12 if os.environ.get("WORLD_SIZE") == "4" else 6
 SAVED, LAST = 4, 8  # the boundary at step 6 lies between
 
 
-def build(on: str) -> GaPEngine:
-    """A toy by the name of a backend: zero2, zero2_bf16, fsdp1_flat, ddp, oss ..."""
+def build(on: str, gap: dict[str, Any] = toy.GAP, weights: Path | None = None) -> GaPEngine:
+    """A toy by the name of a backend: zero2, zero2_bf16, fsdp1_flat, ddp, oss ...; with the weights of an export."""
     micro = MICRO // dist.get_world_size()
     model = toy.build()
     model.register_buffer("scale", torch.full((3,), 2.0))
+    if weights is not None:
+        missing, unknown = model.load_state_dict(load_file(weights / "model.safetensors"), strict=False)
+        assert not unknown and set(missing) <= {"head.weight"}, "all but the tied weight's second name"
     if on.startswith("zero"):
         dtype = "bf16" if "bf16" in on else "fp32"
         config = worker_zero.deepspeed_config({"stage": int(on[4]), "dtype": dtype, "offload": "offload" in on})
         config["gradient_accumulation_steps"] = micro
         optimizer = toy.OPTIMIZERS["adamw"](toy.groups(model))
-        return GaPEngine.initialize(model=model, config=config, gap_config=toy.GAP, optimizer=optimizer)
+        return GaPEngine.initialize(model=model, config=config, gap_config=gap, optimizer=optimizer)
     toy.build, before = (lambda: model), toy.build
     try:
         if on.startswith("fairscale") or on == "oss":
             row: dict[str, Any] = {"kind": "oss" if on == "oss" else "fsdp", "optimizer": "adamw"}
             return worker_fairscale.build(row, gradient_accumulation_steps=micro)
         kind, _, flat = on.partition("_")
-        row = {"kind": kind, "flat": flat == "flat", "hybrid": flat == "hybrid", "optimizer": "adamw"}
+        row = {"kind": kind, "flat": flat == "flat", "hybrid": flat == "hybrid", "optimizer": "adamw", "gap": gap}
         return worker_fsdp.build(row, gradient_accumulation_steps=micro)
     finally:
         toy.build = before
@@ -135,9 +139,30 @@ def fill(job: dict[str, Any], out: Path) -> dict[str, Any]:
     return found
 
 
+def inherit(job: dict[str, Any], out: Path) -> dict[str, Any]:
+    """A finished sparse run, and fine-tunings that take over its masks: from its weights, and from its file."""
+    engine, folder = build(job["on"]), out / "inherit" / job["on"]
+    found: dict[str, Any] = {"wrong": []}
+    train(engine, engine.schedule.total_steps, found["wrong"])
+    found["masks"] = observe.full_masks(engine)
+    saved = engine.save_checkpoint(folder / "checkpoints")
+    engine.export(folder / "model")
+    engine.close()
+    fixed = {"method": "static", "rounds": 1, "phase_steps": 2, "finetune_steps": 1}
+    inits = {"from_weights": {}, "from_file": {"init_file": str(saved / "gap" / "masks.safetensors")}}
+    for init, file in inits.items():
+        engine = build(job["on"], {**fixed, "init": init, **file}, folder / "model")
+        train(engine, 3, found["wrong"])
+        found[init] = observe.full_masks(engine)
+        engine.close()
+    return found
+
+
 def work(job: dict[str, Any], out: Path) -> dict[str, Any]:
     if "full" in job:
         return fill(job, out)
+    if "inherit" in job:
+        return inherit(job, out)
     engine = build(job["on"])
     found: dict[str, Any] = {"wrong": []}
     if "save" in job:
@@ -178,7 +203,8 @@ def working_copy(engine: GaPEngine, on: str) -> Tensor:
 
 
 def name_of(job: dict[str, Any]) -> str:
-    return str(job.get("save") or job.get("full") or f"{job['load']}_to_{job['on']}")
+    own = job.get("save") or job.get("full") or job.get("inherit")
+    return str(own or f"{job['load']}_to_{job['on']}")
 
 
 def main(out: Path, jobs: list[dict[str, Any]]) -> None:
