@@ -53,17 +53,14 @@ class Turns:
 
     def batches(self, name: str, steps: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
         """The steps, each when it is this loop's turn."""
-        try:
-            for units, batch in steps:
-                with self._changed:
-                    assert self._changed.wait_for(lambda: self._waiting[0] == name, timeout=300)
-                started = time.perf_counter()
-                yield units, batch
-                self.seconds[name].append(time.perf_counter() - started)
-                self.units[name].append(units)
-                self._pass(name)
-        finally:
-            self.leave(name)
+        for units, batch in steps:
+            with self._changed:
+                assert self._changed.wait_for(lambda: self._waiting[0] == name, timeout=300)
+            started = time.perf_counter()
+            yield units, batch
+            self.seconds[name].append(time.perf_counter() - started)
+            self.units[name].append(units)
+            self._pass(name)
 
     def _pass(self, name: str) -> None:
         with self._changed:
@@ -71,6 +68,7 @@ class Turns:
             self._changed.notify_all()
 
     def leave(self, name: str) -> None:
+        """Its loop has ended, maybe within its turn."""
         with self._changed:
             if name in self._waiting:
                 self._waiting.remove(name)
@@ -167,6 +165,7 @@ def race(args: train.Arguments, folder: Path, turns: Turns, pair: str) -> tuple[
     thread.start()
     task = InTurns(turns, example, args, device, tokenizer, *pairs)
     training.train(args, engine, folder, run.begin(args, train.FIXED, rows=len(encoded["train"])), task)
+    turns.leave(example)
     thread.join(timeout=300)
     return tokens, seconds
 

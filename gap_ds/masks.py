@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import warnings
 from types import ModuleType
 
 import numpy as np
@@ -86,7 +87,7 @@ def zero_pruned_(piece: Tensor, bits: Tensor) -> None:
             # Every index is in the table. Only with a mode other than "raise" does NumPy write straight into `out`.
             table.take(index[: len(block)], out=expanded[: len(block)], mode="clip")
             np.bitwise_and(block, expanded[: len(block)].view(block.dtype).reshape(block.shape), out=block)
-    elif (kernels := _kernels()) is not None:
+    elif (kernels := _kernels(piece.device)) is not None:
         kernels.zero_pruned_(words, bits)
         return
     else:
@@ -99,11 +100,22 @@ def zero_pruned_(piece: Tensor, bits: Tensor) -> None:
 
 
 @functools.cache
-def _kernels() -> ModuleType | None:
-    """`gap_ds.kernels`, where triton is installed and there is a GPU that it compiles for."""
-    if importlib.util.find_spec("triton") is None or not torch.cuda.is_available():
+def _kernels(device: torch.device) -> ModuleType | None:
+    """`gap_ds.kernels`, where triton is installed and its kernel does on this GPU what PyTorch does."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return None
-    return importlib.import_module("gap_ds.kernels")
+    try:
+        kernels = importlib.import_module("gap_ds.kernels")
+        words = torch.arange(1, 10_008, dtype=torch.int32, device=device)
+        kept = words % 3 == 0
+        expected = words * kept
+        kernels.zero_pruned_(words, pack(kept))
+        if not torch.equal(words, expected):
+            raise RuntimeError("it writes other words than PyTorch")
+    except Exception as error:  # compilers fail in many ways, and PyTorch does the same
+        warnings.warn(f"triton's kernel is not used on {device}: {type(error).__name__}: {error}", stacklevel=2)
+        return None
+    return kernels
 
 
 _WORD = {2: torch.int16, 4: torch.int32, 8: torch.int64}

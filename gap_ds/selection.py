@@ -226,18 +226,20 @@ def _histogram(
     invalid = rows[budgets:].view(-1)
     for e, piece in enumerate(pieces):
         counts = torch.zeros(1 + bins, dtype=torch.int64, device=piece.device)
-        found, room = [], 0 if first else piece.numel // _FEW
+        # One block for all: small tensors kept between the large ones of each chunk would tear the heap to pieces.
+        found = torch.empty(0 if first else piece.numel // _FEW, dtype=torch.int32, device=piece.device)
+        seen = 0
         for keys in candidates[e]():
             if not first:
                 inside = keys >> (shift + bins.bit_length() - 1) == int(prefix[piece.budget])
                 keys = keys.index_select(0, inside.nonzero()[:, 0])
-            if (room := room - keys.numel()) >= 0:
-                found.append(keys)
+            if (seen := seen + keys.numel()) <= found.numel():
+                found[seen - keys.numel() : seen] = keys
             # An invalid key is -1 and stays it; every other one is in bin 0 or above once its prefix is cut off.
             digits = keys >> shift if first else (keys >> shift).bitwise_and_(bins - 1)
             counts += torch.bincount(digits.add_(1), minlength=1 + bins)
-        if room >= 0:
-            candidates[e] = partial(iter, found)
+        if seen <= found.numel():
+            candidates[e] = partial(iter, torch.split(found[:seen].clone(), _CHUNK))
         rows[piece.budget] += counts[1:].cpu()
         if first:
             invalid[e] = counts[0]
@@ -277,12 +279,12 @@ def _tie_quota(
 
 def _mask(piece: Piece, threshold: int, quota: int | None) -> Tensor:
     """Bits of the weights above the threshold and of the first `quota` at it (all of them if None)."""
-    packed = []
-    for _, keys in piece.chunks():
+    bits = torch.empty(masks.nbytes(piece.numel), dtype=torch.uint8, device=piece.device)
+    for lo, keys in piece.chunks():
         kept = keys >= threshold if quota is None else keys > threshold
         if quota:
             at = (keys == threshold).nonzero()[:quota, 0]
             kept[at] = True
             quota -= at.numel()
-        packed.append(masks.pack(kept))
-    return torch.cat(packed) if packed else torch.empty(0, dtype=torch.uint8, device=piece.device)
+        bits[lo // 8 : lo // 8 + masks.nbytes(len(kept))] = masks.pack(kept)
+    return bits
