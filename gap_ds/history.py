@@ -45,8 +45,10 @@ class History:
         entries = [[entry.name, entry.numel, entry.partition] for entry in plan.entries]
         header = {"format": FORMAT, "version": VERSION, "signature": signature, "entries": entries}
         self._header = json.dumps(header)
-        #: Lines that are not in the file yet; whether the file is to begin anew with them.
-        self._lines, self._anew = [self._header], True
+        #: Lines that are not in the file yet.
+        self._lines: list[str] = []
+        #: What the file is to begin anew with, when there are lines to write; None: they are appended.
+        self._head: list[str] | None = [self._header]
         #: Each entry's last mask, which it may not have any more; None before the first record.
         self._last: dict[str, Tensor] | None = None
         #: What was ever active of each entry. An entry that was dense is not in it: all of it was.
@@ -86,19 +88,20 @@ class History:
         if self._world.rank == 0 and self._lines:
             try:
                 self._append()
+                self._head = None
             except OSError as error:
                 warnings.warn(f"{self._path}: {why(error)}: the history of the masks is not complete", stacklevel=2)
-        self._lines, self._anew = [], False
+        self._lines = []
 
     def _append(self) -> None:
         text = "".join(f"{line}\n" for line in self._lines)
-        if not self._anew:
+        if self._head is None:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(text)
             return
         aside = self._path.with_name(f"{self._path.name}.partial")
         aside.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(text, encoding="utf-8")
+        aside.write_text("".join(f"{line}\n" for line in self._head) + text, encoding="utf-8")
         aside.replace(self._path)
 
     # -- with checkpoints ------------------------------------------------------------------------------------------
@@ -123,15 +126,16 @@ class History:
     def restore(self, found: tuple[dict[str, Tensor], dict[str, Tensor]] | None, step: int, phase: Phase) -> None:
         """Goes on before a step, from what was read and the masks as they are now.
 
-        Lines of the file that come after the step are dropped. Without anything to go on from, a history begins here.
+        Lines of the file that come after the step are dropped with the next record. Without anything to go on from, a
+        history begins here.
         """
-        self._lines, self._anew, self._last = [self._header], True, None
+        self._lines, self._head, self._last = [], [self._header], None
         if found is None:
             return self.record(step, phase)
         seen, before = (self._masking.on_device(pieces) for pieces in found)
         self._seen, self._last = seen, {**before, **self._masking.bits}
         if self._world.rank == 0:
-            self._lines += self._earlier(step)
+            self._head += self._earlier(step)
 
     def _earlier(self, step: int) -> list[str]:
         """The lines of the file up to a step, if it is this run's."""

@@ -9,6 +9,8 @@ import json
 import logging
 import random
 import re
+import shutil
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -97,7 +99,8 @@ class Tally:
 def fuzz(target: Target, inputs: int, seed: int) -> Tally:
     """Changed inputs, one after the other. The first that ends in another error is written beside the file."""
     tally, rng = Tally(), random.Random(seed)
-    logging.getLogger("gap_ds").setLevel(logging.CRITICAL)  # what is damaged is logged again and again
+    for name in ("gap_ds", "datasets"):  # what is damaged is logged again and again
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         for _ in range(inputs):
             data, started = mutate(target.original, rng), time.perf_counter()
@@ -153,7 +156,14 @@ def targets(folder: Path) -> dict[str, Target]:
     """All kinds of input, with files in a folder."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        return {**_configs(folder), **_checkpoints(folder), **_exports(folder), **_runs(folder), **_exchange(folder)}
+        return {
+            **_configs(folder),
+            **_checkpoints(folder),
+            **_exports(folder),
+            **_runs(folder),
+            **_exchange(folder),
+            **_rows(folder),
+        }
 
 
 def _configs(folder: Path) -> dict[str, Target]:
@@ -271,3 +281,27 @@ def _exchange(folder: Path) -> dict[str, Target]:
 
         result[f"exchange/{path.suffix.removeprefix('.')}"] = Target(path, read, seal)
     return result
+
+
+def _rows(folder: Path) -> dict[str, Target]:
+    import datasets
+
+    sys.path.insert(0, str(ROOT / "examples" / "translation"))
+    import data
+
+    cache = folder / "cache"
+    datasets.config.HF_DATASETS_CACHE = str(cache)
+    datasets.disable_progress_bars()
+    rows = [{"translation": {"en": f"sentence {i}", "de": f"Satz {i}"}} for i in range(4)]
+    written = folder / "rows.jsonl"
+    written.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    datasets.Dataset.from_list(rows).to_parquet(folder / "rows.parquet")
+
+    def read(path: Path) -> None:
+        try:
+            list(data.load_rows(str(path), "train", "en", "de"))
+        finally:
+            shutil.rmtree(cache, ignore_errors=True)
+
+    paths = [written, folder / "rows.parquet"]
+    return {path.name: Target(path, lambda path=path: read(path)) for path in paths}

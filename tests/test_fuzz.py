@@ -15,6 +15,7 @@ KINDS = (
     *("masks/before.safetensors", "masks/state.json", "manifest", "portable", "sealed/state.json", "sealed/rng_0.json"),
     *("inspect", "compact", "export/gap.json", "export/weights"),
     *("run/gap_history.jsonl", "run/metrics.jsonl", "run/results.json", "exchange/json", "exchange/safetensors"),
+    *("rows.jsonl", "rows.parquet"),
 )
 
 

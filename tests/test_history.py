@@ -121,3 +121,15 @@ def test_a_disk_that_refuses_the_history_does_not_end_the_run(tmp_path: Path) ->
         warnings.simplefilter("always")
         train(engine, 14)
     assert engine.finished and "history of the masks is not complete" in str(caught[0].message)
+
+
+def test_going_back_without_training_on_leaves_the_file(tmp_path: Path) -> None:
+    """As a Trainer does that loads its best model at the end."""
+    engine = build(CYCLIC, tmp_path / "history.jsonl")
+    train(engine, 4)
+    engine.save_masks(tmp_path / "best")
+    train(engine, 10)
+    written = (tmp_path / "history.jsonl").read_text()
+    engine.load_masks(tmp_path / "best")
+    engine.close()
+    assert (tmp_path / "history.jsonl").read_text() == written
