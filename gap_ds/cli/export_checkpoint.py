@@ -35,7 +35,7 @@ def find(folder: Path) -> Path | None:
         ValueError: there are checkpoints, and none is whole.
     """
     if (folder / "gap" / "state.json").is_file():
-        folder = folder.resolve()
+        folder = folder if folder.name not in ("", "..") else folder.resolve()
         return checkpoint.find_whole(folder.parent, folder.name, Comm(single=True))
     if checkpoint.candidates(folder):
         return checkpoint.find_whole(folder, None, Comm(single=True))
