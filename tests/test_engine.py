@@ -368,3 +368,10 @@ def test_weights_in_another_memory_format_are_refused() -> None:
     model = nn.ModuleList(nn.ModuleList([nn.Conv2d(4, 4, 3)]) for _ in range(2)).to(memory_format=torch.channels_last)
     with pytest.raises(ValueError, match=r"0\.0\.weight: is laid out in another memory format \(channels_last\?\)"):
         GaPEngine(model, CYCLIC, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_a_client_state_may_hold_numbers_that_are_not_finite(tmp_path: Path) -> None:
+    """Such as the best loss before there was any."""
+    engine = build()
+    engine.save_checkpoint(tmp_path, "t", {"best": float("inf")})
+    assert build().load_checkpoint(tmp_path, "t") == {"best": float("inf")}
