@@ -17,17 +17,10 @@ pytest.importorskip("rich")
 
 from gap_ds import GaPEngine, compact, export
 
-Run = Callable[..., tuple[int, str, str]]
+from test_cli_inspect import CONFIGS, CYCLIC  # isort: skip
 
-STEPS = {"phase_steps": 3, "rounds": 2, "finetune_steps": 2}
-CYCLIC = {"sparsity": 0.75, "partitions": 2, **STEPS}
-CONFIGS: dict[str, dict[str, Any]] = {
-    "cyclic": CYCLIC,
-    "global": {**CYCLIC, "distribution": "global"},
-    "ramp": {**CYCLIC, "prune_ramp": 0.7, "update_steps": 1},
-    "2of4": {**CYCLIC, "sparsity": 0.5, "pattern": "2:4"},
-    "block": {**CYCLIC, "pattern": "block:2x4"},
-}
+Run = Callable[..., tuple[int, str, str]]
+KINDS = ("cyclic", "global", "ramp", "2of4", "block")
 
 
 class Block(nn.Module):
@@ -69,7 +62,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 # Step 4 and 7 are in the middle of a phase, with another partition dense; 14 is the end.
-@pytest.mark.parametrize(("name", "steps"), [(name, 7) for name in CONFIGS] + [("cyclic", 4), ("cyclic", 14)])
+@pytest.mark.parametrize(("name", "steps"), [(name, 7) for name in KINDS] + [("cyclic", 4), ("cyclic", 14)])
 def test_it_is_what_the_engine_would_have_exported(command_line: Run, name: str, steps: int) -> None:
     engine = trained(name, steps)
     engine.export("model")

@@ -318,17 +318,9 @@ def test_torchrun_ddp_dense_with_restarts_and_accumulation(here: Path) -> None:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
+def run(alone: None) -> Callable[..., int]:
     """`train.main` on a command line, as plain `python train.py` calls it."""
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    for name, value in {**alone, "OMP_NUM_THREADS": "1"}.items():
-        monkeypatch.setenv(name, value)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    threads = torch.get_num_threads()
-    yield lambda argv: train.main(train.parse(argv))
-    torch.set_num_threads(threads)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return lambda argv: train.main(train.parse(argv))
 
 
 @pytest.fixture(scope="module")

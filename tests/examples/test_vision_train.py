@@ -6,7 +6,7 @@ import doctest
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +28,9 @@ evaluate = vision.load(vision.SCRIPT.with_name("evaluate.py"), "vision_evaluate"
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[list[str]], int]]:
+def run(alone: None) -> Callable[[list[str]], int]:
     """`train.main` on a command line, as plain `python train.py` calls it."""
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    for name, value in {**alone, "OMP_NUM_THREADS": "1"}.items():
-        monkeypatch.setenv(name, value)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    threads = torch.get_num_threads()
-    yield lambda argv: train.main(train.parse(argv))
-    torch.set_num_threads(threads)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return lambda argv: train.main(train.parse(argv))
 
 
 @pytest.fixture(scope="module")
