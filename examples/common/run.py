@@ -227,43 +227,15 @@ def build_engine(
     built: list[GaPEngine] = []  # the schedule asks the engine for the phase, and the engine is built around it
     relative = learning_rate(gap, steps_per_epoch, args.warmup_steps, shape, lambda: built[0].phase if built else None)
     lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, relative)
-    built.append(_wrap_engine(args, gap, worker, deepspeed, model, optimizer, lr_scheduler, steps_per_epoch))
-    return built[0]
-
-
-def _wrap_engine(
-    args: RunArguments,
-    gap: GaPConfig,
-    worker: Worker | None,
-    deepspeed: dict[str, Any] | None,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    lr_scheduler: torch.optim.lr_scheduler.LambdaLR,
-    steps_per_epoch: int,
-) -> GaPEngine:
-    """A GaPEngine around DeepSpeed's, or around the model."""
-    record = Path(args.output_dir, history.NAME)
+    same: dict[str, Any] = {
+        **{"steps_per_epoch": steps_per_epoch, "worker": worker, "optimizer": optimizer, "lr_scheduler": lr_scheduler},
+        "history": Path(args.output_dir, history.NAME),
+    }
     if deepspeed is not None:
-        return GaPEngine.initialize(
-            model=model,
-            config=deepspeed,
-            gap_config=gap,
-            steps_per_epoch=steps_per_epoch,
-            worker=worker,
-            optimizer=optimizer,
-            lr_scheduler=lr_scheduler,
-            history=record,
-        )
-    return GaPEngine(
-        model,
-        gap,
-        optimizer=optimizer,
-        lr_scheduler=lr_scheduler,
-        steps_per_epoch=steps_per_epoch,
-        worker=worker,
-        gradient_accumulation_steps=args.accumulation,
-        history=record,
-    )
+        built.append(GaPEngine.initialize(model=model, config=deepspeed, gap_config=gap, **same))
+    else:
+        built.append(GaPEngine(model, gap, gradient_accumulation_steps=args.accumulation, **same))
+    return built[0]
 
 
 def learning_rate(
