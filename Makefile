@@ -84,7 +84,7 @@ docs: env  ## write docs/reference.md from docstrings, settings and options
 
 bench: env  ## all benchmarks of a CPU, into benchmarks/results (about an hour on 2 cores)
 	OMP_NUM_THREADS=1; export OMP_NUM_THREADS; set -e; \
-	for name in masks peers scaling startup throughput memory; do $(RUN) benchmarks/$$name.py; done; \
+	for name in masks attention peers scaling startup throughput memory; do $(RUN) benchmarks/$$name.py; done; \
 	for ranks in 1 2 4; do $(RUN) benchmarks/boundary.py --ranks $$ranks --name boundary_$${ranks}_ranks; done; \
 	rm -f benchmarks/results/overhead.json; \
 	for preset in small base; do $(RUN) benchmarks/overhead.py --preset $$preset --tokens 512 --out benchmarks/results/overhead.json; done; \

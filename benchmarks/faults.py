@@ -11,15 +11,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
-import platform
 import shutil
 import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import torch
+import measure
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "sharding")]
@@ -52,8 +50,7 @@ def main() -> int:
     result = {
         "rows": rows,
         "command": f"python benchmarks/faults.py --kills {args.kills} --seed {args.seed} --out RUNS",
-        "torch": torch.__version__,
-        "machine": f"{platform.machine()} cpu, {os.cpu_count()} cores",
+        "machine": measure.machine(),
     }
     RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return int(not all(each["same_final_bits"] for each in rows))

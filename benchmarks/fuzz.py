@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import resource
 import shutil
 import sys
@@ -20,6 +18,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import measure
 import torch
 
 ROOT = Path(__file__).parent.parent
@@ -56,8 +55,7 @@ def main() -> int:
         "seconds": round(time.time() - started),
         "memory_limit_bytes": SPARE,
         "command": f"python benchmarks/fuzz.py --inputs {args.inputs} --seed {args.seed}",
-        "torch": torch.__version__,
-        "machine": f"{platform.machine()} cpu, {os.cpu_count()} cores",
+        "machine": measure.machine(),
     }
     RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0

@@ -14,7 +14,6 @@ import contextlib
 import hashlib
 import json
 import os
-import platform
 import re
 import shutil
 import signal
@@ -24,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
+import measure
 
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "parallel.json"
@@ -46,8 +45,7 @@ def main() -> int:
     result = {
         "rows": rows,
         "command": f"python benchmarks/parallel.py --data DATA --out RUNS --workers {' '.join(map(str, args.workers))}",
-        "torch": torch.__version__,
-        "machine": f"{platform.machine()} cpu, {os.cpu_count()} cores",
+        "machine": measure.machine(),
     }
     RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return int(not all(row["final_models_are_equal"] for row in rows))

@@ -48,7 +48,7 @@ def test_the_quick_ones(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_others(tmp_path: Path) -> None:
-    for name, result in run(tmp_path, "memory", "startup", "throughput").items():
+    for name, result in run(tmp_path, "attention", "memory", "startup", "throughput").items():
         check(name, result)
 
 

@@ -170,8 +170,11 @@ VISION_CPU = Preset(
         "mixup": 0.0,
         "bf16": True,
     },
-    rows=("dense", "cyclic_3", "cyclic_3_erk", "rigl", "rigl_erk", "one_shot", "gradual", "static"),
-    settings={"cyclic_3_erk": _ALL_LAYERS, "rigl_erk": _ALL_LAYERS},
+    rows=(
+        *("dense", "cyclic_3", "cyclic_3_erk", "cyclic_3_dense_first_erk"),
+        *("rigl", "rigl_erk", "one_shot", "gradual", "static"),
+    ),
+    settings=dict.fromkeys(("cyclic_3_erk", "cyclic_3_dense_first_erk", "rigl_erk"), _ALL_LAYERS),
     seeds=(0,),
 )
 

@@ -80,10 +80,10 @@ def _cyclic(partitions: int, **settings: Any) -> Callable[[float], Config]:
     return lambda epochs: {**fixed, **_times(epochs, phase=1, finetune=2)}
 
 
-def _dense_first(epochs: float) -> Config:
+def _dense_first(**settings: Any) -> Callable[[float], Config]:
     """All dense at first, and gradual pruning in the second half of every phase; one round."""
-    fixed = {"method": "cyclic", "partitions": 3, "rounds": 1, "prune_ramp": 0.5}
-    return {**fixed, **_times(epochs, dense=2, phase=1, finetune=3, update=0.1)}
+    fixed = {"method": "cyclic", "partitions": 3, "rounds": 1, "prune_ramp": 0.5, **settings}
+    return lambda epochs: {**fixed, **_times(epochs, dense=2, phase=1, finetune=3, update=0.1)}
 
 
 def _static(lr: str) -> Callable[[float], Config]:
@@ -120,7 +120,7 @@ def _parallel(epochs: float) -> Config:
 ROWS: tuple[Row, ...] = (
     Row("dense", "dense", _dense, TWO_SEEDS, dense=True),
     Row("cyclic_3", "C-GaP, 3 partitions", _cyclic(3), TWO_SEEDS),
-    Row("cyclic_3_dense_first", "C-GaP, 3 partitions, dense first, gradual in phases", _dense_first, TWO_SEEDS),
+    Row("cyclic_3_dense_first", "C-GaP, 3 partitions, dense first, gradual in phases", _dense_first(), TWO_SEEDS),
     Row("static", "fixed random mask, learning-rate restarts", _static("restart"), TWO_SEEDS),
     Row("gradual", "gradual magnitude pruning", _gradual, TWO_SEEDS),
     Row("rigl", "RigL", _regrown("rigl"), TWO_SEEDS),
@@ -134,6 +134,11 @@ ROWS: tuple[Row, ...] = (
     Row("cyclic_3_erk", "C-GaP, 3 partitions, ERK", _cyclic(3, distribution="erk")),
     Row("cyclic_3_restart", "C-GaP, 3 partitions, learning-rate restarts", _cyclic(3, lr="restart")),
     Row("cyclic_3_random_order", "C-GaP, 3 partitions, random order", _cyclic(3, order="random")),
+    Row(
+        "cyclic_3_dense_first_erk",
+        "C-GaP, 3 partitions, dense first, gradual in phases, ERK",
+        _dense_first(distribution="erk"),
+    ),
     Row("parallel_3", "P-GaP, 3 partitions on 3 workers", _parallel, workers=3),
 )
 BY_NAME = {row.name: row for row in ROWS}

@@ -108,6 +108,7 @@ def main(args: Arguments) -> int:
     else:
         config = models.build_config(args.preset, vocab_size=len(tokenizer), dropout=args.dropout)
         model = models.build_model(config)
+    models.choose_attention(model, device)
     if deepspeed is None:
         default = "ddp" if runtime.world_size() > 1 else "none"
         model = sharding.wrap(model.to(device), args.backend or default, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 import warnings
@@ -73,6 +74,25 @@ def test_labels_are_shifted_behind_the_start_token() -> None:
     torch.testing.assert_close(model(input_ids=sources, labels=labels).logits, expected)
 
 
+def test_attention_chosen_for_a_cpu_is_the_same_function() -> None:
+    torch.manual_seed(0)
+    config = models.build_config("tiny", vocab_size=50, dropout=0.0)
+    fused = models.build_model(config)
+    plain = copy.deepcopy(fused)
+    models.choose_attention(plain, torch.device("meta"))
+    assert plain.config._attn_implementation == fused.config._attn_implementation == "sdpa"
+    models.choose_attention(plain, torch.device("cpu"))
+    assert (plain.config._attn_implementation, fused.config._attn_implementation) == ("eager", "sdpa")
+
+    sources, labels = tokens(3, 9, 50), tokens(3, 7, 50)
+    mask = torch.ones_like(sources)
+    mask[0, 4:] = mask[2, 1:] = 0  # padding
+    for model in (fused, plain):
+        model(input_ids=sources, attention_mask=mask, labels=labels).loss.backward()
+    for (name, a), (_, b) in zip(fused.named_parameters(), plain.named_parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, msg=lambda text, name=name: f"{name}: {text}")
+
+
 @pytest.mark.parametrize("preset", ["tiny", "small"])
 def test_initial_loss_is_near_that_of_guessing(preset: str) -> None:
     torch.manual_seed(0)
@@ -88,7 +108,7 @@ def test_initial_loss_is_near_that_of_guessing(preset: str) -> None:
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("chunk", [1, 70, 2**22])
 def test_loss_and_gradient_equal_cross_entropy(smoothing: float, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "_CHUNK", chunk)
+    monkeypatch.setattr(models, "_CHUNK_ON_CPU", chunk)
     torch.manual_seed(0)
     labels = torch.randint(0, 17, (4, 7))
     labels[0, 3:] = labels[3] = models.IGNORE
