@@ -21,10 +21,10 @@ import hashlib
 import json
 import os
 import shutil
-import struct
 import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gap_ds import masks
+from gap_ds import masks, tensorfile
 from gap_ds.comm import Comm, by_rank, together, why
-from gap_ds.exchange import file as exchanged
 from gap_ds.plan import Entry, Plan
 from gap_ds.shard import Shard
 
@@ -44,9 +43,6 @@ VERSION = 2
 FORMAT_MANIFEST = "gap_ds.manifest"
 VERSION_MANIFEST = 1
 MANIFEST = Path("gap") / "manifest.json"
-
-#: What is written, by its name in safetensors.
-DTYPES = {**exchanged.DTYPES, torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def write_masks(
@@ -224,17 +220,17 @@ class VectorFile:
     """
 
     def __init__(self, path: Path, metadata: Mapping[str, str], layout: Mapping[str, tuple[torch.dtype, int]]) -> None:
-        header: dict[str, Any] = {"__metadata__": dict(metadata)}
-        end = 0
-        for name, (dtype, length) in layout.items():
-            size = length * dtype.itemsize
-            header[name] = {"dtype": DTYPES[dtype], "shape": [length], "data_offsets": [end, end + size]}
-            end += size
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
+        ends = list(accumulate(length * dtype.itemsize for dtype, length in layout.values()))
+        header = tensorfile.table(
+            (
+                (name, tensorfile.name_of(dtype, name), (length,), where)
+                for (name, (dtype, length)), where in zip(layout.items(), pairwise([0, *ends]), strict=True)
+            ),
+            metadata,
+        )
         self._path = path
         self._error: OSError | None = None
-        self._try(lambda: path.write_bytes(struct.pack("<Q", len(text)) + text))
+        self._try(lambda: path.write_bytes(tensorfile.header_bytes(header)))
 
     def append(self, values: Tensor) -> None:
         """Writes the next vector of the layout."""

@@ -20,7 +20,6 @@ import json
 import math
 import os
 import shutil
-import struct
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -32,9 +31,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gap_ds import export, masks
-from gap_ds.exchange.file import encode, header_length, load_json, printable
-from gap_ds.export import DTYPES, INFO, SAFETENSORS, Progress, is_weights, weight_files, write_weights
+from gap_ds import export, masks, tensorfile
+from gap_ds.exchange.file import printable
+from gap_ds.export import INFO, Progress, is_weights, weight_files, write_weights
+from gap_ds.tensorfile import DTYPES, NAMES, encode, header_length, load_json
 
 FILE = "compact.safetensors"
 FORMAT = "gap_ds.compact"
@@ -73,10 +73,10 @@ class Stored:
     def parts(self) -> list[tuple[str, str, list[int]]]:
         """(name, dtype, shape) of what the file holds of it."""
         if self.kept is None:
-            return [(self.name, SAFETENSORS[self.dtype], list(self.shape))]
+            return [(self.name, NAMES[self.dtype], list(self.shape))]
         return [
             (f"{self.name}.mask", "U8", [masks.nbytes(self.numel)]),
-            (f"{self.name}.values", SAFETENSORS[self.dtype], [self.kept]),
+            (f"{self.name}.values", NAMES[self.dtype], [self.kept]),
         ]
 
     @property
@@ -143,8 +143,7 @@ def write(
 
 
 def _describe(name: str, tensor: Tensor, is_entry: bool) -> Stored:
-    if tensor.dtype not in SAFETENSORS:
-        raise ValueError(f"{name}: safetensors has no {tensor.dtype}. Convert it first.")
+    tensorfile.name_of(tensor.dtype, name)
     whole = Stored(name, tuple(tensor.shape), tensor.dtype, None)
     if not is_entry:
         return whole
@@ -199,7 +198,7 @@ def _table(header: Header) -> dict[str, Any]:
     tensors = {
         tensor.name: {
             "shape": list(tensor.shape),
-            "dtype": SAFETENSORS[tensor.dtype],
+            "dtype": NAMES[tensor.dtype],
             "kept": tensor.kept,
             "sha256": tensor.sha256,
         }
@@ -213,21 +212,15 @@ def _table(header: Header) -> dict[str, Any]:
         "tensors": json.dumps(tensors),
     }
     where = _offsets(header)
-    return {"__metadata__": metadata} | {
-        name: {"dtype": dtype, "shape": shape, "data_offsets": list(where[name])}
-        for tensor in header.tensors
-        for name, dtype, shape in tensor.parts
-    }
+    parts = [part for tensor in header.tensors for part in tensor.parts]
+    return tensorfile.table(((name, dtype, shape, where[name]) for name, dtype, shape in parts), metadata)
 
 
 def _header_bytes(header: Header) -> bytes:
     """The first bytes of a file. The header's digest is that of its own text with zeros in the digest's place."""
     table = _table(header)
-    text = json.dumps(table).encode()
-    padding = b" " * (-len(text) % 8)
-    table["__metadata__"]["sha256"] = hashlib.sha256(text + padding).hexdigest()
-    text = json.dumps(table).encode() + padding
-    return struct.pack("<Q", len(text)) + text
+    table["__metadata__"]["sha256"] = hashlib.sha256(tensorfile.header_text(table)).hexdigest()
+    return tensorfile.header_bytes(table)
 
 
 _Dim = Annotated[int, Field(ge=0, lt=2**48)]

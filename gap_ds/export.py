@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,10 +16,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gap_ds import masks
+from gap_ds import masks, tensorfile
 from gap_ds.checkpoint import write_json
 from gap_ds.comm import Comm, by_rank
-from gap_ds.exchange.file import encode
 from gap_ds.plan import Plan, clean_name
 from gap_ds.schedule import Schedule
 from gap_ds.shard import Shard
@@ -29,27 +27,6 @@ INFO = "gap.json"
 
 #: Called with (name of a tensor, bytes done, bytes in all).
 Progress = Callable[[str, int, int], None]
-
-#: What safetensors can hold, by its names there.
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "C64": torch.complex64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-SAFETENSORS = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def full_weights(
@@ -140,27 +117,18 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], progress: Progress 
     Args:
         progress: told after each tensor, in bytes.
     """
-    layout: dict[str, tuple[str, list[int], int]] = {}
-    counts = {}
+    layout, counts, end = [], {}, 0
     for name in tensors:
         tensor = tensors[name]
-        if tensor.dtype not in SAFETENSORS:
-            raise ValueError(f"{name}: safetensors has no {tensor.dtype}. Convert it first.")
-        layout[name] = (SAFETENSORS[tensor.dtype], list(tensor.shape), tensor.numel() * tensor.element_size())
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        layout.append((name, tensorfile.name_of(tensor.dtype, name), tuple(tensor.shape), (begin, end)))
         counts[name] = Count(tensor.numel(), int(torch.count_nonzero(tensor)))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file that does not say so
-    end = 0
-    for name, (dtype, shape, size) in layout.items():
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end := end + size]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    done = 0
+    header = tensorfile.table(layout, {"format": "pt"})  # transformers refuses a file that does not say so
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name, (*_, size) in layout.items():
-            data: Any = encode(tensors[name].detach().cpu())
+        file.write(tensorfile.header_bytes(header))
+        for name, *_, (_, done) in layout:
+            data: Any = tensorfile.encode(tensors[name].detach().cpu())
             file.write(data)
-            done += size
             if progress:
                 progress(name, done, end)
         file.flush()

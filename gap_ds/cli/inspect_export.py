@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from gap_ds import compact, export, pattern, records
+from gap_ds import compact, export, pattern, records, tensorfile
 from gap_ds.cli import inspect_files as files
 from gap_ds.cli.inspect_pattern import Legality, multiple, possible_dims
 from gap_ds.cli.inspect_signature import config_of
@@ -162,7 +162,7 @@ class _Slice:
         return list(self.tensor.shape)
 
     def get_dtype(self) -> str:
-        return export.SAFETENSORS[self.tensor.dtype]
+        return tensorfile.NAMES[self.tensor.dtype]
 
     def __getitem__(self, index: slice) -> Tensor:
         return self.tensor[index]

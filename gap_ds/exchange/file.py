@@ -4,34 +4,27 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from gap_ds import masks
 from gap_ds.plan import Plan
 from gap_ds.shard import Shard
+from gap_ds.tensorfile import NAMES, load_json, table
 
 FORMAT = "gap_ds.exchange"
 VERSION = 1
 
-#: What is exchanged as it is, by its name in safetensors.
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+#: What is exchanged as it is.
+DTYPES = (
+    *(torch.float64, torch.float32),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+)
 
 
 @dataclass(frozen=True)
@@ -208,37 +201,7 @@ def layout(items: Sequence[Item], kept: Mapping[str, int]) -> list[Slot]:
 
 def header(slots: Sequence[Slot], metadata: Mapping[str, str]) -> dict[str, Any]:
     """The header of a file, as JSON has it."""
-    return {"__metadata__": dict(metadata)} | {
-        slot.name: {
-            "dtype": DTYPES[slot.dtype],
-            "shape": list(slot.shape),
-            "data_offsets": [slot.begin, slot.end],
-        }
-        for slot in slots
-    }
-
-
-def header_bytes(slots: Sequence[Slot], metadata: Mapping[str, str]) -> bytes:
-    """The first bytes of a file: the length of the header in 8 bytes, and the header."""
-    text = json.dumps(header(slots, metadata)).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
-
-
-def header_length(first: bytes, size: int, limit: int) -> int:
-    """Length of the header of a file of `size` bytes, from its first 8.
-
-    Raises:
-        ValueError: the file is shorter than its header, or the header longer than `limit`.
-    """
-    if len(first) != 8:
-        raise ValueError(f"has {len(first)} bytes, too few for a safetensors file")
-    length = int(struct.unpack("<Q", first)[0])
-    if length > size - 8:
-        raise ValueError(f"its header of {length} bytes does not fit into the {size} bytes of the file")
-    if length > limit:
-        raise ValueError(f"its header of {length} bytes is longer than {limit}")
-    return length
+    return table(((slot.name, NAMES[slot.dtype], slot.shape, (slot.begin, slot.end)) for slot in slots), metadata)
 
 
 def accept(text: bytes, area: int, items: Sequence[Item], metadata: Mapping[str, str]) -> list[Slot]:
@@ -284,18 +247,6 @@ def printable(text: str) -> str:
     return text[:200].encode("unicode_escape").decode()
 
 
-def encode(values: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """The bytes of a tensor on the CPU, flat."""
-    return values.contiguous().view(-1).view(torch.uint8).numpy()
-
-
-def decode(data: bytes, dtype: torch.dtype) -> Tensor:
-    """The flat tensor that has these bytes; a copy."""
-    flat = torch.empty(len(data), dtype=torch.uint8)
-    flat.numpy()[:] = np.frombuffer(data, np.uint8)
-    return flat.bool() if dtype == torch.bool else flat.view(dtype)
-
-
 def spread(values: Tensor, bits: Tensor, numel: int) -> Tensor:
     """The weights (N,) of a piece from its kept ones and its mask; the pruned ones are +0.0.
 
@@ -308,28 +259,6 @@ def spread(values: Tensor, bits: Tensor, numel: int) -> Tensor:
 
 
 # -- JSON -----------------------------------------------------------------------------------------------------------
-
-
-def load_json(text: bytes) -> dict[str, Any]:
-    """The table that a JSON text describes.
-
-    Raises:
-        ValueError: it is no JSON, no table, or has a key twice.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        table = dict(pairs)
-        if len(table) != len(pairs):
-            raise ValueError("a name comes twice")
-        return table
-
-    try:
-        table = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"is no JSON ({error})") from None
-    if not isinstance(table, dict):
-        raise ValueError("is no JSON table")
-    return table
 
 
 def load_record(text: bytes, types: Mapping[str, type]) -> dict[str, Any]:

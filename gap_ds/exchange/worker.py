@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gap_ds import masks
+from gap_ds import masks, tensorfile
 from gap_ds.comm import Comm, by_rank, said, together, why
 from gap_ds.exchange import file
 from gap_ds.exchange.file import FORMAT, VERSION, Item, Received, Slot, printable
@@ -203,7 +203,7 @@ class Exchange:
         self, round: int, slots: Sequence[Slot], table: Mapping[str, _Spread], bits: Mapping[str, Tensor]
     ) -> Iterator[np.ndarray[Any, np.dtype[np.uint8]]]:
         """The bytes of a file, tensor by tensor, on the rank that writes; empty arrays on the others."""
-        header = file.header_bytes(slots, self._metadata(round, self.worker.index))
+        header = tensorfile.header_bytes(file.header(slots, self._metadata(round, self.worker.index)))
         nothing = np.empty(0, np.uint8)
         yield np.frombuffer(header, np.uint8) if self._world.rank == 0 else nothing
         for slot in slots:
@@ -224,7 +224,7 @@ class Exchange:
             else:
                 piece = item.piece().to(item.dtype)
                 whole = self._comm.assemble(piece, pieces.starts, pieces.numels, item.full_numel)
-            yield nothing if whole is None else file.encode(whole)
+            yield nothing if whole is None else tensorfile.encode(whole)
 
     def _spreads(self, items: Sequence[Item], bits: Mapping[str, Tensor]) -> list[_Spread]:
         """How pieces, and the kept weights in them, are spread over the ranks; known to every rank."""
@@ -341,7 +341,7 @@ class Exchange:
         for item in entries:
             begin = source.where[f"{item.name}.mask"][0]
             lo, hi = item.start // 8, masks.nbytes(item.start + item.numel) if item.numel else item.start // 8
-            covering = file.decode(self._fetch(source.path, begin + lo, begin + hi), torch.uint8)
+            covering = tensorfile.decode(self._fetch(source.path, begin + lo, begin + hi), torch.uint8)
             found[item.name] = masks.pack(masks.unpack(covering, item.numel, start=item.start - 8 * lo))
         return found
 
@@ -358,12 +358,12 @@ class Exchange:
     def _read_weights(self, source: _Verified, item: Item, bits: Tensor, before: int) -> Tensor:
         begin = source.where[f"{item.name}.values"][0] + 4 * before
         data = self._fetch(source.path, begin, begin + 4 * masks.count(bits))
-        return file.spread(file.decode(data, torch.float32), bits, item.numel)
+        return file.spread(tensorfile.decode(data, torch.float32), bits, item.numel)
 
     def _read_whole(self, source: _Verified, item: Item) -> Tensor:
         width = item.dtype.itemsize
         begin = source.where[item.name][0] + width * item.start
-        return file.decode(self._fetch(source.path, begin, begin + width * item.numel), item.dtype)
+        return tensorfile.decode(self._fetch(source.path, begin, begin + width * item.numel), item.dtype)
 
     def _read_shared(self, files: Sequence[_Verified], item: Item) -> Tensor:
         """The mean over the workers, or worker 0's piece.
@@ -422,9 +422,9 @@ class Exchange:
             raise ValueError(f"has {size} bytes instead of the {manifest.bytes} that its manifest says")
         own, metadata = file.selected(items, worker, self.shared), self._metadata(round, worker)
         # The header is known but for shared budgets, so its size is bounded.
-        expected = file.header_bytes(file.layout(own, file.budgets(own)), metadata)
+        expected = tensorfile.header_bytes(file.header(file.layout(own, file.budgets(own)), metadata))
         first = self._fetch(path, 0, min(8, size))
-        start = 8 + file.header_length(first, size, len(expected) + _SLACK)
+        start = 8 + tensorfile.header_length(first, size, len(expected) + _SLACK)
         text = self._fetch(path, 8, start)
         slots = file.accept(text, size - start, own, metadata)
         digest = hashlib.sha256(first + text)
