@@ -451,7 +451,11 @@ def compact(
     info = _read_info(source / INFO)
     with _folder(source, out, overwrite) as aside, ExitStack() as stack:
         try:
-            write(aside, _Files(weight_files(source), stack), info.entries, info.signature, progress)
+            files = _Files(weight_files(source), stack)
+            if info.entries and set(info.entries).isdisjoint(files):
+                name = printable(next(iter(info.entries)))
+                raise ValueError(f"{source}: {name} and all other entries of {INFO} are in no file. Export it again.")
+            write(aside, files, info.entries, info.signature, progress)
         except SafetensorError as error:
             raise ValueError(f"{source}: its weights are truncated or damaged ({_first_line(error)}).") from None
     return figures(out)

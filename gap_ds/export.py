@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -74,12 +75,15 @@ def write_model(
 ) -> None:
     """Writes a model folder so that it is whole or absent. For rank 0.
 
-    A Hugging Face model becomes what `from_pretrained` reads; any other model becomes `model.safetensors` alone.
+    A Hugging Face model becomes what `from_pretrained` reads, its weights under the names that the module gives them,
+    as in gap.json and the masks; any other model becomes `model.safetensors` alone.
     """
     with aside(folder) as partial:
         save_pretrained = getattr(module, "save_pretrained", None)
         if callable(save_pretrained):
-            save_pretrained(partial, state_dict=weights)
+            # By default transformers 5 goes back to the names of earlier versions, and may split or join weights.
+            known = "save_original_format" in inspect.signature(save_pretrained).parameters
+            save_pretrained(partial, state_dict=weights, **({"save_original_format": False} if known else {}))
             _say_dtype(partial / "config.json", dtype)
         else:
             save_file({name: tensor.contiguous() for name, tensor in weights.items()}, partial / "model.safetensors")

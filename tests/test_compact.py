@@ -277,6 +277,13 @@ def test_any_other_model_becomes_a_state_dict(tmp_path: Path) -> None:
         compact.load_compact(tmp_path / "out", dtype=torch.bfloat16)
 
 
+def test_entries_under_other_names_are_not_taken_for_dense_weights(tmp_path: Path) -> None:
+    export(tmp_path / "dense", {"query": torch.ones(4)}, ["q_proj"])
+    with pytest.raises(ValueError, match=r"q_proj and all other entries of gap\.json are in no file\. Export it again"):
+        compact.compact(tmp_path / "dense", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("shards", ["10GB", "20KB"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_hugging_face_model_equals_its_dense_export(tmp_path: Path, dtype: torch.dtype, shards: str) -> None:
