@@ -79,11 +79,8 @@ def write_model(
     as in gap.json and the masks; any other model becomes `model.safetensors` alone.
     """
     with aside(folder) as partial:
-        save_pretrained = getattr(module, "save_pretrained", None)
-        if callable(save_pretrained):
-            # By default transformers 5 goes back to the names of earlier versions, and may split or join weights.
-            known = "save_original_format" in inspect.signature(save_pretrained).parameters
-            save_pretrained(partial, state_dict=weights, **({"save_original_format": False} if known else {}))
+        if callable(getattr(module, "save_pretrained", None)):
+            save_pretrained(module, partial, state_dict=weights)
             _say_dtype(partial / "config.json", dtype)
         else:
             save_file({name: tensor.contiguous() for name, tensor in weights.items()}, partial / "model.safetensors")
@@ -91,6 +88,16 @@ def write_model(
             tokenizer.save_pretrained(partial)
         write_json(partial / INFO, info)
         write_card(partial)
+
+
+def save_pretrained(model: Any, folder: Path, **options: Any) -> None:
+    """`model.save_pretrained(folder, **options)`, with weights under the names and in the shapes that the model has.
+
+    By default transformers 5 goes back to the names of earlier versions for some models, and splits or joins weights.
+    """
+    if "save_original_format" in inspect.signature(model.save_pretrained).parameters:
+        options["save_original_format"] = False
+    model.save_pretrained(folder, **options)
 
 
 @contextmanager

@@ -38,7 +38,7 @@ from common import arguments, run, runtime, sharding, training
 from transformers import AutoImageProcessor
 from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
 
-from gap_ds import GaPConfig, GaPEngine
+from gap_ds import GaPConfig, GaPEngine, export
 from gap_ds.plan import clean_name
 from gap_ds.schedule import Phase
 
@@ -190,7 +190,7 @@ def main(args: Arguments) -> int:
     if args.ema and args.statistics_batches:  # those that were exported are of the weights, not of their averages
         task.recompute_statistics(exported, lambda pixels: exported(pixel_values=pixels).logits, epoch=0)
         if runtime.rank() == 0:
-            exported.save_pretrained(folder / "model")
+            export.save_pretrained(exported, folder / "model")
     scored = time.perf_counter()
     scores = task.score(exported.eval(), test)
     if runtime.rank() == 0:
