@@ -40,8 +40,9 @@ def score(forward: Forward, batches: Iterable[dict[str, Any]]) -> dict[str, floa
 def recompute_statistics(model: nn.Module, forward: Forward, batches: Iterable[dict[str, Any]]) -> None:
     """Replaces BatchNorm's running statistics by means over some batches, the same on all ranks.
 
-    After a prune the running statistics are those of activations that the model no longer has. Nothing else of the
-    model changes; one without BatchNorm stays as it is. All ranks must call this with as many batches.
+    The running ones are of pictures as they are trained on, and after a prune of activations that the model no longer
+    has. Nothing else of the model changes; one without BatchNorm stays as it is. All ranks must call this with as many
+    batches.
     """
     norms = classifier.batch_norms(model)
     if not norms:

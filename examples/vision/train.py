@@ -85,7 +85,7 @@ class Arguments(arguments.RunArguments):
     weight_decay: float = HfArg(default=3.05e-5, help="of all weights but norms and biases")
     mixup: float = HfArg(default=0.2, help="alpha of the beta distribution of mixing weights; 0: no mixing")
     ema: float = HfArg(default=0.0, help="decay of a moving average of the weights to export, as 0.9999; 0: none")
-    statistics_batches: int = HfArg(default=20, help="batches for BatchNorm's statistics after a prune; 0: leave them")
+    statistics_batches: int = HfArg(default=20, help="batches for BatchNorm's statistics; 0: keep the running ones")
     validate_every: int = HfArg(default=1, help="epochs between accuracies of the validation split; 0: none")
 
     def __post_init__(self) -> None:
@@ -232,14 +232,15 @@ class Vision:
         )
         self._autocast = torch.autocast(device.type, torch.bfloat16) if args.bf16 else nullcontext()
         self._workers = workers(device) if args.workers is None else args.workers
+        self._evaluation = images.Evaluation(args.image_size, args.crop_part)
         self._loader = self._load(train, images.Training(args.image_size, args.smallest_crop, args.jitter))
         self._stream: Iterator[dict[str, Any]] | None = None
-        self._held_out_skipped: set[str] = set()
+        self._skipped_unchanged: set[str] = set()
 
     @property
     def skipped(self) -> set[str]:
         """What was left out by this rank and why, with --skip-damaged."""
-        return self._loader.skipped | self._held_out_skipped
+        return self._loader.skipped | self._skipped_unchanged
 
     def batches(self, epoch: int, start: int) -> Iterator[tuple[int, Sequence[dict[str, Any]]]]:
         """Steps with their pictures. The workers go on from epoch to epoch, ahead of the steps."""
@@ -272,16 +273,14 @@ class Vision:
         classifier.average_statistics(engine.module)
 
     def validate(self, engine: GaPEngine, epoch: int) -> dict[str, float]:
-        """Accuracy of the validation split; after a prune also with the statistics from before it."""
-        figures: dict[str, float] = {}
+        """Accuracy of the validation split; where masks changed also with the running statistics of training."""
         due = self._args.validate_every and (engine.finished or (epoch + 1) % self._args.validate_every == 0)
-        if self._masks_changed(engine) and self._args.statistics_batches:
-            if due and self._validation is not None:
-                figures["top1_old_statistics"] = self.score(engine, self._validation)["top1"]
+        held_out, figures = self._validation if due else None, dict[str, float]()
+        if self._args.statistics_batches and (held_out is not None or engine.finished):
+            if held_out is not None and self._masks_changed(engine):
+                figures["top1_running_statistics"] = self.score(engine, held_out)["top1"]
             self.recompute_statistics(engine.module, lambda pixels: self._forward(engine, pixels), epoch)
-        if not due or self._validation is None:
-            return {}
-        return {**self.score(engine, self._validation), **figures}
+        return {} if held_out is None else {**self.score(engine, held_out), **figures}
 
     def _masks_changed(self, engine: GaPEngine) -> bool:
         """Whether any mask changed within the last epoch; by the schedule, so that a resumed run knows it, too."""
@@ -293,16 +292,21 @@ class Vision:
         """Figures of a model, or of the engine, on a split."""
         ranks = {"world_size": runtime.world_size(), "rank": runtime.rank()}
         keys = images.evaluation_batches(len(source), max(1, self._args.batch_size // ranks["world_size"]), **ranks)
-        loader = self._load(source, images.Evaluation(self._args.image_size, self._args.crop_part))
+        loader = self._load(source, self._evaluation)
         scores = scoring.score(lambda pictures: self._forward(model, self._pixels(pictures)), loader(keys))
-        self._held_out_skipped |= loader.skipped
+        self._skipped_unchanged |= loader.skipped
         return scores
 
     def recompute_statistics(self, model: nn.Module, forward: scoring.Forward, epoch: int) -> None:
-        """BatchNorm's statistics of a model, from training batches without mixing."""
+        """BatchNorm's statistics of a model, from training pictures as they are evaluated.
+
+        In crops of training things are larger than in the whole pictures that the statistics are used for.
+        Source: Touvron et al., "Fixing the train-test resolution discrepancy", arXiv 1906.06423.
+        """
         keys = itertools.islice(self._batches.micro_batches(epoch), self._args.statistics_batches)
-        batches = self._loader(keys)
-        scoring.recompute_statistics(model, lambda pictures: forward(self._pixels(pictures)), batches)
+        loader = self._load(self._train, self._evaluation)
+        scoring.recompute_statistics(model, lambda pictures: forward(self._pixels(pictures)), loader(keys))
+        self._skipped_unchanged |= loader.skipped
 
     def _load(self, source: images.Source, change: images.Training | images.Evaluation) -> images.Loader:
         return images.Loader(source, change, self._args.seed, self._workers, self._args.skip_damaged)

@@ -93,7 +93,7 @@ def test_a_run_is_complete(plain: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert [row["phase"] for row in rows(plain)] == [0, 0, 1, 1, 2, 2, 3, 3, 3]
     validation = rows(plain, "validation")
     assert [row["step"] for row in validation] == [4, 8, 9]
-    assert all("top1_old_statistics" in row for row in validation)  # a prune in each of these epochs
+    assert all("top1_running_statistics" in row for row in validation)  # a prune in each of these epochs
 
     scores = tmp_path / "scores.json"
     monkeypatch.setenv("WORLD_SIZE", "1")
@@ -116,6 +116,25 @@ def test_flops_are_those_of_a_count_by_hand(plain: Path) -> None:
     assert found["dense_inference_gflops"] == pytest.approx(2 * dense / 1e9)
     assert found["inference_flops"] == pytest.approx(kept / dense)
     assert found["inference_flops"] < found["training_flops"] < 1
+
+
+def test_exported_statistics_are_those_of_whole_training_pictures(
+    here: Path, run: Callable[[list[str]], int], tmp_path: Path
+) -> None:
+    """Also where no accuracy is measured in training: of the two batches of the last epoch, by plain products."""
+    assert run(arguments(tmp_path / "out", str(here / "gap.json"), "--validate-every", "0")) == 0
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "out" / "model", trust_remote_code=True)
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "out" / "model")
+    source = train.images.load(None, "train", limit=64)
+    order = train.np.random.default_rng((0, (STEPS - 1) // 4)).permutation(64)
+    stem = model.resnet.embedder.embedder
+    outputs = []
+    for numbers in (order[:16], order[16:32]):
+        pictures = [source.read(int(row)).convert("RGB").resize((16, 16), Image.Resampling.BILINEAR) for row in numbers]
+        pixels = processor(pictures, return_tensors="pt")["pixel_values"]
+        outputs.append(stem.convolution(pixels).detach().transpose(0, 1).flatten(1))
+    torch.testing.assert_close(stem.normalization.running_mean, torch.stack([x.mean(1) for x in outputs]).mean(0))
+    torch.testing.assert_close(stem.normalization.running_var, torch.stack([x.var(1) for x in outputs]).mean(0))
 
 
 def test_resuming_is_exact(
