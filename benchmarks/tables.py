@@ -1,7 +1,7 @@
-"""Writes the README's tables of figures from `benchmarks/results/`, between its markers.
+"""Writes the tables of README.md and docs/performance.md from `benchmarks/results/`, between their markers.
 
-python benchmarks/tables.py            rewrite README.md
-python benchmarks/tables.py --check    exit 1 if README.md would change
+python benchmarks/tables.py            rewrite them
+python benchmarks/tables.py --check    exit 1 if one would change
 python benchmarks/tables.py --collect RUN... --note "..."   first add finished runs of the translation example
 """
 
@@ -35,22 +35,27 @@ def main() -> int:
     args = parser.parse_args()
     if args.collect:
         collect(args.collect, args.note)
-    readme = ROOT / "README.md"
-    before = readme.read_text(encoding="utf-8")
-    sections = {"translation": translation(), "quality": quality(), "overhead": overhead(), "backends": backends()}
-    sections["performance"] = performance()
-    after = fill(before, sections)
-    if args.check:
-        return int(before != after)
-    readme.write_text(after, encoding="utf-8")
-    return 0
+    changed = 0
+    for page, sections in {
+        "README.md": {
+            **{"translation": translation(), "quality": methods("cpu"), "vision": methods("vision_cpu")},
+            **{"performance": summary(), "backends": backends()},
+        },
+        "docs/performance.md": {"overhead": overhead(), "performance": performance()},
+    }.items():
+        before = (ROOT / page).read_text(encoding="utf-8")
+        after = fill(page, before, sections)
+        changed += before != after
+        if not args.check:
+            (ROOT / page).write_text(after, encoding="utf-8")
+    return int(bool(args.check and changed))
 
 
-def fill(text: str, sections: dict[str, str]) -> str:
+def fill(page: str, text: str, sections: dict[str, str]) -> str:
     """The text with what stands between `<!-- NAME -->` and `<!-- /NAME -->` replaced."""
     for name, content in sections.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        assert pattern.search(text), f"README.md has no section {name}"
+        assert pattern.search(text), f"{page} has no section {name}"
         text = pattern.sub(lambda match, content=content: match[1] + content + match[2], text)
     return text
 
@@ -104,14 +109,34 @@ def translation() -> str:
     return "\n".join(lines) + "\n"
 
 
-def quality() -> str:
-    """The table of methods, as `benchmarks/quality/report.py` makes it."""
+def methods(preset: str) -> str:
+    """A table of benchmarks/quality with a column for each sparsity, the best method of the highest one first."""
     sys.path.insert(0, str(ROOT / "benchmarks" / "quality"))
     import records
     import report
 
-    page = report.markdown("cpu", report.latest(records.read(RESULTS / "quality_cpu.jsonl")))
-    return "".join(f"{line}\n" for line in page.splitlines() if line.startswith("|"))
+    results = report.latest(records.read(RESULTS / f"quality_{preset}.jsonl"))
+    sparsities = sorted({cell.sparsity for cell in results.cells} - {0.0})
+    cells = {(cell.row, cell.sparsity): cell for cell in results.cells}
+    best = {s: max(cell.mean for cell in results.cells if cell.sparsity == s) for s in sparsities}
+    rows = dict.fromkeys(cell.row for s in (*sparsities[::-1], 0.0) for cell in results.cells if cell.sparsity == s)
+    dense = [row for row in rows if (row, 0.0) in cells]
+    score = results.example.scores[results.example.score]
+    columns = [f"{name} at {s:.0%}" for name in (score, "FLOPs") for s in sparsities]
+    lines = [f"| method | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+    for row in (*dense, *(row for row in rows if row not in dense)):
+        found = [cells.get((row, s)) or cells.get((row, 0.0)) for s in sparsities]
+        scores = [_score(cell, bold=cell.mean == best.get(cell.sparsity)) if cell else "" for cell in found]
+        flops = [f"{cell.flops:.2f}" if cell else "" for cell in found]
+        title = next(cell for cell in found if cell).title
+        lines.append(f"| {title} | {' | '.join([*scores, *flops])} |")
+    return "\n".join(lines) + "\n"
+
+
+def _score(cell: Any, bold: bool) -> str:
+    """Mean, and the range over the seeds where there are several."""
+    mean = f"**{cell.mean:.1f}**" if bold else f"{cell.mean:.1f}"
+    return mean if len(cell.scores) == 1 else f"{mean} ({min(cell.scores):.1f} to {max(cell.scores):.1f})"
 
 
 def overhead() -> str:
@@ -128,8 +153,33 @@ def overhead() -> str:
     return "\n".join(lines) + "\n"
 
 
-#: Weights of the rows that the README shows; the other sizes are in the results.
+#: Weights of the rows that are shown; the other sizes are in the results.
 SHOWN = 20_000_000
+
+
+def summary() -> str:
+    """What the figures of `performance` and `overhead` come to, a line each."""
+    steps = [row["ratio_of_medians"] for row in json.loads(OVERHEAD.read_text(encoding="utf-8"))]
+    (mask,) = (row for row in _rows("masks") if row["weights"] == SHOWN and "gap_ds" in row["work"] and _fp32(row))
+    chosen = {row["ranks"]: row for row in _boundaries() if row["method"] == "gap_ds"}
+    memory = [row["engine over bare, bits per weight"] for row in _memories()]
+    loops = {row["pair"]: row["ratio"] for row in _rows("throughput") if row["loop"] == "example"}
+    ratios = ", ".join(f"{row['ratio']:.2f}" for row in chosen.values())
+    ranks = ", ".join(map(str, chosen))
+    rows = [
+        ("a training step, times that of the bare engine", f"{min(steps):.2f} to {max(steps):.2f}", "1.01"),
+        (f"applying the masks of {SHOWN:,} weights, times a float `mul_`", f"{mask['ratio']:.2f}", "1.3"),
+        (f"choosing {SHOWN // 10:,} of them, times `torch.topk`, on {ranks} ranks", ratios, "0.5 on one"),
+        (
+            "memory over the bare run, bits for each sparse weight that a rank owns",
+            f"{min(memory):.1f} to {max(memory):.1f}",
+            "1 and a constant",
+        ),
+        ("the translation example, times a bare DeepSpeed loop", f"{loops['zero2']:.2f}", "1"),
+        ("the translation example, times transformers' Seq2SeqTrainer", f"{loops['plain']:.2f}", "1"),
+    ]
+    table = measure.table([{"what": what, "measured": found, "aim": aim} for what, found, aim in rows])
+    return "\n".join(part for part in (table, _gpu()) if part)
 
 
 def performance() -> str:
@@ -144,8 +194,12 @@ def _rows(name: str) -> list[dict[str, Any]]:
     return rows
 
 
+def _fp32(row: dict[str, Any]) -> bool:
+    return bool(row["dtype"] == "float32")
+
+
 def _masks() -> str:
-    rows = [row for row in _rows("masks") if row["dtype"] == "float32" and row["weights"] == SHOWN]
+    rows = [row for row in _rows("masks") if _fp32(row) and row["weights"] == SHOWN]
     return (
         measure.table(
             [
@@ -159,16 +213,20 @@ def _masks() -> str:
     )
 
 
+def _boundaries() -> list[dict[str, Any]]:
+    rows = [row for path in RESULTS.glob("boundary_*.json") for row in _rows(path.stem)]
+    return sorted((row for row in rows if row["weights"] == SHOWN), key=lambda row: int(row["ranks"]))
+
+
 def _boundary() -> str:
-    rows = [row for path in sorted(RESULTS.glob("boundary_*.json")) for row in _rows(path.stem)]
+    rows = [row for row in _boundaries() if row["method"] in ("gap_ds", "topk")]
     return (
         measure.table(
             [
                 {"choosing the largest tenth": row["method"], "ranks": row["ranks"], "weights": row["weights"]}
                 | {"ms": f"{row['ms']:.0f}", "times topk": f"{row['ratio']:.2f}"}
                 | {"extra bytes a weight": row["extra_bytes_per_weight"], "MB received": row["received_MB"]}
-                for row in sorted(rows, key=lambda row: (row["weights"], row["ranks"]))
-                if row["weights"] == SHOWN and row["method"] in ("gap_ds", "topk")
+                for row in rows
             ]
         )
         if rows
@@ -182,8 +240,12 @@ def _peers() -> str:
     return measure.table(rows) if rows else ""
 
 
+def _memories() -> list[dict[str, Any]]:
+    return [row for path in sorted(RESULTS.glob("memory*.json")) for row in _rows(path.stem)]
+
+
 def _memory() -> str:
-    rows = [row for path in sorted(RESULTS.glob("memory*.json")) for row in _rows(path.stem)]
+    rows = _memories()
     return measure.table(rows) if rows else ""
 
 
