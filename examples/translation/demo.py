@@ -82,13 +82,14 @@ def table(results: dict[str, dict[str, Any]]) -> Table:
 
 def picture(gap: GaPConfig, steps_per_epoch: int) -> str:
     """The schedule as text: one line per partition, time from left to right."""
-    phases = schedule.build(gap, steps_per_epoch).phases
-    total = phases[-1].end_step
-    lines = [f"\nThe schedule of the sparse run ({total} steps; █ dense, ░ {gap.sparsity:.0%} sparse)"]
+    run = schedule.build(gap, steps_per_epoch)
+    total, sparse = run.total_steps, 1 - gap.sparsity
+    lines = [f"\nThe schedule of the sparse run ({total} steps; █ dense, ▒ between, ░ {gap.sparsity:.0%} sparse)"]
     for k in range(gap.kappa):
-        bar = ""
-        for phase in phases:  # each up to the column of its end, so that roundings do not add up
-            bar += ("█" if k in phase.dense else "░") * (round(60 * phase.end_step / total) - len(bar))
+        alone = [float(partition == k) for partition in range(gap.kappa)]
+        keep = [sparse * one for one in alone]
+        densities = [run.density_at(total * column // 60, keep, alone) for column in range(60)]
+        bar = "".join("█" if d == 1 else "░" if d <= sparse else "▒" for d in densities)
         lines.append(f"  partition {k}  {bar}")
     return "\n".join(lines)
 

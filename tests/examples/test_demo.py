@@ -14,7 +14,7 @@ import pytest
 import train
 from common import run
 
-from gap_ds import GaPConfig, schedule
+from gap_ds import GaPConfig
 
 RESULT = {
     "bleu": 61.25,
@@ -66,12 +66,23 @@ def test_a_failed_training_ends_it(commands: list[list[str]], monkeypatch: pytes
     assert demo.main() == 130
 
 
+def bars(gap: GaPConfig) -> list[str]:
+    lines = demo.picture(gap, steps_per_epoch=120).splitlines()
+    return [line.split("  ")[-1] for line in lines if line.startswith("  partition")]
+
+
 def test_the_picture_shows_one_dense_partition_at_a_time() -> None:
-    gap = GaPConfig.load(demo.GAP)
-    phases = schedule.build(gap, 100).phases
-    lines = demo.picture(gap, steps_per_epoch=100).splitlines()
-    bars = [line.split("  ")[-1] for line in lines if line.startswith("  partition")]
-    assert len(bars) == gap.kappa and {len(bar) for bar in bars} == {60}
-    dense = ["".join(column).count("█") for column in zip(*bars, strict=True)]
-    finetune = round(60 * phases[-1].steps / phases[-1].end_step)
-    assert dense == [1] * (60 - finetune) + [0] * finetune
+    assert bars(GaPConfig(sparsity=0.8, partitions=3, phase_epochs=0.5, rounds=1, finetune_epochs=1.5)) == [
+        "█" * 10 + "░" * 50,
+        "░" * 10 + "█" * 10 + "░" * 40,
+        "░" * 20 + "█" * 10 + "░" * 30,
+    ]
+
+
+def test_the_picture_shows_gradual_pruning() -> None:
+    first, second, third = bars(GaPConfig.load(demo.GAP))
+    # A column is 8 of the 480 steps. The first partition stays dense until its phase of steps 120 to 180 is half over,
+    # and the updates after that come every 6 steps.
+    assert first == "█" * 20 + "▒" * 3 + "░" * 37
+    assert second == "█" * 9 + "▒" * 6 + "░" * 8 + "█" * 4 + "▒" * 3 + "░" * 30
+    assert third == "█" * 9 + "▒" * 6 + "░" * 15 + "█" * 5 + "▒" * 3 + "░" * 22
