@@ -35,6 +35,7 @@ class Cell:
     epochs: float
     flops: float  # relative to one dense run of the same epochs
     density: float  # of the prunable weights, averaged over the steps
+    seconds: float  # of training
 
     @property
     def mean(self) -> float:
@@ -104,7 +105,7 @@ class Results:
                 tuple(record[score] for record in group),
                 *(
                     statistics.mean(record[figure] for record in group)
-                    for figure in (second, "epochs", "training_flops", "mean_density")
+                    for figure in (second, "epochs", "training_flops", "mean_density", "train_seconds")
                 ),
             )
             for (row, sparsity), group in groups.items()
@@ -147,15 +148,15 @@ def markdown(name: str, results: Results) -> str:
         lines += [f"{preset.about[0].upper()}{preset.about[1:]}.", ""]
     lines += [
         f"| method | sparsity | {title} | range over seeds | seeds | {beside} | epochs | training FLOPs | "
-        "mean density |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "mean density | minutes |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for cell in cells:
         score = f"**{cell.mean:.1f}**" if cell.mean == best.get(cell.sparsity) else f"{cell.mean:.1f}"
         spread = f"{min(cell.scores):.1f} to {max(cell.scores):.1f}" if len(cell.scores) > 1 else ""
         lines.append(
             f"| {cell.title} | {cell.sparsity:.0%} | {score} | {spread} | {len(cell.scores)} | {cell.second:.1f} | "
-            f"{cell.epochs:g} | {cell.flops:.2f} | {cell.density:.2f} |"
+            f"{cell.epochs:g} | {cell.flops:.2f} | {cell.density:.2f} | {cell.seconds / 60:.1f} |"
         )
     return "\n".join([*lines, "", *notes(name, results), ""])
 
@@ -183,6 +184,8 @@ def notes(name: str, results: Results) -> list[str]:
         "with all workers added, and counted as if pruned weights cost nothing. The products are dense: no run was "
         "faster for its sparsity. What RigL spends on dense gradients at its updates is not counted.",
         "Density is that of the prunable weights, averaged over the steps of training.",
+        "Minutes are of training, all workers added, on a machine that did other work at the same time: they say what "
+        "a table takes, and nothing of the methods.",
     ]
     if results.left_out:
         lines.append(f"Left out: {results.left_out} results of other set-ups in the same file.")
