@@ -21,13 +21,15 @@ pytest.importorskip("rich")
 
 ROOT = Path(__file__).resolve().parent.parent
 QUALITY = ROOT / "benchmarks" / "quality"
-sys.path.insert(0, str(QUALITY))
+sys.path[:0] = [str(QUALITY), str(ROOT / "examples")]
 
 import presets  # noqa: E402
 import records  # noqa: E402
 import report  # noqa: E402
 import rows  # noqa: E402
 import run as runner  # noqa: E402
+from common import arguments  # noqa: E402
+from common import run as common  # noqa: E402
 
 from gap_ds import GaPConfig, schedule  # noqa: E402
 
@@ -140,14 +142,16 @@ def test_a_command_holds_no_path_of_this_machine_and_is_understood_by_the_exampl
 
 def test_a_row_of_several_workers_has_another_command() -> None:
     run = small_run("parallel_3")
-    words = " ".join(run.command(Path("DATA"), Path("OUT")))
-    folder = "OUT/parallel_3_s0.8_seed0"
-    assert words.startswith(
-        f"python -m gap_ds.cli parallel --workers 3 --ranks-per-worker 1 --exchange {folder}/exchange -- "
-        "examples/translation/train.py --gap-config "
+    words = run.command(Path("DATA"), Path("OUT"))
+    assert " ".join(words).startswith(
+        "python -m gap_ds.cli parallel --workers 3 --ranks-per-worker 1 -- examples/translation/train.py --gap-config "
     )
-    assert words.endswith(f"--output-dir {folder}/worker_{{worker}}")
-    assert [path.name for path in run.folders(Path("OUT"))] == ["worker_0", "worker_1", "worker_2"]
+    # Results are looked for where the example puts each worker's.
+    given = arguments.RunArguments(gap_config=words[-1], output_dir=words[words.index("--output-dir") + 1])
+    for index, folder in enumerate(run.folders(Path("OUT"))):
+        of_worker, worker = common.gap_worker(replace(given, gap_worker=index), GaPConfig(**run.config), (), "train.py")
+        assert Path(of_worker.output_dir) == folder
+        assert worker is not None and worker.exchange == "OUT/parallel_3_s0.8_seed0/exchange"
 
 
 def test_a_set_up_is_what_changes_a_result() -> None:

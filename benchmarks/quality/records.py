@@ -80,15 +80,14 @@ class Run:
             words += [flag] if value is True else [flag, str(value)]
         if preset.threads:
             words += ["--threads", str(preset.threads)]
-        words += ["--seed", str(self.seed), "--resume", "--output-dir"]
+        words += ["--seed", str(self.seed), "--resume", "--output-dir", str(folder)]
         if self.row.workers == 1:
-            return [python, preset.example.script, *words, str(folder)]
-        parallel = ["-m", "gap_ds.cli", "parallel", "--workers", str(self.row.workers), "--ranks-per-worker", "1"]
-        exchange = ["--exchange", str(folder / "exchange"), "--"]
-        return [python, *parallel, *exchange, preset.example.script, *words, str(folder / "worker_{worker}")]
+            return [python, preset.example.script, *words]
+        parallel = ["-m", "gap_ds.cli", "parallel", "--workers", str(self.row.workers), "--ranks-per-worker", "1", "--"]
+        return [python, *parallel, preset.example.script, *words]
 
     def folders(self, out: Path) -> list[Path]:
-        """The output folders of the example, the first of which holds the final model."""
+        """The output folders of the example, the first of which holds the final model: it makes one for each worker."""
         folder = out / self.name
         return [folder] if self.row.workers == 1 else [folder / f"worker_{i}" for i in range(self.row.workers)]
 

@@ -166,17 +166,18 @@ def notes(name: str, results: Results) -> list[str]:
     kept = results.kept
     seeds = sorted({len(cell.scores) for cell in results.cells})
     several = [max(cell.scores) - min(cell.scores) for cell in results.cells if len(cell.scores) > 1]
-    spread = (
-        f"; seeds of one method differ by up to {max(several):.1f} {results.example.scores[results.example.score]}"
-        if several
-        else ""
-    )
     counts = " or ".join(str(count) for count in seeds)
+    certainty = "Each figure is of one seed: how far two differ is not known."
+    if several:
+        score = results.example.scores[results.example.score]
+        certainty = (
+            f"A mean is of {counts} seeds; seeds of one method differ by up to {max(several):.1f} {score}: "
+            "smaller differences between methods are none."
+        )
     call = f"--preset {name.removesuffix('_extra')} --data DATA --out OUT"
     call += " --extra FILE" if name.endswith("_extra") else ""
     lines = [
-        f"Bold is the best mean of a sparsity. A mean is of {counts} seed{'s' if seeds != [1] else ''}{spread}: "
-        "smaller differences between methods are none.",
+        f"Bold is the best mean of a sparsity. {certainty}",
         "All methods have the same epochs, batches, peak learning rate and warm-up; none was tuned for its own "
         "method, and a short budget favours those that need little training.",
         results.example.entries,
