@@ -11,6 +11,7 @@ never taken for this one's.
 from __future__ import annotations
 
 import ast
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -130,6 +131,15 @@ def version() -> str:
     return str(runpy.run_path(str(ROOT / "gap_ds" / "_version.py"))["__version__"])
 
 
+@functools.cache
+def commit() -> str | None:
+    """The commit of this working tree, with `-dirty` where files differ from it; None outside a repository."""
+    words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    return None
+
+
 def task(preset: Preset) -> str:
     """The part of the set-up that all rows of a table share."""
     parts = {"data": preset.dataset, "epochs": f"{preset.epochs:g}", **expected(preset)}
@@ -244,6 +254,7 @@ def collect(run: Run, out: Path) -> Record:
         "steps_per_epoch": first["steps_per_epoch"],
         "signature": first["signature"],
         "gap_ds": version(),
+        "commit": commit(),
         "setup": run.setup,
         "config": run.config,
         "workers": run.row.workers,

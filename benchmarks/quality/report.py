@@ -112,6 +112,21 @@ class Results:
         ]
         return sorted(cells, key=lambda cell: (cell.sparsity, -cell.mean, cell.row))
 
+    def spread(self, sparsity: float) -> float:
+        """The most by which two seeds of one method differ; 0 where there is one of each."""
+        of_it = [cell.scores for cell in self.cells if cell.sparsity == sparsity]
+        return max((max(scores) - min(scores) for scores in of_it), default=0.0)
+
+    def leads(self, cell: Cell) -> bool:
+        """Whether no method of its sparsity is better by more than seeds differ; never of the dense run."""
+        best = max(other.mean for other in self.cells if other.sparsity == cell.sparsity)
+        return cell.sparsity > 0 and cell.mean >= best - self.spread(cell.sparsity)
+
+    @property
+    def sparsities(self) -> list[float]:
+        """All but the dense one, in order."""
+        return sorted({cell.sparsity for cell in self.cells} - {0.0})
+
 
 def latest(found: Sequence[records.Record]) -> Results:
     """The results of the newest set-up, and of each row those with its newest config: the others must not be mixed in.
@@ -138,24 +153,19 @@ def _split(record: records.Record) -> tuple[str, str]:
 def markdown(name: str, results: Results) -> str:
     """The page of a table."""
     preset = PRESETS.get(name.removesuffix("_extra"))
-    cells = results.cells
-    best = {
-        s: max(cell.mean for cell in cells if cell.sparsity == s) for s in {cell.sparsity for cell in cells} - {0.0}
-    }
     title, beside = (results.example.scores[column] for column in results.columns)
     lines = [f"# Quality: `{name}`", ""]
     if preset:
         lines += [f"{preset.about[0].upper()}{preset.about[1:]}.", ""]
     lines += [
-        f"| method | sparsity | {title} | range over seeds | seeds | {beside} | epochs | training FLOPs | "
-        "mean density | minutes |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        f"| method | sparsity | {title} | by seed | {beside} | epochs | training FLOPs | mean density | minutes |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for cell in cells:
-        score = f"**{cell.mean:.1f}**" if cell.mean == best.get(cell.sparsity) else f"{cell.mean:.1f}"
-        spread = f"{min(cell.scores):.1f} to {max(cell.scores):.1f}" if len(cell.scores) > 1 else ""
+    for cell in results.cells:
+        score = f"**{cell.mean:.1f}**" if results.leads(cell) else f"{cell.mean:.1f}"
+        by_seed = ", ".join(f"{one:.1f}" for one in cell.scores)
         lines.append(
-            f"| {cell.title} | {cell.sparsity:.0%} | {score} | {spread} | {len(cell.scores)} | {cell.second:.1f} | "
+            f"| {cell.title} | {cell.sparsity:.0%} | {score} | {by_seed} | {cell.second:.1f} | "
             f"{cell.epochs:g} | {cell.flops:.2f} | {cell.density:.2f} | {cell.seconds / 60:.1f} |"
         )
     return "\n".join([*lines, "", *notes(name, results), ""])
@@ -165,19 +175,20 @@ def notes(name: str, results: Results) -> list[str]:
     """What a reader must know before a figure is believed."""
     kept = results.kept
     seeds = sorted({len(cell.scores) for cell in results.cells})
-    several = [max(cell.scores) - min(cell.scores) for cell in results.cells if len(cell.scores) > 1]
     counts = " or ".join(str(count) for count in seeds)
-    certainty = "Each figure is of one seed: how far two differ is not known."
-    if several:
+    certainty = "Bold is the best of a sparsity. Each figure is of one seed: how far two differ is not known."
+    spreads = {s: results.spread(s) for s in results.sparsities if results.spread(s)}
+    if spreads:
         score = results.example.scores[results.example.score]
+        told = ", ".join(f"{spread:.1f} {score} at {s:.0%}" for s, spread in spreads.items())
         certainty = (
-            f"A mean is of {counts} seeds; seeds of one method differ by up to {max(several):.1f} {score}: "
-            "smaller differences between methods are none."
+            f"A mean is of {counts} seeds, in their order beside it; those of one method differ by up to {told}: "
+            "smaller differences between methods are none, and bold are all that are no further behind the best."
         )
     call = f"--preset {name.removesuffix('_extra')} --data DATA --out OUT"
-    call += " --extra FILE" if name.endswith("_extra") else ""
+    call += " --extra benchmarks/quality/extra.json" if name.endswith("_extra") else ""
     lines = [
-        f"Bold is the best mean of a sparsity. {certainty}",
+        certainty,
         "All methods have the same epochs, batches, peak learning rate and warm-up; none was tuned for its own "
         "method, and a short budget favours those that need little training.",
         results.example.entries,
@@ -188,6 +199,8 @@ def notes(name: str, results: Results) -> list[str]:
         "Minutes are of training, all workers added, on a machine that did other work at the same time: they say what "
         "a table takes, and nothing of the methods.",
     ]
+    if any(record["workers"] > 1 for record in kept):
+        lines.append("Of a method on several workers, epochs and density are those of worker 0.")
     if results.left_out:
         lines.append(f"Left out: {results.left_out} results of other set-ups in the same file.")
     machines = sorted({f"{r['machine']}, {r['cores']} cores, torch {r['torch']}, gap_ds {r['gap_ds']}" for r in kept})
@@ -227,7 +240,7 @@ def plot(results: Results, path: Path) -> Path:
 
     cells = results.cells
     others = {cell.row for cell in cells} - set(BY_NAME)
-    sparsities = sorted({cell.sparsity for cell in cells} - {0.0})
+    sparsities = results.sparsities
     dense = [cell for cell in cells if cell.sparsity == 0]
     count = max(1, len(sparsities))
     names = len({cell.row for cell in cells})

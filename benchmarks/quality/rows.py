@@ -86,6 +86,12 @@ def _dense_first(**settings: Any) -> Callable[[float], Config]:
     return lambda epochs: {**fixed, **_times(epochs, dense=2, phase=1, finetune=3, update=0.1)}
 
 
+def _gradual_first(epochs: float) -> Config:
+    """Gradual pruning of all but the first partition, and one short round of C-GaP after it."""
+    fixed = {"method": "cyclic", "partitions": 3, "rounds": 1, "prune_ramp": 0.75}
+    return {**fixed, **_times(epochs, dense=4, phase=0.5, finetune=2.5, update=0.1)}
+
+
 def _static(lr: str) -> Callable[[float], Config]:
     """The phases of `cyclic_3`, so that learning-rate restarts fall on the same steps."""
     fixed = {"method": "static", "partitions": 3, "rounds": 2, "lr": lr}
@@ -116,6 +122,12 @@ def _parallel(epochs: float) -> Config:
     return {"method": "parallel", "partitions": 3, "rounds": 6, **_times(epochs, phase=1, finetune=2)}
 
 
+def _parallel_dense_first(epochs: float) -> Config:
+    """The phases of `cyclic_3_dense_first`, with every partition dense in all of them."""
+    fixed = {"method": "parallel", "partitions": 3, "rounds": 3, "prune_ramp": 0.5}
+    return {**fixed, **_times(epochs, dense=2, phase=1, finetune=3, update=0.1)}
+
+
 #: In the order in which they are run: what a table needs first comes first.
 ROWS: tuple[Row, ...] = (
     Row("dense", "dense", _dense, TWO_SEEDS, dense=True),
@@ -139,7 +151,14 @@ ROWS: tuple[Row, ...] = (
         "C-GaP, 3 partitions, dense first, gradual in phases, ERK",
         _dense_first(distribution="erk"),
     ),
+    Row("cyclic_3_gradual_first", "C-GaP, 3 partitions, a round after gradual pruning", _gradual_first),
     Row("parallel_3", "P-GaP, 3 partitions on 3 workers", _parallel, workers=3),
+    Row(
+        "parallel_3_dense_first",
+        "P-GaP, 3 partitions on 3 workers, dense first, gradual in phases",
+        _parallel_dense_first,
+        workers=3,
+    ),
 )
 BY_NAME = {row.name: row for row in ROWS}
 
