@@ -116,9 +116,8 @@ def methods(preset: str) -> str:
     import report
 
     results = report.latest(records.read(RESULTS / f"quality_{preset}.jsonl"))
-    sparsities = sorted({cell.sparsity for cell in results.cells} - {0.0})
+    sparsities = results.sparsities
     cells = {(cell.row, cell.sparsity): cell for cell in results.cells}
-    best = {s: max(cell.mean for cell in results.cells if cell.sparsity == s) for s in sparsities}
     rows = dict.fromkeys(cell.row for s in (*sparsities[::-1], 0.0) for cell in results.cells if cell.sparsity == s)
     dense = [row for row in rows if (row, 0.0) in cells]
     score = results.example.scores[results.example.score]
@@ -126,7 +125,7 @@ def methods(preset: str) -> str:
     lines = [f"| method | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     for row in (*dense, *(row for row in rows if row not in dense)):
         found = [cells.get((row, s)) or cells.get((row, 0.0)) for s in sparsities]
-        scores = [_score(cell, bold=cell.mean == best.get(cell.sparsity)) if cell else "" for cell in found]
+        scores = [_score(cell, bold=results.leads(cell)) if cell else "" for cell in found]
         flops = [f"{cell.flops:.2f}" if cell else "" for cell in found]
         title = next(cell for cell in found if cell).title
         lines.append(f"| {title} | {' | '.join([*scores, *flops])} |")
