@@ -23,7 +23,8 @@ _UPDATES = ("update_epochs", "update_steps")
 #: Settings that a method never reads. Setting one of them is an error, because it would have no effect.
 _UNUSED: dict[str, tuple[str, ...]] = {
     "cyclic": ("drop_fraction", "shared"),
-    "parallel": ("drop_fraction", "order"),
+    # A worker grows at once what it has pruned and published: its last values would undo that.
+    "parallel": ("drop_fraction", "order", "regrow"),
     "dsd": (*_LAYOUT, "init", "drop_fraction", "shared"),
     "acdc": (*_LAYOUT, "init", "drop_fraction", "shared", "lr"),
     "one_shot": (

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ from gap_ds.agreement import Watch
 from gap_ds.backends import Training, detect
 from gap_ds.comm import Comm, operation, together, why
 from gap_ds.config import GaPConfig
-from gap_ds.exchange import Exchange, Worker, items_of
+from gap_ds.exchange import Exchange, Worker, identity, items_of
 from gap_ds.history import History
 from gap_ds.masking import Masking
 from gap_ds.records import read_json
@@ -119,9 +120,13 @@ class GaPEngine:
             comms = (self._backend.comm, self._world)
             self._history = History(Path(history), self.plan, self.signature, self.masking, *comms)
         self._exchange = None
+        #: Of a worker, a fingerprint of the weights it has, until it is known whether it begins or goes on.
+        self._start: str | None = None
         if worker is not None:
-            of_run = (self.plan.kappa, self.signature, self.plan.fingerprint)
+            tensors = identity.of_tensors(items_of(self.plan, shards, dict(export.buffers(self._backend.module))))
+            of_run = (self.plan.kappa, self.signature, self.plan.fingerprint, tensors)
             self._exchange = Exchange(worker, *of_run, self._world, self._backend.comm, self.config.shared)
+            self._start = identity.of_weights(shards, self._backend.comm)
         self.applied_steps = 0
         self._updated = False
         #: Whether `finish` has ended the schedule before its last step.
@@ -206,6 +211,9 @@ class GaPEngine:
         if not self._updated:
             return False
         self._updated = False
+        if self._exchange is not None and self._start is not None:
+            self._exchange.begin(self._start)
+            self._start = None
         before = self.phase
         self.applied_steps += 1
         if self.phase is not before or self.applied_steps in before.updates:
@@ -370,7 +378,9 @@ class GaPEngine:
     def finish(self) -> bool:
         """Ends the schedule now: what is dense is pruned as at the last boundary; whether there was any such entry.
 
-        For a training that is stopped early. Training on has fixed masks. All ranks must call this.
+        For a training that is stopped early. Training on has fixed masks. All ranks must call this. A worker of
+        parallel GaP prunes its own partition alone, without an exchange: what the others have trained since the last
+        round stays theirs.
         """
         dense = self._to_prune()
         if not dense:
@@ -524,6 +534,8 @@ class GaPEngine:
         def go_on() -> None:
             self.masking.restore(*pieces)
             self.applied_steps, self._updated, self._over = step, False, False
+            if self._exchange is not None:
+                self._start, self._exchange.rejoins = None, True
             if self._history is not None:
                 self._history.restore(recorded, step, phase)
 
@@ -574,26 +586,40 @@ class GaPEngine:
         """Writes the final sparse model; a partition that is dense now is pruned in the copy, the run is not disturbed.
 
         A Hugging Face model becomes a folder for `from_pretrained`, with the tokenizer if given; any other model
-        becomes `model.safetensors`. `gap.json` holds the signature and exact counts. All ranks must call this.
+        becomes `model.safetensors`. Parameters have `dtype`, buffers their own. `gap.json` holds the signature and
+        exact counts. All ranks must call this.
 
+        Args:
+            overwrite: replace an exported model that the folder holds; anything else is never replaced.
         Raises:
-            ValueError: the folder holds something already and `overwrite` is not set.
+            ValueError: the folder holds something already and `overwrite` is not set, or it is no exported model; or
+                something could not be written. On all ranks alike; what was there is as it was.
         """
-        folder = Path(folder)
-        if self._world.from_first(folder.exists() and any(folder.iterdir())) and not overwrite:
-            raise ValueError(
-                f"{folder}: is not empty. Choose another folder, or overwrite it on purpose (overwrite=True)."
-            )
-        bits = {**self.masking.bits, **self.masking.select(self._to_prune(), self.applied_steps)}
-        if self._backend.comm.writes:
+        folder = export.place(folder)
+
+        def gather() -> dict[str, Tensor]:
+            bits = {**self.masking.bits, **self.masking.select(self._to_prune(), self.applied_steps)}
+            if not self._backend.comm.writes:
+                return {}
             shards, comm = self._backend.shards(), self._backend.comm
-            weights = export.full_weights(self._backend.module, shards, bits, comm, dtype)
-            if self._world.rank == 0:
-                nonzero = {entry.name: int(weights[entry.name].count_nonzero()) for entry in self.plan.entries}
-                info = export.info(self.plan, self.schedule, self.signature, self.applied_steps, nonzero)
-                info["training_flops"] = self.plan.training_flops(info["mean_density"])
-                export.write_model(folder, self._backend.module, weights, dtype, info, tokenizer)
-        self._world.barrier()
+            return export.full_weights(self._backend.module, shards, bits, comm, dtype)
+
+        def about(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+            nonzero = {entry.name: int(weights[entry.name].count_nonzero()) for entry in self.plan.entries}
+            info = export.info(self.plan, self.schedule, self.signature, self.applied_steps, nonzero)
+            return {**info, "training_flops": self.plan.training_flops(info["mean_density"])}
+
+        with operation(f"the export at step {self.applied_steps}"):
+            export.save(
+                folder,
+                self._backend.module,
+                gather,
+                about,
+                self._world,
+                tokenizer=tokenizer,
+                dtype=dtype,
+                overwrite=overwrite,
+            )
         return folder
 
     # -- the rest --------------------------------------------------------------------------------------------------
@@ -623,6 +649,12 @@ def _check_worker(config: GaPConfig, worker: Worker | None) -> Worker | None:
         )
     if config.method != "parallel" and worker is not None:
         raise ValueError(f'worker {worker.index}: has no effect with method="{config.method}". Set "method".')
+    started = os.environ.get("GAP_DS_WORKERS")  # set by gap-ds parallel
+    if worker is not None and started and started != str(config.kappa):
+        raise ValueError(
+            f"GAP_DS_WORKERS={started}: as many workers were started, and there are {config.kappa} partitions, one for "
+            f'each worker. Start {config.kappa} (gap-ds parallel --workers {config.kappa}), or change "partitions".'
+        )
     return worker
 
 

@@ -11,7 +11,9 @@ import math
 import os
 import struct
 import threading
+import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,10 +28,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gap_ds import masks, plan, tensorfile
+from gap_ds import GaPEngine, masks, plan, tensorfile
 from gap_ds.comm import Comm
 from gap_ds.config import GaPConfig
-from gap_ds.exchange import Exchange, Item, Received, Worker, file, items_of
+from gap_ds.exchange import Exchange, Item, Received, Worker, file, identity, items_of
+from gap_ds.exchange.folder import open_folder, without_secrets
 from gap_ds.exchange.worker import MAX_JSON
 from gap_ds.shard import Shard
 
@@ -103,9 +106,11 @@ class Model:
 
 
 def start(folder: str, worker: int, workers: int = 2, **changes: Any) -> Exchange:
-    arguments = {"signature": SIGNATURE, "fingerprint": "abc", "timeout": 60.0, "run": ""} | changes
-    told = Worker(worker, folder, arguments.pop("timeout"), arguments.pop("run"))
-    return Exchange(told, workers, world=ALONE, comm=ALONE, **arguments)
+    """A job of a worker, which may have published before."""
+    arguments = {"signature": SIGNATURE, "fingerprint": "abc", "tensors": "def"} | changes
+    told = {"timeout": 60.0, "run": "", "resume": True}
+    told |= {name: arguments.pop(name) for name in told.keys() & arguments.keys()}
+    return Exchange(Worker(worker, folder, **told), workers, world=ALONE, comm=ALONE, **arguments)
 
 
 def publish_all(folder: str, workers: int = 2, round: int = 0) -> list[Exchange]:
@@ -225,7 +230,8 @@ def test_the_bytes_are_logged_and_counted(folder: str, caplog: pytest.LogCapture
         assert jobs[0].bytes_read == 2 * sum(sizes) - sum(headers)
         for _ in jobs[1].combine(0, Model(1).items(), Model(1).bits):
             pass
-    assert f"round 0: worker 1 wrote 0 bytes and read {jobs[1].bytes_read} bytes of 2 workers" in caplog.text
+    assert f"round 0: worker 1 wrote 0 bytes and read {jobs[1].bytes_read} bytes, checks included" in caplog.text
+    assert f"its file has {sizes[1]} bytes, and the files of all 2 workers have {sum(sizes)};" in caplog.text
 
 
 def test_equal_shared_values_stay_as_they_are(folder: str) -> None:
@@ -345,7 +351,7 @@ def test_any_cut_writes_the_same_file_and_reads_its_pieces(tmp_path_factory: Any
         }
 
     def job(rank: Any, where: str) -> Exchange:
-        return Exchange(Worker(0, str(folder / where), 60.0), 1, SIGNATURE, "abc", rank, rank)
+        return Exchange(Worker(0, str(folder / where), 60.0, resume=True), 1, SIGNATURE, "abc", "def", rank, rank)
 
     whole = {name: [] for name in full}
     job(Ranks(1).run(lambda rank: rank)[0], "alone").publish(0, items(whole, 0), bits(whole, 0))
@@ -383,7 +389,7 @@ def test_a_rank_reads_the_bytes_of_its_pieces_alone(tmp_path: Path) -> None:
     def work(rank: Any) -> None:
         lo = 400 * rank.rank
         item = Item("w", (800, 1), 0, lo, 400, lambda: weight[lo : lo + 400], keep=200)
-        job = Exchange(Worker(0, str(tmp_path), 60.0), 1, SIGNATURE, "abc", rank, rank)
+        job = Exchange(Worker(0, str(tmp_path), 60.0), 1, SIGNATURE, "abc", "def", rank, rank)
         read = job._folder.read
 
         def counting(name: str, begin: int, end: int) -> bytes:
@@ -413,7 +419,7 @@ def test_an_error_on_one_rank_is_the_same_on_all(tmp_path: Path) -> None:
     def work(rank: Any) -> None:
         lo = 4 * rank.rank
         item = Item("w", (8, 1), 0, lo, 4, lambda: weight[lo : lo + 4], keep=4)
-        job = Exchange(Worker(0, str(tmp_path), 60.0), 1, SIGNATURE, "abc", rank, rank)
+        job = Exchange(Worker(0, str(tmp_path), 60.0), 1, SIGNATURE, "abc", "def", rank, rank)
         if rank.rank == 1:
 
             def broken(name: str, begin: int, end: int) -> bytes:
@@ -431,7 +437,7 @@ def test_an_error_on_one_rank_is_the_same_on_all(tmp_path: Path) -> None:
 def test_a_full_disk_on_the_writing_rank_stops_all(tmp_path: Path) -> None:
     def work(rank: Any) -> None:
         item = Item("w", (8, 1), 0, 4 * rank.rank, 4, lambda: torch.ones(4), keep=8)
-        job = Exchange(Worker(0, str(tmp_path), 60.0), 1, SIGNATURE, "abc", rank, rank)
+        job = Exchange(Worker(0, str(tmp_path), 60.0), 1, SIGNATURE, "abc", "def", rank, rank)
         stream = job._folder.stream
 
         def full(name: str) -> Any:
@@ -448,11 +454,62 @@ def test_a_full_disk_on_the_writing_rank_stops_all(tmp_path: Path) -> None:
     assert list((tmp_path / "round_0").iterdir()) == []
 
 
+@pytest.mark.parametrize("part", ["values", "mask", "whole"])
+def test_a_rank_without_memory_for_its_piece_stops_all(tmp_path: Path, monkeypatch: Any, part: str) -> None:
+    """Before they meet to put the tensor together: there the others would wait for a rank that has left."""
+    left, unpack = threading.local(), masks.unpack
+
+    def unpack_once(bits: Tensor, numel: int) -> Tensor:
+        """Once for the values, which come first, and not again for the mask."""
+        left.calls = getattr(left, "calls", 2) - 1
+        return unpack(bits, numel) if left.calls else torch.empty(1 << 60)
+
+    def work(rank: Any) -> None:
+        piece = (lambda: torch.empty(1 << 60)) if rank.rank and part != "mask" else (lambda: torch.ones(4))
+        left.calls = 2 if rank.rank and part == "mask" else 1000
+        item = Item("w", (8, 1), 0, 4 * rank.rank, 4, piece, None if part == "whole" else 8)
+        job = Exchange(Worker(0, str(tmp_path), 60.0), 1, SIGNATURE, "abc", "def", rank, rank)
+        job.publish(0, [item], {"w": masks.pack(torch.ones(4, dtype=torch.bool))})
+
+    monkeypatch.setattr(masks, "unpack", unpack_once)
+    errors = Ranks(2).run(work)
+    assert [type(error) for error in errors] == [ValueError, ValueError] and str(errors[0]) == str(errors[1])
+    assert "RuntimeError: [enforce fail" in str(errors[0])
+    assert list((tmp_path / "round_0").iterdir()) == []
+
+
+def test_a_second_job_of_one_worker_does_not_publish_what_the_first_has_half_written(tmp_path: Path) -> None:
+    folder = open_folder(str(tmp_path))
+    first, second = (folder.stream("round_0/worker_0.safetensors") for _ in range(2))
+    first.write(b"half")
+    second.write(b"whole")
+    second.close()
+    assert (tmp_path / "round_0" / "worker_0.safetensors").read_bytes() == b"whole"
+    with pytest.raises(OSError, match="another process has published in the meantime"):
+        first.close()
+    assert [path.read_bytes() for path in (tmp_path / "round_0").iterdir()] == [b"whole"]
+
+
+def test_a_manifest_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path, monkeypatch: Any) -> None:
+    job, model = start(str(tmp_path), 0), Model(0)
+    fsync = os.fsync
+
+    def full(descriptor: int) -> None:
+        if ".json." in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(28, "full")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ValueError, match="full"):
+        job.publish(0, model.items(), model.bits)
+    assert os.listdir(tmp_path / "round_0") == ["worker_0.safetensors"]
+
+
 def test_a_wrong_folder_is_refused_on_all_ranks(tmp_path: Path) -> None:
     start(str(tmp_path), 0)
 
     def work(rank: Any) -> None:
-        Exchange(Worker(0, str(tmp_path), 60.0), 2, SIGNATURE, "other", rank, rank)
+        Exchange(Worker(0, str(tmp_path), 60.0), 2, SIGNATURE, "other", "def", rank, rank)
 
     errors = Ranks(2).run(work)
     assert str(errors[0]) == str(errors[1]) and "plan abc (here other)" in str(errors[0])
@@ -470,7 +527,7 @@ def test_groups_that_hold_the_same_pieces_keep_step_with_the_one_that_writes(tmp
     def work(world: Any) -> list[Received]:
         comm = Rank(Ranks(1), 0) if world.rank == 0 else Other(Ranks(1), 0)
         item = Item("w", (8, 1), 0, 0, 8, lambda: weight, keep=3)
-        job = Exchange(Worker(0, str(tmp_path), 60.0), 1, SIGNATURE, "abc", world, comm)
+        job = Exchange(Worker(0, str(tmp_path), 60.0), 1, SIGNATURE, "abc", "def", world, comm)
         found = list(job.combine(0, [item], {"w": masks.pack(kept)}))
         assert job.bytes_written == (tmp_path / "round_0" / "worker_0.safetensors").stat().st_size
         return found
@@ -493,6 +550,8 @@ def test_the_version_at_the_end_of_the_signature_may_differ(folder: str) -> None
         ({"signature": SIGNATURE.replace("0.8", "0.9")}, r"another run: s:0\.8 \(here s:0\.9\)\. Give this run"),
         ({"signature": "gap|v:1"}, r"method:parallel \(here nothing\)"),
         ({"fingerprint": "def"}, r"plan abc \(here def\), so the model, the sparsity"),
+        ({"fingerprint": "def", "tensors": "x"}, r"another run: plan abc \(here def\), so [^()]* differ\. Give"),
+        ({"tensors": "x"}, r"tensors def \(here x\), so a vocabulary, a norm, a bias or a buffer differs"),
         ({"workers": 3}, r"2 workers \(here 3\)"),
         ({"signature": SIGNATURE.replace("|v:", "|shared:first|v:")}, r"nothing \(here shared:first\)"),
         ({"run": "data:b"}, r'run "" \(here "data:b"\), so what the training script'),
@@ -514,6 +573,12 @@ def test_what_the_training_script_says_of_the_run_must_be_equal(folder: str) -> 
     assert json.loads(raw(folder, "run.json"))["run"] == "lr:0.1"
 
 
+def test_of_what_the_training_script_says_the_parts_that_differ_are_told(folder: str) -> None:
+    start(folder, 0, run="batch:8|lr:0.1|precision:bf16")
+    with pytest.raises(ValueError, match=r'run "lr:0.1\|precision:bf16" \(here "lr:0.2\|precision:fp32"\), so what'):
+        start(folder, 1, run="batch:8|lr:0.2|precision:fp32")
+
+
 def test_files_of_another_run_are_refused_where_run_json_was_deleted(tmp_path: Path) -> None:
     publish_all(str(tmp_path))
     (tmp_path / "run.json").unlink()
@@ -525,6 +590,258 @@ def test_files_of_another_run_are_refused_where_run_json_was_deleted(tmp_path: P
     (tmp_path / "run.json").unlink()
     with pytest.raises(ValueError, match=r'worker_0.json: belongs to another run: run "" \(here "other"\)'):
         start(str(tmp_path), 0, run="other").wait(0)
+
+
+def tensors_of(*items: Item) -> str:
+    return identity.of_tensors(items)
+
+
+def test_the_tensors_fingerprint_knows_what_the_plan_does_not() -> None:
+    item = Item("embedding", (8, 4), None, 0, 32, lambda: torch.ones(32))
+    norm = Item("norm.steps", (), 1, 0, 1, lambda: torch.ones(1))
+    same_ones = [item, norm]
+    assert tensors_of(*same_ones) == tensors_of(norm, replace(item, start=8, numel=8))
+    others = [
+        [replace(item, shape=(9, 4)), norm],
+        [item, replace(norm, dtype=torch.int64)],
+        [item, replace(norm, partition=None)],
+        [item, replace(norm, name="norm.count")],
+        [item],
+        [item, norm, replace(norm, name="x")],
+    ]
+    assert len({tensors_of(*items) for items in [same_ones, *others]}) == 7
+
+
+@PROPERTY
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=3), st.integers(1, 3), st.randoms(use_true_random=False))
+def test_the_weights_fingerprint_is_that_of_any_cut(sizes: list[int], ranks: int, random: Any) -> None:
+    full = {f"w{i}": torch.randn(n) for i, n in enumerate(sizes)}
+    frozen = Shard("frozen", (1,), 0, 1, 0, lambda: torch.rand(1), trainable=False)
+
+    def shards(rank: int, tensors: dict[str, Tensor]) -> list[Shard]:
+        found = [frozen]
+        for name, tensor in tensors.items():
+            lo, n = cut(tensor, edges[name], rank) if ranks > 1 else (0, tensor.numel())
+            found.append(Shard(name, tuple(tensor.shape), lo, n, 0, lambda t=tensor, lo=lo, n=n: t[lo : lo + n]))
+        return found
+
+    edges = {n: sorted(random.randint(0, t.numel()) for _ in range(ranks - 1)) for n, t in full.items()}
+    found = Ranks(ranks).run(lambda rank: identity.of_weights(shards(rank.rank, full), rank))
+    whole = [Shard(n, tuple(t.shape), 0, t.numel(), 0, lambda t=t: t) for n, t in full.items()]
+    assert found == [identity.of_weights(whole, ALONE)] * ranks
+    name = random.choice(sorted(full))
+    place = random.randrange(full[name].numel())
+    other = full[name].clone()
+    other[place] = torch.nextafter(other[place], torch.tensor(9.0))
+    changed = [replace(shard, owner=lambda: other) if shard.name == name else shard for shard in whole]
+    assert identity.of_weights(changed, ALONE) != found[0]
+
+
+def test_the_weights_fingerprint_goes_through_a_piece_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(1000)
+    shard = Shard("w", (1000,), 0, 1000, 0, lambda: weight)
+    whole = identity.of_weights([shard], ALONE)
+    monkeypatch.setattr(identity, "_CHUNK", 7)
+    assert identity.of_weights([shard], ALONE) == whole
+
+
+def test_all_workers_begin_with_the_same_weights(folder: str) -> None:
+    start(folder, 0).begin("these")
+    start(folder, 1).begin("these")
+    with pytest.raises(ValueError, match=r"start.json: worker 0 began at 20.* with other weights than worker 1 now: "):
+        start(folder, 1).begin("others")
+    start(folder, 0).begin("these")
+
+
+def test_a_new_run_in_the_folder_of_another_one_is_refused(folder: str) -> None:
+    for job in publish_all(folder):
+        job.begin("these")
+    told = r"round_0/worker_0.json: worker 0 published round 0 at 20.*, and this job began at step 0\. A new run needs"
+    before = raw(folder, "round_0/worker_0.json")
+    with pytest.raises(ValueError, match=told):
+        start(folder, 0, resume=False).begin("these")
+    with pytest.raises(ValueError, match="with other weights than worker 0 now"):
+        start(folder, 0).begin("others")
+    with pytest.raises(ValueError, match=told):
+        start(folder, 0, resume=False).publish(0, Model(0).items(), Model(0).bits)
+    assert raw(folder, "round_0/worker_0.json") == before
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_a_job_that_was_killed_in_its_first_round_joins_again(folder: str, published: bool) -> None:
+    jobs = [start(folder, worker, resume=False) for worker in (0, 1)]
+    for worker, job in enumerate(jobs):
+        job.begin("these")
+        if worker or published:
+            job.publish(0, Model(worker).items(), Model(worker).bits)
+    again = start(folder, 0, resume=published)  # before it has published, it need not be told
+    again.begin("these")
+    found = take(again)
+    assert all(same(found[name].value, wanted) for name, wanted in expected(2).items())
+
+
+def test_a_folder_without_a_start_is_given_one(folder: str) -> None:
+    """Jobs that go on from a checkpoint do not say what their run began with."""
+    (job, _) = publish_all(folder)
+    job.begin("these")
+    assert json.loads(raw(folder, "start.json"))["weights"] == "these"
+    system, root = fsspec.core.url_to_fs(folder)
+    assert {"run.json", "start.json"} <= {path.rpartition("/")[2] for path in system.ls(root, detail=False)}
+
+
+def test_whether_a_worker_has_published(folder: str, tmp_path: Path) -> None:
+    told = Worker(0, folder)
+    assert not told.has_published()
+    jobs = [start(folder, worker) for worker in (0, 1)]
+    jobs[1].publish(0, Model(1).items(), Model(1).bits)
+    assert not told.has_published() and Worker(1, folder).has_published()
+    (tmp_path / "file").write_text("")
+    assert not Worker(0, str(tmp_path / "file")).has_published()
+
+
+# -- jobs of a run, each an engine ---------------------------------------------------------------------------------
+
+
+class Layers(nn.Module):
+    """Two blocks, one for each partition, between an embedding and a norm."""
+
+    def __init__(self, vocabulary: int = 5, norm: type[nn.Module] = nn.LayerNorm, counter: torch.dtype = torch.int64):
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, 6)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(6, 6)) for _ in range(2))
+        self.norm = norm(6)
+        self.register_buffer("counter", torch.ones((), dtype=counter))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = x + layer(x).tanh()
+        return self.norm(x).square().mean()
+
+
+PARALLEL = {"method": "parallel", "sparsity": 0.5, "phase_steps": 3, "rounds": 2, "partitions": 2, "finetune_steps": 1}
+
+
+def engine(folder: Path, worker: int, seed: int = 0, resume: bool = False, **built: Any) -> GaPEngine:
+    torch.manual_seed(seed)
+    model = Layers(**built)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    told = Worker(worker, str(folder), timeout=30.0, resume=resume)
+    return GaPEngine(model, PARALLEL, optimizer=optimizer, worker=told)
+
+
+def train(job: GaPEngine, last: int | None = None) -> GaPEngine:
+    """To the step before `last`, or to the end."""
+    while not job.finished and job.applied_steps != last:
+        random = torch.Generator().manual_seed(10 * job.applied_steps + job.worker.index)
+        job.backward(job(torch.randint(5, (4,), generator=random)))
+        job.step()
+    return job
+
+
+def both(*jobs: GaPEngine) -> list[dict[str, Tensor]]:
+    """What two workers end with that train to their end at the same time."""
+    with ThreadPoolExecutor(2) as pool:
+        return [dict(job.module.state_dict()) for job in pool.map(train, jobs)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return both(engine(folder, 0), engine(folder, 1))
+
+
+def equal(found: list[dict[str, Tensor]], wanted: list[dict[str, Tensor]]) -> bool:
+    return all(same(a[name], b[name]) for a, b in zip(found, wanted, strict=True) for name in b)
+
+
+def test_a_second_run_in_the_same_folder_is_refused_in_its_first_step(tmp_path: Path) -> None:
+    both(engine(tmp_path, 0), engine(tmp_path, 1))
+    for worker in (0, 1):
+        job = engine(tmp_path, worker)
+        with pytest.raises(ValueError, match=rf"worker_{worker}.json: worker {worker} published round 0 at 20.*, and "):
+            train(job)
+        assert job.applied_steps == 0
+        for resume in (False, True):  # another initial model is none of this run, whatever is said
+            job = engine(tmp_path, worker, seed=1, resume=resume)
+            with pytest.raises(ValueError, match="published round 0 at" if not resume else "began at 20.* with other"):
+                train(job)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_a_worker_that_is_killed_before_it_has_published_joins_again(
+    tmp_path: Path, undisturbed: list[dict[str, Tensor]], steps: int
+) -> None:
+    train(engine(tmp_path, 0), last=steps)
+    assert equal(both(engine(tmp_path, 0), engine(tmp_path, 1)), undisturbed)
+
+
+@pytest.mark.parametrize("way", ["told", "checkpoint"])
+def test_a_worker_that_is_killed_after_it_has_published_joins_again(
+    tmp_path: Path, undisturbed: list[dict[str, Tensor]], way: str
+) -> None:
+    """Without a checkpoint it must be told that it goes on: from the same weights, it does what it has done."""
+    folder, saved = tmp_path / "exchange", tmp_path / "saved"
+    first = train(engine(folder, 0), last=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        first.save_checkpoint(saved)
+    second = engine(folder, 1)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(train, second)
+        train(first, last=3)  # has published round 0, and is lost
+        again = engine(folder, 0, seed=0 if way == "told" else 1, resume=way == "told")
+        if way == "checkpoint":
+            again.load_checkpoint(saved)
+        train(again)
+        running.result()
+    assert equal([dict(job.module.state_dict()) for job in (again, second)], undisturbed)
+
+
+def test_a_job_can_go_back_to_a_checkpoint_before_a_round_it_has_published(
+    tmp_path: Path, undisturbed: list[dict[str, Tensor]]
+) -> None:
+    jobs = [engine(tmp_path / "exchange", worker) for worker in (0, 1)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        train(jobs[0], last=2).save_checkpoint(tmp_path / "saved")
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(train, jobs[1])
+        train(jobs[0], last=4).load_checkpoint(tmp_path / "saved")
+        train(jobs[0])
+        running.result()
+    assert equal([dict(job.module.state_dict()) for job in jobs], undisturbed)
+
+
+@pytest.mark.parametrize("built", [{"vocabulary": 7}, {"norm": nn.BatchNorm1d}, {"counter": torch.int32}])
+def test_a_model_that_differs_beside_its_entries_is_refused_at_the_start(tmp_path: Path, built: dict[str, Any]) -> None:
+    engine(tmp_path, 0)
+    with pytest.raises(ValueError, match=r"another run: tensors \w+ \(here \w+\), so a vocabulary, a norm, a bias or"):
+        engine(tmp_path, 1, **built)
+
+
+@pytest.mark.parametrize("started", ["3", "1", "two"])
+def test_another_number_of_workers_than_partitions_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: str
+) -> None:
+    monkeypatch.setenv("GAP_DS_WORKERS", started)
+    with pytest.raises(ValueError) as caught:
+        engine(tmp_path, 0)
+    assert str(caught.value) == (
+        f"GAP_DS_WORKERS={started}: as many workers were started, and there are 2 partitions, one for each worker. "
+        'Start 2 (gap-ds parallel --workers 2), or change "partitions".'
+    )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("started", ["2", ""])
+def test_as_many_workers_as_partitions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: str) -> None:
+    monkeypatch.setenv("GAP_DS_WORKERS", started)
+    engine(tmp_path, 0)
+    monkeypatch.setenv("GAP_DS_WORKERS", "5")  # no matter of other methods
+    model = Layers()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    GaPEngine(model, {**PARALLEL, "method": "cyclic"}, optimizer=optimizer)
 
 
 def test_workers_that_start_together_agree_on_one_record(folder: str) -> None:
@@ -568,9 +885,9 @@ def test_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.Mo
         (b"[" * 100_000, "is no JSON"),
         (b"[]", "is no JSON table"),
         (b'{"format": "other"}', 'has not the format "gap_ds.exchange"'),
-        (b'{"format": "gap_ds.exchange", "version": 2}', "version '2', and this gap_ds reads version 1"),
-        (b'{"format": "gap_ds.exchange", "version": true}', "wrong, missing or unknown field version"),
-        (b'{"format": "gap_ds.exchange", "version": 1, "version": 1}', "a name comes twice"),
+        (b'{"format": "gap_ds.exchange", "version": 1}', "version '1', and this gap_ds reads version 2"),
+        (b'{"format": "gap_ds.exchange", "version": 2.0}', "wrong, missing or unknown field version"),
+        (b'{"format": "gap_ds.exchange", "version": 2, "version": 2}', "a name comes twice"),
         (b" " * (MAX_JSON + 1), "is longer than"),
     ],
 )
@@ -586,6 +903,7 @@ def test_every_field_of_a_manifest_is_checked(tmp_path: Path) -> None:
     path = tmp_path / "round_0" / "worker_1.json"
     said = json.loads(path.read_text())
     wrong = {"bytes": "7", "sha256": 7, "round": 1, "worker": 0, "workers": 5, "published": None, "plan": 3, "run": 1}
+    wrong |= {"tensors": None}
     for key, value in wrong.items():
         path.write_text(json.dumps(said | {key: value}))
         with pytest.raises(ValueError, match=r"worker_1\.json"):
@@ -611,12 +929,39 @@ def test_every_field_of_a_manifest_is_checked(tmp_path: Path) -> None:
         (Worker(0, "x", run=7), r"run='7': must be a text"),  # type: ignore[arg-type]
         (Worker(0, "x", run="x" * 1001), r"at most 1000 characters, such as a hash"),
         (Worker(0, "nosuch://x"), r"exchange='nosuch://x': cannot be opened \(ValueError: Protocol not known"),
-        (Worker(0, "nosuch://me:secret@x"), r"exchange='nosuch://x'"),
+        (Worker(0, "nosuch://me:secret@x?sig=secret"), r"exchange='nosuch://x'"),
     ],
 )
 def test_impossible_workers_are_refused(worker: Worker, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
-        Exchange(worker, 2, SIGNATURE, "abc", ALONE, ALONE)
+        Exchange(worker, 2, SIGNATURE, "abc", "def", ALONE, ALONE)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("s3://bucket/run", "s3://bucket/run"),
+        ("sftp://me:secret@host/run", "sftp://host/run"),
+        ("https://me@host/run?sig=secret&x=1", "https://host/run"),
+        ("simplecache::https://host/run?sig=secret", "simplecache::https://host/run"),
+        ("GET https://a:b@host/run?sig=secret failed (403)", "GET https://host/run failed (403)"),
+        ("runs/a@b/what?/exchange", "runs/a@b/what?/exchange"),
+    ],
+)
+def test_what_is_secret_in_a_url_is_not_shown(url: str, shown: str) -> None:
+    assert without_secrets(url) == shown == Worker(0, url).shown
+
+
+def test_an_error_of_a_remote_folder_does_not_tell_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = start("memory://secrets/exchange", 0)
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise RuntimeError("403 Forbidden: https://host/run.json?sig=secret")
+
+    monkeypatch.setattr(type(job._folder._system), "cat_file", refused)
+    with pytest.raises(ValueError, match=r"RuntimeError: 403 Forbidden: https://host/run.json\)") as caught:
+        start("memory://secrets/exchange", 1)
+    assert "secret)" not in str(caught.value)
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
@@ -668,7 +1013,7 @@ def test_the_ranks_meet_while_they_wait(tmp_path: Path, monkeypatch: pytest.Monk
     meetings = []
 
     def work(rank: Any) -> None:
-        job = Exchange(Worker(0, str(tmp_path), 0.3), 2, SIGNATURE, "abc", rank, rank)
+        job = Exchange(Worker(0, str(tmp_path), 0.3), 2, SIGNATURE, "abc", "def", rank, rank)
         from_first = rank.from_first
         rank.from_first = lambda value: (meetings.append(rank.rank), from_first(value))[1]
         job.wait(0)
@@ -695,12 +1040,15 @@ def test_a_worker_killed_while_it_wrote_writes_again(folder: str) -> None:
     system, root = fsspec.core.url_to_fs(folder)
     system.makedirs(f"{root}/round_0", exist_ok=True)
     overwrite(folder, "round_0/worker_0.safetensors", b"the beginning")
-    overwrite(folder, "round_0/worker_0.safetensors.partial", b"the beginning")
-    overwrite(folder, "round_0/worker_0.json.partial", b"{")
+    left = [f"round_0/worker_0.{name}.0123456789abcdef.partial" for name in ("safetensors", "json")]
+    for name in left:
+        overwrite(folder, name, b"the beginning")
     for job in jobs:
         model = Model(job.worker.index)
         job.publish(0, model.items(), model.bits)
         assert job.bytes_written > 0
+    if not folder.startswith("memory"):  # there, files are written in their place
+        assert not any(system.exists(f"{root}/{name}") for name in left)
     assert all(same(take(jobs[1])[name].value, wanted) for name, wanted in expected(2).items())
 
 
@@ -936,7 +1284,7 @@ def test_links_do_not_lead_writes_out_of_the_folder(tmp_path: Path) -> None:
         job.publish(0, model.items(), model.bits)
     assert os.listdir(outside) == ["precious"]
     (inside / "round_1").mkdir()
-    for name in ("worker_0.safetensors.partial", "worker_0.json.partial", "worker_0.safetensors"):
+    for name in ("worker_0.safetensors.a.partial", "worker_0.json.b.partial", "worker_0.safetensors"):
         (inside / "round_1" / name).symlink_to(outside / "precious")
     job.publish(1, model.items(), model.bits)
     assert (outside / "precious").read_text() == "precious"

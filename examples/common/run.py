@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -23,7 +24,8 @@ log = logging.getLogger("examples")
 
 Arguments = TypeVar("Arguments", bound=RunArguments)
 
-#: What a run leaves in its folder, and --overwrite deletes; nothing else in there is touched.
+#: What a run leaves in its folder, and --overwrite deletes; nothing else in there is touched. The exchange folder of
+#: parallel GaP is no worker's own: others may be using it already.
 FILES = (
     *("results.json", "metrics.jsonl", history.NAME, "model", "model.partial", "checkpoints", "tokenizer"),
     "tensorboard",
@@ -47,6 +49,8 @@ def gap_worker(args: Arguments, gap: GaPConfig, same: Iterable[str], script: str
 
     Args:
         same: names of the arguments that all workers of a run must have alike, which no signature of the config knows.
+    Raises:
+        ValueError: the config has no such worker, or a new run would meet in the exchange folder of an old one.
     """
     if gap.method != "parallel":
         for name in ("gap_worker", "exchange"):
@@ -61,11 +65,34 @@ def gap_worker(args: Arguments, gap: GaPConfig, same: Iterable[str], script: str
     if args.gap_worker >= gap.kappa:
         raise ValueError(f"--gap-worker {args.gap_worker}: must be below {gap.kappa}, the number of partitions.")
     folder = Path(args.output_dir)
-    told = {name: getattr(args, name) for name in same}
-    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+    told = {name: getattr(args, name) for name in same} | _arithmetic(args)
+    text = "|".join(f"{name}:{value}" for name, value in sorted(told.items()))
+    said = text if len(text) <= 1000 else hashlib.sha256(text.encode()).hexdigest()
     exchange = args.exchange or str(folder / "exchange")
-    worker = Worker(args.gap_worker, exchange, args.exchange_timeout, run=digest)
+    worker = Worker(args.gap_worker, exchange, args.exchange_timeout, said, args.resume)
+    if not args.resume and worker.has_published():
+        raise ValueError(
+            f"exchange={worker.shown!r}: worker {worker.index} has published there, in a run before. Go on with that "
+            "run by --resume; or start afresh in another --output-dir or --exchange, or delete that folder when no "
+            "worker uses it. --overwrite leaves it alone, because the other workers may have begun."
+        )
     return replace(args, output_dir=str(folder / f"worker_{args.gap_worker}")), worker
+
+
+def _arithmetic(args: RunArguments) -> dict[str, Any]:
+    """What changes the numbers of a run by more than a rounding, wherever it is said.
+
+    The backend and the number of ranks alone do not: the workers of a run may differ in them, and one that is started
+    again too (--portable). How many micro-batches a step has over all ranks is compared, as when a run goes on.
+    """
+    config = {} if args.deepspeed_config is None else _read_deepspeed(args.deepspeed_config)
+    sections = {name: config.get(name) for name in ("bf16", "bfloat16", "fp16", "torch_autocast")}
+    enabled = [name for name, section in sections.items() if isinstance(section, dict) and section.get("enabled")]
+    return {
+        "precision": "+".join(enabled) or "fp32",
+        "gradient_clipping": config.get("gradient_clipping", 0.0),
+        "accumulation x ranks": args.accumulation * int(os.environ.get("WORLD_SIZE", "1")),
+    }
 
 
 def deepspeed_config(args: RunArguments, batch_flag: str) -> dict[str, Any] | None:
@@ -76,13 +103,7 @@ def deepspeed_config(args: RunArguments, batch_flag: str) -> dict[str, Any] | No
     """
     if args.deepspeed_config is None:
         return None
-    origin = f"--deepspeed_config {args.deepspeed_config}"
-    try:
-        config = json.loads(Path(args.deepspeed_config).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{origin}: cannot be read as JSON ({error}). Set another file (configs/ds).") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{origin}: holds a {type(config).__name__}, must hold an object. Set another file.")
+    origin, config = f"--deepspeed_config {args.deepspeed_config}", _read_deepspeed(args.deepspeed_config)
     for key, instead in (("optimizer", "--lr"), ("scheduler", "--lr-schedule"), ("train_batch_size", batch_flag)):
         if key in config:
             raise ValueError(f'{origin}: "{key}" would have no effect. Remove it, and set {instead}.')
@@ -94,6 +115,18 @@ def deepspeed_config(args: RunArguments, batch_flag: str) -> dict[str, Any] | No
     config["train_micro_batch_size_per_gpu"] = 1  # DeepSpeed asks for it; the example cuts its batches itself
     if auto := [key for key, value in _items(config) if value == "auto"]:
         raise ValueError(f'{origin}: {auto[0]}="auto" is for the Trainer of transformers. Set a value, or remove it.')
+    return config
+
+
+def _read_deepspeed(path: str) -> dict[str, Any]:
+    """A DeepSpeed config as it is in its file. ValueError if there is no object in it."""
+    origin = f"--deepspeed_config {path}"
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{origin}: cannot be read as JSON ({error}). Set another file (configs/ds).") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{origin}: holds a {type(config).__name__}, must hold an object. Set another file.")
     return config
 
 

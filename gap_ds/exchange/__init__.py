@@ -1,6 +1,7 @@
 """The exchange of parallel GaP: once per round each worker gives its pruned partition away and takes the others'.
 
-    EXCHANGE/run.json                        which run the folder belongs to: signature, plan, number of workers, `run`
+    EXCHANGE/run.json                        which run the folder belongs to: signature, plan, tensors, workers, `run`
+    EXCHANGE/start.json                      the weights that its workers began with, as a fingerprint
     EXCHANGE/round_R/worker_I.safetensors    partition I as worker I trained and pruned it, and the shared tensors
     EXCHANGE/round_R/worker_I.json           manifest: size and SHA-256 of that file; written last, so the file is whole
 
@@ -15,6 +16,7 @@ ever holds a full model. Nothing that is read is unpickled, and no name in a fil
 only if it is the one that the plan expects, which also bounds what is allocated for it.
 
     worker.py    Worker and Exchange: publish, wait, read
+    identity.py  what the workers of a run have alike, and what differs in another run
     file.py      what is in a file, and what is accepted as one; pure functions
     folder.py    local folders and URLs
     ranks.py     work of one rank that all wait for

@@ -18,7 +18,7 @@ from gap_ds.shard import Shard
 from gap_ds.tensorfile import NAMES, load_json, table
 
 FORMAT = "gap_ds.exchange"
-VERSION = 1
+VERSION = 2
 
 #: What is exchanged as it is.
 DTYPES = (

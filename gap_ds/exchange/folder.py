@@ -121,11 +121,10 @@ def _new(path: Path) -> BinaryIO:
 
 
 class _LocalFile:
-    """Written aside, flushed to disk and renamed."""
+    """Written aside, under a name that no other process has, flushed to disk and renamed."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._aside = path, path.with_name(f"{path.name}.partial")
-        self._aside.unlink(missing_ok=True)
+        self._path, self._aside = path, path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
         self._file = _new(self._aside)
 
     def write(self, data: bytes) -> None:
@@ -135,7 +134,12 @@ class _LocalFile:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        self._aside.replace(self._path)
+        try:
+            self._aside.replace(self._path)
+        except FileNotFoundError:
+            raise OSError("another process has published in the meantime: is the same worker running twice?") from None
+        for left in self._path.parent.glob(f"{self._path.name}.*.partial"):  # by jobs that were killed
+            left.unlink(missing_ok=True)
         folder = os.open(self._path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -212,10 +216,10 @@ def _os_errors() -> Iterator[None]:
     """Each of fsspec's systems has errors of its own: they become OSError. TimeoutError is kept for our own."""
     try:
         yield
-    except (FileNotFoundError, FileExistsError):
-        raise
+    except (FileNotFoundError, FileExistsError) as error:
+        raise type(error)(without_secrets(str(error))) from error
     except Exception as error:
-        raise OSError(why(error)) from error
+        raise OSError(without_secrets(why(error))) from error
 
 
 def open_folder(url: str) -> Folder:
@@ -234,12 +238,16 @@ def open_folder(url: str) -> Folder:
         system, root = url_to_fs(url)
     except Exception as error:
         raise ValueError(
-            f"exchange={without_password(url)!r}: cannot be opened ({why(error)}). Name a folder, or a URL whose "
-            "protocol fsspec knows here."
+            f"exchange={without_secrets(url)!r}: cannot be opened ({without_secrets(why(error))}). Name a folder, or a "
+            "URL whose protocol fsspec knows here."
         ) from error
     return _Local(Path(root)) if isinstance(system, LocalFileSystem) else _Remote(system, root)
 
 
-def without_password(url: str) -> str:
-    """A URL without the user and password that it may have."""
-    return re.sub(r"//[^/@]*@", "//", url)
+def without_secrets(text: str) -> str:
+    """A URL, or a text with URLs in it, without user, password and query (which may hold a token).
+
+    >>> without_secrets("https://me:secret@host/run?sig=secret"), without_secrets("runs/what?")
+    ('https://host/run', 'runs/what?')
+    """
+    return re.sub(r"(://[^\s?]*)\?\S*", r"\1", re.sub(r"//[^/@\s]*@", "//", text))

@@ -7,13 +7,12 @@ import hashlib
 import json
 import logging
 import math
-import re
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, zip_longest
-from typing import Any, Literal, TypeVar
+from itertools import accumulate
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -21,13 +20,14 @@ from torch import Tensor
 
 from gap_ds import masks, tensorfile
 from gap_ds.comm import Comm, by_rank, said, together, why
-from gap_ds.exchange import file
+from gap_ds.exchange import file, identity
 from gap_ds.exchange.file import FORMAT, VERSION, Item, Received, Slot, printable
-from gap_ds.exchange.folder import Writing, open_folder, without_password
+from gap_ds.exchange.folder import Writing, open_folder, without_secrets
 from gap_ds.exchange.ranks import by_first
 
 log = logging.getLogger("gap_ds")
 T = TypeVar("T")
+Bytes: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
 
 #: The largest JSON file that is read, and what a header may have beyond the one that is expected.
 MAX_JSON, _SLACK = 1 << 20, 1 << 16
@@ -36,6 +36,8 @@ _CHUNK = 1 << 24
 #: Seconds: between two looks for the others' files (first, and at most); between two lines of progress; that a damaged
 #: JSON file gets to become whole; before a file is read again.
 _POLL, _POLL_MOST, _PROGRESS, _SETTLE, _AGAIN = 0.05, 5.0, 30.0, 10.0, 1.0
+#: What to do about a file of another run.
+_OWN = "Give this run an exchange folder of its own."
 
 
 @dataclass(frozen=True)
@@ -45,14 +47,29 @@ class Worker:
     index: 0 .. workers - 1; the partition that is dense here.
     exchange: the folder or fsspec URL where the workers meet; every run needs one of its own.
     timeout: seconds to wait for the others at the end of a round.
-    run: what else must be equal among the workers of one run, beside the config and the plan: for example a hash of the
-        learning rate and the data. A worker with another one is refused.
+    run: what else must be equal among the workers of one run, beside the config, the plan and the weights at the start:
+        for example the learning rate and the data, as "lr:0.1|data:x". A worker with another one is refused.
+    resume: this job may be one of the run that was killed before its first checkpoint, and is started again. Otherwise
+        a job that begins at step 0 where this worker has published already is refused: the folder is another run's.
     """
 
     index: int
     exchange: str
     timeout: float = 3600.0
     run: str = ""
+    resume: bool = False
+
+    @property
+    def shown(self) -> str:
+        """`exchange` for messages, without what is secret in a URL."""
+        return without_secrets(self.exchange)
+
+    def has_published(self) -> bool:
+        """Whether this worker has published the first round in its folder, be it in this run or in another one."""
+        try:
+            return open_folder(self.exchange).size(f"{_name(0, self.index)}.json") >= 0
+        except OSError:  # what may be wrong with the folder is told when it is used
+            return False
 
 
 @dataclass(frozen=True)
@@ -92,6 +109,7 @@ class Exchange:
         workers: K, the number of workers, which is the plan's number of partitions.
         signature: of the run; its last part, `|v:...`, may differ between workers.
         fingerprint: of the plan.
+        tensors: fingerprint of what is exchanged (`identity.of_tensors`).
         world: all ranks of the job.
         comm: the ranks among which the pieces of a parameter are spread.
         shared: what becomes of the tensors in no partition: their mean over the workers, or worker 0's.
@@ -105,6 +123,7 @@ class Exchange:
         workers: int,
         signature: str,
         fingerprint: str,
+        tensors: str,
         world: Comm,
         comm: Comm,
         shared: Literal["average", "first"] = "average",
@@ -114,17 +133,35 @@ class Exchange:
         # Whoever puts parameters together is the one that writes.
         assert (world.rank == 0) == (comm.writes and comm.rank == 0)
         self._world, self._comm = world, comm
-        self._signature, self._plan = _unversioned(signature), fingerprint
+        self._plan = fingerprint
         #: What all JSON files of a run begin with.
-        self._identity = {"signature": self._signature, "plan": fingerprint, "workers": workers, "run": worker.run}
+        self._identity = {
+            **{"signature": identity.unversioned(signature), "plan": fingerprint, "tensors": tensors},
+            **{"workers": workers, "run": worker.run},
+        }
+        #: Whether this job may find a round that this worker has published before, because it goes on.
+        self.rejoins = worker.resume
         #: Bytes of this worker's own file that were written, and of all files that all ranks of this job read, in the
         #: last round; manifests are not counted.
         self.bytes_written = 0
         self.bytes_read = 0
         self._read = 0
-        self._shown = without_password(worker.exchange)
+        self._shown = worker.shown
         self._folder = open_folder(worker.exchange)
         by_first(world, self._enter())
+
+    def begin(self, weights: str) -> None:
+        """Before the first round of a job that begins at step 0: it must be a job of the run that the folder holds.
+
+        All workers of a run begin with the same weights, and so does one that is started again. Jobs that go on from a
+        checkpoint do not call this.
+
+        Args:
+            weights: fingerprint of those that the job begins with, before any mask (`identity.of_weights`).
+        Raises:
+            ValueError: the run began with other weights, or this worker has published already and is not told to go on.
+        """
+        by_first(self._world, self._begin(weights))
 
     def combine(self, round: int, items: Sequence[Item], bits: Mapping[str, Tensor]) -> Iterator[Received]:
         """Publishes this worker's partition, waits for the others, and returns what all partitions became.
@@ -138,18 +175,24 @@ class Exchange:
             items: all that is exchanged (`items_of`).
             bits: mask of this rank's piece of each entry of the worker's own partition, on the device of the weights.
         Raises:
-            ValueError: a mask does not keep the entry's budget, a file cannot be written or read, or is damaged.
+            ValueError: a mask does not keep the entry's budget, a file cannot be written or read, or is damaged; this
+                worker has published the round in another run.
             TimeoutError: another worker has not published in time.
         """
         started = time.perf_counter()
         self.publish(round, items, bits)
-        return self._reported(self.read(round, items, self.wait(round)), round, started)
+        manifests = self.wait(round)
+        return self._reported(self.read(round, items, manifests), round, [m.bytes for m in manifests], started)
 
-    def _reported(self, received: Iterator[Received], round: int, started: float) -> Iterator[Received]:
+    def _reported(
+        self, received: Iterator[Received], round: int, sizes: Sequence[int], started: float
+    ) -> Iterator[Received]:
         yield from received
+        index = self.worker.index
         self._say(
-            f"round {round}: worker {self.worker.index} wrote {self.bytes_written} bytes and read {self.bytes_read} "
-            f"bytes of {self.workers} workers, {time.perf_counter() - started:.3f} s"
+            f"round {round}: worker {index} wrote {self.bytes_written} bytes and read {self.bytes_read} bytes, checks "
+            f"included; in the compact form its file has {sizes[index]} bytes, and the files of all {self.workers} "
+            f"workers have {sum(sizes)}; {time.perf_counter() - started:.3f} s"
         )
 
     # -- writing ---------------------------------------------------------------------------------------------------
@@ -157,17 +200,12 @@ class Exchange:
     def publish(self, round: int, items: Sequence[Item], bits: Mapping[str, Tensor]) -> None:
         """Writes this worker's file of a round, tensor by tensor, and says in `bytes_written` how much that was.
 
-        If the round is already published, nothing is written: others may have read it.
+        If this job goes on and has published the round before, nothing is written: others may have read it.
         """
         file.check_items(items, self.workers)
         index, name = self.worker.index, _name(round, self.worker.index)
         self.bytes_written = 0
-        if (manifest := by_first(self._world, self._manifest(round, index))) is not None:
-            self._say(
-                f"round {round}: worker {index} has published at {manifest.published}, before this job was started "
-                f"or resumed. That file is used; if it is another run's, stop and give this run a folder of its own.",
-                logging.WARNING,
-            )
+        if by_first(self._world, self._before(round)):
             return
         own = file.selected(items, index, self.shared)
         table = dict(zip((item.name for item in own), self._spreads(own, bits), strict=True))
@@ -178,9 +216,8 @@ class Exchange:
         target = self._together(lambda: self._folder.stream(f"{name}.safetensors") if writes else None)
         digest, size = hashlib.sha256(), 0
         try:
-            for data in self._contents(round, slots, table, bits):
-                self._together(partial(_write, target, data, digest))
-                size += len(data)
+            for contents in self._contents(round, slots, table, bits):
+                size += self._together(partial(_write, target, contents, digest))
             self._together(lambda: target.close() if target is not None else None)
         except BaseException:
             if target is not None:
@@ -189,42 +226,67 @@ class Exchange:
         described = {
             **{"format": FORMAT, "version": VERSION, **self._identity, "round": round, "worker": index},
             **{"bytes": size, "sha256": digest.hexdigest()},
-            "published": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "published": _now(),
         }
         self._together(lambda: self._put(f"{name}.json", described) if writes else None)
         self.bytes_written = int(self._world.from_first(size))
 
+    def _before(self, round: int) -> Generator[None, None, bool]:
+        """Whether this worker has published a round before; ValueError if that was in another run, for all we know."""
+        index = self.worker.index
+        if (manifest := (yield from self._manifest(round, index))) is None:
+            return False
+        path = self._path(f"{_name(round, index)}.json")
+        if not self.rejoins:
+            raise ValueError(
+                f"{path}: worker {index} published round {round} at {printable(manifest.published)}, and this job "
+                "began at step 0. A new run needs an exchange folder of its own: name another, or delete this one when "
+                "no job uses it. A job of the same run that is started again must go on from its checkpoint, or be "
+                "told that it goes on (Worker(resume=True), in the examples --resume)."
+            )
+        log.warning(
+            f"round {round}: worker {index} has published at {printable(manifest.published)}, before this job was "
+            "started or resumed. That file is used."
+        )
+        return True
+
     def _put(self, name: str, table: Mapping[str, Any]) -> None:
         target = self._folder.stream(name)
-        target.write(json.dumps(table, indent=1).encode())
-        target.close()
+        try:
+            target.write(json.dumps(table, indent=1).encode())
+            target.close()
+        except BaseException:
+            target.discard()
+            raise
 
     def _contents(
         self, round: int, slots: Sequence[Slot], table: Mapping[str, _Spread], bits: Mapping[str, Tensor]
-    ) -> Iterator[np.ndarray[Any, np.dtype[np.uint8]]]:
-        """The bytes of a file, tensor by tensor, on the rank that writes; empty arrays on the others."""
+    ) -> Iterator[Callable[[], Bytes]]:
+        """What gives the bytes of a file, tensor by tensor, on the rank that writes; not to be called on the others."""
         header = tensorfile.header_bytes(file.header(slots, self._metadata(round, self.worker.index)))
-        nothing = np.empty(0, np.uint8)
-        yield np.frombuffer(header, np.uint8) if self._world.rank == 0 else nothing
+        yield lambda: np.frombuffer(header, np.uint8)
         for slot in slots:
+            # A rank that has no memory left for its piece must say so before the others wait for it.
+            piece = self._together(partial(self._piece, slot, bits))
+            whole, spread = None, table[slot.item.name]
             # Where groups of ranks hold the same pieces, one group writes, and the others keep step with it.
-            if not self._comm.writes:
-                yield nothing
-                continue
-            item, pieces = slot.item, table[slot.item.name]
-            if slot.part == "values":
-                piece = item.piece()
-                kept = masks.unpack(bits[item.name], item.numel)
-                values = piece.float()[kept.to(piece.device)]
-                whole = self._comm.assemble(values, pieces.before, pieces.kept, slot.shape[0])
-            elif slot.part == "mask":
-                flags = masks.unpack(bits[item.name], item.numel).to(torch.uint8)
-                whole = self._comm.assemble(flags, pieces.starts, pieces.numels, item.full_numel)
-                whole = None if whole is None else masks.pack(whole.bool())
-            else:
-                piece = item.piece().to(item.dtype)
-                whole = self._comm.assemble(piece, pieces.starts, pieces.numels, item.full_numel)
-            yield nothing if whole is None else tensorfile.encode(whole)
+            if self._comm.writes and slot.part == "values":
+                whole = self._comm.assemble(piece, spread.before, spread.kept, slot.shape[0])
+            elif self._comm.writes:
+                whole = self._comm.assemble(piece, spread.starts, spread.numels, slot.item.full_numel)
+            yield partial(_encoded, slot, whole)
+
+    def _piece(self, slot: Slot, bits: Mapping[str, Tensor]) -> Tensor:
+        """This rank's piece of what is assembled for a tensor of the file; nothing where its group does not write."""
+        item = slot.item
+        if not self._comm.writes:
+            return torch.empty(0)
+        if slot.part == "mask":
+            return masks.unpack(bits[item.name], item.numel).to(torch.uint8)
+        if slot.part == "values":
+            piece = item.piece()
+            return piece.float()[masks.unpack(bits[item.name], item.numel).to(piece.device)]
+        return item.piece().to(item.dtype)
 
     def _spreads(self, items: Sequence[Item], bits: Mapping[str, Tensor]) -> list[_Spread]:
         """How pieces, and the kept weights in them, are spread over the ranks; known to every rank."""
@@ -290,10 +352,8 @@ class Exchange:
         table = yield from self._json(name, types)
         if table is None:
             return None
-        if different := self._different(table):
-            raise ValueError(
-                f"{self._path(name)}: belongs to another run: {different}. Give this run an exchange folder of its own."
-            )
+        if different := identity.differences(table, self._identity):
+            raise ValueError(f"{self._path(name)}: belongs to another run: {different}. {_OWN}")
         if (table["round"], table["worker"]) != (round, worker):
             raise ValueError(
                 f"{self._path(name)}: is that of round {table['round']}, worker {table['worker']}. Delete it, and "
@@ -439,46 +499,45 @@ class Exchange:
 
     def _enter(self) -> Generator[None, None, None]:
         """Makes run.json, or checks that of the worker that was first."""
-        described = {"format": FORMAT, "version": VERSION, **self._identity}
         try:
-            with contextlib.suppress(FileExistsError):
-                self._folder.create("run.json", json.dumps(described, indent=1).encode())
-            self._folder.refresh()
-            # Read back even if it was just written: where there is no exclusive creation, another may have been later.
-            table = yield from self._json("run.json", {})
+            table = yield from self._first("run.json", {})
         except OSError as error:
             raise ValueError(
                 f"exchange={self._shown!r}: cannot be used as exchange folder ({why(error)}). Name a folder or URL "
                 "that every worker can read and write."
             ) from error
-        if table is None:
-            raise ValueError(f"{self._path('run.json')}: vanished. Do not delete the exchange folder of a running run.")
-        if different := self._different(table):
+        if different := identity.differences(table, self._identity):
             raise ValueError(
                 f"{self._shown}: is the exchange folder of another run: {different}. Give this run a folder of its "
                 "own, or start it with the settings of that one."
             )
 
-    def _different(self, table: Mapping[str, Any]) -> str:
-        """What differs between this run and what a file says; empty if nothing does."""
-        found = []
-        if table["signature"] != self._signature:
-            was, now = table["signature"].split("|"), self._signature.split("|")
-            pairs = zip_longest(was, now, fillvalue="nothing")
-            found += [f"{printable(a)} (here {b})" for a, b in pairs if a != b]
-        if table["plan"] != self._plan:
-            found.append(
-                f"plan {printable(table['plan'])} (here {self._plan}), so the model, the sparsity, the distribution, "
-                "the pattern or the partitions differ"
+    def _begin(self, weights: str) -> Generator[None, None, None]:
+        """Makes start.json, or checks that of the worker that was first."""
+        if not self.rejoins:
+            yield from self._before(0)
+        said = {"weights": weights, "worker": self.worker.index, "began": _now()}
+        table = yield from self._first("start.json", said)
+        if different := identity.differences(table, self._identity):
+            raise ValueError(f"{self._path('start.json')}: belongs to another run: {different}. {_OWN}")
+        if table["weights"] != weights:
+            raise ValueError(
+                f"{self._path('start.json')}: worker {table['worker']} began at {printable(table['began'])} with other "
+                f"weights than worker {self.worker.index} now: either the folder is another run's, or the jobs have "
+                f"built different models. Build the same one in every worker, from one seed. {_OWN}"
             )
-        if table["workers"] != self.workers:
-            found.append(f"{table['workers']} workers (here {self.workers})")
-        if table["run"] != self.worker.run:
-            found.append(
-                f'run "{printable(table["run"])}" (here "{self.worker.run}"), so what the training script says of '
-                "itself differs"
-            )
-        return ", ".join(found[:5])
+
+    def _first(self, name: str, said: Mapping[str, Any]) -> Generator[None, None, dict[str, Any]]:
+        """A JSON file that the first worker to come writes, with what it says of itself; as it is for all then."""
+        with contextlib.suppress(FileExistsError):
+            table = {"format": FORMAT, "version": VERSION, **self._identity, **said}
+            self._folder.create(name, json.dumps(table, indent=1).encode())
+        self._folder.refresh()
+        # Read back even if it was just written: where there is no exclusive creation, another may have been later.
+        found = yield from self._json(name, {key: type(value) for key, value in said.items()})
+        if found is None:
+            raise ValueError(f"{self._path(name)}: vanished. Do not delete the exchange folder of a running run.")
+        return found
 
     def _json(self, name: str, types: Mapping[str, type]) -> Generator[None, None, dict[str, Any] | None]:
         """A JSON file of ours with these fields and those of the run; None if there is none.
@@ -535,23 +594,28 @@ def _check_worker(worker: Worker, workers: int) -> None:
         raise ValueError(f"run={str(worker.run)[:50]!r}: must be a text of at most 1000 characters, such as a hash.")
 
 
-def _write(target: Writing | None, data: np.ndarray[Any, np.dtype[np.uint8]], digest: hashlib._Hash) -> None:
-    if target is not None:
-        for lo in range(0, len(data), _CHUNK):
-            chunk = data[lo : lo + _CHUNK].tobytes()
-            digest.update(chunk)
-            target.write(chunk)
+def _encoded(slot: Slot, whole: Tensor | None) -> Bytes:
+    """The bytes of a tensor of the file that was assembled; of a mask, one flag for each weight."""
+    assert whole is not None
+    return tensorfile.encode(masks.pack(whole.bool()) if slot.part == "mask" else whole)
+
+
+def _write(target: Writing | None, contents: Callable[[], Bytes], digest: hashlib._Hash) -> int:
+    """Writes contents where there is a target; how many bytes these were."""
+    if target is None:
+        return 0
+    data = contents()
+    for lo in range(0, len(data), _CHUNK):
+        chunk = data[lo : lo + _CHUNK].tobytes()
+        digest.update(chunk)
+        target.write(chunk)
+    return len(data)
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def _name(round: int, worker: int) -> str:
     """Path of a worker's files below the exchange folder, without their endings; made of numbers alone."""
     return f"round_{int(round)}/worker_{int(worker)}"
-
-
-def _unversioned(signature: str) -> str:
-    """A signature without the version of the library at its end.
-
-    >>> _unversioned("gap|k:3|s:0.8|v:0.1.0")
-    'gap|k:3|s:0.8'
-    """
-    return re.sub(r"\|v:[^|]*\Z", "", signature)

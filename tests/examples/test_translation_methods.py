@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import train
 from common import run as common
 from test_translation_train import (  # noqa: F401
     GAP,
     SCRIPT,
+    ZERO2,
     Job,
     arguments,
     finished,
@@ -22,15 +26,17 @@ from test_translation_train import (  # noqa: F401
     write_json,
 )
 
-from gap_ds import GaPConfig, schedule
+from gap_ds import GaPConfig, Worker, schedule
+from gap_ds.comm import Comm
+from gap_ds.exchange import Exchange
 
 PARALLEL = {**GAP, "method": "parallel", "phase_steps": 4, "rounds": 2, "finetune_steps": 4}
 
 
 def test_workers_meet_and_worker_0_is_scored(here: Path) -> None:  # noqa: F811
     gap, out = write_json(here / "parallel.json", PARALLEL), here / "parallel"
-    command = [sys.executable, "-m", "gap_ds.cli", "parallel", "--workers", "2", "--", SCRIPT]
-    command += arguments(here, out, "--resume", gap=gap)
+    launcher = [sys.executable, "-m", "gap_ds.cli", "parallel", "--workers", "2", "--", SCRIPT]
+    command = [*launcher, *arguments(here, out, "--resume", gap=gap)]
     with Job(*command) as job:
         assert job.wait() == 0, job.text[-4000:]
         assert "worker 1: done after 8 steps." in job.text
@@ -43,6 +49,76 @@ def test_workers_meet_and_worker_0_is_scored(here: Path) -> None:  # noqa: F811
     with Job(*command) as again:
         assert again.wait() == 0, again.text[-4000:]
         assert "worker 0: was done before." in again.text and "worker 1: was done before." in again.text
+    with Job(*launcher, *arguments(here, out, "--overwrite", gap=gap)) as anew:
+        assert anew.wait() == 2
+        assert re.search(rf"exchange='{out / 'exchange'}': worker [01] has published there, in a run", anew.text)
+    assert (out / "worker_0" / "results.json").exists()  # refused before anything was deleted
+
+
+def worker_of(folder: Path, out: Path, *more: str) -> Worker:
+    """What the arguments of a command line make of worker 0."""
+    gap = write_json(folder / "parallel.json", PARALLEL)
+    args = train.parse(arguments(folder, out, "--gap-worker", "0", *more, gap=gap))
+    worker = common.gap_worker(args, GaPConfig.load(PARALLEL), train.FIXED, SCRIPT)[1]
+    assert worker is not None
+    return worker
+
+
+@pytest.mark.parametrize("more", [[], ["--overwrite"]])
+def test_the_exchange_folder_of_a_run_before_is_refused(here: Path, tmp_path: Path, more: list[str]) -> None:  # noqa: F811
+    published = tmp_path / "exchange" / "round_0"
+    published.mkdir(parents=True)
+    (published / "worker_1.json").touch()
+    assert not worker_of(here, tmp_path, *more).resume
+    (published / "worker_0.json").touch()
+    with pytest.raises(ValueError, match=r"worker 0 has published there, .* --resume; or start afresh in another --o"):
+        worker_of(here, tmp_path, *more)
+    assert worker_of(here, tmp_path, "--resume").resume
+
+
+def test_workers_of_another_precision_or_cut_are_refused(
+    here: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bf16 = json.loads(Path(ZERO2).read_text(encoding="utf-8"))
+    fp32 = {**bf16, "bf16": {"enabled": False}}
+    config = {
+        name: write_json(tmp_path / f"{name}.json", value)
+        for name, value in {
+            "bf16": bf16,
+            "fp32": fp32,
+            "fp16": fp32 | {"fp16": {"enabled": True}},
+            "clipped": fp32 | {"gradient_clipping": 1.0},
+            "zero3": fp32 | {"zero_optimization": {"stage": 3}},
+        }.items()
+    }
+
+    def meet(*more: str) -> None:
+        Exchange(worker_of(here, tmp_path, *more), 2, "gap|v:1", "abc", "def", Comm(single=True), Comm(single=True))
+
+    meet()
+    meet("--deepspeed_config", config["fp32"])  # the backend is each worker's own matter
+    meet("--deepspeed_config", config["zero3"])
+    meet("--backend", "fsdp2")
+    for more, was, now in (
+        (["--deepspeed_config", config["bf16"]], "precision:fp32", "precision:bf16"),
+        (["--deepspeed_config", config["fp16"]], "precision:fp32", "precision:fp16"),
+        (["--bf16"], "bf16:False", "bf16:True"),
+        (["--deepspeed_config", config["clipped"]], "gradient_clipping:0.0", "gradient_clipping:1.0"),
+        (["--accumulation", "2"], "accumulation x ranks:1", "accumulation x ranks:2"),
+        (["--seed", "1"], "seed:0", "seed:1"),
+    ):
+        with pytest.raises(ValueError, match=rf'run "{was}" \(here "{now}"\), so what the training script says'):
+            meet(*more)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="accumulation x ranks:2"):
+        meet()
+
+
+def test_what_is_too_long_to_be_told_is_told_as_a_hash(here: Path, tmp_path: Path) -> None:  # noqa: F811
+    long, longer = (worker_of(here, tmp_path, "--model-name", n * "x").run for n in (1000, 1001))
+    assert len(long) == len(longer) == 64 and long != longer
 
 
 @pytest.mark.parametrize(

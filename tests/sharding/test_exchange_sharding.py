@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from launch import run_workers
-from worker_exchange import TENSORS, tensors
+from worker_exchange import TENSORS, alone, tensors
 
 from gap_ds import masks
 
@@ -23,6 +26,7 @@ ROWS: list[dict[str, Any]] = [
     {**ROW, "name": "whole", "worker": 0, "ranks": 2, "cut": "whole"},
     {**ROW, "name": "three", "worker": 0, "ranks": 3, "cut": "even"},
     {**ROW, "name": "alone", "worker": 1, "ranks": 2, "cut": "even", "timeout": 0.5, "folder": "elsewhere"},
+    {**ROW, "name": "broken", "worker": 0, "ranks": 3, "cut": "even", "broken": 1, "folder": "elsewhere"},
 ]
 
 
@@ -47,23 +51,27 @@ READERS = ["one", "even", "last", "whole", "three"]
 
 @pytest.mark.parametrize("name", READERS)
 def test_every_rank_gets_its_pieces_of_the_same_model(jobs: Any, name: str) -> None:
-    ranks = jobs[1][name]
+    for found in jobs[1][name]:
+        check(found)
+
+
+def check(found: dict[str, Any]) -> None:
+    """A rank is left with its pieces of what both workers have made."""
+    assert "error" not in found, found["error"]
     (first, first_kept), (second, second_kept) = tensors(0), tensors(1)
-    for found in ranks:
-        assert "error" not in found, found["error"]
-        for tensor, (_, partition, is_entry) in TENSORS.items():
-            wanted = (first, second)[partition][tensor] if partition is not None else None
-            if wanted is None:
-                wanted = ((first[tensor].double() + second[tensor].double()) / 2).float()
-            start, numel = found["where"][tensor]
-            if is_entry:
-                kept = (first_kept | second_kept)[tensor]
-                wanted = torch.where(kept, wanted, torch.zeros(()))
-                assert torch.equal(found["bits"][tensor], masks.pack(kept[start : start + numel]))
-            else:
-                assert found["bits"][tensor] is None
-            assert torch.equal(found["pieces"][tensor], wanted[start : start + numel])
-        assert found["pieces"]["steps"].tolist() == [100]
+    for tensor, (_, partition, is_entry) in TENSORS.items():
+        wanted = (first, second)[partition][tensor] if partition is not None else None
+        if wanted is None:
+            wanted = ((first[tensor].double() + second[tensor].double()) / 2).float()
+        start, numel = found["where"][tensor]
+        if is_entry:
+            kept = (first_kept | second_kept)[tensor]
+            wanted = torch.where(kept, wanted, torch.zeros(()))
+            assert torch.equal(found["bits"][tensor], masks.pack(kept[start : start + numel]))
+        else:
+            assert found["bits"][tensor] is None
+        assert torch.equal(found["pieces"][tensor], wanted[start : start + numel])
+    assert found["pieces"]["steps"].tolist() == [100]
 
 
 def test_a_rank_without_pieces_takes_part(jobs: Any) -> None:
@@ -94,6 +102,50 @@ def test_all_ranks_give_up_alike(jobs: Any) -> None:
     found = jobs[1]["alone"]
     assert found[0]["error"] == found[1]["error"]
     assert found[0]["error"].startswith("TimeoutError: round 0: worker 0 of 2 did not publish in ")
+
+
+def test_a_rank_without_memory_for_a_piece_ends_all_ranks_at_once(jobs: Any) -> None:
+    found = jobs[1]["broken"]
+    assert len({rank["error"] for rank in found}) == 1
+    assert found[0]["error"].startswith("ValueError: RuntimeError: ")
+    assert list((jobs[0] / "elsewhere").glob("round_*/worker_0*")) == []
+
+
+def test_two_processes_meet_at_a_url_and_one_is_killed_while_it_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a file lies in its place then; it does not count, and is written again."""
+    monkeypatch.setenv("SHARED_ROOT", str(tmp_path / "remote"))
+    spawn = multiprocessing.get_context("spawn")
+
+    def start(worker: int, dies: bool) -> Any:
+        row = {"worker": worker, "cut": "even", "folder": "shared://exchange", "timeout": 60.0, "publish_only": False}
+        process = spawn.Process(target=alone, args=(row, tmp_path, dies))
+        process.start()
+        return process
+
+    running = [start(0, dies=True), start(1, dies=False)]
+    try:
+        running[0].join(120)
+        folder = tmp_path / "remote" / "exchange" / "round_0"
+        assert running[0].exitcode == -signal.SIGKILL
+        half = (folder / "worker_0.safetensors").read_bytes()
+        assert not (folder / "worker_0.json").exists()
+        end = time.monotonic() + 60
+        while not (folder / "worker_1.json").exists() and time.monotonic() < end:
+            time.sleep(0.05)
+        assert running[1].exitcode is None
+        running.append(start(0, dies=False))
+        for process in running[1:]:
+            process.join(120)
+            assert process.exitcode == 0
+    finally:
+        for process in running:
+            process.kill()
+    whole = (folder / "worker_0.safetensors").read_bytes()
+    assert 0 < len(half) < len(whole) == json.loads((folder / "worker_0.json").read_text())["bytes"]
+    for worker in (0, 1):
+        check(torch.load(tmp_path / f"alone.{worker}.pt", weights_only=False))
 
 
 def test_two_jobs_that_run_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
