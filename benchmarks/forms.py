@@ -1,6 +1,11 @@
-"""Whether a sparse model translates alike in its three forms: dense folder, compact folder, sparsified for inference.
+"""Whether a sparse model translates alike in all its forms: dense folder, compact folder, sparsified for inference.
 
     python benchmarks/forms.py --models runs/zero3/model runs/fsdp2/model --dataset FOLDER --split test_2016_flickr
+
+    dense    the exported folder
+    compact  the compact folder made of it
+    sparse   the dense folder in the forms that `sparsify_for_inference` chooses here, which may be none
+    csr      the dense folder, every sparse layer by compressed rows, unmeasured
 
 For each exported model: BLEU of each form on real sentences, in how many the translations differ from the dense
 folder's, and sentences/s (of one pass each, in this order: an impression, not a measurement).
@@ -9,6 +14,7 @@ folder's, and sentences/s (of one pass each, in this order: an impression, not a
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 import time
@@ -25,7 +31,8 @@ import data
 import evaluate
 import translate
 
-from gap_ds import compact
+from gap_ds import compact, sparsify_for_inference
+from gap_ds.export import INFO
 
 
 def main() -> None:
@@ -51,10 +58,17 @@ def forms(path: Path, sources: list[str], references: list[str], args: argparse.
             "dense": translate.load(path, torch.float32)[0],
             "compact": translate.load(Path(folder) / "compact", torch.float32)[0],
             "sparse": translate.load(path, torch.float32)[0],
+            "csr": translate.load(path, torch.float32)[0],
         }
     tokenizer = translate.load(path, torch.float32)[1]
-    table = translate.sparsify(models["sparse"], tokenizer, sources, args.beams, 2048)
-    changed = sum(len(choice.names) for choice in table if choice.form != "dense")
+    tables = {
+        "sparse": translate.sparsify(models["sparse"], tokenizer, sources, args.beams, 2048),
+        "csr": sparsify_for_inference(models["csr"], form="csr"),
+    }
+    changed = {
+        form: sum(len(choice.names) for choice in table if choice.form != "dense") for form, table in tables.items()
+    }
+    info = json.loads((path / INFO).read_text(encoding="utf-8"))
     found: dict[str, list[str]] = {}
     result = []
     for form, model in models.items():
@@ -65,7 +79,9 @@ def forms(path: Path, sources: list[str], references: list[str], args: argparse.
             {
                 "model": path.parent.name,
                 "form": form,
-                "layers in another form": changed if form == "sparse" else 0,
+                "signature": info.get("signature", ""),
+                "sparsity": sparsity(info),
+                "layers in another form": changed.get(form, 0),
                 "sentences": len(sources),
                 "beams": args.beams,
                 "BLEU": round(evaluate.score(found[form], references, ["bleu"]).bleu or 0.0, 4),
@@ -74,6 +90,14 @@ def forms(path: Path, sources: list[str], references: list[str], args: argparse.
             }
         )
     return result
+
+
+def sparsity(info: dict[str, Any]) -> float | None:
+    """Share of the entries' weights that are zero, by gap.json; None if it does not say."""
+    entries = info.get("entries", {}).values()
+    if not entries or not all("nonzero" in entry and "numel" in entry for entry in entries):
+        return None
+    return round(1 - sum(entry["nonzero"] for entry in entries) / sum(entry["numel"] for entry in entries), 4)
 
 
 if __name__ == "__main__":

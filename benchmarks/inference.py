@@ -1,47 +1,75 @@
 """What other forms of the weights gain on this machine: the same translations in each form, in turns.
 
-    python benchmarks/inference.py --presets base --sparsities 0.8 0.9 0.95 --batches 1 4 16 64 --beams 1 4
+    OMP_NUM_THREADS=1 python benchmarks/inference.py --threads 1 --presets small base big --tokens 8  # the whole table
+    python benchmarks/inference.py --quick --out /tmp/inference.json
 
-Three models take turns, so that whatever else the machine does falls on all alike; reported are medians:
+Four models take turns, so that whatever else the machine does falls on all alike:
 
     dense    as transformers loads it
+    again    a copy of it: how far its ratio is from 1 is the noise of the row
     packed   all layers dense in oneDNN's blocked layout: the fastest form without sparsity
-    sparse   what `gap_ds.sparsify_for_inference` makes of it, measured with the shapes of this batch
+    sparse   what `gap_ds.sparsify_for_inference` makes of it, chosen with runs of this very batch, beam and length
+
+Reported are medians over the rounds; ratios are taken within a round, with their range. With one thread seconds are
+those that the process has computed: other processes then cost what they take from the caches, not what they take of
+the core. With more threads they are those that passed.
 
 A model of random weights, its matrices pruned by magnitude, translates random sentences into a fixed number of tokens;
 what the weights say has no influence on how fast they are multiplied. Outputs are compared token by token: with random
 weights many hypotheses are nearly equal, so a rounding may exchange two of them; the logits' largest difference says
-how far the forms are apart. Rows that the output file has are not measured again: the table can be made in pieces.
+how far the forms are apart. Memory is what the weights of a form take and what a translation needs beside them; with
+--memory it is the peak of a process of its own. Files are the dense export and the compact one. Rows that the output
+file has are not measured again: the table can be made in pieces.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
+import itertools
 import json
 import os
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import measure
 import torch
 from torch import Tensor, nn
+from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "translation"))
 
 import model as models
 
-from gap_ds import inference, sparsify_for_inference
+from gap_ds import inference, sparsify_for_inference, trials
+from gap_ds.compact import FILE, compact
+from gap_ds.inference import Choice
 from gap_ds.presets import VOCAB_SIZE
 
 OUT = measure.RESULTS / "inference.json"
+VERSION = 2  # of the file: rows of another are measured anew
 SOURCE = 24  # tokens of a source sentence
 KEY = ("preset", "sparsity", "dtype", "threads", "batch", "beams", "tokens")
+#: The table that is wanted, in fp32.
+FULL = list(itertools.product(("small", "base", "big"), (0.8, 0.9, 0.95), (1, 4, 16, 64), (1, 4)))
+LONG = 2.0  # seconds of a run from which on it needs no run before it to warm up
+QUICK = [
+    "--presets=tiny",
+    "--sparsities=0.9",
+    "--batches=1",
+    "--beams=1",
+    "--tokens=3",
+    "--rounds=3",
+    "--vocab-size=99",
+]
 
 
 def main() -> None:
@@ -52,38 +80,53 @@ def main() -> None:
     parser.add_argument("--beams", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32"])
     parser.add_argument("--tokens", type=int, default=16, help="tokens of each translation")
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of all forms")
+    parser.add_argument("--rounds", type=int, default=9, help="timed rounds of all forms, at the most")
+    parser.add_argument("--seconds", type=float, default=20, help="after which no round is begun, if there were three")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE)
     parser.add_argument("--memory", action="store_true", help="peak memory of each form, in processes of their own")
+    parser.add_argument("--quick", action="store_true", help="one row of preset tiny, for tests")
     parser.add_argument("--one-form", choices=("dense", "packed", "sparse"), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
+    if args.quick:
+        args = parser.parse_args([*sys.argv[1:], *QUICK])
     torch.set_num_threads(args.threads)
+    disable_progress_bar()  # of saving
     if args.one_form:
         print(json.dumps(peak(args)))
         return
-    results = json.loads(args.out.read_text()) if args.out.is_file() else {"machine": machine(args), "speed": []}
-    for preset in args.presets:
-        for sparsity in args.sparsities:
-            for dtype in args.dtypes:
-                what = {"preset": preset, "sparsity": sparsity, "dtype": dtype, "threads": args.threads}
-                rows = [
-                    what | {"batch": batch, "beams": beams, "tokens": args.tokens}
-                    for batch in args.batches
-                    for beams in args.beams
-                ]
-                key = "memory" if args.memory else "speed"
-                done = [[row[k] for k in KEY] for row in results.setdefault(key, [])]
-                rows = [row for row in rows if [row[k] for k in KEY] not in done]
+    results = read(args.out)
+    for preset, sparsity in itertools.product(args.presets, args.sparsities):
+        if not args.memory and not any(
+            (row["preset"], row["sparsity"]) == (preset, sparsity) for row in results["files"]
+        ):
+            results["files"] += files(preset, sparsity, args.vocab_size)
+        for dtype in args.dtypes:
+            what = {"preset": preset, "sparsity": sparsity, "dtype": dtype, "threads": args.threads}
+            rows = [
+                what | {"batch": batch, "beams": beams, "tokens": args.tokens}
+                for batch in args.batches
+                for beams in args.beams
+            ]
+            key = "memory" if args.memory else "speed"
+            done = [[row[k] for k in KEY] for row in results[key]]
+            rows = [row for row in rows if [row[k] for k in KEY] not in done]
+            dense = build(preset, sparsity, getattr(torch, dtype), args.vocab_size) if rows else None
+            for row in rows:
+                found = memory(row, args) if args.memory else compare(dense, row, args)
+                results[key].append(row | found)
                 # Of the last call that added to the table; the load of each row is in the row.
                 results["machine"] = machine(args)
-                dense = build(preset, sparsity, getattr(torch, dtype), args.vocab_size) if rows else None
-                for row in rows:
-                    found = memory(row, args) if args.memory else compare(dense, row, args.rounds)
-                    results[key].append(row | found)
-                    show(results[key][-1])
-                    write(args.out, results)
+                show(results[key][-1])
+                write(args.out, results)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What the file has; nothing if there is none, or one that this program no longer writes."""
+    text = path.read_text() if path.is_file() else ""
+    found = json.loads(text) if text.strip() else {}
+    return found if found.get("version") == VERSION else {"version": VERSION, "files": [], "speed": [], "memory": []}
 
 
 def machine(args: argparse.Namespace) -> dict[str, Any]:
@@ -131,50 +174,115 @@ def logits(model: Any, ids: Tensor) -> Tensor:
     return result.float()
 
 
-def compare(dense: Any, row: dict[str, Any], rounds: int) -> dict[str, Any]:
+def compare(dense: Any, row: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """The same translations in every form, in turns."""
     batch, beams, tokens = row["batch"], row["beams"], row["tokens"]
     ids = source(batch, dense.config.vocab_size)
+
+    def run(model: Any) -> Tensor:
+        return translate(model, ids, beams, tokens)
+
     begin = time.perf_counter()
-    sparse = copy.deepcopy(dense)
-    table = sparsify_for_inference(sparse, lambda model: translate(model, ids, beams, 4))
+    outputs = {"dense": run(dense)}
+    once = time.perf_counter() - begin
+    inference.MEASURED.clear()  # the load of another row's minutes is not to choose for this one
+    sparse, begin = copy.deepcopy(dense), time.perf_counter()
+    table = sparsify_for_inference(sparse, run, seconds=max(60.0, 10 * once))
     choosing = time.perf_counter() - begin
     packed = copy.deepcopy(dense)
     sparsify_for_inference(packed, batch * beams, form="packed")
-    forms = {"dense": dense, "packed": packed, "sparse": sparse}
-    outputs = {name: translate(model, ids, beams, tokens) for name, model in forms.items()}
+    forms = {"dense": dense, "again": copy.deepcopy(dense), "packed": packed, "sparse": sparse}
+    needs: dict[str, int | None] = {}
     seconds: dict[str, list[float]] = {name: [] for name in forms}
-    for turn in range(rounds):
+
+    def timed(name: str) -> None:
+        seconds[name].append(trials.seconds(lambda model: outputs.update({name: run(model)}), forms[name], ids.device))
+
+    if once < LONG:
+        for name in forms:
+            needs[name] = measure.peak_bytes(lambda name=name: timed(name))  # type: ignore[misc]
+            seconds[name].clear()
+    begin = time.perf_counter()
+    for turn in range(args.rounds):
+        if turn >= 3 and time.perf_counter() - begin > args.seconds:
+            break
         for name in list(forms)[:: 1 if turn % 2 == 0 else -1]:
-            begin = time.perf_counter()
-            translate(forms[name], ids, beams, tokens)
-            seconds[name].append(time.perf_counter() - begin)
-    ratios = {
-        name: sorted(a / b for a, b in zip(seconds[name], seconds["sparse"], strict=True))
-        for name in ("dense", "packed")
-    }
+            if name in needs:
+                timed(name)
+            else:
+                needs[name] = measure.peak_bytes(lambda name=name: timed(name))  # type: ignore[misc]
     few = ids[:4]
     return {
-        **{
-            f"{name}_sentences_per_second": round(batch / statistics.median(times), 3)
-            for name, times in seconds.items()
-        },
-        "ratio": round(statistics.median(ratios["dense"]), 3),
-        "ratio_range": [round(ratios["dense"][0], 3), round(ratios["dense"][-1], 3)],
-        "ratio_to_packed": round(statistics.median(ratios["packed"]), 3),
-        "rounds": rounds,
-        "forms": {
-            form: sum(len(choice.names) for choice in table if choice.form == form)
-            for form in inference.FORMS
-            if any(choice.form == form for choice in table)
-        },
+        **{f"{name}_sentences_per_second": round(batch / statistics.median(seconds[name]), 3) for name in forms},
+        **ratio("ratio", seconds["dense"], seconds["sparse"]),
+        **ratio("noise", seconds["dense"], seconds["again"]),
+        **ratio("ratio_to_packed", seconds["packed"], seconds["sparse"]),
+        "rounds": len(seconds["dense"]),
+        "clock": "process" if args.threads == 1 else "wall",
+        "form": in_words(table),
+        "confirmed": next((round(choice.run, 3) for choice in table if choice.run), None),
         "equal_outputs": int((outputs["dense"] == outputs["sparse"]).all(dim=1).sum()),
         "largest_logit_difference": float((logits(dense, few) - logits(sparse, few)).abs().max()),
         "largest_logit": float(logits(dense, few).abs().max()),
-        "choosing_seconds": round(choosing, 2),
+        **{f"{name}_mib": mib(held(forms[name]), needs[name]) for name in ("dense", "packed", "sparse")},
+        "choosing_seconds": round(choosing, 1),
         "load_average": round(os.getloadavg()[0], 2),
         "choices": [{**choice.row(), "names": len(choice.names)} for choice in table],
     }
+
+
+def ratio(name: str, old: list[float], new: list[float]) -> dict[str, Any]:
+    """How many times as fast `new` is: median over the rounds, and range."""
+    ratios = sorted(a / b for a, b in zip(old, new, strict=True))
+    return {name: round(statistics.median(ratios), 3), f"{name}_range": [round(ratios[0], 3), round(ratios[-1], 3)]}
+
+
+def in_words(table: list[Choice]) -> str:
+    """How many layers have which form; `dense` alone if none was changed."""
+    count = Counter(name for choice in table for name in [choice.form] * len(choice.names))
+    return (
+        "dense"
+        if set(count) == {"dense"}
+        else ", ".join(f"{form} {count[form]}" for form in inference.FORMS if form in count)
+    )
+
+
+def held(model: nn.Module) -> int:
+    """Bytes of all tensors that the modules hold, what is tied or stored twice counted as it lies in memory."""
+    found: dict[int, int] = {}
+    for module in model.modules():
+        own = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
+        for tensor in (t for t in own if isinstance(t, Tensor)):
+            parts = [tensor]
+            if tensor.layout == torch.sparse_csr:
+                parts = [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+            for part in parts:
+                if part.is_mkldnn:  # has no storage to ask
+                    found[id(part)] = part.numel() * part.element_size()
+                else:
+                    found[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
+    return sum(found.values())
+
+
+def mib(held: int, need: int | None) -> int | None:
+    return None if need is None else (held + need) >> 20
+
+
+def files(preset: str, sparsity: float, vocab_size: int) -> list[dict[str, Any]]:
+    """Size of the weights' file, dense and compact."""
+    found = []
+    for name in ("float32", "bfloat16"):
+        model = build(preset, sparsity, getattr(torch, name), vocab_size)
+        with tempfile.TemporaryDirectory() as folder:
+            dense, small = Path(folder) / "dense", Path(folder) / "compact"
+            model.save_pretrained(dense, max_shard_size="100GB")
+            info = {"signature": "benchmark", "entries": {name: {} for name, _ in entries(model)}}
+            (dense / "gap.json").write_text(json.dumps(info))
+            compact(dense, small)
+            sizes = [path.stat().st_size for path in (dense / "model.safetensors", small / FILE)]
+        what = {"preset": preset, "sparsity": sparsity, "dtype": name}
+        found.append(what | {"dense MB": round(sizes[0] / 1e6, 1), "compact MB": round(sizes[1] / 1e6, 1)})
+    return found
 
 
 def memory(row: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
@@ -207,7 +315,9 @@ def peak(args: argparse.Namespace) -> dict[str, int]:
     if args.one_form == "packed":
         sparsify_for_inference(model, args.batches[0] * beams, form="packed")
     elif args.one_form == "sparse":
-        sparsify_for_inference(model, lambda model: translate(model, ids, beams, 4))
+        sparsify_for_inference(model, lambda model: translate(model, ids, beams, tokens), seconds=600)
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # what was freed is the system's again, not a reserve
+        trim(0)
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     translate(model, ids, beams, tokens)
@@ -240,23 +350,59 @@ COLUMNS = {
     "packed_sentences_per_second": "packed /s",
     "sparse_sentences_per_second": "sparse /s",
     "ratio": "sparse : dense",
+    "noise": "dense : dense",
     "ratio_to_packed": "sparse : packed",
+    "rounds": "rounds",
+    "form": "form",
     "equal_outputs": "equal outputs",
+    "largest_logit_difference": "logits differ by",
+    "dense_mib": "dense MiB",
+    "packed_mib": "packed MiB",
+    "sparse_mib": "sparse MiB",
+    "choosing_seconds": "choosing s",
     "load_average": "load",
 }
 
 
 def table(results: dict[str, Any]) -> str:
-    lines = ["# inference", "", f"`{results['machine']['command']}`", "", json.dumps(results["machine"]), ""]
-    lines += [results["note"], ""] if "note" in results else []
-    lines += ["| " + " | ".join(COLUMNS.values()) + " |", "|---" * len(COLUMNS) + "|"]
-    for row in sorted(results["speed"], key=lambda row: [row[k] for k in KEY]):
-        lines.append("| " + " | ".join(str(row[key]) for key in COLUMNS) + " |")
-    if results.get("memory"):
-        names = [k for k in results["memory"][0] if k not in ("tokens", "dtype")]
-        lines += ["", "| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
-        lines += ["| " + " | ".join(str(row[k]) for k in names) + " |" for row in results["memory"]]
-    return "\n".join(lines) + "\n"
+    machine = ", ".join(
+        f"{key} {value}" for key, value in results["machine"].items() if key != "command" and value is not None
+    )
+    parts = ["# inference", f"`{results['machine']['command']}`", machine, note(results["speed"])]
+    rows = sorted(
+        results["speed"], key=lambda row: [list(models.PRESETS).index(row["preset"]), *(row[k] for k in KEY[1:])]
+    )
+    parts.append(measure.table([{name: cell(row, key) for key, name in COLUMNS.items()} for row in rows]))
+    parts += [measure.table(results[key]) for key in ("files", "memory") if results[key]]
+    return "\n\n".join(parts)
+
+
+def cell(row: dict[str, Any], key: str) -> Any:
+    value = row[key]
+    if f"{key}_range" in row:
+        low, high = row[f"{key}_range"]
+        return f"{value} ({low} to {high})"
+    return f"{value:.1e}" if key == "largest_logit_difference" else value
+
+
+def note(rows: list[dict[str, Any]]) -> str:
+    """Which rows are below the aim, and which cells of the full table are missing."""
+    slow = [row for row in rows if row["ratio"] < 0.95]
+    least = min((row["ratio"] for row in rows), default=None)
+    have = {(row["preset"], row["sparsity"], row["batch"], row["beams"]) for row in rows if row["dtype"] == "float32"}
+    missing: dict[tuple[str, float], list[str]] = {}
+    for preset, sparsity, batch, beams in FULL:
+        if (preset, sparsity, batch, beams) not in have:
+            missing.setdefault((preset, sparsity), []).append(f"{batch}/{beams}")
+    said = [f"{len(rows)} rows; the least ratio is {least}, {len(slow)} are below 0.95."]
+    if missing:
+        cells = "; ".join(
+            f"{preset} {sparsity:.0%}: {', '.join(names)}" for (preset, sparsity), names in missing.items()
+        )
+        said.append(f"Missing of the {len(FULL)} cells in fp32, as batch/beams: {cells}.")
+    else:
+        said.append(f"None of the {len(FULL)} cells is missing.")
+    return " ".join(said)
 
 
 if __name__ == "__main__":

@@ -1,44 +1,48 @@
 """Sparse inference: linear layers in whatever form is fastest on this machine, found by measuring it.
 
-    csr     on a CPU: compressed rows with 32-bit indices, multiplied by MKL in fp32 or fp64 (bf16 and fp16 in fp32)
-    packed  on a CPU: dense in the blocked layout of oneDNN, as torch.compile packs the weights of a frozen model; also
-            for layers that are not sparse, such as the output projection
-    2:4     on an NVIDIA GPU of capability 8.0 or later: semi-structured, for weights that have the pattern
+The forms are those of gap_ds/linears.py. What is measured of layers alone is a forecast; where the caller gives a run
+of the model, whole runs with and without decide:
 
-The product of csr is W @ x^T with x^T laid out by rows: MKL then streams over the columns of a row of W. The other
-ways that torch offers (x @ W^T with W^T by compressed rows, a result laid out by columns) were measured to be 2 to 100
-times slower. A single row x is multiplied as a vector, about twice as fast again for large weights.
+    1. the run is watched: which layer sees how many rows how often, and which are called with one and the same input
+    2. layers that are alike are timed in every form; a group that saves too little of the run stays as it is
+    3. runs before and after are timed in pairs until the gain is sure; else the group that saves least goes back, and
+       they are timed again; at last everything goes back
 
 R rows of activations that a layer sees at once: in the decoder sentences * beams, in an encoder all tokens of a batch.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-Form = Literal["dense", "packed", "csr", "2:4"]
-FORMS: tuple[Form, ...] = ("dense", "packed", "csr", "2:4")
+from gap_ds import linears, trials
+from gap_ds.linears import CSRLinear
+
+Form = Literal["dense", "packed", "csr", "joined", "2:4"]
+FORMS: tuple[Form, ...] = ("dense", "packed", "csr", "joined", "2:4")
 
 #: (the same layers in each form, rows) -> seconds of a call in each form.
 Measure = Callable[[Mapping[Form, Sequence[nn.Module]], int], Mapping[Form, float]]
 
 #: Layers of one shape that are timed in turn, so that one layer's weights do not stay in the cache as they never do
-#: in a model, and the time in seconds after which no further round is begun.
-_LAYERS, _ROUNDS, _SECONDS = 12, 9, 0.5
+#: in a model; calls in each form, at the most; and the time in seconds after which three calls are enough.
+_LAYERS, _CALLS, _SECONDS = 12, 60, 0.5
 #: Row counts of a layer that are measured one by one; where a run has shown more, they are rounded first.
 _SIZES = 8
-#: Whole runs, with and without the new forms, that confirm a choice.
-_PAIRS = 3
+#: A group that saves a smaller share of the run is not worth what may go wrong.
+_LEAST = 0.01
+#: How often a group is put back before everything is.
+_PUT_BACK = 2
 
 
 @dataclass(frozen=True)
@@ -48,10 +52,13 @@ class Choice:
     names: of the layers.
     shape: (output, input) dimension.
     density: share of weights that are not zero.
-    batch: calls by the number of rows in each, as (rows, calls).
+    batch: calls by the number of rows in each, as (rows, calls), of each layer.
     form: what the layers are now.
-    ratio: seconds of the layers as they were over those of the fastest other form: above 1 that form is faster. None:
-        there is no other form, or nothing was measured.
+    best: the fastest other form by the measurement of the layers alone; None if there was none to measure.
+    ratio: seconds of the layers as they were over those in `best`: above 1 that form is faster. None with `best`.
+    seconds: of all calls of all the layers in each form that was measured.
+    run: seconds of whole runs before over those after, as last tested; None if they were not.
+    why: the layers have the form they have, in a few words.
     """
 
     names: tuple[str, ...]
@@ -59,7 +66,11 @@ class Choice:
     density: float
     batch: tuple[tuple[int, int], ...]
     form: Form
+    best: Form | None
     ratio: float | None
+    seconds: Mapping[Form, float]
+    run: float | None
+    why: str
 
     def row(self) -> dict[str, Any]:
         """The same for JSON."""
@@ -70,9 +81,10 @@ def sparsify_for_inference(
     model: nn.Module,
     batch: int | Callable[[nn.Module], object] = 1,
     *,
-    form: Literal["auto", "dense", "packed", "csr", "2:4"] = "auto",
+    form: Literal["auto", "dense", "packed", "csr", "joined", "2:4"] = "auto",
     min_sparsity: float = 0.5,
-    margin: float = 1.05,
+    margin: float | None = None,
+    seconds: float = 60.0,
     measure: Measure | None = None,
 ) -> list[Choice]:
     """Gives the linear layers of a model the form that is fastest here, in place, and says which.
@@ -83,51 +95,67 @@ def sparsify_for_inference(
     it again.
 
     Args:
-        batch: rows that each layer will see at once, or a function that runs the model as it will be used, such as
-            ``lambda model: model.generate(**inputs, num_beams=4, max_new_tokens=4)``: then every layer is measured
-            with the rows that it has seen, as often as it saw them. The whole run is then timed as well: if it is not
-            `margin` times as fast, all layers stay as they were.
-        form: `auto` to measure; any other is taken unmeasured by all layers that can have it.
-        margin: another form must be that many times as fast as the layer as it is.
+        batch: a function that runs the model as it will be used, such as
+            ``lambda model: model.generate(**inputs, num_beams=4, max_new_tokens=16)``. Every layer is measured with
+            the rows that it sees in it, as often as it sees them, and whole runs with and without the new forms are
+            timed in turns: unless it is sure that the model gained, it is left with the very modules it came with. Or a
+            number of rows that each layer will see at once. Then layers are measured alone, and nothing is known, nor
+            guaranteed, about the model as a whole.
+        form: `auto` to measure; any other is taken unmeasured by all layers that can have it. `joined` is `csr` with
+            one product for layers that are called with the same input, which only a run can show.
+        min_sparsity: in [0, 1].
+        margin: how many times as fast another form, and the whole run, must at least be; 1.05 by default, and 1.2 if
+            `batch` is a number.
+        seconds: that choosing may take besides two runs of the model, one to watch and one to time. Half of them are
+            for the layers; what was not measured, or is not sure, when they are over stays as it was. So give a run
+            that takes a twentieth of them, or less.
         measure: in place of `measure_layers`, whose results are kept for the life of the process in `MEASURED`.
     Raises:
         ValueError: an argument out of range.
     """
-    if isinstance(batch, int) and batch < 1:
-        raise ValueError(f"batch={batch}: must be at least 1, or a function that runs the model.")
-    if form not in ("auto", *FORMS):
-        raise ValueError(f"form={form!r}: must be auto, {', '.join(FORMS)}.")
+    margin = _margin(batch, form, min_sparsity, margin, seconds)
+    deadline = time.perf_counter() + seconds
     model.eval().requires_grad_(False)
     layers = _linears(model)
-    densities = {name: _density(layer.weight) for name, layer in layers.items()}
-    seen = _rows_seen(model, layers, batch) if callable(batch) else {name: Counter({batch: 1}) for name in layers}
-    groups: dict[Any, list[str]] = {}
-    for name, layer in layers.items():
-        # Layers that are measured as one: densities are told apart to a hundredth.
-        kind = (tuple(layer.weight.shape), layer.weight.dtype, layer.weight.device, layer.bias is None)
-        is_sparse = densities[name] <= 1 - min_sparsity
-        loads = tuple(sorted(seen[name].items()))
-        groups.setdefault((*kind, is_sparse, round(densities[name], 2), loads), []).append(name)
-    table = []
-    replacements: dict[nn.Module, nn.Module] = {}
-    for key, names in groups.items():
-        *_, is_sparse, _, loads = key
-        offered = _offered([layers[name] for name in names], form, is_sparse, loads)
-        chosen, ratio = _choose(offered, key[:-1], loads, form, margin, measure)
-        if chosen != "dense":
-            replacements |= {layers[name]: new for name, new in zip(names, offered[chosen], strict=True)}
-        density = statistics.fmean(densities[name] for name in names)
-        table.append(Choice(tuple(names), key[0], density, loads, chosen, ratio))
+    run, rows = (batch, 0) if callable(batch) else (None, batch)
+    seen = _watched(model, layers, run) if run else _Seen({name: Counter({rows: 1}) for name in layers})
+    groups = _grouped(layers, seen, min_sparsity)
+    if form != "auto":
+        replacements = _asked_for(groups, seen, form)
+        _replace(model, replacements)
+        return [row for group in groups for row in group.rows(replacements, None, "asked for", "has no such form")]
+    with seen.mode():
+        begin = time.perf_counter()
+        whole = trials.seconds(run, model, _device(model)) if run else math.inf
+        deadline += time.perf_counter() - begin + seen.watching
+        parts = _forecast(groups, seen, margin, whole, deadline - seconds / 2, measure)
+        replacements, ratio, why = _merged(parts), None, "faster alone; no run was given to test"
+        if run and parts:
+            replacements, ratio, why = _tested(model, run, parts, margin, whole, deadline)
     _replace(model, replacements)
-    if callable(batch) and form == "auto" and measure is None and replacements:
-        before = {new: old for old, new in replacements.items()}
-        if _gain(model, batch, before, replacements) < margin:
-            _replace(model, before)
-            return [replace(choice, form="dense") for choice in table]
-    return table
+    return [
+        row for group in groups for row in group.rows(replacements, ratio, why, "put back: whole runs gain without")
+    ]
 
 
-# -- which layers, and with how many rows -----------------------------------------------------------------------------
+def _margin(batch: object, form: str, min_sparsity: float, margin: float | None, seconds: float) -> float:
+    """The margin; ValueError for an argument out of range."""
+    if not callable(batch) and (isinstance(batch, bool) or not isinstance(batch, int) or batch < 1):
+        raise ValueError(f"batch={batch!r}: must be an int of at least 1, or a function that runs the model.")
+    if form not in ("auto", *FORMS):
+        raise ValueError(f"form={form!r}: must be auto, {', '.join(FORMS)}.")
+    if form == "joined" and not callable(batch):
+        raise ValueError("form='joined': only a run shows which layers have one input. Set batch to a function.")
+    if not 0 <= min_sparsity <= 1:
+        raise ValueError(f"min_sparsity={min_sparsity}: must lie in [0, 1].")
+    if margin is not None and not margin >= 1:
+        raise ValueError(f"margin={margin}: must be at least 1.")
+    if not seconds > 0:
+        raise ValueError(f"seconds={seconds}: must be above 0.")
+    return margin if margin is not None else 1.05 if callable(batch) else 1.2
+
+
+# -- which layers, with how many rows, and after which others ---------------------------------------------------------
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -153,32 +181,69 @@ def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> N
                 parent._modules[name] = replacements[child]
 
 
-def _density(weight: Tensor) -> float:
-    return int(torch.count_nonzero(weight)) / max(1, weight.numel())
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
-def _rows_seen(
-    model: nn.Module, layers: Mapping[str, nn.Linear], run: Callable[[nn.Module], object]
-) -> dict[str, Counter[int]]:
-    """Calls of each layer by their rows; many different ones are rounded up to powers of two, so that few are timed."""
-    seen: dict[str, Counter[int]] = {name: Counter() for name in layers}
+@dataclass
+class _Seen:
+    """What a run has shown.
 
-    def count(rows: Counter[int]) -> Callable[..., None]:
+    rows: calls of each layer by their rows.
+    together: names of layers of one parent that were always called one after the other with the same tensor.
+    inference: whether the layers were called in inference mode.
+    watching: seconds that it took.
+    """
+
+    rows: dict[str, Counter[int]]
+    together: list[tuple[str, ...]] = field(default_factory=list)
+    inference: bool = False
+    watching: float = 0.0
+
+    def mode(self) -> AbstractContextManager[None]:
+        """As the layers were called: the two ways differ in what a call costs."""
+        return torch.inference_mode() if self.inference else torch.no_grad()
+
+
+def _watched(model: nn.Module, layers: Mapping[str, nn.Linear], run: Callable[[nn.Module], object]) -> _Seen:
+    """One run; many different row counts are rounded up to powers of two, so that few are timed."""
+    begin = time.perf_counter()
+    seen = _Seen({name: Counter() for name in layers})
+    calls: Counter[str] = Counter()
+    # By parent: the last input, held so that no other tensor is taken for it, and the layers that were called with it.
+    last: dict[str, tuple[Tensor, list[str]]] = {}
+    patterns: Counter[tuple[str, ...]] = Counter()
+
+    def watch(name: str) -> Callable[..., None]:
+        parent = name.rpartition(".")[0]
+
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else kwargs["input"]
+            seen.inference = torch.is_inference_mode_enabled()
+            calls[name] += 1
             if n := x.numel() // x.shape[-1]:
-                rows[n] += 1
+                seen.rows[name][n] += 1
+            before, names = last.get(parent, (None, []))
+            if before is x and name not in names:
+                names.append(name)
+                return
+            patterns[tuple(names)] += 1
+            last[parent] = x, [name]
 
         return hook
 
-    hooks = [layer.register_forward_pre_hook(count(seen[name]), with_kwargs=True) for name, layer in layers.items()]
+    hooks = [layer.register_forward_pre_hook(watch(name), with_kwargs=True) for name, layer in layers.items()]
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # as `generate` does; a run may enter inference mode itself
             run(model)
     finally:
         for handle in hooks:
             handle.remove()
-    return {name: rows if len(rows) <= _SIZES else _rounded(rows) for name, rows in seen.items()}
+    patterns.update(tuple(names) for _, names in last.values())
+    always = [names for names, n in patterns.items() if len(names) > 1 and all(calls[name] == n for name in names)]
+    seen.rows = {name: rows if len(rows) <= _SIZES else _rounded(rows) for name, rows in seen.rows.items()}
+    seen.together, seen.watching = always, time.perf_counter() - begin
+    return seen
 
 
 def _rounded(calls: Counter[int]) -> Counter[int]:
@@ -192,18 +257,91 @@ def _rounded(calls: Counter[int]) -> Counter[int]:
     return rounded
 
 
-# -- which form -------------------------------------------------------------------------------------------------------
+@dataclass
+class _Group:
+    """Layers that are measured as one.
+
+    kind: what they have in common, for the key of a measurement.
+    densities: share of weights that are not zero, by name.
+    seconds: of all calls of all layers by form, once they are measured.
+    best: the form that they are to have, or what else is the fastest.
+    why: they stay as they are, if that is known before whole runs are tested.
+    """
+
+    kind: tuple[Any, ...]
+    layers: dict[str, nn.Linear]
+    densities: dict[str, float]
+    is_sparse: bool
+    loads: tuple[tuple[int, int], ...]
+    seconds: dict[Form, float] = field(default_factory=dict)
+    best: Form | None = None
+    why: str = ""
+
+    def rows(
+        self, replacements: Mapping[nn.Module, nn.Module], run: float | None, why: str, left: str
+    ) -> Iterator[Choice]:
+        """A row of the table for each form that layers of the group have now.
+
+        why, left: they have it, if they are among those that were replaced, and if only others were.
+        """
+        forms: dict[Form, list[str]] = {}
+        for name, layer in self.layers.items():
+            forms.setdefault(_form(replacements.get(layer, layer)), []).append(name)
+        for form, names in forms.items():
+            best = form if form != "dense" and self.best else self.best
+            share = len(names) / len(self.layers)
+            yield Choice(
+                names=tuple(names),
+                shape=(self.kind[0][0], self.kind[0][1]),
+                density=statistics.fmean(self.densities[name] for name in names),
+                batch=self.loads,
+                form=form,
+                best=best,
+                ratio=self.seconds["dense"] / max(self.seconds[best], 1e-12) if best else None,
+                seconds={form: share * total for form, total in self.seconds.items()},
+                run=run,
+                why=self.why or (left if form == "dense" and replacements else why),
+            )
 
 
-def _offered(
-    layers: Sequence[nn.Linear], form: str, is_sparse: bool, loads: Sequence[tuple[int, int]]
-) -> dict[Form, list[nn.Module]]:
+def _form(layer: nn.Module) -> Form:
+    kinds: list[tuple[type[nn.Module], Form]] = [
+        (linears.JoinedLinear, "joined"), (CSRLinear, "csr"), (linears.PackedLinear, "packed")
+    ]  # fmt: skip
+    return next((form for kind, form in kinds if isinstance(layer, kind)), "2:4" if _is_2_of_4(layer) else "dense")
+
+
+def _is_2_of_4(layer: nn.Module) -> bool:
+    return isinstance(layer.weight, torch.sparse.SparseSemiStructuredTensor)
+
+
+def _grouped(layers: Mapping[str, nn.Linear], seen: _Seen, min_sparsity: float) -> list[_Group]:
+    groups: dict[Any, _Group] = {}
+    for name, layer in layers.items():
+        weight = layer.weight
+        density = int(torch.count_nonzero(weight)) / max(1, weight.numel())
+        is_sparse = density <= 1 - min_sparsity
+        # Densities are told apart to a hundredth.
+        kind = (tuple(weight.shape), weight.dtype, weight.device, layer.bias is None, is_sparse, round(density, 2))
+        loads = tuple(sorted(seen.rows[name].items()))
+        group = groups.setdefault((kind, loads), _Group(kind, {}, {}, is_sparse, loads))
+        group.layers[name], group.densities[name] = layer, density
+    return list(groups.values())
+
+
+# -- the forms offered, and what they save ----------------------------------------------------------------------------
+
+
+def _offered(group: _Group, form: str) -> dict[Form, list[nn.Module]]:
     """The layers in each form that all of them can have."""
-    offered: dict[Form, list[nn.Module]] = {"dense": list(layers)}
-    usual = max(loads, key=lambda load: load[1])[0] if loads else 1
-    builders: dict[Form, Callable[[nn.Linear], nn.Module | None]] = {"packed": lambda layer: _packed(layer, usual)}
-    if is_sparse:
-        builders |= {"csr": _csr, "2:4": _semi_structured}
+    layers = list(group.layers.values())
+    offered: dict[Form, list[nn.Module]] = {"dense": [*layers]}
+    usual = _usual(group)
+    builders: dict[Form, Callable[[nn.Linear], nn.Module | None]] = {
+        "packed": lambda layer: linears.packed(layer, usual)
+    }
+    if group.is_sparse:
+        builders |= {"csr": linears.csr, "2:4": linears.semi_structured}
     for name, build in builders.items():
         if form in ("auto", name):
             made = [made for layer in layers if (made := build(layer)) is not None]
@@ -212,267 +350,278 @@ def _offered(
     return offered
 
 
-def _choose(
+def _usual(group: _Group) -> int:
+    """The number of rows that came most often."""
+    return max(group.loads, key=lambda load: load[1])[0] if group.loads else 1
+
+
+def _asked_for(groups: Sequence[_Group], seen: _Seen, form: Form) -> dict[nn.Module, nn.Module]:
+    """The replacements for a form that is not measured."""
+    wanted = "csr" if form == "joined" else form
+    replacements: dict[nn.Module, nn.Module] = {}
+    layers = {name: layer for group in groups for name, layer in group.layers.items()}
+    for group in groups:
+        if made := _offered(group, wanted).get(wanted):
+            replacements |= zip(group.layers.values(), made, strict=True)
+    if form == "joined":
+        for names in seen.together:
+            if new := _join([replacements.get(layers[name]) for name in names]):
+                replacements |= zip([layers[name] for name in names], new, strict=True)
+    return {old: new for old, new in replacements.items() if old is not new}
+
+
+def _join(layers: Sequence[nn.Module | None]) -> list[linears.JoinedLinear] | None:
+    found = [layer for layer in layers if isinstance(layer, CSRLinear)]
+    if len(found) < len(layers):
+        return None
+    try:
+        return linears.joined(found)
+    except ValueError:
+        return None
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Replacements that are made or taken back together.
+
+    saving: seconds of a run by forecast.
+    joins: whether they take the place of layers by compressed rows, and are worth nothing without those.
+    """
+
+    replacements: dict[nn.Module, nn.Module]
+    saving: float
+    joins: bool = False
+
+
+def _merged(parts: Sequence[_Part]) -> dict[nn.Module, nn.Module]:
+    found: dict[nn.Module, nn.Module] = {}
+    for part in sorted(parts, key=lambda part: part.joins):
+        if not part.joins or part.replacements.keys() <= found.keys():
+            found |= part.replacements
+    return found
+
+
+def _forecast(
+    groups: Sequence[_Group], seen: _Seen, margin: float, whole: float, deadline: float, measure: Measure | None
+) -> list[_Part]:
+    """What is worth trying: the largest groups first, until the time is over. Empty if it cannot reach the margin."""
+    parts = []
+    made: dict[str, CSRLinear] = {}
+    for group in sorted(groups, key=_work, reverse=True):
+        offered = _offered(group, "auto") if group.loads else {}
+        if len(offered) < 2:
+            group.why = "no other form" if group.loads else "never called"
+        elif time.perf_counter() > deadline:
+            group.why = "not measured in the time given"
+        else:
+            chosen = _timed(group, offered, seen, margin, whole, measure)
+            if chosen is not None:
+                parts.append(chosen)
+                made |= {
+                    n: new for n, new in zip(group.layers, offered[_best(group)], strict=True) if type(new) is CSRLinear
+                }
+    if time.perf_counter() < deadline:
+        parts += _forecast_joined(groups, made, seen, margin, whole, measure)
+    if not _enough(parts, whole, margin):
+        for group in groups:
+            group.why = group.why or "all layers together save too little of the run"
+        return []
+    return parts
+
+
+def _work(group: _Group) -> int:
+    outputs, inputs = group.kind[0]
+    return len(group.layers) * int(outputs * inputs) * sum(rows * calls for rows, calls in group.loads)
+
+
+def _best(group: _Group) -> Form:
+    assert group.best is not None
+    return group.best
+
+
+def _enough(parts: Sequence[_Part], whole: float, margin: float) -> bool:
+    """Whether the run can reach the margin if the forecast is right; without a run every saving is enough."""
+    return bool(parts) and (math.isinf(whole) or whole >= margin * (whole - sum(part.saving for part in parts)))
+
+
+def _timed(
+    group: _Group,
     offered: Mapping[Form, Sequence[nn.Module]],
-    kind: tuple[Any, ...],
-    loads: Sequence[tuple[int, int]],
-    form: str,
+    seen: _Seen,
     margin: float,
+    whole: float,
     measure: Measure | None,
-) -> tuple[Form, float | None]:
-    """The form with the least time over all calls, and how many times as fast as dense the best other form is."""
-    others: list[Form] = [name for name in offered if name != "dense"]
-    if form != "auto" or not others or not loads:
-        return next(iter(others if form != "auto" else ()), "dense"), None
+) -> _Part | None:
+    """The group in its fastest form, if that is worth trying."""
     totals = dict.fromkeys(offered, 0.0)
-    for rows, calls in loads:
-        key = (*kind, rows, torch.get_num_threads(), tuple(offered))
-        seconds = measure(offered, rows) if measure is not None else MEASURED.get(key)
-        if seconds is None:
-            seconds = MEASURED[key] = measure_layers(offered, rows)
-        for name in totals:
-            totals[name] += calls * seconds[name]
-    best = min(others, key=lambda name: totals[name])
-    ratio = totals["dense"] / max(totals[best], 1e-12)
-    return (best if ratio >= margin else "dense"), ratio
+    for rows, calls in group.loads:
+        key = (*group.kind, _usual(group), len(group.layers), rows, seen.inference, tuple(offered))
+        found = _measured(key, offered, rows, measure)
+        for form in totals:
+            totals[form] += len(group.layers) * calls * found[form]
+    best = min((form for form in offered if form != "dense"), key=lambda form: totals[form])
+    group.seconds, group.best = totals, best
+    saving = totals["dense"] - totals[best]
+    if totals["dense"] < margin * totals[best]:
+        group.why = "not faster by the margin"
+    elif not math.isinf(whole) and saving < _LEAST * whole:
+        group.why = f"saves less than {_LEAST:.0%} of the run"
+    else:
+        return _Part(dict(zip(group.layers.values(), offered[best], strict=True)), saving)
+    return None
+
+
+def _forecast_joined(
+    groups: Sequence[_Group],
+    made: Mapping[str, CSRLinear],
+    seen: _Seen,
+    margin: float,
+    whole: float,
+    measure: Measure | None,
+) -> list[_Part]:
+    """Layers by compressed rows that have one input, in one product; those that are alike are measured as one."""
+    group_of = {name: group for group in groups for name in group.layers}
+    layers = {name: layer for group in groups for name, layer in group.layers.items()}
+    alike: dict[Any, list[tuple[str, ...]]] = {}
+    for names in seen.together:
+        if all(name in made for name in names):
+            alike.setdefault(tuple((group_of[n].kind, group_of[n].loads) for n in names), []).append(names)
+    parts = []
+    for kind, sets in alike.items():
+        new = [_join([made[name] for name in names]) for names in sets]
+        if any(one is None for one in new):
+            continue
+        offered: dict[Form, list[nn.Module]] = {
+            "csr": [_Together([made[name] for name in names]) for names in sets],
+            "joined": [_Together(one) for one in new if one is not None],
+        }
+        apart = together = 0.0
+        for rows, calls in kind[0][1]:
+            key = (kind, len(sets), rows, seen.inference, "joined")
+            found = _measured(key, offered, rows, measure)
+            apart, together = apart + calls * found["csr"], together + calls * found["joined"]
+        if not 0 < together * margin <= apart:
+            continue
+        share = together / apart
+        inside = {id(group_of[name]): group_of[name] for names in sets for name in names}
+        # What the layers of a set take in their groups, by the measurement that is comparable with the dense one.
+        saving = (1 - share) * sum(
+            group_of[n].seconds["csr"] / len(group_of[n].layers) for names in sets for n in names
+        )
+        if not math.isinf(whole) and saving < _LEAST * whole:
+            continue
+        for group in inside.values():
+            group.seconds["joined"] = share * group.seconds["csr"]
+        pairs = [
+            (layers[n], m) for names, one in zip(sets, new, strict=True) for n, m in zip(names, one or (), strict=True)
+        ]
+        parts.append(_Part(dict(pairs), saving, joins=True))
+    return parts
+
+
+class _Together(nn.Module):
+    """Layers that are called one after the other with the same input, to be timed as one."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    @property
+    def weight(self) -> Any:
+        return self.layers[0].weight
+
+    def forward(self, x: Tensor) -> None:
+        for layer in self.layers:
+            layer(x)
 
 
 #: What was measured in this process; clear it to measure again.
 MEASURED: dict[Any, Mapping[Form, float]] = {}
 
 
+def _measured(
+    key: tuple[Any, ...], offered: Mapping[Form, Sequence[nn.Module]], rows: int, measure: Measure | None
+) -> Mapping[Form, float]:
+    if measure is not None:
+        return measure(offered, rows)
+    key = (*key, torch.get_num_threads())
+    if key not in MEASURED:
+        MEASURED[key] = measure_layers(offered, rows)
+    return MEASURED[key]
+
+
 def measure_layers(layers: Mapping[Form, Sequence[nn.Module]], rows: int) -> dict[Form, float]:
     """Median seconds of a call in each form. The forms take turns, so that what else the machine does falls on all."""
-    first = layers["dense"][0]
-    assert isinstance(first, nn.Linear)
-    weight = first.weight
+    weight = next(iter(layers.values()))[0].weight
+    assert isinstance(weight, Tensor)
     # Not torch's generator: a seeded run must not depend on what was measured before it.
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(rows, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
     seconds: dict[Form, list[float]] = {form: [] for form in layers}
-    with torch.inference_mode():
+    with torch.no_grad():
         for modules in layers.values():
             modules[0](x)
         begin = time.perf_counter()
-        for done in range(_ROUNDS):
+        for done in range(_CALLS):
             if done >= 3 and time.perf_counter() - begin > _SECONDS:
                 break
             for form, modules in layers.items():
-                for module in modules[:_LAYERS]:
-                    seconds[form].append(_seconds(module, x, x.device))
+                seconds[form].append(trials.seconds(modules[done % min(len(modules), _LAYERS)], x, x.device))
     return {form: statistics.median(times) for form, times in seconds.items()}
+
+
+# -- whole runs -------------------------------------------------------------------------------------------------------
+
+
+def _tested(
+    model: nn.Module,
+    run: Callable[[nn.Module], object],
+    parts: list[_Part],
+    margin: float,
+    whole: float,
+    deadline: float,
+) -> tuple[dict[nn.Module, nn.Module], float | None, str]:
+    """The replacements that whole runs confirm, the ratio that was last found, and what came of it.
+
+    The model is given back as it came.
+    """
+    ratio: float | None = None
+    gained: bool | None = None
+    for _ in range(1 + _PUT_BACK):
+        replacements = _merged(parts)
+        gained, ratio = _gain(model, run, replacements, margin, whole, deadline)
+        if gained:
+            return replacements, ratio, "whole runs confirm it"
+        parts = sorted(parts, key=lambda part: part.saving)[1:]
+        if not _enough(parts, whole, margin) or time.perf_counter() > deadline:
+            break
+    why = "whole runs did not gain" if gained is False else "whole runs did not decide it in the time given"
+    return {}, ratio, why
 
 
 def _gain(
     model: nn.Module,
     run: Callable[[nn.Module], object],
-    before: Mapping[nn.Module, nn.Module],
     after: Mapping[nn.Module, nn.Module],
-) -> float:
-    """How many times as fast a whole run is in the form that the model has now: the median of pairs in turns."""
-    ratios = []
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with torch.inference_mode():
-        run(model)
-        for _ in range(_PAIRS):
-            new = _seconds(run, model, device)
+    margin: float,
+    whole: float,
+    deadline: float,
+) -> tuple[bool | None, float | None]:
+    """Whether the run gains, and how many times as fast it is; the model is given back as it came."""
+    before = {new: old for old, new in after.items()}
+    is_new = False
+
+    def timed(new: bool) -> float:
+        nonlocal is_new
+        if new != is_new:
+            _replace(model, after if new else before)
+            is_new = new
+        return trials.seconds(run, model, _device(model))
+
+    try:
+        if whole < 1:  # in a longer run it is not seen that the first one is slower
+            timed(True)
+        return trials.gains(timed, margin, deadline)
+    finally:
+        if is_new:
             _replace(model, before)
-            try:
-                ratios.append(_seconds(run, model, device) / max(new, 1e-12))
-            finally:
-                _replace(model, after)
-    return statistics.median(ratios)
-
-
-def _seconds(call: Callable[[Any], object], x: Any, device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    begin = time.perf_counter()
-    call(x)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - begin
-
-
-# -- the forms --------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _no_beta_warning() -> Iterator[None]:
-    """torch warns of its CSR tensors once in a process; what is used of them here is tested here."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        yield
-
-
-class CSRLinear(nn.Module):
-    """An `nn.Linear` whose weight is held by compressed rows: x (..., I) -> (..., O), contiguous, in the dtype of x.
-
-    Moves between devices and dtypes, is copied and pickled as other modules are. In its state dict is the dense weight,
-    with pruned weights at +0.0.
-    """
-
-    crow: Tensor  # (O + 1,) int32
-    col: Tensor  # (kept,) int32
-    values: Tensor  # (kept,) in the layer's dtype
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        with _no_beta_warning():
-            matrix = linear.weight.detach().to_sparse_csr()
-        self.register_buffer("crow", matrix.crow_indices().int(), persistent=False)
-        self.register_buffer("col", matrix.col_indices().int(), persistent=False)
-        self.register_buffer("values", matrix.values(), persistent=False)
-        self.bias: nn.Parameter | None = linear.bias
-        self._build()
-
-    @property
-    def weight(self) -> Tensor:
-        """(O, I) in CSR layout, for code that asks for its dtype or device."""
-        return self._csr(self.values)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):  # would cast the operands to a dtype that MKL does not have
-            with torch.autocast(x.device.type, enabled=False):
-                return self.forward(x)
-        matrix, bias = self._matrix, self._bias
-        rows = x.reshape(-1, self.in_features).to(matrix.dtype)
-        if rows.shape[0] == 1:
-            y = torch.mv(matrix, rows[0]) if bias is None else torch.addmv(bias, matrix, rows[0])
-        else:
-            columns = rows.t().contiguous()
-            if bias is None:
-                y = torch.mm(matrix, columns)
-            else:
-                y = torch.addmm(bias[:, None].expand(-1, rows.shape[0]), matrix, columns)
-            y = y.t().contiguous()  # callers of nn.Linear rely on it
-        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
-
-    def _build(self) -> None:
-        # MKL has no smaller dtype than fp32; for fp32 these are no copies.
-        dtype = torch.float64 if self.values.dtype == torch.float64 else torch.float32
-        self._matrix = self._csr(self.values.to(dtype))
-        self._bias = None if self.bias is None else self.bias.detach().to(dtype)
-
-    def _csr(self, values: Tensor) -> Tensor:
-        with _no_beta_warning():
-            size = (self.out_features, self.in_features)
-            return torch.sparse_csr_tensor(self.crow, self.col, values, size, check_invariants=False)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CSRLinear:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._build()
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_matrix", "_bias")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._build()
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        destination[prefix + "weight"] = self.weight.to_dense()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, kept={self.values.numel()}"
-
-
-def _csr(linear: nn.Linear) -> nn.Module | None:
-    """The layer by compressed rows; None where torch cannot multiply them."""
-    weight = linear.weight
-    if weight.device.type != "cpu" or not weight.is_floating_point() or weight.numel() >= 2**31:
-        return None
-    try:
-        with torch.no_grad():
-            made = CSRLinear(linear)
-            made(weight.new_zeros(2, linear.in_features))  # a torch without MKL says so here
-        return made
-    except (RuntimeError, NotImplementedError):
-        return None
-
-
-class PackedLinear(nn.Module):
-    """An `nn.Linear` with a second copy of its weight, in the layout that oneDNN multiplies fastest.
-
-    The weight stays for the state dict and for those that it is tied to. Under autocast it is an `nn.Linear`.
-
-    Args:
-        rows: of activations that it mostly sees at once; any number is right.
-    """
-
-    def __init__(self, linear: nn.Linear, rows: int = 1) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self._rows = linear.in_features, linear.out_features, rows
-        self.weight, self.bias = linear.weight, linear.bias
-        self._build()
-
-    def forward(self, x: Tensor) -> Tensor:
-        packed = self._packed
-        if packed is None or x.dtype != packed.dtype or x.numel() == 0 or torch.is_autocast_enabled(x.device.type):
-            return nn.functional.linear(x, self.weight, self.bias)
-        rows = x.reshape(-1, self.in_features)
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(rows, packed, self.bias, "none", [], "")
-        return y.view(*x.shape[:-1], self.out_features)
-
-    def _build(self) -> None:
-        self._packed: Tensor | None = None
-        if self.weight.device.type != "cpu" or self.weight.dtype not in (torch.float32, torch.bfloat16):
-            return
-        with torch.no_grad(), torch.inference_mode(False):  # oneDNN takes no tensors that inference mode has made
-            weight = self.weight.clone() if self.weight.is_inference() else self.weight.detach()
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, self._rows)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._build()
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_packed"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._build()
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-
-
-def _packed(linear: nn.Linear, rows: int) -> nn.Module | None:
-    """The layer packed for oneDNN; None where this torch, CPU or dtype has no such product."""
-    if linear.weight.numel() == 0:
-        return None
-    try:
-        made = PackedLinear(linear, rows)
-        with torch.inference_mode():
-            made(linear.weight.new_zeros(2, linear.in_features))
-        return made if made._packed is not None else None
-    except (RuntimeError, AttributeError, NotImplementedError):  # the operators are torch's own, not its interface
-        return None
-
-
-def is_2_of_4(weight: Tensor) -> bool:
-    """Whether of every 4 neighbours along the input dimension at most 2 are not zero; weight (O, I)."""
-    if weight.dim() != 2 or weight.shape[1] % 4:
-        return False
-    return not bool(((weight != 0).reshape(-1, 4).sum(dim=1) > 2).any())
-
-
-def _semi_structured(linear: nn.Linear) -> nn.Module | None:
-    """The layer with a 2:4 weight; None where the pattern, the dtype, the sizes or the device do not allow it."""
-    weight = linear.weight.detach()
-    if not weight.is_cuda or torch.version.cuda is None or torch.cuda.get_device_capability(weight.device) < (8, 0):
-        return None
-    if weight.dtype not in (torch.float16, torch.bfloat16) or not is_2_of_4(weight):
-        return None
-    try:
-        made = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
-        made.weight = nn.Parameter(torch.sparse.to_sparse_semi_structured(weight), requires_grad=False)
-        made.bias = linear.bias
-        made.eval()(weight.new_zeros(2, linear.in_features))
-        return made
-    except (RuntimeError, NotImplementedError, ValueError):  # torch names no other way to ask for the sizes it takes
-        return None

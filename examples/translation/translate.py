@@ -3,13 +3,16 @@
     python translate.py out/model < input.en > output.de
     python translate.py out/compact --input input.en --output output.de --threads 4 --beams 1
 
-Translations come in the order of the input; an empty line stays empty. With --sparse (the default) the sparse layers
-get the form that a short measurement says is fastest for the batches of this input; --dense leaves them as they are.
+Translations come in the order of the input, one a line; an empty line stays empty. With --sparse (the default) layers
+get the form that is fastest for the batches of this input: layers are measured, then whole translations of one batch
+confirm the choice, within --choose seconds and the time of two such translations; --dense leaves all as it is.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -21,7 +24,8 @@ import torch
 from model import load_pretrained
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from gap_ds import compact, sparsify_for_inference
@@ -48,30 +52,36 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-tokens", type=int, default=2048, metavar="N", help="source tokens in a batch")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads")
-    parser.add_argument("--device", metavar="NAME", help="cpu or cuda; default: cuda where there is one")
+    parser.add_argument(
+        "--device", metavar="NAME", help="such as cpu, cuda or cuda:1; default: cuda where there is one"
+    )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--sparse", action="store_true", default=True, help="sparse layers where they are faster")
     form.add_argument("--dense", action="store_false", dest="sparse", help="all layers dense")
+    parser.add_argument("--choose", type=float, default=60, metavar="SECONDS", help="to choose the forms in")
     parser.add_argument("--table", action="store_true", help="print on stderr what was chosen for which layers")
     return parser.parse_args(argv)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """What the command line does. ValueError for settings or files that do not fit together."""
-    if arguments.beams < 1 or arguments.batch_tokens < 1 or (arguments.threads or 1) < 1:
-        raise ValueError("--beams, --batch-tokens, --threads: at least 1 each.")
-    if arguments.threads:
+    check(arguments)
+    if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
+    device = find_device(arguments.device)
     disable_progress_bar()  # of loading
     console = Console(stderr=True, highlight=False, markup=False)
     model, tokenizer = load(arguments.model_dir, getattr(torch, arguments.dtype))
-    model.to(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model.to(device)
     lines = read_lines(arguments.input)
     sentences = [line for line in lines if line]
+    chosen = ""
     if arguments.sparse and sentences:
-        for choice in sparsify(model, tokenizer, sentences, arguments.beams, arguments.batch_tokens):
-            if arguments.table:
-                console.print(describe(choice), soft_wrap=True)
+        start = time.perf_counter()
+        table = sparsify(model, tokenizer, sentences, arguments.beams, arguments.batch_tokens, arguments.choose)
+        chosen = f"; choosing the forms took {time.perf_counter() - start:.1f} s before"
+        for choice in table if arguments.table else ():
+            console.print(describe(choice), soft_wrap=True)
 
     columns = TextColumn("translating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     start = time.perf_counter()
@@ -87,49 +97,131 @@ def run(arguments: argparse.Namespace) -> None:
         )
     seconds = time.perf_counter() - start
     rest = iter(translated)
-    write_lines(arguments.output, [next(rest) if line else "" for line in lines])
+    write_lines(arguments.output, [one_line(next(rest)) if line else "" for line in lines])
     rate = len(sentences) / seconds if sentences else 0.0
-    print(f"{len(sentences)} sentences in {seconds:.1f} s: {rate:.1f} sentences/s", file=sys.stderr)
+    print(f"{len(sentences)} sentences in {seconds:.1f} s: {rate:.1f} sentences/s{chosen}", file=sys.stderr)
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """ValueError for what would fail only after the work."""
+    for name in ("beams", "batch_tokens", "threads"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')}={value}: must be at least 1.")
+    if not arguments.choose > 0:
+        raise ValueError(f"--choose={arguments.choose}: must be above 0 seconds. Leave the layers alone with --dense.")
+    output: Path | None = arguments.output
+    if output is not None and (output.is_dir() or not os.access(output.absolute().parent, os.W_OK)):
+        raise ValueError(f"--output={str(output)!r}: must be a file in a folder that exists and may be written to.")
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device of that name; ValueError if there is no such thing here."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device={name!r}: is not available here ({first_line(error)}).") from None
+    if device.type == "meta":
+        raise ValueError(f"--device={name!r}: holds no weights. Set cpu or cuda.")
+    return device
 
 
 def load(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer of an exported folder, dense or compact; code that comes with a model is never run."""
+    """Model and tokenizer of an exported folder, dense or compact.
+
+    Code that comes with a model is never run, and nobody is asked whether it may: the answer would be read from stdin,
+    where the text to translate comes from. ValueError, with one sentence, if the folder holds no whole model.
+    """
     if not folder.is_dir():
         raise ValueError(f"model_dir={str(folder)!r}: must be a folder with an exported model. Set MODEL_DIR.")
-    if (folder / compact.FILE).is_file():
-        model = compact.load_compact(folder, dtype=dtype)
-        if not isinstance(model, PreTrainedModel) or not model.config.is_encoder_decoder:
-            raise ValueError(f"model_dir={str(folder)!r}: holds no model that translates. Set MODEL_DIR.")
-    else:
-        model = load_pretrained(str(folder), dtype=dtype)
-    return model, AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        if (folder / compact.FILE).is_file():
+            AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            model = compact.load_compact(folder, dtype=dtype)
+        else:
+            model = load_pretrained(str(folder), dtype=dtype, trust_remote_code=False)
+    except SafetensorError as error:
+        raise ValueError(f"model_dir={str(folder)!r}: the weights are damaged ({first_line(error)}).") from None
+    if not isinstance(model, PreTrainedModel) or not model.config.is_encoder_decoder:
+        raise ValueError(f"model_dir={str(folder)!r}: holds no model that translates. Set MODEL_DIR.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # of many kinds, some by Rust
+        raise ValueError(f"model_dir={str(folder)!r}: its tokenizer cannot be loaded ({first_line(error)}).") from None
+    if not tokenizer or not len(tokenizer):
+        raise ValueError(
+            f"model_dir={str(folder)!r}: holds no tokenizer. Copy that of the training beside the weights."
+        )
+    return model, tokenizer
+
+
+def first_line(error: BaseException) -> str:
+    lines = str(error).strip().split("\n")
+    return (lines[0] or type(error).__name__).rstrip(".:")
 
 
 def sparsify(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str], beams: int, batch_tokens: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sentences: Sequence[str],
+    beams: int,
+    batch_tokens: int,
+    seconds: float = 60.0,
 ) -> list[Choice]:
-    """Gives the layers their form, measured with the middle one of the batches that will be translated."""
+    """Gives the layers their form, chosen with the middle one of the batches that will be translated.
+
+    Its translations are as long as its longest sentence, or shorter if whole ones would take more than a twentieth of
+    the seconds: in every step the decoder's layers see the same number of rows, so that some tell nearly as much.
+    """
     positions = getattr(model.config, "max_position_embeddings", None)
     cut = {"truncation": True, "max_length": positions} if positions else {}
     tokens = tokenizer(list(sentences), **cut)["input_ids"]
     batches = evaluate.batches_by_tokens([len(ids) for ids in tokens], batch_tokens)
     rows = {"input_ids": [tokens[i] for i in batches[len(batches) // 2]]}
     inputs = tokenizer.pad(rows, padding_side="right", return_tensors="pt").to(model.device)
+    most = max(2, min(inputs["input_ids"].shape[1], (positions or math.inf) - 1))
 
-    def few_steps(model: Any) -> None:
-        """The decoder's layers see the same number of rows in every step, so that few tell as much as all."""
-        model.generate(**inputs, num_beams=beams, do_sample=False, min_new_tokens=4, max_new_tokens=4, max_length=None)
+    def steps(model: Any, n: int) -> None:
+        # In inference mode, as evaluate.translate does it.
+        with torch.inference_mode():
+            model.generate(
+                **inputs, num_beams=beams, do_sample=False, min_new_tokens=n, max_new_tokens=n, max_length=None
+            )
 
-    return sparsify_for_inference(model, few_steps)
+    model.eval()
+    spent = []
+    for n in (1, 2):
+        start = time.perf_counter()
+        steps(model, n)
+        spent.append(time.perf_counter() - start)
+    step = max(spent[1] - spent[0], 0.1 * spent[1])
+    count = int(max(2, min(most, (seconds / 20 - spent[1]) / step)))
+    return sparsify_for_inference(model, lambda model: steps(model, count), seconds=seconds)
+
+
+def one_line(text: str) -> str:
+    """A translation without line breaks: a line of the output is one of the input.
+
+    >>> one_line("a\\r\\nb"), one_line("a b")
+    ('a b', 'a b')
+    """
+    return " ".join(part.strip() for part in text.replace("\r", "\n").split("\n") if part.strip())
 
 
 def describe(choice: Choice) -> str:
     """A line of the table."""
-    rows = ", ".join(f"{rows} rows x {calls}" for rows, calls in choice.batch)
-    ratio = "not measured" if choice.ratio is None else f"sparse is {choice.ratio:.2f} times as fast"
+    rows = ", ".join(f"{rows} rows x {calls}" for rows, calls in choice.batch) or "no rows"
+    told = [choice.why]
+    if choice.ratio is not None:
+        told.insert(0, f"measured alone, {choice.best} is {choice.ratio:.2f} times as fast")
+    if choice.run is not None:
+        told.append(f"whole run: {choice.run:.2f} times as fast")
     return (
         f"{len(choice.names):3} layers {choice.shape[0]} x {choice.shape[1]}, density {choice.density:.2f}, {rows}: "
-        f"{choice.form} ({ratio})"
+        f"{choice.form} ({'; '.join(told)})"
     )
 
 
@@ -148,7 +240,12 @@ def read_lines(path: Path | None) -> list[str]:
 def write_lines(path: Path | None, lines: Sequence[str]) -> None:
     data = "".join(line + "\n" for line in lines).encode("utf-8")
     if path is not None:
-        path.write_bytes(data)
+        partial = path.with_name(path.name + ".partial")
+        try:
+            partial.write_bytes(data)
+            partial.replace(path)  # a reader finds the old file or the whole new one
+        finally:
+            partial.unlink(missing_ok=True)
         return
     sys.stdout.buffer.write(data)
     sys.stdout.flush()

@@ -20,7 +20,7 @@ from tokenizers import models as tokenizer_models
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
-from gap_ds import compact, inference
+from gap_ds import compact, inference, trials
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "translation" / "translate.py"
 LINES = ["the dog sleeps", "", "the small dog sleeps in the old house", "a cat sees\u2028the dog", "the dog"]
@@ -68,7 +68,8 @@ def sparse_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         inference, "measure_layers", lambda layers, rows: {form: 1.0 if form == "csr" else 2.0 for form in layers}
     )
-    monkeypatch.setattr(inference, "_gain", lambda *arguments: 2.0)
+    monkeypatch.setattr(inference, "_gain", lambda *arguments: (True, 1.5))
+    monkeypatch.setattr(trials, "seconds", lambda *arguments: 100.0)
 
 
 @pytest.fixture
@@ -88,7 +89,10 @@ def test_every_way_gives_the_same_text(folders, source: Path, tmp_path: Path, be
             texts.append(out.read_text(encoding="utf-8"))
             printed = capsys.readouterr()
             assert printed.out == "" and "4 sentences in" in printed.err and "sentences/s" in printed.err
-            assert ("csr (sparse is 2.00 times as fast)" in printed.err) == (form == "--sparse")
+            told = (
+                "csr (measured alone, csr is 2.00 times as fast; whole runs confirm it; whole run: 1.50 times as fast)"
+            )
+            assert (told in printed.err) == ("choosing the forms took" in printed.err) == (form == "--sparse")
     assert len(set(texts)) == 1
     model, tokenizer = translate.load(folders["dense"], torch.float32)
     wanted = evaluate.translate(model, tokenizer, [line for line in LINES if line], beams=int(beams), batch_tokens=16)
@@ -116,24 +120,87 @@ def test_input_without_a_sentence(folders, tmp_path: Path, data: str, capsys) ->
     assert (tmp_path / "out").read_text() == data and "0 sentences" in capsys.readouterr().err
 
 
+def test_what_did_not_gain_is_told_as_it_is(folders, source: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(inference, "_gain", lambda *arguments: (False, 0.98))
+    argv = [str(folders["dense"]), "--input", str(source), "--output", str(tmp_path / "out"), "--table"]
+    assert translate.main(argv) == 0
+    told = capsys.readouterr().err
+    assert "dense (measured alone, csr is 2.00 times as fast; whole runs did not gain; whole run: 0.98 times" in told
+    assert ": csr (" not in told
+
+
+def test_a_translation_is_one_line(folders, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "translate", lambda *arguments, **options: ["a\nb", "c\r\n\nd\u2028e", "\n", "f"])
+    argv = [str(folders["dense"]), "--input", str(source), "--output", str(tmp_path / "out"), "--dense"]
+    assert translate.main(argv) == 0
+    assert (tmp_path / "out").read_text(encoding="utf-8").split("\n") == ["a b", "", "c d\u2028e", "", "f", ""]
+
+
+def test_the_output_is_written_whole_or_not_at_all(folders, source: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    (tmp_path / "out").write_text("before")
+
+    def fails(path: Path, target: Path) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "replace", fails)
+    argv = [str(folders["dense"]), "--input", str(source), "--output", str(tmp_path / "out"), "--dense"]
+    assert translate.main(argv) == 2 and "no space left" in capsys.readouterr().err
+    assert (tmp_path / "out").read_text() == "before" and {p.name for p in tmp_path.iterdir()} == {"input", "out"}
+
+
+def copied(source: Path, target: Path, leave_out: str = "") -> Path:
+    target.mkdir()
+    for path in source.iterdir():
+        if not (leave_out and path.name.startswith(leave_out)):
+            (target / path.name).write_bytes(path.read_bytes())
+    return target
+
+
 def test_mistakes_are_named_in_one_sentence(folders, tmp_path: Path, capsys) -> None:
     (tmp_path / "latin").write_bytes(b"caf\xe9\n")
-    damaged = tmp_path / "damaged"
-    damaged.mkdir()
-    (damaged / "config.json").write_bytes((folders["compact"] / "config.json").read_bytes())
-    (damaged / compact.FILE).write_bytes((folders["compact"] / compact.FILE).read_bytes()[:-1])
+    (tmp_path / "in").write_bytes(b"the dog\n")
+    damaged = copied(folders["compact"], tmp_path / "damaged")
+    (damaged / compact.FILE).write_bytes((damaged / compact.FILE).read_bytes()[:-1])
+    cut = copied(folders["dense"], tmp_path / "cut")
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-1000])
+    mute = copied(folders["dense"], tmp_path / "mute", leave_out="tokenizer")
+    dense, text = folders["dense"], ["--input", tmp_path / "in"]
     cases: list[tuple[list[Any], str]] = [
         ([tmp_path / "none"], "must be a folder"),
         ([tmp_path], "must be a folder or hub name"),
-        ([damaged], "follow the header"),
-        ([folders["dense"], "--beams", 0], "at least 1"),
-        ([folders["dense"], "--input", tmp_path / "latin"], "is no UTF-8"),
-        ([folders["dense"], "--input", tmp_path / "none"], "No such file"),
+        ([damaged, *text], "follow the header"),
+        ([cut, *text], "the weights are damaged"),
+        ([mute, *text], "tokenizer"),
+        ([dense, "--beams", 0], "--beams=0: must be at least 1"),
+        ([dense, "--threads", 0], "--threads=0: must be at least 1"),
+        ([dense, "--choose", 0], "--choose=0.0: must be above 0"),
+        ([dense, "--device", "foo"], "--device='foo': is not available here"),
+        ([dense, "--device", "meta"], "--device='meta'"),
+        ([dense, "--output", tmp_path / "none" / "out"], "must be a file in a folder that exists"),
+        ([dense, "--output", tmp_path], "must be a file in a folder that exists"),
+        ([dense, "--input", tmp_path / "latin"], "is no UTF-8"),
+        ([dense, "--input", tmp_path / "none"], "No such file"),
     ]
+    if not torch.cuda.is_available():
+        cases.append(([dense, "--device", "cuda"], "--device='cuda': is not available here"))
     for argv, message in cases:
-        assert translate.main([str(arg) for arg in argv]) == 2
+        assert translate.main([str(arg) for arg in argv]) == 2, argv
         printed = capsys.readouterr().err
-        assert message in printed and printed.startswith("error: ") and printed.count("\n") == 1
+        assert message in printed and printed.startswith("error: ") and printed.count("\n") == 1, printed
+
+
+@pytest.mark.parametrize("kind", ["dense", "compact"])
+def test_code_of_a_model_is_not_run_whatever_the_text_says(folders, tmp_path: Path, kind: str) -> None:
+    """transformers asks on stdin whether it may: the first line of the text would be the answer."""
+    folder = copied(folders[kind], tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine", "AutoModelForSeq2SeqLM": "mine.Mine"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    command = [sys.executable, str(SCRIPT), str(folder), "--threads", "1", "--beams", "1"]
+    result = subprocess.run(command, input="y\ny\ny\n", capture_output=True, text=True, timeout=300)
+    assert result.returncode == 2 and "error: " in result.stderr and result.stdout == ""
+    assert not (tmp_path / "ran").exists()
 
 
 def test_the_script_from_a_shell(folders) -> None:
