@@ -12,6 +12,9 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+#: Weights that travel at a time.
+_PART = 2**24
+
 #: What this process is doing that other ranks take part in, from the outside in: for messages.
 _OPERATIONS: list[str] = []
 
@@ -84,24 +87,43 @@ class Comm:
     def assemble(self, piece: Tensor, starts: Sequence[int], numels: Sequence[int], total: int) -> Tensor | None:
         """On rank 0 the tensor (total,) that the ranks' pieces make up, on the CPU; None on the other ranks.
 
+        Only ranks that have something of it send, each part to where it belongs: rank 0 holds the whole once, and where
+        the group's library cannot send from the CPU a part on its device, however many ranks there are.
+
         Args:
-            piece: this rank's values, `numels[rank]` of them.
+            piece: this rank's values, `numels[rank]` of them, of one dtype on all ranks that have any and on rank 0.
             starts: where each rank's piece begins; known to every rank.
         """
         if self.size == 1 or numels[0] == total:
             return piece.cpu() if self.rank == 0 else None
-        widest = max(numels)
-        sent = torch.zeros(widest, dtype=piece.dtype, device=self._device)
-        sent[: piece.numel()] = piece
-        received = [torch.empty_like(sent) for _ in range(self.size)] if self.rank == 0 else None
+        whole = torch.empty(total, dtype=piece.dtype) if self.rank == 0 else None
         with _named(f"gathering of a tensor of {total} weights", self.size):
-            dist.gather(sent, received, group=self._group, group_dst=0)
-        if received is None:
-            return None
-        whole = torch.empty(total, dtype=piece.dtype)
-        for start, numel, values in zip(starts, numels, received, strict=True):
-            whole[start : start + numel] = values[:numel]
+            for rank, (start, numel) in enumerate(zip(starts, numels, strict=True)):
+                if self.rank not in (0, rank):
+                    continue
+                for lo in range(0, numel, _PART):
+                    hi = min(lo + _PART, numel)
+                    if whole is None:
+                        self._pass(dist.isend, piece[lo:hi].to(self._device), 0)
+                    elif rank == 0:
+                        whole[start + lo : start + hi] = piece[lo:hi]
+                    else:
+                        self._receive(whole[start + lo : start + hi], rank)
         return whole
+
+    def _receive(self, part: Tensor, rank: int) -> None:
+        """Sets a contiguous part of a tensor on the CPU to what a rank sends."""
+        if self._device.type == "cpu":
+            self._pass(dist.irecv, part, rank)
+            return
+        received = torch.empty_like(part, device=self._device)
+        self._pass(dist.irecv, received, rank)
+        part.copy_(received)
+
+    def _pass(self, way: Callable[..., Any], values: Tensor, rank: int) -> None:
+        """Sends to a rank, or receives from it. As a batch, NCCL needs no connections of their own for that."""
+        for work in dist.batch_isend_irecv([dist.P2POp(way, values, group=self._group, group_peer=rank)]):
+            work.wait()
 
     def assemble_everywhere(self, piece: Tensor, start: int, total: int) -> Tensor:
         """On every rank the integers (total,) that the ranks' pieces make up, on the device of the piece.

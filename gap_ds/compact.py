@@ -14,6 +14,7 @@ are no signature: who can write the file can write them, too.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import json
@@ -32,6 +33,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gap_ds import export, masks, tensorfile
+from gap_ds.comm import why
 from gap_ds.exchange.file import printable
 from gap_ds.export import INFO, Progress, is_weights, weight_files, write_weights
 from gap_ds.tensorfile import DTYPES, NAMES, encode, header_length, load_json
@@ -373,12 +375,11 @@ def _read_tensor(file: io.BufferedReader, stored: Stored, start: int, where: Map
     if stored.kept is None:
         return parts[0].view(stored.dtype).view(stored.shape)
     bits, values = parts
-    kept = masks.unpack(bits, stored.numel)
-    if masks.count(bits) != stored.kept or int(kept.sum()) != stored.kept:
+    used = stored.numel % 8 or 8  # bits of the last byte
+    if masks.count(bits) != stored.kept or (bits.numel() and int(bits[-1]) >> used):
         raise ValueError(f"the mask of {printable(stored.name)} does not keep {stored.kept} weights")
     word = _WORDS[stored.dtype.itemsize]
-    words = torch.zeros(stored.numel, dtype=word)
-    words[kept] = values.view(word)
+    words = torch.zeros(stored.numel, dtype=word).masked_scatter_(masks.unpack(bits, stored.numel), values.view(word))
     return words.view(stored.dtype).view(stored.shape)
 
 
@@ -386,7 +387,8 @@ def load_compact(folder: str | Path, **options: Any) -> Any:
     """The model of a compact folder, equal bit for bit to the dense export's, in evaluation mode, on the CPU.
 
     A folder with a config.json becomes a Hugging Face model of the class that the config names; code that comes with a
-    model is never run. Any other folder becomes a dict of tensors, for `load_state_dict`.
+    model is never run. Any other folder becomes a dict of tensors, for `load_state_dict`. Weights become dense one at a
+    time: the memory is that of the model and one of them.
 
     Args:
         options: for `from_pretrained`, such as `dtype`.
@@ -398,29 +400,45 @@ def load_compact(folder: str | Path, **options: Any) -> Any:
         if options:
             raise ValueError(f"{folder}: has no config.json, so there is no use for {', '.join(options)}.")
         return dict(read(folder))
-    header(folder)  # before a library is imported for it
+    stored = header(folder).tensors  # before a library is imported for it
     import transformers
 
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder / 'config.json'}: cannot be read ({_first_line(error)}).") from None
+    path = folder / "config.json"
+    with _usable(path):
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     name = (getattr(config, "architectures", None) or [""])[0]
     architecture: Any = getattr(transformers, str(name), None)
     if not _is_model(architecture, transformers.PreTrainedModel):
         raise ValueError(
-            f"{folder / 'config.json'}: names the architecture {printable(str(name))!r}, which transformers "
+            f"{path}: names the architecture {printable(str(name))!r}, which transformers "
             f"{transformers.__version__} does not have. Load its weights with gap_ds.compact.read."
         )
-    weights = dict(read(folder))
-    model, found = architecture.from_pretrained(
-        None, config=config, state_dict=weights, output_loading_info=True, **options
-    )
-    wrong = [*found["missing_keys"], *found["unexpected_keys"], *(str(key[0]) for key in found["mismatched_keys"])]
-    if wrong:
-        raise ValueError(f"{folder}: the weights do not fit config.json (first: {printable(min(wrong))}).")
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
+    _check_shapes(folder, architecture, config, stored)
+
+    def build(weights: dict[str, Tensor]) -> Any:
+        with _usable(path):
+            model, found = architecture.from_pretrained(
+                None,
+                config=config,
+                state_dict=weights,
+                **{**options, "ignore_mismatched_sizes": True, "output_loading_info": True},
+            )
+        strange = (found["missing_keys"], found["unexpected_keys"], (key[0] for key in found["mismatched_keys"]))
+        if wrong := [str(name) for names in strange for name in names]:
+            raise ValueError(f"{folder}: the weights do not fit config.json (first: {printable(min(wrong))}).")
+        return model
+
+    # First with placeholders that take no memory: all elements of one are the same.
+    model = build({tensor.name: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape) for tensor in stored})
+    places = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    if _can_be_filled(places, stored):
+        for key, tensor in read(folder):
+            places[key].data = tensor.to(places[key].device, places[key].dtype)
+    else:
+        model = build(dict(read(folder)))
+    if (path := folder / "generation_config.json").is_file():
+        with _usable(path):
+            model.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
     model.name_or_path = str(folder)
     return model
 
@@ -429,8 +447,50 @@ def _is_model(found: Any, base: Any) -> bool:
     return isinstance(found, type) and issubclass(found, base)
 
 
+def _check_shapes(folder: Path, architecture: Any, config: Any, stored: Sequence[Stored]) -> None:
+    """ValueError: a weight has another shape than in the model of the config, which is built without memory."""
+    try:
+        with torch.device("meta"):
+            wanted = architecture(copy.deepcopy(config)).state_dict()
+    except Exception:  # some models cannot be built like this; a wrong config shows when it is built for good
+        return
+    for tensor in stored:
+        if tensor.name in wanted and tuple(wanted[tensor.name].shape) != tensor.shape:
+            raise ValueError(
+                f"{folder}: the weights do not fit config.json ({printable(tensor.name)} has the shape {tensor.shape}, "
+                f"by the config {tuple(wanted[tensor.name].shape)}). Get the config again that was exported with them."
+            )
+
+
+def _can_be_filled(places: Mapping[str, Tensor], stored: Sequence[Stored]) -> bool:
+    """Whether each tensor has a place of its own in the model, as it is.
+
+    If not (earlier names, one weight under two names, quantization, other devices), transformers must see the values.
+    """
+    found = [places[tensor.name] for tensor in stored if tensor.name in places]
+    return len({id(place) for place in found}) == len(stored) and all(
+        not place.is_meta
+        and tuple(place.shape) == tensor.shape
+        and place.is_floating_point() == tensor.dtype.is_floating_point
+        for place, tensor in zip(found, stored, strict=True)
+    )
+
+
+@contextmanager
+def _usable(path: Path) -> Iterator[None]:
+    """Turns whatever transformers says of a file that it cannot use into one sentence."""
+    try:
+        yield
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            reason = "its model needs code of its own, which is never run. Load its weights with gap_ds.compact.read"
+        else:
+            reason = f"transformers cannot use it ({_first_line(error)}). Get the file again that was exported"
+        raise ValueError(f"{path}: {reason}.") from error
+
+
 def _first_line(error: Exception) -> str:
-    return printable(str(error).strip().split("\n")[0])
+    return printable(why(error))
 
 
 # -- convert --------------------------------------------------------------------------------------------------------
@@ -442,12 +502,13 @@ def compact(
     """Converts an exported model folder into a compact one; `out` is whole or absent. Returns figures, for JSON.
 
     The weights are model.safetensors or what model.safetensors.index.json names; gap.json says which tensors are
-    entries. All other files at the top of the folder are copied as they are.
+    entries. All other files at the top of the folder are copied; the card and gap.json then say what is there.
 
     Raises:
-        ValueError: `source` is no exported model or is damaged; `out` holds something and `overwrite` is not set.
+        ValueError: `source` is no exported model or is damaged; `out` holds something and `overwrite` is not set, or it
+            is no exported model.
     """
-    source, out = Path(source), Path(out)
+    source, out = Path(source), export.place(out)
     info = _read_info(source / INFO)
     with _folder(source, out, overwrite) as aside, ExitStack() as stack:
         try:
@@ -457,22 +518,22 @@ def compact(
                 raise ValueError(f"{source}: {name} and all other entries of {INFO} are in no file. Export it again.")
             write(aside, files, info.entries, info.signature, progress)
         except SafetensorError as error:
-            raise ValueError(f"{source}: its weights are truncated or damaged ({_first_line(error)}).") from None
+            raise ValueError(f"{source}: its weights are damaged ({printable(str(error))}). Export it again.") from None
     return figures(out)
 
 
-def expand(source: str | Path, out: str | Path, *, overwrite: bool = False) -> Path:
+def expand(source: str | Path, out: str | Path, *, overwrite: bool = False, progress: Progress | None = None) -> Path:
     """Converts a compact folder back into a dense one, for tools that know nothing of it; `out` is whole or absent.
 
     The tensors of its model.safetensors equal those of the first export bit for bit. Read and written one at a time.
 
     Raises:
-        ValueError: as `read`; `out` holds something and `overwrite` is not set.
+        ValueError: as `read`; `out` holds something and `overwrite` is not set, or it is no exported model.
     """
-    source, out = Path(source), Path(out)
+    source, out = Path(source), export.place(out)
     header(source)
     with _folder(source, out, overwrite) as aside, opened(source) as tensors:
-        write_weights(aside / "model.safetensors", tensors)
+        write_weights(aside / "model.safetensors", tensors, progress)
     return out
 
 
@@ -485,14 +546,16 @@ def _folder(source: Path, out: Path, overwrite: bool) -> Iterator[Path]:
         for path in sorted(source.iterdir()):
             if path.is_file() and not is_weights(path):
                 shutil.copyfile(path, aside / path.name)
+        if export.is_export(aside):
+            export.renew_digests(aside)
+        export.fit_card(aside)
 
 
 def check_out(source: Path, out: Path, overwrite: bool) -> None:
-    """ValueError: `out` is `source` or holds it, or is not empty and `overwrite` is not set."""
+    """ValueError: `out` is `source` or holds it, or may not be written (`export.check_out`)."""
     if out.resolve() == source.resolve() or out.resolve() in source.resolve().parents:
         raise ValueError(f"{out}: is the model's own folder, or holds it. Choose another folder.")
-    if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: is not empty. Choose another folder, or overwrite it on purpose (overwrite=True).")
+    export.check_out(out, overwrite)
 
 
 def figures(folder: str | Path) -> dict[str, Any]:
@@ -536,7 +599,12 @@ class _Files(Mapping[str, Tensor]):
         for path, expected in files.items():
             if not path.is_file():
                 raise ValueError(f"{path}: there is no such file.")
-            opened = stack.enter_context(safe_open(path, framework="pt"))
+            try:
+                opened = stack.enter_context(safe_open(path, framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise ValueError(
+                    f"{path}: is truncated or damaged ({printable(str(error))}). Export it again."
+                ) from None
             names = list(opened.keys())
             if lost := sorted(set(expected or ()) - set(names)):
                 raise ValueError(f"{path}: lacks {printable(lost[0])}, which the index says it has.")

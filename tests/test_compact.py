@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gap_ds import compact
+from gap_ds import export as export_
 
 SPECIAL = [float("nan"), float("inf"), float("-inf"), -0.0, 1.0, -1.5]
 
@@ -321,16 +326,158 @@ def test_a_hugging_face_model_equals_its_dense_export(tmp_path: Path, dtype: tor
     again = transformers.AutoModelForSeq2SeqLM.from_pretrained(compact.expand(tmp_path / "out", tmp_path / "again"))
     assert all(same(wanted[name], value) for name, value in again.state_dict().items())
 
-    text = json.loads((tmp_path / "out" / "config.json").read_text())
-    for change, message in (
-        ({"encoder_layers": 2}, "do not fit"),
-        ({"d_model": 16}, "fit|size"),
-        ({"architectures": ["os"]}, "architecture 'os'"),
-        ({"model_type": "unheard"}, "cannot be read"),
+
+# ------------------------------------------------------------------------------------- loading Hugging Face models
+
+
+@pytest.fixture
+def translator(tmp_path: Path) -> Path:
+    """A small translation model as it is exported, in `dense` and `out`, the latter compact."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.M2M100Config(
+        vocab_size=50, d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=64, decoder_ffn_dim=64,
+        encoder_attention_heads=2, decoder_attention_heads=2, max_position_embeddings=32,
+    )  # fmt: skip
+    model = transformers.M2M100ForConditionalGeneration(config)
+    entry = "model.encoder.layers.0.fc1.weight"
+    with torch.no_grad():
+        model.get_parameter(entry)[1:] = 0
+    model.save_pretrained(tmp_path / "dense")
+    (tmp_path / "dense" / "gap.json").write_text(json.dumps({"signature": "gap|x", "entries": {entry: {}}}))
+    compact.compact(tmp_path / "dense", tmp_path / "out")
+    return tmp_path / "out"
+
+
+def sentence(folder: Path, error: pytest.ExceptionInfo[ValueError]) -> str:
+    message = str(error.value)
+    assert type(error.value) is ValueError and "\n" not in message and message.startswith(str(folder))
+    assert message.endswith(".") and len(message) < 700
+    return message
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"encoder_layers": 2}, "do not fit config.json (first: model.encoder.layers.1."),
+        ({"encoder_layers": 0}, "do not fit config.json (first: model.encoder.layers.0."),
+        ({"d_model": 16}, "layer_norm.bias has the shape (32,), by the config (16,))"),
+        ({"d_model": 2**24}, "layer_norm.bias has the shape (32,), by the config (16777216,))"),
+        ({"d_model": "x"}, "config.json: transformers cannot use it ("),
+        ({"d_model": 33}, "config.json: transformers cannot use it ("),
+        ({"architectures": ["os"]}, "names the architecture 'os'"),
+        ({"architectures": ["PreTrainedModel"]}, "config.json: transformers cannot use it ("),
+        ({"model_type": "unheard"}, "config.json: transformers cannot use it ("),
+    ],
+    ids=str,
+)
+def test_a_config_that_does_not_fit_is_one_sentence(translator: Path, change: dict[str, Any], said: str) -> None:
+    path = translator / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError) as error:
+        compact.load_compact(translator)
+    assert said in sentence(translator, error)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"num_beams": ', "\xff"])
+def test_a_damaged_config_is_one_sentence(translator: Path, name: str, text: str) -> None:
+    (translator / name).write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError) as error:
+        compact.load_compact(translator)
+    assert f"{name}: transformers cannot use it (" in sentence(translator, error)
+
+
+HOSTILE = "import pathlib, sys; pathlib.Path(__file__).with_name('run').touch()"
+LOADED = """
+import sys
+from gap_ds import load_compact
+try:
+    load_compact(sys.argv[1])
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_code_of_a_folder_is_not_run_whoever_says_yes(translator: Path) -> None:
+    """Nor is anybody asked."""
+    for module in ("configuration_own", "modeling_own"):
+        (translator / f"{module}.py").write_text(HOSTILE)
+    path = translator / "config.json"
+    mapped = {"AutoConfig": "configuration_own.Own", "AutoModel": "modeling_own.Own"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "own", "auto_map": mapped}))
+    command = [sys.executable, "-c", LOADED, str(translator)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    done = subprocess.run(
+        command, input="y\n" * 9, capture_output=True, text=True, timeout=200, check=True, env=environment
+    )
+    assert done.stdout.count("\n") == 1 and "code of its own, which is never run" in done.stdout, done.stdout
+    assert not list(translator.rglob("run"))
+
+
+def test_other_names_and_tied_weights_are_left_to_transformers(translator: Path, tmp_path: Path) -> None:
+    """Names without the prefix of the whole model, and a weight that is there under two names."""
+    transformers = pytest.importorskip("transformers")
+    wanted = transformers.AutoModelForSeq2SeqLM.from_pretrained(translator.parent / "dense").state_dict()
+    weights = dict(compact.read(translator))
+    tied = next(name for name in weights if name.endswith("shared.weight"))
+    for changed in (
+        {name.removeprefix("model."): weight for name, weight in weights.items()},
+        {**weights, "model.encoder.embed_tokens.weight": weights[tied].clone()},
     ):
-        (tmp_path / "out" / "config.json").write_text(json.dumps(text | change))
-        with pytest.raises((ValueError, RuntimeError), match=message):
-            compact.load_compact(tmp_path / "out")
+        compact.write(translator, changed, set())
+        found = compact.load_compact(translator).state_dict()
+        assert found.keys() == wanted.keys() and all(same(found[name], wanted[name]) for name in wanted)
+
+
+def test_what_takes_the_values_as_they_are_stored() -> None:
+    stored = [compact.Stored("a", (2, 3), torch.float32, None), compact.Stored("b", (2, 3), torch.float32, None)]
+    right, other = torch.zeros(2, 3, dtype=torch.bfloat16), torch.zeros(2, 3)
+    assert compact._can_be_filled({"a": right, "b": other, "c": other}, stored)
+    for wrong in (right, torch.zeros(0), torch.zeros(2, 3, device="meta"), torch.zeros(2, 3, dtype=torch.int8)):
+        assert not compact._can_be_filled({"a": right, "b": wrong}, stored)
+    assert not compact._can_be_filled({"a": right}, stored)
+
+
+PEAK = """
+import resource, sys, torch, transformers
+from gap_ds import load_compact
+torch.set_num_threads(1)
+load_compact(sys.argv[2])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+model = load_compact(sys.argv[1], dtype=sys.argv[3])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.parametrize(("dtype", "wanted"), [(torch.float32, "bfloat16"), (torch.float32, "float32")])
+def test_loading_takes_the_memory_of_the_model_and_one_weight(tmp_path: Path, dtype: torch.dtype, wanted: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    made = functools.cache(lambda shape: sparse(shape, 0.1, dtype))
+    for name, width in (("small", 8), ("large", 1024)):
+        config = transformers.LlamaConfig(
+            vocab_size=64, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=6, num_attention_heads=2,
+            dtype=dtype,
+        )  # fmt: skip
+        config.architectures = ["LlamaForCausalLM"]
+        config.save_pretrained(tmp_path / name)
+        with torch.device("meta"):
+            shapes = {key: weight.shape for key, weight in transformers.LlamaForCausalLM(config).state_dict().items()}
+
+        class Weights(dict[str, Any]):
+            def __getitem__(self, key: str) -> Tensor:
+                return made(super().__getitem__(key))
+
+        compact.write(tmp_path / name, Weights(shapes), set(shapes))
+    size = sum(shape.numel() for shape in shapes.values()) * getattr(torch, wanted).itemsize
+    assert size > 130e6
+    command = [sys.executable, "-c", PEAK, str(tmp_path / "large"), str(tmp_path / "small"), wanted]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    environment |= {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back to the system
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True, env=environment)
+    assert int(done.stdout) * 1024 < 1.4 * size
+
+
+# ----------------------------------------------------------------------------------------------------- conversion
 
 
 def test_conversion_refuses_with_a_sentence_and_leaves_nothing(tmp_path: Path) -> None:
@@ -342,6 +489,7 @@ def test_conversion_refuses_with_a_sentence_and_leaves_nothing(tmp_path: Path) -
         with pytest.raises(ValueError, match="own folder"):
             compact.compact(dense, place, overwrite=True)
     out.mkdir()
+    compact.compact(dense, out)
     (out / "mine").touch()
     with pytest.raises(ValueError, match="is not empty"):
         compact.compact(dense, out)
@@ -354,9 +502,10 @@ def test_conversion_refuses_with_a_sentence_and_leaves_nothing(tmp_path: Path) -
             compact.expand(out, place, overwrite=True)
 
     data = (dense / "model.safetensors").read_bytes()
-    (dense / "model.safetensors").write_bytes(data[:-1])
-    with pytest.raises(ValueError, match="truncated or damaged"):
-        compact.compact(dense, tmp_path / "new")
+    for end in (0, 7, 8, 20, len(data) - 1):
+        (dense / "model.safetensors").write_bytes(data[:end])
+        with pytest.raises(ValueError, match=r"^[^\n]*model\.safetensors: is truncated or damaged [^\n]*$"):
+            compact.compact(dense, tmp_path / "new")
     (dense / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="has neither"):
         compact.compact(dense, tmp_path / "new")
@@ -379,3 +528,127 @@ def test_conversion_refuses_with_a_sentence_and_leaves_nothing(tmp_path: Path) -
     with pytest.raises(ValueError, match="is damaged"):
         compact.compact(dense, tmp_path / "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "out"]
+
+
+def test_both_ways_tell_how_far_they_are(tmp_path: Path) -> None:
+    export(tmp_path / "dense", {"a": sparse((30, 20), 0.1), "b": torch.randn(20)}, ["a"])
+    told: list[tuple[str, int, int]] = []
+    compact.compact(tmp_path / "dense", tmp_path / "out", progress=lambda *args: told.append(args))
+    compact.expand(tmp_path / "out", tmp_path / "again", progress=lambda *args: told.append(args))
+    assert told == 2 * [("a", 2400, 2480), ("b", 2480, 2480)]
+
+
+# ------------------------------------------------------------------------------------------- what may be overwritten
+
+
+@pytest.fixture
+def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An export in `model` of the current folder, and a compact one, which holds a file of another's besides."""
+    monkeypatch.chdir(tmp_path)
+    export(tmp_path / "model", {"a": sparse((30, 20), 0.1)}, ["a"])
+    compact.compact("model", "out")
+    Path("out/old").touch()
+    return tmp_path
+
+
+def files(folder: str | Path = ".") -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*"))
+
+
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        ("home", "home: holds no exported model (gap.json), so it is not overwritten. Choose another folder, or"),
+        ("project", "project: holds no exported model (gap.json), so it is not overwritten."),
+        ("file", "file: is a file, and no folder. Choose another folder."),
+        ("file/below", "file: is a file, and no folder."),
+        ("link", "link: is a symbolic link. Choose another folder"),
+        ("nowhere", "nowhere: is a symbolic link."),
+        ("..", ": is the current folder, or holds it."),
+        ("model", "model: is the model's own folder, or holds it."),
+    ],
+)
+def test_overwriting_replaces_exports_alone(
+    exported: Path, monkeypatch: pytest.MonkeyPatch, out: str, said: str
+) -> None:
+    Path("home/.ssh").mkdir(parents=True)
+    Path("project").mkdir()
+    Path("project/gap.json").write_text('{"sparsity": 0.8, "partitions": 2}')  # a config, which may have that name
+    Path("file").touch()
+    Path("link").symlink_to("out")
+    Path("nowhere").symlink_to("absent")
+    Path("current/below").mkdir(parents=True)
+    before = files()
+    if out == "..":
+        monkeypatch.chdir("current/below")
+    with pytest.raises(ValueError) as error:
+        compact.compact(exported / "model", out, overwrite=True)
+    assert said in str(error.value) and "\n" not in str(error.value)
+    assert files(exported) == before
+
+
+def test_a_failed_overwrite_leaves_what_was_there(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = files()
+    rename = Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        if path.name == "new":
+            raise OSError(28, "No space left on device")
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", refuse)
+        with pytest.raises(ValueError, match=r"^out: cannot be written \(\[Errno 28\] No space left on device\)\.$"):
+            compact.compact("model", "out", overwrite=True)
+    assert files() == before
+    compact.compact("model", "out", overwrite=True)
+    assert files() == [name for name in before if name != "out/old"]
+
+
+def test_the_old_export_is_kept_where_another_folder_took_its_place(
+    exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def first(path: Path, target: Path) -> Path:
+        if path.name == "new":
+            Path("out/others").mkdir(parents=True)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", first)
+    with pytest.raises(ValueError, match=r"^out: cannot be written \(\[Errno 39\] Directory not empty: "):
+        compact.compact("model", "out", overwrite=True)
+    assert files("out.partial") == ["old", *(f"old/{name}" for name in ("compact.safetensors", "gap.json", "old"))]
+    assert files("out") == ["others"]
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_what_a_killed_process_has_left_is_used_or_cleared(exported: Path, renamed: bool) -> None:
+    """Killed while it wrote, or between the two renames: then the old export is in the folder aside."""
+    before = files()
+    Path("out.partial/new").mkdir(parents=True)
+    Path("out.partial/new/model.safetensors").touch()
+    if renamed:
+        Path("out").rename("out.partial/old")
+        with pytest.raises(RuntimeError), export_.aside(Path("out")):
+            raise RuntimeError("something else is wrong")
+        assert files() == before
+        Path("out.partial").mkdir()
+        Path("out").rename("out.partial/old")
+    compact.compact("model", "out", overwrite=True)
+    assert files() == [name for name in before if name != "out/old"]
+
+
+def test_two_processes_do_not_write_one_folder(exported: Path) -> None:
+    holder = "import sys, gap_ds.export as e, pathlib\nwith e.aside(pathlib.Path('out')): print(1, flush=True); input()"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    with subprocess.Popen(
+        [sys.executable, "-c", holder], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline()
+        with pytest.raises(ValueError, match=r"^out\.partial: another process is writing there\."):
+            compact.compact("model", "out", overwrite=True)
+        assert Path("out.partial/new").is_dir()
+        other.kill()
+    compact.compact("model", "out", overwrite=True)
+    assert not Path("out.partial").exists()

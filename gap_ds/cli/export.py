@@ -10,7 +10,7 @@ import torch
 
 from gap_ds import compact
 from gap_ds.cli import export_checkpoint
-from gap_ds.export import Progress
+from gap_ds.export import Progress, place
 
 
 def export(
@@ -22,8 +22,10 @@ def export(
         form: dense or compact.
         model, dtype: of a checkpoint alone.
     Raises:
-        ValueError: `source` is neither, or is damaged; `out` holds something and `overwrite` is not set.
+        ValueError: `source` is neither, or is damaged; `out` holds something and `overwrite` is not set, or it is no
+            exported model.
     """
+    out = place(out)
     path = export_checkpoint.find(source)
     if path is None:
         if model is not None or dtype != "float32":
@@ -34,15 +36,21 @@ def export(
     if form == "dense":
         export_checkpoint.write(path, out, **options)
         return {"path": str(out), "checkpoint": str(path)}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.") as dense:
-        export_checkpoint.write(path, Path(dense) / "dense", **options)
-        return _convert(Path(dense) / "dense", out, form, overwrite, progress) | {"checkpoint": str(path)}
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.") as dense:
+            export_checkpoint.write(path, Path(dense) / "dense", **options)
+            return _convert(Path(dense) / "dense", out, form, overwrite, progress) | {"checkpoint": str(path)}
+    except OSError as error:
+        raise ValueError(f"{out}: cannot be written ({error}).") from error
 
 
 def _convert(source: Path, out: Path, form: str, overwrite: bool, progress: Progress) -> dict[str, Any]:
+    is_compact, is_dense = (source / compact.FILE).is_file(), any(source.glob("model.safetensors*"))
+    if is_compact != is_dense and form == ("dense" if is_dense else "compact"):
+        raise ValueError(f"{source}: is {form} already. Copy it, or choose another --format.")
     if form == "dense":
-        return {"path": str(compact.expand(source, out, overwrite=overwrite))}
+        return {"path": str(compact.expand(source, out, overwrite=overwrite, progress=progress))}
     return compact.compact(source, out, overwrite=overwrite, progress=progress)
 
 

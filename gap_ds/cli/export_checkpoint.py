@@ -51,6 +51,7 @@ def write(
         model: folder with the model's config.json, and its tokenizer if it has one; both are copied. Without it, OUT
             holds the weights and gap.json alone; a tied weight is there under each of its names, and the sparsity of
             the whole model counts all of these, and buffers, too.
+        dtype: of the parameters; buffers keep their own.
     Raises:
         ValueError: the files cannot be read like this, are damaged, or do not go with `model`; one sentence.
     """
@@ -64,19 +65,27 @@ def write(
         for name, shape, partition, keep, dims in state.entries
     )
     plan = Plan(entries, config.kappa, 0, 0, pattern.parse(config.pattern), config.distribution == "global")
+    if model is None and dtype != torch.float32:
+        raise ValueError(
+            f"--dtype {str(dtype).removeprefix('torch.')}: is that of the parameters alone, and without the model "
+            "nobody knows which of the tensors are buffers. Set --model, or leave --dtype."
+        )
     module = _module(model) if model is not None else None
     with contextlib.ExitStack() as stack:
         weights = _of_model(path, _read(path, module, plan, stack), module, plan)
         bits = _bits(path, plan, weights, schedule, state.applied_steps)
         folder = stack.enter_context(export.aside(out))
         if model is not None:
-            export.copy_config(model, folder, dtype)
-        counts = export.write_weights(folder / "model.safetensors", _Pruned(weights, bits, dtype), progress)
+            export.copy_config(model, folder, dtype, type(module).__name__)
+        kept = {} if module is None else {name: buffer.dtype for name, buffer in export.buffers(module)}
+        tensors = _Pruned(weights, bits, dtype, kept)
+        counts = export.write_weights(folder / "model.safetensors", tensors, progress)
         parameters = list(counts) if module is None else [name for name, _ in module.named_parameters()]
         plan = replace(plan, total=sum(counts[name].numel for name in parameters))
         nonzero = {name: count.nonzero for name, count in counts.items()}
         info = export.info(plan, schedule, state.signature, state.applied_steps, nonzero)
         checkpoint.write_json(folder / export.INFO, info)
+        export.renew_digests(folder)
         export.write_card(folder)
 
 
@@ -109,13 +118,7 @@ def _of_model(path: Path, weights: Mapping[str, Tensor], module: nn.Module | Non
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters, a tied one under its first name, and buffers that a checkpoint holds."""
-    buffers = {
-        f"{prefix}.{name}".removeprefix("."): buffer
-        for prefix, owner in module.named_modules()
-        for name, buffer in owner.named_buffers(recurse=False)
-        if name not in owner._non_persistent_buffers_set
-    }
-    return dict(module.named_parameters()) | buffers
+    return dict(module.named_parameters()) | dict(export.buffers(module))
 
 
 class _Some(Mapping[str, Tensor]):
@@ -135,17 +138,34 @@ class _Some(Mapping[str, Tensor]):
 
 
 class _Pruned(_Some):
-    """The weights with masks applied, in the dtype to write."""
+    """The weights with masks applied, in the dtype to write.
 
-    def __init__(self, weights: Mapping[str, Tensor], bits: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    Args:
+        buffers: those of the model, which have their own dtype; DeepSpeed's consolidation makes all of them fp32.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        bits: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        buffers: Mapping[str, torch.dtype],
+    ) -> None:
         super().__init__(weights, list(weights))
-        self._bits, self._dtype = bits, dtype
+        self._bits, self._dtype, self._buffers = bits, dtype, buffers
 
     def __getitem__(self, name: str) -> Tensor:
         weight = super().__getitem__(name).clone(memory_format=torch.contiguous_format)
+        if name in self._buffers:
+            return weight if self._buffers[name].is_floating_point else weight.to(self._buffers[name])
         if name in self._bits and weight.numel():
             masks.zero_pruned_(weight.view(-1), self._bits[name])
-        return weight.to(self._dtype) if weight.is_floating_point() else weight
+        if not weight.is_floating_point():
+            return weight
+        cast = weight.to(self._dtype)
+        if self._dtype == torch.float16:
+            export.check_range(name, int(torch.count_nonzero(cast.isinf())), self._dtype)
+        return cast
 
 
 # -- masks -------------------------------------------------------------------------------------------------------------

@@ -52,7 +52,9 @@ class ExportInfo(records.Record):
     model_sparsity: float
     kept: Count
     numel: Count
+    model_numel: Count | None = None
     entries: dict[str, EntryInfo]
+    sha256: dict[str, str] = Field(default_factory=dict)
 
 
 def inspect(folder: Path, progress: Progress) -> dict[str, Any]:
@@ -70,10 +72,15 @@ def inspect(folder: Path, progress: Progress) -> dict[str, Any]:
     dtypes: Counter[str] = Counter()
     paths = _weight_files(folder)
     is_compact = folder / compact.FILE in paths
-    total = (
-        compact.figures(folder)["dense_bytes"] if is_compact else sum(p.stat().st_size for p in paths if p.is_file())
-    )
-    done = 0
+    sizes = {path: path.stat().st_size for path in paths if path.is_file()}
+    hashed = [path for path in sizes if path.name in info.sha256]  # earlier exports have no digests
+    dense = compact.figures(folder)["dense_bytes"] if is_compact else sum(sizes.values())
+    done, total = 0, sum(sizes[path] for path in hashed) + dense
+    for path in hashed:
+        if export.sha256(path) != info.sha256[path.name]:
+            problems.append(f"{path.name}: was changed: {export.INFO} has another SHA-256 of it")
+        done += sizes[path]
+        progress(path.name, done, total)
     for path, expected in paths.items():
         with _open(path) as file:
             names = list(file.keys())
@@ -93,6 +100,12 @@ def inspect(folder: Path, progress: Progress) -> dict[str, Any]:
     problems += [f"{records.printable(name)}: is in no file" for name in info.entries if name not in entries]
     rows = _partitions(info, entries)
     problems += _budgets(info, entries, rows, pooled) + _totals(info) + _config_dtype(folder, dtypes)
+    notes = _notes(info, entries, config is None)
+    if is_compact:
+        problems += _signature(folder, info)
+        notes += _saved(folder)
+    elif (folder / compact.FILE).is_file():
+        notes.append(f"{', '.join(path.name for path in paths)}: checked; {compact.FILE}, which is there too, is not")
     return {
         "kind": "export",
         "path": str(folder),
@@ -111,7 +124,7 @@ def inspect(folder: Path, progress: Progress) -> dict[str, Any]:
             for name, said in info.entries.items()
             if name in entries
         },
-        "notes": _notes(info, entries, config is None) + (_saved(folder) if is_compact else []),
+        "notes": notes,
         "problems": problems,
     }
 
@@ -236,6 +249,13 @@ def _budgets(
     ]
 
 
+def _signature(folder: Path, info: ExportInfo) -> list[str]:
+    """Whether the compact file is of the run that gap.json is of."""
+    if compact.header(folder).signature == info.signature:
+        return []
+    return [f"{compact.FILE}: has another signature than {export.INFO}: one of them is of another run"]
+
+
 def _totals(info: ExportInfo) -> list[str]:
     """Whether gap.json agrees with itself."""
     problems = []
@@ -245,6 +265,13 @@ def _totals(info: ExportInfo) -> list[str]:
             problems.append(f'{export.INFO}: "{key}" is {getattr(info, key):,}, its entries have {found:,}')
     if info.numel and abs(info.entry_sparsity - (info.numel - info.kept) / info.numel) > 1e-9:
         problems.append(f'{export.INFO}: "entry_sparsity" is {info.entry_sparsity}, which its counts do not give')
+    # Exports without "model_numel" do not say of how many weights it is the share; the model has its entries at least.
+    if info.model_numel:
+        wrong = abs(info.model_sparsity - (info.numel - info.kept) / info.model_numel) > 1e-9
+    else:
+        wrong = not -1e-9 < info.model_sparsity < info.entry_sparsity + 1e-9
+    if wrong:
+        problems.append(f'{export.INFO}: "model_sparsity" is {info.model_sparsity}, which its counts do not give')
     return problems
 
 
