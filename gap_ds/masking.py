@@ -45,10 +45,11 @@ class Masking:
         those are masked.
         """
         owners = _owners(optimizer)
-        for name, bits in self.bits.items():
-            shard = self.shards[name]
-            if shard.numel and id(owner := shard.owner()) in owners:
-                masks.zero_pruned_(shard.of(owner), bits)
+        masks.zero_pruned_all_(
+            (shard.of(owner), bits)
+            for name, bits in self.bits.items()
+            if (shard := self.shards[name]).numel and id(owner := shard.owner()) in owners
+        )
 
     def copy_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         """Copies the gradients of that step, because libraries free or overwrite them before the boundary."""
@@ -98,8 +99,7 @@ class Masking:
 
     def _forget_moments(self, shard: Shard, bits: Tensor) -> None:
         """Zeroes the moments of the weights that a mask prunes."""
-        for moment in shard.moments(self._backend.optimizer):
-            masks.zero_pruned_(moment, bits)
+        masks.zero_pruned_all_((moment, bits) for moment in shard.moments(self._backend.optimizer))
 
     def _remember(self, shard: Shard, before: Tensor | None, bits: Tensor) -> None:
         """Keeps the values of the weights that a new mask prunes, besides those that the mask before it had pruned."""

@@ -9,18 +9,27 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import threading
 import warnings
-from types import ModuleType
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-#: Mask bytes handled at a time. The expanded mask of 8 * 32768 weights (1 MiB) stays in a core's cache; smaller blocks
-#: are slower, because memory is read fastest in long stretches.
-_CPU_BLOCK = 32768
-#: On an accelerator larger blocks amortise the launches; the scratch is 8 * 4 bytes per mask byte.
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+#: Bytes of weights handled at a time on a CPU. The 1 MiB of words to which their mask is expanded stays in the caches;
+#: smaller blocks are slower, because memory is read fastest in long stretches.
+_CPU_BLOCK = 1 << 20
+#: Mask bytes handled at a time by PyTorch on an accelerator: larger blocks amortise the launches; the scratch is eight
+#: words per mask byte, and its index.
 _DEVICE_BLOCK = 1 << 22
+
+#: Zeroes the pruned words of pieces (N,) on one device, all of one size, each with its mask.
+Way: TypeAlias = Callable[[Sequence[tuple[Tensor, Tensor]]], None]
 
 
 def nbytes(numel: int) -> int:
@@ -68,61 +77,124 @@ def count(bits: Tensor) -> int:
 def zero_pruned_(piece: Tensor, bits: Tensor) -> None:
     """Sets the pruned weights of a piece (N,) to +0.0, in place and without a full-size copy of the mask.
 
-    The mask is expanded block by block into words of all ones or all zeros and combined by a bitwise and: kept weights
-    do not change in any bit, and a pruned weight is exactly +0.0 even if it was infinite, NaN or negative. On a GPU
-    with triton a kernel writes the zeros and leaves all else alone (`gap_ds.kernels`).
+    Kept weights do not change in any bit, and a pruned weight is exactly +0.0 even if it was infinite, NaN or negative.
     """
-    assert piece.dim() == 1 and piece.is_contiguous() and bits.numel() == nbytes(piece.numel())
-    words = piece.view(_WORD[piece.element_size()])
-    whole = piece.numel() // 8
-    if piece.device.type == "cpu":
-        # One item of the table is the eight words of a mask byte: NumPy copies it whole.
-        table = _table(piece.element_size(), "cpu").numpy().view(f"V{8 * piece.element_size()}")[:, 0]
-        rows, mask = words[: 8 * whole].view(-1, 8).numpy(), bits.numpy()
-        index = np.empty(min(whole, _CPU_BLOCK), dtype=np.intp)
-        expanded = np.empty(len(index), dtype=table.dtype)
-        for lo in range(0, whole, _CPU_BLOCK):
-            block = rows[lo : lo + _CPU_BLOCK]
-            index[: len(block)] = mask[lo : lo + len(block)]
-            # Every index is in the table. Only with a mode other than "raise" does NumPy write straight into `out`.
-            table.take(index[: len(block)], out=expanded[: len(block)], mode="clip")
-            np.bitwise_and(block, expanded[: len(block)].view(block.dtype).reshape(block.shape), out=block)
-    elif (kernels := _kernels(piece.device)) is not None:
-        kernels.zero_pruned_(words, bits)
-        return
-    else:
-        on_device = _table(piece.element_size(), str(piece.device))
-        view = words[: 8 * whole].view(-1, 8)
-        for lo in range(0, whole, _DEVICE_BLOCK):
-            view[lo : lo + _DEVICE_BLOCK] &= on_device[bits[lo : min(lo + _DEVICE_BLOCK, whole)].int()]
-    if tail := piece.numel() - 8 * whole:
-        piece[8 * whole :].masked_fill_(~unpack(bits[whole:], tail), 0.0)
+    zero_pruned_all_([(piece, bits)])
+
+
+def zero_pruned_all_(pieces: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Does `zero_pruned_` to many pieces, each with its mask.
+
+    A mask is expanded block by block into words of all ones or all zeros and combined by a bitwise and. On a GPU with
+    triton one kernel for all pieces writes the zeros and leaves all else alone (`gap_ds.kernels`). Nothing waits for
+    the device, but that the kernel is tried out at the first call.
+    """
+    alike: dict[tuple[torch.device, int], list[tuple[Tensor, Tensor]]] = {}
+    for piece, bits in pieces:
+        assert piece.dim() == 1 and piece.is_contiguous() and bits.numel() == nbytes(piece.numel())
+        words = piece.view(_WORD[piece.element_size()])
+        alike.setdefault((piece.device, piece.element_size()), []).append((words, bits))
+    for (device, element_size), group in alike.items():
+        _way(device, element_size)(group)
 
 
 @functools.cache
-def _kernels(device: torch.device) -> ModuleType | None:
-    """`gap_ds.kernels`, where triton is installed and its kernel does on this GPU what PyTorch does."""
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
-        return None
+def _way(device: torch.device, element_size: int) -> Way:
+    """How words of this size are zeroed on this device: by NumPy, by triton's kernel or by PyTorch, all alike."""
+    if device.type == "cpu":
+        return _one_by_one(_by_numpy)
+    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        return _kernel(device, element_size) or _one_by_one(_by_pytorch)
+    return _one_by_one(_by_pytorch)
+
+
+def _one_by_one(zero: Callable[[Tensor, Tensor], None]) -> Way:
+    def zero_all(pieces: Sequence[tuple[Tensor, Tensor]]) -> None:
+        for words, bits in pieces:
+            zero(words, bits)
+
+    return zero_all
+
+
+def _by_numpy(words: Tensor, bits: Tensor) -> None:
+    element_size = words.element_size()
+    table, items = _host_table(element_size)
+    flat, mask = words.numpy(), bits.numpy()
+    whole, length = len(flat) // 8, _CPU_BLOCK // (8 * element_size)
+    rows = flat[: 8 * whole].reshape(-1, 8)
+    index, expanded, copied = _scratch.room(element_size, min(whole, length))
+    for lo in range(0, whole, length):
+        block = rows[lo : lo + length]
+        if len(block) < len(index):
+            index, expanded, copied = index[: len(block)], expanded[: len(block)], copied[: len(block)]
+        index[:] = mask[lo : lo + len(block)]
+        # Every index is in the table. Only with a mode other than "raise" does NumPy write straight into `out`.
+        items.take(index, out=copied, mode="clip")
+        np.bitwise_and(block, expanded, out=block)
+    if len(rest := flat[8 * whole :]):
+        np.bitwise_and(rest, table[mask[whole], : len(rest)], out=rest)
+
+
+def _by_pytorch(words: Tensor, bits: Tensor) -> None:
+    table = _table(words.element_size(), words.device)
+    whole = words.numel() // 8
+    rows = words[: 8 * whole].view(-1, 8)
+    for lo in range(0, whole, _DEVICE_BLOCK):
+        rows[lo : lo + _DEVICE_BLOCK].bitwise_and_(table[bits[lo : min(lo + _DEVICE_BLOCK, whole)].int()])
+    if tail := words.numel() - 8 * whole:
+        words[8 * whole :].bitwise_and_(table[bits[whole:].int(), :tail].view(-1))
+
+
+def _kernel(device: torch.device, element_size: int) -> Way | None:
+    """Triton's kernel, if it compiles and does on this device what PyTorch does; else None, with a warning."""
     try:
         kernels = importlib.import_module("gap_ds.kernels")
-        words = torch.arange(1, 10_008, dtype=torch.int32, device=device)
-        kept = words % 3 == 0
-        expected = words * kept
-        kernels.zero_pruned_(words, pack(kept))
+        words = torch.arange(1, 20_001, dtype=_WORD[element_size], device=device)
+        parts = [slice(1, 10_000), slice(10_000, 10_000), slice(10_001, 10_006), slice(10_008, 20_000)]
+        bits = [pack(words[part] % 3 == 0) for part in parts]
+        expected = words.clone()
+        for part, mask in zip(parts, bits, strict=True):
+            _by_pytorch(expected[part], mask)
+        way: Way = kernels.zero_pruned_
+        way([(words[part], mask) for part, mask in zip(parts, bits, strict=True)])
         if not torch.equal(words, expected):
             raise RuntimeError("it writes other words than PyTorch")
     except Exception as error:  # compilers fail in many ways, and PyTorch does the same
         warnings.warn(f"triton's kernel is not used on {device}: {type(error).__name__}: {error}", stacklevel=2)
         return None
-    return kernels
+    return way
 
+
+class _Scratch(threading.local):
+    """What `_by_numpy` expands masks into, kept by each thread: memory that is new at every call is slow to write."""
+
+    def __init__(self) -> None:
+        self._of: dict[int, tuple[NDArray[Any], NDArray[Any], NDArray[Any]]] = {}
+
+    def room(self, element_size: int, block: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+        """For at least `block` mask bytes: an index, words (block, 8), and these again with each row as one item."""
+        kept = self._of.get(element_size)
+        if kept is None or len(kept[0]) < block:
+            words = np.empty((block, 8), dtype=f"i{element_size}")
+            kept = np.empty(block, dtype=np.intp), words, words.view(f"V{8 * element_size}")[:, 0]
+            self._of[element_size] = kept
+        return kept
+
+
+_scratch = _Scratch()
 
 _WORD = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @functools.cache
-def _table(element_size: int, device: str) -> Tensor:
+def _host_table(element_size: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The table for NumPy, and again with the eight words of a mask byte as one item, which NumPy copies whole."""
+    table = _table(element_size, torch.device("cpu")).numpy()
+    return table, table.view(f"V{8 * element_size}")[:, 0]
+
+
+@functools.cache
+def _table(element_size: int, device: torch.device) -> Tensor:
     """(256, 8): for each mask byte, a word per weight: -1 (all ones) where the weight is kept, 0 elsewhere."""
     kept = (torch.arange(256)[:, None] >> torch.arange(8)) & 1
     return (-kept).to(_WORD[element_size]).contiguous().to(device)

@@ -10,11 +10,16 @@ OPTIONAL = (
 )
 
 
-def loaded_after(statement: str) -> set[str]:
-    """Top-level modules that a fresh interpreter has loaded."""
+def modules_after(statement: str) -> set[str]:
+    """Modules that a fresh interpreter has loaded."""
     code = f"{statement}\nimport sys\nprint(*sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    return {name.partition(".")[0] for name in result.stdout.split()}
+    return set(result.stdout.split())
+
+
+def loaded_after(statement: str) -> set[str]:
+    """Their top-level names."""
+    return {name.partition(".")[0] for name in modules_after(statement)}
 
 
 def test_import_gap_ds_loads_no_optional_library() -> None:
@@ -28,6 +33,14 @@ def test_import_gap_ds_alone_loads_nothing_heavy() -> None:
     """Names are imported at first use: the import itself costs milliseconds, whatever else is installed."""
     heavy = {"torch", "numpy", "pydantic", "safetensors", *OPTIONAL}
     assert not loaded_after("import gap_ds; gap_ds.__version__") & heavy
+
+
+def test_the_engine_loads_no_slow_part_of_torch() -> None:
+    """DTensor and what needs it take half as long as torch itself; a run loads them when it uses them."""
+    slow = {f"torch.distributed.{part}" for part in ("tensor", "fsdp", "checkpoint")} | {"torch._dynamo"}
+    loaded = modules_after("from gap_ds import GaPConfig, GaPEngine")
+    assert {"gap_ds.engine", "gap_ds.shard", "torch.distributed"} <= loaded
+    assert not (loaded - modules_after("import torch")) & slow
 
 
 def test_the_version_is_read_without_torch() -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from types import ModuleType
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +19,7 @@ from gap_ds import masks
 PROPERTY = settings(max_examples=200, deadline=None, derandomize=True, database=None)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-BLOCK = 8 * masks._CPU_BLOCK
+BLOCK = masks._CPU_BLOCK // 2  # weights of two bytes; two blocks of four bytes, four of eight
 LENGTHS = [*range(101), BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 8, 2 * BLOCK + 13]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -122,11 +127,119 @@ def test_zero_pruned_twice_is_once() -> None:
     assert torch.equal(weights, once)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_many_pieces_at_once(device: str) -> None:
+    """Of all lengths, none too, anywhere in buffers of several types: each as it would be alone."""
+    buffers = [some_weights(20_000, dtype).to(device) for dtype in DTYPES]
+    expected = [buffer.clone() for buffer in buffers]
+    pieces, start = [], 1
+    for seed, n in enumerate((0, 1, 7, 8, 9, 0, 4095, 4097, 1003, 0)):
+        bits = masks.pack(torch.from_numpy(some_mask(n, seed)).to(device))
+        for buffer, alone in zip(buffers, expected, strict=True):
+            pieces.append((buffer[start : start + n], bits))
+            masks.zero_pruned_(alone[start : start + n], bits)
+        start += n + seed
+    masks.zero_pruned_all_(iter(pieces))
+    assert all(torch.equal(words(a), words(b)) for a, b in zip(buffers, expected, strict=True))
+    masks.zero_pruned_all_([])
+
+
 @pytest.mark.gpu
-def test_blocks_of_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("element_size", WORDS)
+def test_a_gpu_uses_the_kernel_and_waits_for_nothing(element_size: int) -> None:
+    pytest.importorskip("triton")
+    from gap_ds import kernels
+
+    assert masks._way(torch.device("cuda", 0), element_size) is kernels.zero_pruned_
+    pieces = torch.ones(4, 1003, dtype=WORDS[element_size], device="cuda:0")
+    bits = [masks.pack(torch.from_numpy(some_mask(1003, seed)).cuda()) for seed in range(4)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        masks.zero_pruned_all_(zip(pieces, bits, strict=True))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert int(pieces.sum()) == sum(masks.count(mask) for mask in bits)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pytorch_does_what_numpy_does(dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an accelerator without a kernel PyTorch's operations take over; they are the same on all devices."""
     monkeypatch.setattr(masks, "_DEVICE_BLOCK", 16)
-    kept, weights = some_mask(1003), some_weights(1003, torch.bfloat16)
-    piece, on_cpu = weights.cuda(), weights.clone()
-    masks.zero_pruned_(piece, masks.pack(torch.from_numpy(kept).cuda()))
-    masks.zero_pruned_(on_cpu, masks.pack(torch.from_numpy(kept)))
-    assert torch.equal(words(piece), words(on_cpu))
+    for n in (*range(18), 127, 128, 129, 1003):
+        for offset in (0, 3):
+            buffer, bits = some_weights(offset + n + 5, dtype), masks.pack(torch.from_numpy(some_mask(n)))
+            moved = buffer.to(device)
+            masks.zero_pruned_(buffer[offset : offset + n], bits)
+            masks._by_pytorch(moved.view(WORDS[dtype.itemsize])[offset : offset + n], bits.to(device))
+            assert torch.equal(words(moved), words(buffer))
+
+
+def test_threads_do_not_share_scratch() -> None:
+    """NumPy lets go of the interpreter while it computes: eight threads are inside `zero_pruned_` at once."""
+    n, together, wrong = BLOCK + 13, threading.Barrier(8), []
+
+    def work(seed: int) -> None:
+        weights, kept = torch.from_numpy(numpy_rng(seed).standard_normal(n, dtype=np.float32)), some_mask(n, seed)
+        bits, expected = masks.pack(torch.from_numpy(kept)), words(weights).numpy() * kept
+        together.wait(timeout=60)
+        for _ in range(5):
+            piece = weights.clone()
+            masks.zero_pruned_(piece, bits)
+            if not np.array_equal(words(piece).numpy(), expected):
+                wrong.append(seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together.n_waiting == 0 and not together.broken and not wrong
+
+
+def test_scratch_is_kept_and_no_larger_than_needed() -> None:
+    scratch = masks._Scratch()
+    index, expanded, items = scratch.room(4, 100)
+    assert (index.shape, expanded.shape, items.shape) == ((100,), (100, 8), (100,))
+    assert index.dtype == np.intp and np.shares_memory(expanded, items)
+    assert scratch.room(4, 7)[0] is scratch.room(4, 100)[0] is index
+    assert len(scratch.room(2, 3)[0]) == 3  # words of another size have their own
+    assert len(scratch.room(4, 101)[0]) == 101
+
+
+def write_zeros(pieces: Sequence[tuple[Tensor, Tensor]]) -> None:
+    for piece, bits in pieces:
+        masks._by_pytorch(piece, bits)
+
+
+def write_too_much(pieces: Sequence[tuple[Tensor, Tensor]]) -> None:
+    for piece, _ in pieces:
+        piece.zero_()
+
+
+def do_not_compile(pieces: Sequence[tuple[Tensor, Tensor]]) -> None:
+    raise RuntimeError("ptxas is not there")
+
+
+@pytest.mark.parametrize("element_size", WORDS)
+@pytest.mark.parametrize(
+    ("kernel", "complaint"),
+    [
+        (write_zeros, None),
+        (write_too_much, "it writes other words than PyTorch"),
+        (do_not_compile, "ptxas is not there"),
+        (None, "ImportError|ModuleNotFoundError"),
+    ],
+)
+def test_a_kernel_is_used_only_if_it_does_what_pytorch_does(
+    kernel: Callable[..., None] | None, complaint: str | None, element_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = ModuleType("gap_ds.kernels")
+    module.zero_pruned_ = kernel  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "gap_ds.kernels", module if kernel else None)
+    if complaint is None:
+        assert masks._kernel(torch.device("cpu"), element_size) is kernel
+    else:
+        with pytest.warns(UserWarning, match=f"triton's kernel is not used on cpu: .*({complaint})") as warned:
+            assert masks._kernel(torch.device("cpu"), element_size) is None
+        assert len(warned) == 1
