@@ -5,6 +5,9 @@ VENV        ?= .venv
 PIP_ARGS    ?=
 PYTEST_ARGS ?=
 JOBS        ?= 2
+# BENCH_ARGS=--quick runs the benchmarks at their size for tests. BENCH_PYTHON: see bench-gpu.
+BENCH_ARGS   ?=
+BENCH_PYTHON ?=
 
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -18,10 +21,11 @@ export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env demo docs test test-slow test-gpu lint format bench bench-gpu bench-guard clean distclean
+.PHONY: help env demo docs test test-slow test-gpu test-times lint format bench bench-gpu bench-guard bench-guard-baseline \
+    clean distclean
 
 help:  ## list the targets
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "  PYTHON=$(PYTHON)  VENV=$(VENV)  PIP_ARGS='$(PIP_ARGS)'  PYTEST_ARGS='$(PYTEST_ARGS)'  JOBS=$(JOBS)"
 
@@ -82,23 +86,40 @@ format: env  ## let ruff sort imports, fix what it can, and format
 docs: env  ## write docs/reference.md from docstrings, settings and options
 	$(RUN) docs/build_reference.py
 
-bench: env  ## all benchmarks of a CPU, into benchmarks/results (about an hour on 2 cores)
-	OMP_NUM_THREADS=1; export OMP_NUM_THREADS; set -e; \
-	for name in masks attention peers scaling startup throughput memory; do $(RUN) benchmarks/$$name.py; done; \
-	for ranks in 1 2 4; do $(RUN) benchmarks/boundary.py --ranks $$ranks --name boundary_$${ranks}_ranks; done; \
-	rm -f benchmarks/results/overhead.json; \
-	for preset in small base; do $(RUN) benchmarks/overhead.py --preset $$preset --tokens 512 --out benchmarks/results/overhead.json; done; \
-	for backend in ddp fsdp1 fsdp2 fairscale zero1 zero2 zero3; do \
-	    $(RUN) -m torch.distributed.run --standalone --nproc-per-node 2 benchmarks/overhead.py \
-	        --backend $$backend --tokens 512 --out benchmarks/results/overhead.json; done
-	$(RUN) benchmarks/tables.py
+# Cheap ones first. Each writes aside and is moved whole, so a figure that is not made anew stays as it was.
+BENCHES := masks startup attention peers profile_paths throughput compact scaling boundary memory overhead
 
-bench-gpu: env  ## all benchmarks of a GPU, in less than 8 minutes; needs no network
-	$(RUN) benchmarks/gpu.py
+bench: env  ## all benchmarks of a CPU but inference, into benchmarks/results (about 45 minutes on 2 free cores)
+	@started=$$(date +%s); $(MAKE) --no-print-directory -k -j1 -o env $(BENCHES:%=bench-%); status=$$?; \
+	    $(RUN) benchmarks/scaling.py --again || status=1; $(RUN) benchmarks/tables.py || status=1; \
+	    echo "== all benchmarks: $$(( ($$(date +%s) - started + 59) / 60 )) minutes"; exit $$status
 
-bench-guard: env  ## time the hot paths; fails if a median is 20 % above the last run's on this machine
-	$(RUN) -m pytest -q benchmarks/guard.py -p no:xdist --benchmark-autosave --benchmark-columns=median,iqr,rounds \
-	    $$(test ! -d .benchmarks || echo --benchmark-compare --benchmark-compare-fail=median:20%)
+$(BENCHES:%=bench-%): bench-%: env
+	@echo "== $*"; rm -rf build/bench/$*; mkdir -p build/bench/$*
+	@OMP_NUM_THREADS=1 $(RUN) benchmarks/$*.py $(BENCH_ARGS) --out build/bench/$*
+	@mv build/bench/$*/* benchmarks/results/
+
+# With an environment of your own: make bench-gpu BENCH_PYTHON=python3. Nothing is installed then, and nothing asked of a network.
+bench-gpu: $(if $(BENCH_PYTHON),,env)  ## all benchmarks of a GPU, in less than 8 minutes; BENCH_PYTHON: a python that has torch
+	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(or $(BENCH_PYTHON),$(RUN)) benchmarks/gpu.py
+
+# The baseline is written by its own target alone: a slower run that became the next one's baseline would be forgiven.
+GUARD   := .benchmarks/guard
+ALLOWED ?= 25%
+GUARDED = OMP_NUM_THREADS=1 $(RUN) -m pytest -q benchmarks/guard.py -p no:xdist -p no:cacheprovider --timeout 1200 \
+    --benchmark-storage=file://$(GUARD) --benchmark-timer=time.process_time --benchmark-columns=min,median,rounds
+
+bench-guard-baseline: env  ## time the hot paths, for bench-guard to compare with
+	rm -rf $(GUARD)
+	$(GUARDED) --benchmark-save=baseline || { rm -rf $(GUARD); exit 1; }
+
+bench-guard: env  ## time the hot paths; fails above limits, or ALLOWED=25% above the baseline
+	@ls $(GUARD)/*/*_baseline.json >/dev/null 2>&1 || { \
+	    echo "$(GUARD): no baseline to compare with. Make one of the code before the change: make bench-guard-baseline" >&2; exit 1; }
+	$(GUARDED) --benchmark-compare --benchmark-compare-fail=min:$(ALLOWED)
+
+test-times: env  ## run all tests and write how long each part took, into benchmarks/results
+	$(RUN) benchmarks/suite.py --jobs $(JOBS)
 
 clean:  ## remove caches and build products (the environment and runs/ stay)
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,11 +1,11 @@
 """How small the compact file is, against zip and zstd of the dense one, and how long writing and loading it take.
 
     python benchmarks/compact.py --presets base --sparsities 0.8 0.9 0.95 --dtypes bfloat16 float32
-    python benchmarks/compact.py --models runs/cyclic_80/model
+    python benchmarks/compact.py --presets --models runs/cyclic_80/model
 
 Of presets the weights are random and the smallest of each matrix zero; embeddings are never pruned. Sizes are exact;
 seconds are of one call each, files in the page cache. zstd (level 3, by its command line) is left out where it is not
-installed. `entries` is the share of the dense bytes that the pruned matrices take.
+installed. `entries` is the share of the dense bytes that the pruned matrices take. `--quick` is a size for tests.
 """
 
 from __future__ import annotations
@@ -35,8 +35,11 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["bfloat16", "float32"])
     parser.add_argument("--models", nargs="*", type=Path, default=[], help="exported folders, dense")
     parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE)
+    parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, default=measure.RESULTS)
     args = parser.parse_args()
+    if args.quick:
+        args.presets, args.sparsities, args.dtypes, args.vocab_size = ["tiny"], [0.9], ["float32"], 500
     rows = [row({"model": path.parent.name}, path) for path in args.models]
     for preset in args.presets:
         for sparsity in args.sparsities:

@@ -2,8 +2,10 @@
 
     OMP_NUM_THREADS=1 python benchmarks/masks.py
 
-All work on the same weights, in turns. A bytes-moved column counts what has to be read and written: weights, masks and
-results once. `--quick` is a size for tests.
+All work on the same weights, in turns: one piece again and again, which stays in the caches as far as it fits, and 24
+pieces one after the other, as a step has them, whose weights and masks come from memory each time. Bytes moved count
+what has to be read and written: weights, masks and results once. On a GPU a time is the mean of 50 calls between two
+events. `--quick` is a size for tests.
 """
 
 from __future__ import annotations
@@ -20,51 +22,72 @@ from torch import Tensor
 from gap_ds import masks
 
 MILLION = 1_000_000
+NOTE = (
+    "ratio: to the float multiplication in the same round; times_copy: to the copy; weights are those of all pieces; "
+    "fused AdamW is fp32"
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--weights", type=int, nargs="+", default=[MILLION, 20 * MILLION])
+    parser.add_argument("--weights", type=int, nargs="+", default=[MILLION, 20 * MILLION], help="of one piece")
+    parser.add_argument("--pieces", type=int, default=24, help="of a million weights, one after the other; 0: none")
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument("--density", type=float, default=0.1)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, default=measure.RESULTS)
     args = parser.parse_args()
+    sizes = [(1, n) for n in args.weights] + [(args.pieces, MILLION)] * bool(args.pieces)
     if args.quick:
-        args.weights, args.rounds = [100_003], 3
-    rows = [row for n in args.weights for dtype in args.dtypes for row in compare(args, n, getattr(torch, dtype))]
-    measure.write("masks", rows, args.out, "ratio: to the float multiplication in the same round; fused AdamW is fp32")
+        sizes, args.rounds = [(1, 100_003), (3, 50_001)], 3
+    rows = [row for size in sizes for dtype in args.dtypes for row in compare(args, *size, getattr(torch, dtype))]
+    measure.write("masks", rows, args.out, NOTE)
 
 
-def compare(args: argparse.Namespace, n: int, dtype: torch.dtype) -> list[dict[str, Any]]:
+def compare(args: argparse.Namespace, pieces: int, n: int, dtype: torch.dtype) -> list[dict[str, Any]]:
     device = measure.device()
     torch.manual_seed(0)
-    weights = torch.randn(n, device=device, dtype=dtype)
-    kept = torch.rand(n, device=device) < args.density
-    size = weights.element_size()
-    float_mask, bits, copied = kept.to(dtype), masks.pack(kept), torch.empty_like(weights)
+    kept = [torch.rand(n, device=device) < args.density for _ in range(pieces)]
+    weights = [torch.randn(n, device=device, dtype=dtype) for _ in kept]
+    factors, bits, pruned = [k.to(dtype) for k in kept], [masks.pack(k) for k in kept], [~k for k in kept]
+    copies, size = [torch.empty_like(w) for w in weights], weights[0].element_size()
+
+    def each(work: Callable[..., object], *operands: list[Tensor]) -> Callable[[], object]:
+        def run() -> None:
+            for tensors in zip(*operands, strict=True):
+                work(*tensors)
+
+        return run
+
     work: dict[str, tuple[Callable[[], object], float]] = {
-        "packed, in place (gap_ds)": (lambda: masks.zero_pruned_(weights, bits), 2 * size + 1 / 8),
-        "float mask, mul_": (lambda: weights.mul_(float_mask), 3 * size),
-        "boolean mask, mul_": (lambda: weights.mul_(kept), 2 * size + 1),
-        "boolean mask, masked_fill_": (lambda: weights.masked_fill_(kept, 0.0), 2 * size + 1),
-        "copy": (lambda: copied.copy_(weights), 2 * size),
+        "packed, in place (gap_ds)": (
+            lambda: masks.zero_pruned_all_(zip(weights, bits, strict=True)),
+            2 * size + 1 / 8,
+        ),
+        "float mask, mul_": (each(Tensor.mul_, weights, factors), 3 * size),
+        "boolean mask, mul_": (each(Tensor.mul_, weights, kept), 2 * size + 1),
+        "boolean mask, masked_fill_": (each(lambda w, p: w.masked_fill_(p, 0.0), weights, pruned), 2 * size + 1),
+        "copy": (each(Tensor.copy_, copies, weights), 2 * size),
     }
     if dtype == torch.float32:
-        work["fused AdamW step"] = (optimizer_step(n, device), 7 * size)
-    times = measure.in_turns({name: run for name, (run, _) in work.items()}, args.rounds)
+        work["fused AdamW step"] = (optimizer_step(pieces, n, device), 7 * size)
+    timer = measure.device_seconds if device.type == "cuda" else measure.seconds
+    times = measure.in_turns({name: run for name, (run, _) in work.items()}, args.rounds, timer=timer)
+    to_copy = measure.compared(times, "copy")
     return [
-        {"weights": n, "dtype": str(dtype).removeprefix("torch."), "work": name, **figures}
-        | {"GB_per_s": round(n * work[name][1] / (1e6 * figures["ms"]), 1)}
+        {"pieces": pieces, "weights": pieces * n, "dtype": str(dtype).removeprefix("torch."), "work": name, **figures}
+        | {"times_copy": to_copy[name]["ratio"]}
+        | {"GB_per_s": round(pieces * n * work[name][1] / (1e6 * figures["ms"]), 1)}
         for name, figures in measure.compared(times, "float mask, mul_").items()
     ]
 
 
-def optimizer_step(n: int, device: torch.device) -> Callable[[], object]:
-    parameter = torch.nn.Parameter(torch.zeros(n, device=device))
-    parameter.grad = Tensor.new_full(parameter.detach(), (n,), 1e-3)
-    return torch.optim.AdamW([parameter], fused=True).step
+def optimizer_step(pieces: int, n: int, device: torch.device) -> Callable[[], object]:
+    parameters = [torch.nn.Parameter(torch.zeros(n, device=device)) for _ in range(pieces)]
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    return torch.optim.AdamW(parameters, fused=True).step
 
 
 if __name__ == "__main__":

@@ -1,22 +1,24 @@
 """What every benchmark says and does alike: machine and versions, work timed in turns, and how results are written.
 
-A result is one JSON file in `benchmarks/results`, {"benchmark", "command", "machine", "rows"}, and the same rows as a
-Markdown table beside it.
+A result is one JSON file in `benchmarks/results`, {"benchmark", "command", "note", "machine", "rows"}, and the same
+rows as a Markdown table beside it. Where rows are made apart (`add`), each has its command, machine and time itself.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy
 import torch
@@ -28,20 +30,40 @@ from gap_ds import __version__
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
+Measured = TypeVar("Measured")
+
 
 def machine() -> dict[str, Any]:
     """What a figure depends on besides the command. The load average includes this process."""
-    cuda = torch.cuda.is_available()
-    return {
+    about = {
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "gpu": None,
         "load_average": [round(load, 2) for load in os.getloadavg()],
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,
         "gap_ds": __version__,
+        "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
+    }
+    return about | _gpu() if torch.cuda.is_available() else about
+
+
+def _gpu() -> dict[str, Any]:
+    """The device and its software; torch does not know the driver's version, nvidia-smi does."""
+    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=True).stdout.split("\n")[0]
+    except (OSError, subprocess.SubprocessError):
+        driver = "unknown"
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "gpu": properties.name,
+        "gpu_memory_GB": round(properties.total_memory / 1e9, 1),
+        "cuda": torch.version.cuda,
+        "driver": driver.strip(),
+        "triton": getattr(sys.modules.get("triton"), "__version__", None),
     }
 
 
@@ -70,42 +92,74 @@ def device() -> torch.device:
 
 def seconds(work: Callable[[], object]) -> float:
     """Wall time of one call; on a GPU until its work is done."""
-    _synchronize()
+    synchronize()
     started = time.perf_counter()
     work()
-    _synchronize()
+    synchronize()
     return time.perf_counter() - started
 
 
-def _synchronize() -> None:
+def both_seconds(work: Callable[[], object]) -> tuple[float, float]:
+    """Wall time of one call, and the CPU time that all threads of this process spent in it.
+
+    CPU time leaves out what other processes took from this one, but not what they did to its caches; of waiting for
+    other ranks it has little. On a GPU it says nothing.
+    """
+    started = time.process_time()
+    wall = seconds(work)
+    return wall, time.process_time() - started
+
+
+def device_seconds(work: Callable[[], object], calls: int = 50) -> float:
+    """Time of one call, as the mean of `calls` in sequence between two events of the GPU: without launch gaps."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    for _ in range(calls):
+        work()
+    end.record()
+    torch.cuda.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3 / calls
+
+
+def synchronize() -> None:
+    """Waits until the GPU of this process, where there is one, has done all it was asked."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def in_turns(
-    works: Mapping[str, Callable[[], object]], rounds: int, before: Callable[[], object] = lambda: None
-) -> dict[str, list[float]]:
-    """Seconds of each work in each round, in the order A B C C B A A ..., after one round that is not counted.
+    works: Mapping[str, Callable[[], object]],
+    rounds: int,
+    before: Callable[[], object] = lambda: None,
+    timer: Callable[[Callable[[], object]], Measured] = seconds,  # type: ignore[assignment]
+) -> dict[str, list[Measured]]:
+    """What `timer` says of each work in each round, after one round that is not counted.
 
-    Whatever else the machine does falls on all alike, so ratios within a round are worth more than the times.
-    `before` is called before each work, outside the time.
+    The order rotates: A B, B A, A B of two works; A B C, B C A, C A B of three. Whatever else the machine does falls
+    on all alike, so ratios within a round are worth more than the times. `before` is called before each work, outside
+    the time.
     """
+    names = list(works)
     for work in works.values():
         before()
         work()
-    times: dict[str, list[float]] = {name: [] for name in works}
+    times: dict[str, list[Measured]] = {name: [] for name in names}
     for turn in range(rounds):
-        for name in list(works) if turn % 2 == 0 else list(works)[::-1]:
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
             before()
-            times[name].append(seconds(works[name]))
+            times[name].append(timer(works[name]))
     return times
 
 
 def compared(times: Mapping[str, Sequence[float]], base: str) -> dict[str, dict[str, Any]]:
     """For each work its median in ms, and its time over that of `base` in the same round: median and quartiles.
 
+    `interval` is where that median lies at 95 %.
+
     >>> compared({"a": [1.0, 1.0, 2.0], "b": [2.0, 3.0, 2.0]}, "a")["b"]
-    {'ms': 2000.0, 'ratio': 2.0, 'quartiles': [1.5, 2.5]}
+    {'ms': 2000.0, 'ratio': 2.0, 'quartiles': [1.5, 2.5], 'interval': [1.0, 3.0]}
     """
     rows = {}
     for name, values in times.items():
@@ -115,8 +169,27 @@ def compared(times: Mapping[str, Sequence[float]], base: str) -> dict[str, dict[
             "ms": round(1e3 * statistics.median(values), 3),
             "ratio": round(statistics.median(ratios), 3),
             "quartiles": [round(low, 3), round(high, 3)],
+            "interval": [round(value, 3) for value in interval(ratios)],
         }
     return rows
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Between which two of the values their true median lies, at 95 %: order statistics, whatever the distribution.
+
+    Unlike quartiles it narrows as values come in. All of them where there are fewer than 6.
+
+    >>> interval(list(range(100)))
+    (39, 60)
+    >>> interval([3, 1, 2])
+    (1, 3)
+    """
+    n, ordered = len(values), sorted(values)
+    # P(fewer than k of n values below the median) for a fair coin; the largest k with at most 2.5 % on each side.
+    total, k = 0.0, 0
+    while k < n // 2 and (total := total + math.comb(n, k) / 2**n) <= 0.025:
+        k += 1
+    return ordered[max(0, k - 1)], ordered[n - max(1, k)]
 
 
 def on_ranks(ranks: int, work: Callable[..., list[dict[str, Any]]], *arguments: Any) -> list[dict[str, Any]]:
@@ -158,14 +231,41 @@ def peak_bytes(work: Callable[[], object]) -> int | None:
     except OSError:
         work()
         return None
-    before = memory()
+    before = _status("VmRSS")
     work()
     return _status("VmHWM") - before
 
 
+def tensor_bytes(work: Callable[[], object]) -> tuple[int, int]:
+    """(left, peak): bytes of tensors that `work` leaves allocated beyond those before it, and the most there were.
+
+    Of PyTorch's allocator, to the byte; what NumPy allocates (blocks of a megabyte in `gap_ds.masks`) is not in it.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    left = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        left += event.nbytes()
+        peak = max(peak, left)
+    return left, peak
+
+
 def memory() -> int:
-    """Bytes that this process has now: on a GPU its tensors there, else its resident memory."""
-    return torch.cuda.memory_allocated() if torch.cuda.is_available() else _status("VmRSS")
+    """Bytes that this process has now: on a GPU its tensors there, else its resident memory without mapped files.
+
+    Pages of libraries are the system's to drop and to read again: between two runs they differ by many megabytes.
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    return _status("RssAnon") + _status("RssShmem")
 
 
 def _status(key: str) -> int:
@@ -177,12 +277,53 @@ def write(benchmark: str, rows: Sequence[Mapping[str, Any]], out: Path, note: st
     """Writes OUT/BENCHMARK.json and .md, and prints the table."""
     about = machine()
     result = {"benchmark": benchmark, "command": command(), "note": note, "machine": about, "rows": list(rows)}
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{benchmark}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    where = ", ".join(f"{key} {value}" for key, value in about.items() if value is not None)
-    parts = [f"# {benchmark}", f"`{result['command']}`", where, *([note] if note else []), table(rows)]
-    (out / f"{benchmark}.md").write_text("\n\n".join(parts), encoding="utf-8")
+    _save(benchmark, result, out, [f"`{result['command']}`", _listed(about), *([note] if note else [])])
     print(table(rows))
+
+
+def add(
+    benchmark: str, rows: Sequence[Mapping[str, Any]], out: Path, note: str, key: Sequence[str], made: str | None = None
+) -> None:
+    """Adds rows to OUT/BENCHMARK.json and .md in place of those that are alike in all of `key`.
+
+    So a table can be made in pieces; every row says in "made" by which command, when, and on which machine.
+
+    Args:
+        made: the command, where it is not this process's.
+    """
+    about = {"command": made or command(), **machine()}
+    path = out / f"{benchmark}.json"
+    before = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    new = {tuple(row.get(k) for k in key): {**row, "made": about} for row in rows}
+    merged = {tuple(row.get(k) for k in key): row for row in before if "made" in row} | new
+    result = {"benchmark": benchmark, "command": command(), "note": note, "machine": about, "rows": [*merged.values()]}
+    commands = list(dict.fromkeys(f"`{row['made']['command']}`" for row in merged.values()))
+    _save(benchmark, result, out, ["\n".join(f"- {each}" for each in commands), _listed(about), note])
+    print(table(rows))
+
+
+def _save(benchmark: str, result: dict[str, Any], out: Path, about: Sequence[str]) -> None:
+    """Both files, each whole or as it was."""
+    out.mkdir(parents=True, exist_ok=True)
+    shown = [{k: v for k, v in row.items() if k != "made"} | _made(row) for row in result["rows"]]
+    texts = {
+        "json": json.dumps(result, indent=1) + "\n",
+        "md": "\n\n".join([f"# {benchmark}", *about, table(shown)]),
+    }
+    for suffix, text in texts.items():
+        (out / f"{benchmark}.{suffix}.partial").write_text(text, encoding="utf-8")
+        (out / f"{benchmark}.{suffix}.partial").replace(out / f"{benchmark}.{suffix}")
+
+
+def _made(row: Mapping[str, Any]) -> dict[str, Any]:
+    """When a row was made, with which torch, and how many processes wanted the cores then."""
+    if (made := row.get("made")) is None:
+        return {}
+    return {"date": made["date"], "load": made["load_average"][0], "torch": made["torch"]}
+
+
+def _listed(about: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in about.items() if value is not None and key != "command")
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

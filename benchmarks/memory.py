@@ -1,16 +1,20 @@
 """Memory of a run with the engine over the same run without it, on every backend.
 
     python benchmarks/memory.py
+    python benchmarks/memory.py --backends zero1
 
-Each run has fresh processes; figures are sums over the ranks. On a CPU the memory is what the system has given them
-(RSS); on a GPU what the allocator holds. `masks` is what the masks themselves take. RSS moves in steps of the
-allocator's arenas, so it says little below a megabyte or two. `--quick` is a size for tests.
+Each run has fresh processes; figures are sums over the ranks and medians of the repeats. On a CPU the memory is what
+the system has given them (RSS, without mapped files); on a GPU what the allocator holds. RSS moves in steps of the
+allocator's arenas, so it says little below a megabyte or two. `tensors` are PyTorch's own counts, to the byte: of a
+step's peak over the bare step's, and of what a boundary takes at most while it runs, its new masks included. Rows are
+added to those that are there, so the table can be made in pieces. `--quick` is a size for tests.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -21,71 +25,86 @@ import torch
 from gap_ds.comm import Comm
 
 STEPS = 3
+NOTE = "fp32 Adam; sums over 2 ranks (plain: 1) and medians of the repeats; bits are those for each sparse weight owned"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="base")
-    parser.add_argument("--backends", nargs="+", default=["plain", *overhead.BACKENDS[1:]], choices=overhead.BACKENDS)
-    parser.add_argument("--repeats", type=int, default=1, help="runs of each kind, of which the median is taken")
-    parser.add_argument("--name", default="memory", help="of the result")
+    parser.add_argument("--backends", nargs="+", default=list(overhead.BACKENDS), choices=overhead.BACKENDS)
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each kind, of which the median is taken")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, default=measure.RESULTS)
     args = parser.parse_args()
     if args.quick:
-        args.preset, args.backends, args.repeats = "tiny", ["plain"], 1
+        args.preset, args.backends, args.repeats = "tiny", args.backends[:1], 1
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # glibc gives back at once what is freed
-    rows = []
     for backend in args.backends:
+        ranks = 1 if backend == "plain" else 2
         runs = {
-            kind: [
-                measure.on_ranks(1 if backend == "plain" else 2, run, args.preset, backend, kind)[0]
-                for _ in range(args.repeats)
-            ]
-            for kind in ("bare", "engine", "boundary")
+            kind: [measure.on_ranks(ranks, run, args.preset, backend, kind)[0] for _ in range(args.repeats)]
+            for kind in ("bare", "engine")
         }
-        rows.append(row(backend, {kind: sorted(found, key=_peak)[len(found) // 2] for kind, found in runs.items()}))
-        measure.write(args.name, rows, args.out, f"preset {args.preset}, fp32 Adam; sums over 2 ranks (plain: 1)")
+        made = f"python benchmarks/memory.py --preset {args.preset} --backends {backend} --repeats {args.repeats}"
+        measure.add("memory", [row(args.preset, backend, runs)], args.out, NOTE, ("preset", "backend"), made)
 
 
-def _peak(figures: dict[str, Any]) -> int:
-    peak: int = figures["peak"]
-    return peak
-
-
-def row(backend: str, runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    sparse = runs["engine"]["sparse_weights"]
+def row(preset: str, backend: str, runs: dict[str, list[dict[str, int]]]) -> dict[str, Any]:
+    bare, engine = (
+        {key: statistics.median(found[key] for found in runs[kind]) for key in runs[kind][0]} for kind in runs
+    )
+    sparse = engine["sparse_weights"]
+    over = [each["peak"] - bare["peak"] for each in runs["engine"]]
     return {
+        "preset": preset,
         "backend": backend,
-        "sparse weights owned": sparse,
-        "masks, bits per weight": round(8 * runs["engine"]["mask_bytes"] / sparse, 3),
-        "bare peak, MB": round(runs["bare"]["peak"] / 1e6, 1),
-        "engine over bare, bits per weight": round(8 * (runs["engine"]["peak"] - runs["bare"]["peak"]) / sparse, 2),
-        "boundary over bare, MB": round((runs["boundary"]["peak"] - runs["bare"]["peak"]) / 1e6, 1),
-        "largest entry's pieces, MB": round(4 * runs["engine"]["largest_piece"] / 1e6, 1),
+        "sparse weights owned": int(sparse),
+        "masks, bits": round(8 * engine["mask_bytes"] / sparse, 3),
+        "bare peak, MB": round(bare["peak"] / 1e6, 1),
+        "engine over bare, bits": round(8 * statistics.median(over) / sparse, 2),
+        "of the repeats": [round(8 * value / sparse, 2) for value in (min(over), max(over))],
+        "engine over bare, tensors, bits": round(8 * (engine["tensors"] - bare["tensors"]) / sparse, 2),
+        "boundary over bare, MB": round((engine["boundary_peak"] - bare["peak"]) / 1e6, 1),
+        "a boundary's tensors, MB": round(engine["boundary_tensors"] / 1e6, 1),
+        "largest entry's pieces, MB": round(4 * engine["largest_piece"] / 1e6, 1),
     }
 
 
 def run(preset: str, backend: str, kind: str) -> list[dict[str, Any]]:
-    """Runs on every rank: some steps, and with `boundary` one after the last of them."""
+    """Runs on every rank: some steps, then with the engine some with a boundary after the last of them, twice."""
     device = measure.device()
     args = argparse.Namespace(preset=preset, backend=backend, sparsity=0.9, tokens=64, dtype="fp32")
-    step, engine = overhead.build(args, device, kind != "bare", STEPS + 1 if kind == "boundary" else 10**9)
+    step, engine = overhead.build(args, device, kind == "engine", phase_steps=STEPS + 2)
     batch = overhead.tokens(args, device)
     step(batch)  # the optimizer has made its state
     base = measure.memory()
     peak = base + (measure.peak_bytes(lambda: [step(batch) for _ in range(STEPS)]) or 0)
     if kind == "bare":
-        return [totals(peak=peak)]
+        return [totals(peak=peak, tensors=step_tensors(step, batch))]
     shards = engine.masking.shards
-    return [
-        totals(
-            peak=peak,
-            mask_bytes=sum(bits.numel() for bits in engine.masking.bits.values()),
-            sparse_weights=sum(shards[name].numel for name in engine.masking.bits),
-            largest_piece=max(shard.numel for shard in shards.values()),
-        )
-    ]
+    figures = {
+        "mask_bytes": sum(bits.numel() for bits in engine.masking.bits.values()),
+        "sparse_weights": sum(shards[name].numel for name in engine.masking.bits),
+        "largest_piece": max(shard.numel for shard in shards.values()),
+    }
+    # The last step of the first phase, with the boundary after it; then another phase, and its boundary in tensors.
+    base = measure.memory()
+    figures["boundary_peak"] = base + (measure.peak_bytes(lambda: step(batch)) or 0)
+    assert engine.phase.index == 1
+    figures["tensors"] = step_tensors(step, batch)
+    for _ in range(STEPS):
+        step(batch)
+    taken: list[int] = []
+    cross = engine.after_step
+    engine.after_step = lambda: taken.append(measure.tensor_bytes(cross)[1])
+    step(batch)
+    assert engine.phase.index == 2 and len(taken) == 1
+    return [totals(peak=peak, boundary_tensors=taken[0], **figures)]
+
+
+def step_tensors(step: Any, batch: dict[str, Any]) -> int:
+    """The peak of a step's tensors above those before it; masks that are there already are not in it."""
+    return measure.tensor_bytes(lambda: step(batch))[1]
 
 
 def totals(**figures: int) -> dict[str, int]:

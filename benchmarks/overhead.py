@@ -1,23 +1,28 @@
-"""What a training step costs with the engine, relative to the same step without it.
+"""What a training step costs with the engine, relative to the same step without it, and what a whole boundary costs.
 
-    torchrun --nproc-per-node 2 benchmarks/overhead.py --preset small --backend zero2
-    python benchmarks/overhead.py --preset base --backend plain
+    OMP_NUM_THREADS=1 python benchmarks/overhead.py
+    OMP_NUM_THREADS=1 python benchmarks/overhead.py --presets base --backends zero2 zero3
 
-Two copies of a model take turns on the same batches in one process: A bare, B inside a GaPEngine, in the order A B B A,
-so that whatever else the machine does falls on both alike. Reported are the medians and the median of the ratios of
-neighbouring steps. No boundary falls into the timed steps: its cost is reported separately (boundary.py, and
-`last_boundary_seconds` in a run). fairscale names CUDA streams: without a GPU the tests' stand-in for them is used.
+Every row has processes of its own. Two copies of a model take turns on the same batches: A bare, B inside a GaPEngine,
+in the order A B B A, so that whatever else the machine does falls on both alike. `ratio` is the median of the ratios of
+neighbouring steps, `interval` where that median lies at 95 %, `cpu_ratio` the same of CPU time. No boundary falls into
+these steps: six of them are timed apart, from the end of a step until the next one can begin (`boundary_ms`), and given
+in steps with the engine (`boundary_steps`). fairscale names CUDA streams: without a GPU the tests' stand-in for them is
+used. `--quick` is a size for tests.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,40 +40,119 @@ from common import sharding
 from gap_ds import GaPEngine
 
 BACKENDS = ("plain", "ddp", "fsdp1", "fsdp2", "fairscale", "zero0", "zero1", "zero2", "zero3")
+#: Rows that are made where none are asked for.
+ROWS = {"small": BACKENDS, "base": ("plain", "fsdp2", "zero2", "zero3")}
+KEY = ("preset", "backend", "ranks", "tokens", "dtype")
+NOTE = "ratio: of neighbouring steps with the engine and without, median; interval: of that median, at 95 %"
 VOCABULARY = 6000
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", choices=list(models.PRESETS), default="small")
-    parser.add_argument("--backend", choices=BACKENDS, default="plain")
+    parser.add_argument("--presets", nargs="+", choices=list(models.PRESETS), default=list(ROWS))
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, help="default: all for small, four for base")
+    parser.add_argument("--ranks", type=int, default=2, help="of all backends but plain, which has 1")
     parser.add_argument("--sparsity", type=float, default=0.9)
-    parser.add_argument("--tokens", type=int, default=2048, help="target tokens of a step of one rank")
-    parser.add_argument("--pairs", type=int, default=40, help="timed pairs of steps")
+    parser.add_argument("--tokens", type=int, default=512, help="target tokens of a step of one rank")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
-    parser.add_argument("--quick", action="store_true", help="a size for tests")
-    parser.add_argument("--out", type=Path, help="JSON file to add the result to")
+    parser.add_argument("--seconds", type=float, default=20, help="of timed steps for each row")
+    parser.add_argument("--pairs", type=int, nargs=2, default=[20, 200], help="fewest and most timed pairs of steps")
+    parser.add_argument("--boundaries", type=int, default=6, help="timed apart; a multiple of 3")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--out", type=Path, default=measure.RESULTS)
+    parser.add_argument("--row", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.row:
+        return one(argparse.Namespace(**json.loads(args.row)))
     if args.quick:
-        args.preset, args.tokens, args.pairs = "tiny", 64, 3
+        args.presets, args.tokens, args.pairs, args.boundaries = ["tiny"], 64, [3, 3], 3
+        args.backends = args.backends or ["plain"]
+    failed = []
+    for preset in args.presets:
+        for backend in args.backends or ROWS.get(preset, ("plain",)):
+            row = argparse.Namespace(**vars(args) | {"preset": preset, "backend": backend})
+            row.ranks = 1 if backend == "plain" else args.ranks
+            try:
+                measure.add("overhead", [launch(row)], args.out, NOTE, KEY, command(row))
+            except subprocess.CalledProcessError as error:
+                failed.append(f"{preset} {backend}: status {error.returncode}")
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
+
+def launch(args: argparse.Namespace) -> dict[str, Any]:
+    """The row that fresh processes make."""
+    with tempfile.TemporaryDirectory() as name:
+        out = Path(name) / "row.json"
+        words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.ranks)]
+        words = [] if args.backend == "plain" else words
+        row = json.dumps({**vars(args), "out": str(out)})
+        subprocess.run([sys.executable, *words, __file__, "--row", row], check=True)
+        found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+        return found
+
+
+def command(args: argparse.Namespace) -> str:
+    """The command line that makes this row alone."""
+    words = ["--presets", args.preset, "--backends", args.backend, "--ranks", args.ranks, "--sparsity", args.sparsity]
+    words += ["--tokens", args.tokens, "--dtype", args.dtype, "--seconds", args.seconds, "--pairs", *args.pairs]
+    return "python benchmarks/overhead.py " + " ".join(map(str, [*words, "--boundaries", args.boundaries]))
+
+
+def one(args: argparse.Namespace) -> None:
+    """Runs on every rank: times one row, and rank 0 writes it."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     device = start(args.backend)
-    steps = {name: build(args, device, sparse=name == "engine")[0] for name in ("bare", "engine")}
     batch = tokens(args, device)
-    works = {name: (lambda step=step: step(batch)) for name, step in steps.items()}
     barrier = dist.barrier if dist.is_initialized() else lambda: None
-    measure.in_turns(works, min(4, args.pairs), barrier)
-    seconds = measure.in_turns(works, args.pairs, barrier)
+    works = {}
+    for name in ("bare", "engine"):
+        step, _ = build(args, device, sparse=name == "engine")
+        works[name] = lambda step=step: step(batch)
+    warm = measure.in_turns(works, min(4, args.pairs[0]), barrier)
+    pairs = agreed_pairs(args, sum(map(statistics.median, warm.values())), device)
+    times = measure.in_turns(works, pairs, barrier, measure.both_seconds)
+    result = summary(args, times)
+    works.clear()
+    del step
+    gc.collect()
+    if args.boundaries:
+        seconds = boundaries(args, device, batch)
+        result |= {"boundary_ms": round(1e3 * statistics.median(seconds), 2)}
+        result |= {"boundary_steps": round(1e3 * statistics.median(seconds) / result["engine_ms"], 3)}
     if not dist.is_initialized() or dist.get_rank() == 0:
-        result = summary(args, seconds)
-        print(json.dumps(result, indent=1))
-        if args.out:
-            results = json.loads(args.out.read_text()) if args.out.exists() else []
-            args.out.write_text(json.dumps([*results, result], indent=1) + "\n")
+        Path(args.out).write_text(json.dumps(result), encoding="utf-8")
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def agreed_pairs(args: argparse.Namespace, pair: float, device: torch.device) -> int:
+    """How many pairs of steps, of `pair` seconds each, fit the time; on all ranks what rank 0 says."""
+    least, most = args.pairs
+    number = torch.tensor(min(most, max(least, int(args.seconds / pair))), device=device)
+    if dist.is_initialized():
+        dist.broadcast(number, 0)
+    return int(number)
+
+
+def boundaries(args: argparse.Namespace, device: torch.device, batch: dict[str, Any]) -> list[float]:
+    """Seconds of whole boundaries between cyclic phases of one step, without the first, which loads libraries."""
+    step, engine = build(args, device, sparse=True, phase_steps=1, rounds=args.boundaries // 3)
+    crossed: list[float] = []
+    count = engine.after_step
+
+    def timed() -> None:
+        before = engine.phase
+        seconds = measure.seconds(count)
+        if engine.phase is not before:
+            crossed.append(seconds)
+
+    engine.after_step = timed
+    for _ in range(args.boundaries):
+        step(batch)
+    assert len(crossed) == args.boundaries, f"{len(crossed)} boundaries were crossed"
+    return crossed[1:]
 
 
 def start(backend: str) -> torch.device:
@@ -78,22 +162,24 @@ def start(backend: str) -> torch.device:
         import deepspeed
 
         deepspeed.init_distributed()
-    elif int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    elif "WORLD_SIZE" in os.environ:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
 
 
 def build(
-    args: argparse.Namespace, device: torch.device, sparse: bool, phase_steps: int = 10**9
+    args: argparse.Namespace, device: torch.device, sparse: bool, phase_steps: int = 10**9, rounds: int = 1
 ) -> tuple[Callable[[dict[str, Any]], None], Any]:
     """One training step of a fresh model, bare or inside the engine; and what trains it."""
     torch.manual_seed(0)
     model = models.build_model(models.build_config(args.preset, vocab_size=VOCABULARY)).to(device)
+    models.choose_attention(model, device)
     if not args.backend.startswith("zero"):
         model = wrap(model, args.backend, device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
     # By default one phase that never ends: two of three partitions are sparse, as in most of a cyclic run.
-    gap = {"sparsity": args.sparsity, "partitions": 3, "phase_steps": phase_steps, "rounds": 1, "finetune_steps": 1}
+    gap = {"sparsity": args.sparsity, "partitions": 3, "phase_steps": phase_steps, "rounds": rounds}
+    gap["finetune_steps"] = 1
     trained: Any = model
     if args.backend.startswith("zero"):
         import deepspeed
@@ -163,25 +249,32 @@ def tokens(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     return {"input_ids": ids[0], "decoder_input_ids": ids[1], "labels": ids[2]}
 
 
-def summary(args: argparse.Namespace, seconds: dict[str, list[float]]) -> dict[str, Any]:
-    """The figures, and all that it takes to repeat them."""
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
-    launcher = f"torchrun --nproc-per-node {ranks}" if ranks > 1 else "python"
-    figures = measure.compared(seconds, "bare")
-    engine, bare = figures["engine"], figures["bare"]
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "quick")}
+def summary(args: argparse.Namespace, times: dict[str, list[tuple[float, float]]]) -> dict[str, Any]:
+    """The figures of the steps, as a row."""
+    wall = {name: [wall for wall, _ in values] for name, values in times.items()}
+    cpu = [b / a for (_, a), (_, b) in zip(times["bare"], times["engine"], strict=True)]
+    ratios = [b / a for a, b in zip(wall["bare"], wall["engine"], strict=True)]
+    figures = measure.compared(wall, "bare")
+    on_cpu = not torch.cuda.is_available()
     return {
-        "ratio_of_medians": round(statistics.median(seconds["engine"]) / statistics.median(seconds["bare"]), 4),
-        "median_of_ratios": engine["ratio"],
-        "bare_ms": bare["ms"],
-        "engine_ms": engine["ms"],
-        "quartiles_of_ratios": engine["quartiles"],
-        **settings,
-        "command": f"{launcher} benchmarks/overhead.py " + " ".join(f"--{k} {v}" for k, v in settings.items()),
-        "ranks": ranks,
-        "machine": measure.machine(),
-        "seed": 0,
+        "preset": args.preset,
+        "backend": args.backend,
+        "ranks": dist.get_world_size() if dist.is_initialized() else 1,
+        "tokens": args.tokens,
+        "dtype": args.dtype,
+        "pairs": len(ratios),
+        "bare_ms": figures["bare"]["ms"],
+        "engine_ms": figures["engine"]["ms"],
+        "ratio": round(statistics.median(ratios), 4),
+        "interval": _rounded(measure.interval(ratios)),
+        "quartiles": figures["engine"]["quartiles"],
+        "cpu_ratio": round(statistics.median(cpu), 4) if on_cpu else None,
+        "cpu_interval": _rounded(measure.interval(cpu)) if on_cpu else None,
     }
+
+
+def _rounded(values: Sequence[float]) -> list[float]:
+    return [round(value, 4) for value in values]
 
 
 if __name__ == "__main__":

@@ -1,298 +1,394 @@
-"""What a boundary costs on many ranks: a model of it, fitted to measured points, checked by 64 ranks in one process.
+"""What a boundary, a step's masks and an exchange cost on many ranks: a model, fitted here, checked by simulated ranks.
 
-    OMP_NUM_THREADS=1 python benchmarks/scaling.py
+    python benchmarks/scaling.py            measure, fit, simulate; write the results, the picture and docs/scaling.md
+    python benchmarks/scaling.py --again    all but the measuring: what was fitted is taken from scaling_fit.json
+    python benchmarks/scaling.py --check    exit 1 if `--again` would change a figure or a table
 
-The bytes are those of `gap-ds plan` (gap_ds/cli/forecast.py). The time of a rank's own work is fitted to selections
-here, on one core; that of the network is not measured but assumed (`Network`), and said so wherever it is used. Writes
-scaling.json and scaling.png. `--quick` is a size for tests.
+The model is `scaling_model.py`; what it is fitted to and checked with is measured by `scaling_points.py`. Writes
+scaling.json and scaling.md (all rows), scaling_fit.json (points, fit, checks) and scaling.png. `--quick` is a size for
+tests. The page is written only with the committed results.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
-import math
-import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import measure
-import numpy as np
+import scaling_model as model
+import scaling_points
 import torch
-from torch import Tensor
+from scaling_model import Assumed, Fitted, Work
 
-from gap_ds import masks, selection
-from gap_ds.cli import forecast
+PAGE = measure.ROOT / "docs" / "scaling.md"
+MILLION = 10**6
 
-sys.path.insert(0, str(measure.ROOT / "tests"))
-
-MILLION = 1_000_000
-RANKS = [8, 64, 512, 4096, 16384]
-
-
-@dataclass(frozen=True)
-class Model:
-    """A decoder of `layers` blocks with `matrices` prunable matrices each; `weights` in all of them."""
-
-    name: str
-    weights: int
-    layers: int
-    matrices: int = 7
-    partitions: int = 3
-
-    @property
-    def entries(self) -> int:
-        """Entries of one partition: those that a boundary prunes."""
-        return -(-self.layers * self.matrices // self.partitions)
-
-    @property
-    def pruned(self) -> int:
-        """Weights of one partition."""
-        return self.weights // self.partitions
-
-
-#: Layers as in published models of these sizes (Llama 3.2 1B, 3.1 70B and 405B, Llama 2 7B); weights rounded.
-MODELS = [
-    Model("1B", 10**9, 16),
-    Model("7B", 7 * 10**9, 32),
-    Model("70B", 70 * 10**9, 80),
-    Model("405B", 405 * 10**9, 126),
-]
+#: (weights, pieces, entries) of selections on one rank; (rows, entries) of changes of masks; (backend, ranks, weights,
+#: entries) of simulations; bytes of collectives.
+FULL: dict[str, Any] = {
+    "selections": [
+        *((MILLION * m, e, e) for m in (1, 5, 20) for e in (1, 8, 64)),
+        *((MILLION, 8, 64), (MILLION, 8, 294), (5 * MILLION, 1, 98)),
+    ],
+    "boundaries": [(512, 4), (512, 16), (128, 40), (1024, 6)],
+    "ranks": [8, 64, 512, 4096, 16384],
+    "by_ranks": (294_000, 294),
+    "simulations": [
+        *(("fsdp2", ranks, 20 * MILLION, entries) for ranks in (8, 64, 512) for entries in (8, 64)),
+        *(("zero2", ranks, 20 * MILLION, 8) for ranks in (8, 64)),
+    ],
+    "groups": [2, 4],
+    "bytes": [1 << power for power in (9, 12, 15, 18, 20, 22)],
+}
+QUICK: dict[str, Any] = {
+    "selections": [(100_000, 1, 1), (100_000, 8, 8), (400_000, 1, 8), (400_000, 8, 16), (100_000, 2, 16)],
+    "boundaries": [(64, 1), (64, 2), (32, 3)],
+    "ranks": [8, 64],
+    "by_ranks": (8_000, 8),
+    "simulations": [("fsdp2", 4, 100_000, 3), ("zero2", 8, 100_000, 3)],
+    "groups": [2],
+    "bytes": [512, 4096, 32768],
+}
 
 
-@dataclass(frozen=True)
-class Network:
-    """Assumed, not measured: seconds of one message, and bytes a second that one rank sends."""
-
-    latency: float = 20e-6
-    bandwidth: float = 25e9
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Seconds of a rank's own selection: per weight, per entry, and once. From `fit`."""
-
-    per_weight: float
-    per_entry: float
-    once: float
-
-    def seconds(self, weights: float, entries: int) -> float:
-        return self.once + self.per_weight * weights + self.per_entry * entries
-
-
-def ring(size: float, ranks: int, network: Network) -> float:
-    """Seconds of a ring all-reduce of so many bytes."""
-    return 2 * (ranks - 1) * (network.latency + size / ranks / network.bandwidth)
-
-
-def tree(size: float, ranks: int, network: Network) -> float:
-    """Seconds of a tree all-reduce: up and down again, each step with the whole message."""
-    return 2 * math.ceil(math.log2(ranks)) * (network.latency + size / network.bandwidth)
-
-
-def gathered(size: float, ranks: int, network: Network) -> float:
-    """Seconds of an all-gather of so many bytes from every rank, by recursive doubling."""
-    return math.ceil(math.log2(ranks)) * network.latency + (ranks - 1) * size / network.bandwidth
-
-
-def boundary(model: Model, ranks: int, cost: Cost, network: Network) -> dict[str, Any]:
-    """One boundary of C-GaP on one of R ranks, the weights spread evenly, ties to be broken in some entry.
-
-    Bytes are exact for this geometry; `own_s` is fitted on a CPU core; `network_s` is assumed.
-    """
-    passes = len(selection._PASSES)
-    counts = forecast.selection_bytes(model.entries)
-    # Ties: each rank gathers two numbers per entry from every rank (gap_ds.selection._tie_quota).
-    ties = 2 * 8 * model.entries
-    reduce = passes * min(ring(counts / passes, ranks, network), tree(counts / passes, ranks, network))
-    sparse = model.weights - model.pruned
-    return {
-        "weights": model.name,
-        "ranks": ranks,
-        # A rank that owns a stretch of a flat buffer has a last byte for each entry it touches.
-        "mask_MB": (masks.nbytes(-(-sparse // ranks)) + model.layers * model.matrices) / 1e6,
-        "reduced_MB": counts / 1e6,
-        "ties_MB": ties * (ranks - 1) / 1e6,
-        "gather_instead_MB": 4 * model.pruned * (ranks - 1) / ranks / 1e6,
-        "own_s": cost.seconds(model.pruned / ranks, model.entries),
-        "network_s": reduce + gathered(ties, ranks, network),
-        "gather_instead_s": gathered(4 * model.pruned / ranks, ranks, network),
-        # What training sends anyway in one step: gradients reduced and weights gathered, both in 16 bits.
-        "step_network_s": 2 * 2 * model.weights / network.bandwidth,
-        "exchange_MB": (masks.nbytes(model.pruned) + 4 * model.pruned / 5) / 1e6,
-    }
-
-
-# -- measured ----------------------------------------------------------------------------------------------------------
-
-
-def select(
-    weights: Sequence[Tensor], cuts: Sequence[tuple[int, int]], keep: int, group: selection.Reduce
-) -> list[Tensor]:
-    """This rank's masks of entries that lie one after the other; each is cut at the given places."""
-    pieces = [
-        selection.Piece(f"entry{e}", start, piece.numel(), selection.magnitude_keys(piece), e)
-        for e, (piece, (start, _)) in enumerate(zip(weights, cuts, strict=True))
-    ]
-    return selection.select_largest(pieces, [keep] * len(pieces), group)
-
-
-def points(sizes: Sequence[tuple[int, int]], rounds: int) -> list[dict[str, Any]]:
-    """Selections on one rank: (weights in all, entries) against processor seconds, medians of turns."""
-    found: dict[tuple[int, int], list[float]] = {size: [] for size in sizes}
-    for _ in range(rounds + 1):
-        for n, entries in sizes:
-            weights = torch.randn(entries, n // entries, generator=torch.Generator().manual_seed(0))
-            started = time.thread_time()
-            select(weights.unbind(), [(0, n // entries)] * entries, n // entries // 5, selection.Single())
-            found[n, entries].append(time.thread_time() - started)
-    return [
-        {"weights": n, "entries": entries, "measured_s": round(statistics.median(times[1:]), 5)}
-        for (n, entries), times in found.items()
-    ]
-
-
-def fit(measured: Sequence[dict[str, Any]]) -> Cost:
-    """Least squares of the relative error; no coefficient below zero."""
-    rows = np.array([[p["weights"], p["entries"], 1.0] for p in measured])
-    seconds = np.array([p["measured_s"] for p in measured])
-    used = [0, 1, 2]
-    while True:
-        found, *_ = np.linalg.lstsq(rows[:, used] / seconds[:, None], np.ones(len(seconds)), rcond=None)
-        if (found >= 0).all():
-            break
-        used.pop(int(found.argmin()))
-    values = np.zeros(3)
-    values[used] = found
-    return Cost(*map(float, values))
-
-
-class Counted:
-    """A rank of the simulation that counts what it hands to collectives, and the CPU time that these take here."""
-
-    def __init__(self, inner: Any) -> None:
-        self.rank, self._inner = inner.rank, inner
-        self.reduced = self.gathered = 0
-        self.seconds = 0.0
-
-    def sum(self, counts: Tensor) -> Tensor:
-        self.reduced += counts.nbytes
-        return self._timed(self._inner.sum, counts)
-
-    def all_gather(self, row: Tensor) -> Tensor:
-        self.gathered += row.nbytes
-        return self._timed(self._inner.all_gather, row)
-
-    def _timed(self, collective: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
-        started = time.thread_time()
-        result = collective(value)
-        self.seconds += time.thread_time() - started
-        return result
-
-
-def simulate(ranks: int, n: int, entries: int, cost: Cost) -> dict[str, Any]:
-    """The real selection on ranks that are threads, against one rank, and its cost against the model's."""
-    from fake_ranks import Ranks
-
-    size = n // entries
-    # Few distinct values: ties have to be broken, so that every collective is met.
-    weights = (torch.randn(entries, size, generator=torch.Generator().manual_seed(0)) * 64).round()
-    edges = [size * rank // ranks for rank in range(ranks + 1)]
-    cuts = [(edges[rank], edges[rank + 1]) for rank in range(ranks)]
-    counted: list[Counted] = []
-
-    own_seconds: list[float] = []
-
-    def work(rank: Any) -> list[Tensor]:
-        counted.append(own := Counted(rank))
-        lo, hi = cuts[rank.rank]
-        started = time.thread_time()
-        found = select(weights[:, lo:hi].unbind(), [(lo, hi)] * entries, size // 5, own)
-        own_seconds.append(time.thread_time() - started - own.seconds)
-        return found
-
-    results = Ranks(ranks).run(work)
-    alone = select(weights.unbind(), [(0, size)] * entries, size // 5, selection.Single())
-    for e in range(entries):
-        parts = [masks.unpack(results[rank][e], cuts[rank][1] - cuts[rank][0]) for rank in range(ranks)]
-        assert torch.equal(torch.cat(parts), masks.unpack(alone[e], size)), f"entry {e}: the masks differ"
-    wanted = forecast.selection_bytes(entries)
-    assert {c.reduced for c in counted} == {wanted}, "the forecast of the bytes is wrong"
-    assert {c.gathered for c in counted} == {2 * 8 * entries}, "the forecast of the ties is wrong"
-    return {
-        "ranks": ranks,
-        "weights": n,
-        "entries": entries,
-        "masks": "equal to one rank's",
-        "reduced_bytes": wanted,
-        "gathered_bytes": 2 * 8 * entries,
-        "own_cpu_s": round(statistics.median(own_seconds), 4),
-        "modelled_s": round(cost.seconds(n / ranks, entries), 4),
-    }
-
-
-# -- result ------------------------------------------------------------------------------------------------------------
-
-
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ranks", type=int, default=64, help="of the simulation")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--again", action="store_true")
+    parser.add_argument("--check", action="store_true")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, default=measure.RESULTS)
     args = parser.parse_args()
-    sizes = [(MILLION * m, e) for m in (1, 5, 20) for e in (1, 8, 64)]
-    simulated = [(20 * MILLION, 8), (20 * MILLION, 64)]
-    if args.quick:
-        args.ranks, args.rounds = 4, 1
-        sizes, simulated = [(100_000, 1), (100_000, 8), (400_000, 1), (400_000, 8)], [(100_000, 3)]
-    measured = points(sizes, args.rounds)
-    cost = fit(measured)
-    for point in measured:
-        point["modelled_s"] = round(cost.seconds(point["weights"], point["entries"]), 4)
-    checks = [simulate(args.ranks, n, entries, cost) for n, entries in simulated]
-    rows = [boundary(model, ranks, cost, Network()) for model in MODELS for ranks in RANKS]
-    about = {"fit": vars(cost), "assumed_network": vars(Network()), "points": measured, "simulation": checks}
-    rounded = [{k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()} for row in rows]
-    note = f"own_s is fitted to one CPU core of this machine; *network_s are assumed: {vars(Network())}"
-    measure.write("scaling", rounded, args.out, note)
-    (args.out / "scaling_fit.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    print(measure.table(measured), measure.table(checks), sep="\n")
-    plot(rows, args.out / "scaling.png")
+    if args.check:
+        return check()
+    torch.set_num_threads(1)
+    path = args.out / "scaling_fit.json"
+    if not args.again:
+        about = measured(QUICK if args.quick else FULL, 1 if args.quick else args.rounds)
+        args.out.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    about = json.loads(path.read_text(encoding="utf-8"))
+    found = rows(about)
+    if args.again:
+        # The machine and the time that stand in the result are those of what was measured.
+        result = json.loads((args.out / "scaling.json").read_text(encoding="utf-8"))
+        (args.out / "scaling.json").write_text(json.dumps({**result, "rows": found}, indent=1) + "\n", encoding="utf-8")
+    else:
+        measure.write("scaling", found, args.out, NOTE)
+    plot(found, args.out / "scaling.png")
+    if args.out == measure.RESULTS:
+        PAGE.write_text(page(about, found), encoding="utf-8")
+    return 0
 
 
-def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Network time and bytes of one boundary by ranks, with what a training step sends anyway."""
+NOTE = (
+    f"own work is fitted to one core of this machine; all else in seconds is assumed: {dataclasses.asdict(Assumed())}"
+)
+
+
+def check() -> int:
+    """Whether the committed rows and the page are not what the committed fit and this code make."""
+    about = json.loads((measure.RESULTS / "scaling_fit.json").read_text(encoding="utf-8"))
+    found = json.loads((measure.RESULTS / "scaling.json").read_text(encoding="utf-8"))["rows"]
+    return int(found != rows(about) or PAGE.read_text(encoding="utf-8") != page(about, found))
+
+
+def measured(size: dict[str, Any], rounds: int) -> dict[str, Any]:
+    """Points, what is fitted to them, and how far points that were not fitted to are from the model."""
+    points = {
+        "selections": scaling_points.selections(size["selections"], rounds),
+        "boundaries": scaling_points.boundaries(size["boundaries"], rounds),
+        "around_ranks": scaling_points.around_ranks(size["ranks"], rounds),
+        "per_byte": scaling_points.per_byte(rounds),
+    }
+    collectives = [
+        point
+        for ranks in size["groups"]
+        for point in measure.on_ranks(ranks, scaling_points.collectives, size["bytes"], 3 * rounds)
+    ]
+    fitted = scaling_points.fit(points)
+    network, gloo = scaling_points.fit_network(collectives)
+    about = {
+        "machine": measure.machine(),
+        "fitted": dataclasses.asdict(fitted),
+        "gloo": dataclasses.asdict(network),
+        "points": points,
+        "checks": {
+            "own": scaling_points.modelled(points, fitted),
+            "by_ranks": scaling_points.by_ranks(size["ranks"], *size["by_ranks"], rounds),
+            "simulated": [scaling_points.simulate(*each, fitted) for each in size["simulations"]],
+            "gloo": gloo,
+            "boundary": scaling_points.committed(fitted, network, measure.machine()["cores"]),
+        },
+    }
+    return rounded(about)
+
+
+def rounded(value: Any, digits: int = 4) -> Any:
+    """Plain data with all floats to so many digits.
+
+    >>> rounded({"a": [1.23456, 7]})
+    {'a': [1.235, 7]}
+    """
+    if isinstance(value, float):
+        return float(f"{value:.{digits}g}")
+    if isinstance(value, dict):
+        return {key: rounded(each, digits) for key, each in value.items()}
+    return [rounded(each, digits) for each in value] if isinstance(value, list | tuple) else value
+
+
+def rows(about: dict[str, Any]) -> list[dict[str, Any]]:
+    """The model's rows by a fit, of what fits into memory."""
+    fitted = Fitted(**{**about["fitted"], "core": Work(**about["fitted"]["core"])})
+    found = model.rows(fitted, Assumed())
+    return [{key: value for key, value in row.items() if key != "fits"} for row in rounded(found) if row["fits"]]
+
+
+# -- the page ----------------------------------------------------------------------------------------------------------
+
+
+def page(about: dict[str, Any], found: Sequence[dict[str, Any]]) -> str:
+    from tables import fill
+
+    sections = {
+        **{"assumed": assumed(), "fitted": fitted_table(about), "simulated": simulated(about)},
+        **{"ties": ties(about), "own": own(about), "gloo": gloo(about)},
+        **{"backends": backends(found), "boundary": boundary(found), "exchange": exchange(found)},
+        **{"limits": limits(found)},
+    }
+    return fill("docs/scaling.md", PAGE.read_text(encoding="utf-8"), sections)
+
+
+def _short(value: float) -> str:
+    """Two or three digits, without an exponent where a person would not write one.
+
+    >>> [_short(x) for x in (0.0, 0.01234, 5.93, 81.2, 1234.5, 2.5e-8)]
+    ['0', '0.012', '5.9', '81', '1,234', '2.5e-08']
+    """
+    if value == 0:
+        return "0"
+    return f"{value:,.0f}" if abs(value) >= 10 else f"{value:.2g}"
+
+
+def _span(points: Iterable[dict[str, Any]]) -> str:
+    ratios = sorted(point["measured / modelled"] for point in points)
+    return f"{ratios[0]:.2f}" if len(ratios) == 1 else f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
+
+
+def assumed() -> str:
+    return measure.table(
+        [
+            {"assumed": f.metadata["reason"], "value": f"{getattr(Assumed(), f.name):g}"}
+            for f in dataclasses.fields(Assumed)
+        ]
+        + [{"assumed": f"tokens of a step, {m.name}", "value": f"{m.tokens:,}"} for m in model.MODELS]
+    )
+
+
+def fitted_table(about: dict[str, Any]) -> str:
+    core, rest = about["fitted"]["core"], about["fitted"]
+    lines = [
+        ("selection, for each weight of the pruned partition that a rank has", core["select_weight"]),
+        ("selection, for each entry of which it has a piece", core["select_piece"]),
+        ("selection, for each entry", core["select_entry"]),
+        ("masking of fp32 weights or moments, for each of them", core["zero_weight"]),
+        ("masking, for each piece", core["zero_piece"]),
+        ("checksum of masks, for each byte", rest["crc_byte"]),
+        ("SHA-256, for each byte", rest["sha_byte"]),
+        ("an all-gather's rows, for each rank (`Comm.all_gather`)", rest["row"]),
+        ("places of an entry's pieces, for each rank (an exchange alone)", rest["spread"]),
+    ]
+    return measure.table([{"work of one core": what, "µs": f"{1e6 * s:.2g}"} for what, s in lines])
+
+
+def own(about: dict[str, Any]) -> str:
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for point in about["checks"]["own"]:
+        groups.setdefault((point["point"], point["in the fit"]), []).append(point)
+    return measure.table(
+        [
+            {"own work on one rank": what, "in the fit": used, "points": len(points)}
+            | {"measured / modelled": _span(points)}
+            for (what, used), points in groups.items()
+        ]
+    )
+
+
+def simulated(about: dict[str, Any]) -> str:
+    return measure.table(
+        [
+            {"laid out as": p["backend"], "ranks": p["ranks"], "entries": p["entries"], "imbalance": p["imbalance"]}
+            | {"own work, ms": _short(1e3 * p["measured_s"]), "modelled, ms": _short(1e3 * p["modelled_s"])}
+            | {"measured / modelled": _span([p])}
+            for p in rounded(about["checks"]["simulated"], 3)
+        ]
+    )
+
+
+def ties(about: dict[str, Any]) -> str:
+    points = about["checks"]["by_ranks"]
+    times = [point["selection_s"] for point in points]
+    slope, _ = scaling_points.least([[p["ranks"] * p["entries"], 1] for p in points], times)
+    most = points[-1]["ranks"] * points[-1]["entries"]
+    text = (
+        f"\nFitted to this, a selection takes {1e9 * slope:.2g} ns more for each rank and entry: "
+        f"{1e3 * slope * most:.2g} of {1e3 * times[-1]:.0f} ms in the last row.\n"
+    )
+    table = measure.table(
+        [
+            {"ranks": p["ranks"], "entries": p["entries"], "whole selection, ms": _short(1e3 * p["selection_s"])}
+            | {"dividing ties, ms": _short(1e3 * p["ties_s"])}
+            | {"by gathering counts, ms": _short(1e3 * p["ties_by_gathering_s"])}
+            | {"counts gathered, MB": _short(p["ties_by_gathering_MB"])}
+            for p in points
+        ]
+    )
+    return table + text
+
+
+def gloo(about: dict[str, Any]) -> str:
+    network, checks = about["gloo"], about["checks"]
+    groups: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
+    for p in checks["gloo"]:
+        groups.setdefault((f"collectives: {p['kind']}", p["ranks"], p["in the fit"]), []).append(p)
+    for p in checks["boundary"]["rows"]:
+        groups.setdefault((f"boundary.py: {p['method']}", p["ranks"], p["in the fit"]), []).append(p)
+    table = measure.table(
+        [
+            {"over gloo": what, "ranks": ranks, "in the fit": used, "points": len(points)}
+            | {"measured / modelled": _span(points)}
+            for (what, ranks, used), points in groups.items()
+        ]
+    )
+    text = (
+        f"Fitted: {1e6 * network['latency']:.0f} µs a message and {network['bandwidth'] / 1e6:,.0f} MB/s for the "
+        f"collectives, {checks['boundary']['gathering_bytes_per_s'] / 1e6:,.0f} MB/s for gathering weights in "
+        "boundary.py, where the new memory's first use is in the time. Load of the machine meanwhile: "
+        f"{about['machine']['load_average'][0]:g}.\n\n"
+    )
+    return text + table
+
+
+_TERMS = {"own_accelerator_s": "own work", "counts_s": "counts", "ties_s": "ties"} | {
+    "checks_s": "checks",
+    "publish_s": "publishing",
+}
+
+
+def boundary(found: Sequence[dict[str, Any]]) -> str:
+    return measure.table(
+        [
+            {"weights": row["weights"], "ranks": row["ranks"], "tokens a rank": row["tokens_per_rank"]}
+            | {"step, s": _short(row["step_s"]), "own work, s, core": _short(row["own_core_s"])}
+            | {"accelerator": _short(row["own_accelerator_s"])}
+            | {name: _short(row[key]) for key, name in list(_TERMS.items())[1:4]}
+            | {"boundary in steps": _short(row["boundary_steps"])}
+            | {"masks, MB": _short(row["mask_MB"]), "scratch, MB": _short(row["boundary_scratch_MB"])}
+            | {"counts and ties, MB": _short(row["counts_MB"] + row["ties_MB"])}
+            | {"gathering instead, MB": _short(row["gather_instead_MB"])}
+            for row in found
+            if row["backend"] == "fsdp2"
+        ]
+    )
+
+
+def backends(found: Sequence[dict[str, Any]], ranks: int = 512) -> str:
+    return measure.table(
+        [
+            {"weights": row["weights"], "backend": row["backend"], "shard group": row["shard_group"]}
+            | {"imbalance": _short(row["imbalance"])}
+            | {"masks of a step, of it": f"{row['masks_share']:.1%}", "on a core, s": _short(row["masks_core_s"])}
+            | {f"{name}, s": _short(row[key]) for key, name in _TERMS.items()}
+            | {"published, MB": _short(row["publish_MB"]), "boundary in steps": _short(row["boundary_steps"])}
+            for row in found
+            if row["ranks"] == ranks and row["weights"] in ("1B", "7B")
+        ]
+    )
+
+
+_EXCHANGE = {"exchange_gather_s": "to rank 0", "exchange_hash_s": "hashing", "exchange_files_s": "files"} | {
+    "exchange_meetings_s": "meetings",
+    "exchange_publish_s": "publishing",
+}
+
+
+def exchange(found: Sequence[dict[str, Any]]) -> str:
+    return measure.table(
+        [
+            {"weights": row["weights"], "ranks of a worker": row["ranks"]}
+            | {"a worker's file, MB": _short(row["exchange_file_MB"])}
+            | {f"{name}, s": _short(row[key]) for key, name in list(_EXCHANGE.items())[:4]}
+            | {"in all, s": _short(row["exchange_s"]), "in steps": _short(row["exchange_steps"])}
+            for row in found
+            if row["backend"] == "fsdp2" and row["ranks"] in (64, 512, 4096)
+        ]
+    )
+
+
+#: What is called negligible: at most so many steps for a boundary, so much of a step for its masks, so many steps for
+#: an exchange. With 100 steps from boundary to boundary and 1,000 from exchange to exchange, each is 1 %.
+MOST = {"masks_share": 0.01, "boundary_steps": 1.0, "exchange_steps": 10.0}
+
+
+def limits(found: Sequence[dict[str, Any]]) -> str:
+    """For each backend and model the first number of ranks from which each is above what is negligible, and its
+    largest term there."""
+    terms = {"masks_share": {}, "boundary_steps": _TERMS, "exchange_steps": _EXCHANGE}
+    titles = {"masks_share": "masks above 1 % of a step", "boundary_steps": "boundary above 1 step"}
+    titles["exchange_steps"] = "exchange above 10 steps"
+    lines = []
+    for backend in model.BACKENDS:
+        for name in (m.name for m in model.MODELS):
+            own = [row for row in found if (row["backend"], row["weights"]) == (backend, name)]
+            if not own:
+                continue
+            line = {"backend": backend, "weights": name, "fits": f"{own[0]['ranks']:,} ranks or more"}
+            for key, most in MOST.items():
+                above = [row for row in own if row[key] > most]
+                line[titles[key]] = _from(own, above, terms[key]) if above else "never"
+            lines.append(line)
+    return measure.table(lines)
+
+
+def _from(own: Sequence[dict[str, Any]], above: Sequence[dict[str, Any]], terms: dict[str, str]) -> str:
+    first = above[0]
+    where = "always" if len(above) == len(own) else f"from {first['ranks']:,}"
+    largest = max(terms, key=lambda key: first[key], default=None)
+    return where if largest is None else f"{where}: {terms[largest]}"
+
+
+# -- the picture -------------------------------------------------------------------------------------------------------
+
+
+def plot(found: Sequence[dict[str, Any]], path: Path) -> None:
+    """A boundary, the masks of a step and an exchange by ranks, each over a step's arithmetic."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for i, model in enumerate(MODELS):
-        own = [row for row in rows if row["weights"] == model.name]
-        ranks, color = [row["ranks"] for row in own], f"C{i}"
-        left.loglog(ranks, [row["own_s"] + row["network_s"] for row in own], "o-", color=color, label=model.name)
-        left.loglog(ranks, [row["step_network_s"] for row in own], ":", color=color)
-        right.loglog(ranks, [row["reduced_MB"] + row["ties_MB"] for row in own], "o-", color=color, label=model.name)
-        right.loglog(ranks, [row["gather_instead_MB"] for row in own], "--", color=color)
-    left.set(
-        xlabel="ranks",
-        ylabel="s",
-        title="a boundary (own work on a CPU core + network assumed)\ndotted: sending of one training step",
-    )
-    right.set(
-        xlabel="ranks",
-        ylabel="MB received by a rank",
-        title="a boundary: counts and ties\ndashed: gathering the partition instead",
-    )
-    right.legend(loc="center left")
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
+    panels = {
+        "boundary_steps": ("a boundary, in steps", "fsdp2", "zero2"),
+        "masks_share": ("masks of a step, share of the step", "fsdp2", "ddp"),
+        "exchange_steps": ("an exchange of parallel GaP, in steps", "fsdp2", "zero2"),
+    }
+    for axis, (key, (title, solid, dashed)) in zip(axes, panels.items(), strict=True):
+        for i, name in enumerate(m.name for m in model.MODELS):
+            for backend, style in ((solid, "o-"), (dashed, "s--")):
+                own = [row for row in found if (row["weights"], row["backend"]) == (name, backend)]
+                label = name if backend == solid else None
+                axis.loglog([r["ranks"] for r in own], [r[key] for r in own], style, color=f"C{i}", label=label)
+        axis.axhline(MOST[key], color="0.5", lw=1)
+        axis.set(xlabel="ranks", title=f"{title}\nsolid {solid}, dashed {dashed}, grey: 1 % of a run")
+    axes[0].legend()
     figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -26,7 +26,7 @@ GAP = {"sparsity": 0.9, "partitions": 3, "phase_steps": 100, "rounds": 1, "finet
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, default=measure.RESULTS)
     args = parser.parse_args()

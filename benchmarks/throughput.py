@@ -5,10 +5,13 @@
     zero2   the example with the engine over DeepSpeed ZeRO-2, against a bare DeepSpeed loop
     plain   the example with the engine over PyTorch alone, against transformers' Seq2SeqTrainer
 
-Both loops of a pair train the same model on the same batches in one process and take turns step by step: a loop has its
-turn from the moment it gets a batch until it asks for the next one. The example's loop is as it is, with boundaries and
-without what it does once at the end (checkpoint, validation). `loader` is the example's data alone, without training.
-`--quick` is a size for tests.
+The loops of a pair train the same model, as the example builds it, on the same batches in one process and take turns
+step by step: a loop has its turn from the moment it gets a batch until it asks for the next one. None of them comes to
+the end of an epoch, where the example would validate and save. Ratios are times: of all timed steps together
+(`ratio_of_tokens`), and the median over neighbouring steps (`ratio`). The example's three boundaries are taken out of
+its steps into a row of their own, with what all three cost; `example, with its boundaries` has both. A further loop
+has the model as transformers makes it, with PyTorch's fused attention. `loader` is the example's data alone, without
+training. `--quick` is a size for tests.
 """
 
 from __future__ import annotations
@@ -37,9 +40,11 @@ import model as models
 import train
 from common import run, runtime, training
 
+from gap_ds import GaPEngine
 from gap_ds.schedule import Phase
 
 PAIRS = {"zero2": ("example", "bare DeepSpeed"), "plain": ("example", "Seq2SeqTrainer")}
+FUSED = ", fused attention"
 WARM_UP = 5
 
 
@@ -56,8 +61,10 @@ class Turns:
         for units, batch in steps:
             with self._changed:
                 assert self._changed.wait_for(lambda: self._waiting[0] == name, timeout=300)
+            measure.synchronize()
             started = time.perf_counter()
             yield units, batch
+            measure.synchronize()
             self.seconds[name].append(time.perf_counter() - started)
             self.units[name].append(units)
             self._pass(name)
@@ -76,11 +83,21 @@ class Turns:
 
 
 class InTurns(train.Translation):
-    """The example's task; its batches come in turn."""
+    """The example's task; its batches come in turn. `boundaries` has the seconds of each by its step."""
 
     def __init__(self, turns: Turns, name: str, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._turns, self._name = turns, name
+        self._turns, self._name, self._phase = turns, name, 0
+        self.boundaries: dict[int, float] = {}
+
+    def after_step(self, engine: GaPEngine) -> None:
+        if engine.phase.index != self._phase:
+            self._phase = engine.phase.index
+            self.boundaries[engine.applied_steps - 1] = engine.last_boundary_seconds
+
+    def validate(self, engine: GaPEngine, epoch: int) -> dict[str, float]:
+        assert engine.finished, "an epoch ended within the timed steps"
+        return {}
 
     def batches(self, epoch: int, start: int) -> Iterator[tuple[int, Sequence[dict[str, torch.Tensor]]]]:
         return self._turns.batches(self._name, super().batches(epoch, start))
@@ -91,19 +108,24 @@ def main() -> None:
     parser.add_argument("--pairs", nargs="+", choices=list(PAIRS), default=list(PAIRS))
     parser.add_argument("--preset", choices=list(models.PRESETS), default="small")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens of a step")
-    parser.add_argument("--steps", type=int, default=48)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, default=measure.RESULTS)
     args = parser.parse_args()
     if args.quick:
-        args.preset, args.tokens, args.steps, args.pairs = "tiny", 128, 12, ["plain"]
+        args.preset, args.tokens, args.steps, args.pairs = "tiny", 128, 24, ["plain"]
     warnings.filterwarnings("ignore")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    rows = [row for pair in args.pairs for row in compare(args, pair)]
     note = (
-        f"{args.preset}, {args.steps} steps of {args.tokens} tokens, bf16, generated corpus, 1 process; ratio: time of"
+        f"{args.preset}, {args.steps} steps of {args.tokens} tokens, bf16, generated corpus, 1 process; to the second "
     )
-    measure.write("throughput", rows, args.out, note + " a step to that of the other loop's neighbouring step")
+    note += (
+        "loop: ratio_of_tokens, of the time of all steps; ratio, of neighbouring steps; interval: of its median, 95 %"
+    )
+    rows: list[dict[str, Any]] = []
+    for pair in args.pairs:
+        rows += compare(args, pair)
+        measure.write("throughput", rows, args.out, note)
 
 
 def compare(args: argparse.Namespace, pair: str) -> list[dict[str, Any]]:
@@ -123,32 +145,49 @@ def compare(args: argparse.Namespace, pair: str) -> list[dict[str, Any]]:
         words += ["--backend", "none", "--bf16"] if pair == "plain" else []
         words += ["--deepspeed_config", str(measure.ROOT / "configs/ds/zero2.json")] if pair == "zero2" else []
         own = train.parse(words)
-        turns = Turns(PAIRS[pair])
-        tokens, loading = race(own, folder / "run", turns, pair)
+        turns = Turns([*PAIRS[pair], PAIRS[pair][1] + FUSED])
+        tokens, loading, boundaries = race(own, folder / "run", turns, pair)
+    example, other = PAIRS[pair]
     steps = min(map(len, turns.seconds.values()))
-    times = {name: seconds[WARM_UP:steps] for name, seconds in turns.seconds.items()}
+    assert all(WARM_UP <= step < steps for step in boundaries) and len(boundaries) == 3, f"boundaries {boundaries}"
+    whole = turns.seconds[example]
+    without = [seconds - boundaries.get(step, 0.0) for step, seconds in enumerate(whole)]
+    loops = {example: without, f"{example}, with its boundaries": whole}
+    loops |= {name: seconds for name, seconds in turns.seconds.items() if name != example}
+    times = {name: seconds[WARM_UP:steps] for name, seconds in loops.items()}
+    found = measure.compared(times, other)
+    units = sum(turns.units[other][WARM_UP:steps])
+    assert units == sum(turns.units[example][WARM_UP:steps]), "the loops have had other batches"
     rows = [
-        {"pair": pair, "loop": name, "tokens_per_s": round(sum(turns.units[name][WARM_UP:steps]) / sum(times[name]), 1)}
-        | figures
-        for name, figures in measure.compared(times, PAIRS[pair][1]).items()
+        {"pair": pair, "loop": name, "tokens_per_s": round(units / sum(values), 1)}
+        | {"ratio_of_tokens": round(sum(values) / sum(times[other]), 3), **found[name]}
+        for name, values in times.items()
     ]
-    return [*rows, {"pair": pair, "loop": "loader", "tokens_per_s": round(tokens / loading, 1)}]
+    cost = sum(boundaries.values())
+    three = {"ms": round(1e3 * cost, 1), "steps": round(1e3 * cost / found[example]["ms"], 2)}
+    return [
+        *rows,
+        {"pair": pair, "loop": f"{len(boundaries)} boundaries", **three},
+        {"pair": pair, "loop": "loader", "tokens_per_s": round(tokens / loading, 1)},
+    ]
 
 
-def race(args: train.Arguments, folder: Path, turns: Turns, pair: str) -> tuple[int, float]:
-    """Trains both loops; target tokens of an epoch and the seconds that the loader alone takes for them."""
+def race(args: train.Arguments, folder: Path, turns: Turns, pair: str) -> tuple[int, float, dict[int, float]]:
+    """Trains all loops; target tokens of an epoch, seconds that the loader alone takes for them, the boundaries'."""
     deepspeed = train.deepspeed_config(args)
     device = runtime.start_processes(args.seed, args.threads, deepspeed=deepspeed is not None)
     folder, _ = run.prepare_folder(args)
-    rows = {split: train.load_rows(args, split).select(range(n)) for split, n in (("train", 4000), ("validation", 50))}
+    rows = {split: train.load_rows(args, split) for split in ("train", "validation")}
     tokenizer = train.load_tokenizer(args, folder, rows["train"], trained=False)
     encoded = {split: data.encode(rows[split], tokenizer, args.max_length) for split in rows}
     samplers = {split: data.TokenBatches.of(found, args.batch_tokens) for split, found in encoded.items()}
     pairs = [(encoded[split], samplers[split]) for split in encoded]
 
-    def build() -> tuple[Any, torch.optim.Optimizer]:
+    def build(fused: bool = False) -> tuple[Any, torch.optim.Optimizer]:
         runtime.seed_everything(0)
         model = models.build_model(models.build_config(args.preset, vocab_size=len(tokenizer))).to(device)
+        if not fused:
+            models.choose_attention(model, device)
         return model, torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.997), eps=1e-9, fused=True)
 
     gap, shape = run.gap_config(args, pretrained=False), train.LR_SCHEDULES[args.lr_schedule]
@@ -156,18 +195,21 @@ def race(args: train.Arguments, folder: Path, turns: Turns, pair: str) -> tuple[
     engine = run.build_engine(args, gap, None, deepspeed, *build(), per_epoch, shape)
     example, other = PAIRS[pair]
     steps = engine.schedule.total_steps
+    assert steps < per_epoch, f"{steps} steps, but an epoch has {per_epoch}: the example would validate and save"
     plain = train.Translation(args, device, tokenizer, *pairs)
     started, tokens = time.perf_counter(), sum(units for units, _ in plain.batches(0, 0))
     seconds = time.perf_counter() - started
     loop = bare_deepspeed if pair == "zero2" else seq2seq_trainer
-    work = loop(plain, build, deepspeed, steps, folder, turns, other)
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
+    for name in (other, other + FUSED):
+        work = loop(plain, lambda name=name: build(name != other), deepspeed, steps, folder / name, turns, name)
+        threading.Thread(target=work, daemon=True, name=name).start()
     task = InTurns(turns, example, args, device, tokenizer, *pairs)
     training.train(args, engine, folder, run.begin(args, train.FIXED, rows=len(encoded["train"])), task)
     turns.leave(example)
-    thread.join(timeout=300)
-    return tokens, seconds
+    for thread in threading.enumerate():
+        if thread.name.startswith(other):
+            thread.join(timeout=300)
+    return tokens, seconds, task.boundaries
 
 
 Build = Callable[[], tuple[Any, torch.optim.Optimizer]]

@@ -1,0 +1,176 @@
+"""Where the time of the two hot paths goes: a training step with the engine, and a boundary.
+
+    OMP_NUM_THREADS=1 python benchmarks/profile_paths.py
+
+`parts` are wall times of the functions that a path is made of, each without those inside it, over some steps; the same
+steps again under torch.profiler say which operators it is (`operators`, their own time on the CPU or the GPU, as shares
+of all operators'). The profiler slows small operators down, so shares of parts are from the run without it. `--quick`
+is a size for tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import measure
+import torch
+
+sys.path.insert(0, str(measure.ROOT / "examples" / "translation"))
+
+import model as models
+import overhead
+
+from gap_ds import GaPEngine, agreement, selection
+from gap_ds.masking import Masking
+
+#: Operators of each path that get a row.
+MOST = 8
+
+
+class Parts:
+    """Seconds of functions, each without those of the others inside it."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._inside = [0.0]
+
+    def of(self, name: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function; its calls are added to the part `name`."""
+
+        @functools.wraps(work)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self._inside.append(0.0)
+            measure.synchronize()
+            started = time.perf_counter()
+            try:
+                return work(*args, **kwargs)
+            finally:
+                measure.synchronize()
+                seconds = time.perf_counter() - started
+                self.seconds[name] += seconds - self._inside.pop()
+                self._inside[-1] += seconds
+
+        return timed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", choices=list(models.PRESETS), default="base")
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=6, help="of each path that are counted")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--out", type=Path, default=measure.RESULTS)
+    args = parser.parse_args()
+    if args.quick:
+        args.preset, args.tokens, args.steps = "tiny", 64, 2
+    rows = [row for path in (step, boundary) for row in path(args)]
+    note = f"{args.preset}, {args.tokens} tokens, bf16, plain PyTorch, sparsity 0.9; ms of one step or boundary"
+    measure.write("profile_paths", rows, args.out, note)
+
+
+def build(args: argparse.Namespace, phase_steps: int, rounds: int) -> tuple[Callable[[], None], Any]:
+    device = measure.device()
+    args = argparse.Namespace(**vars(args) | {"backend": "plain", "sparsity": 0.9, "dtype": "bf16"})
+    work, engine = overhead.build(args, device, sparse=True, phase_steps=phase_steps, rounds=rounds)
+    batch = overhead.tokens(args, device)
+    return lambda: work(batch), engine
+
+
+def step(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A step inside a phase."""
+    work, engine = build(args, 10**9, 1)
+    for _ in range(2):
+        work()
+    parts = Parts()
+    optimizer = engine.optimizer
+    with patched(
+        (GaPEngine, "__call__", parts.of("forward pass", GaPEngine.__call__)),
+        (models, "loss", parts.of("loss", models.loss)),
+        (engine, "backward", parts.of("backward pass", engine.backward)),
+        (optimizer, "step", parts.of("optimizer", optimizer.step)),
+        (engine.masking, "zero_pruned", parts.of("masks after the step (gap_ds)", engine.masking.zero_pruned)),
+        (engine, "step", parts.of("clearing gradients, and counting the step (gap_ds)", engine.step)),
+    ):
+        # The hook that was registered calls engine.masking.zero_pruned, so it is in the optimizer's time, apart.
+        whole = sum(measure.seconds(work) for _ in range(args.steps))
+    return rows("step", parts, whole, args.steps, work)
+
+
+def boundary(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A boundary of a cyclic run: a partition is pruned, the next one grown."""
+    work, engine = build(args, 1, 2 * args.steps)
+    cross, engine.after_step = engine.after_step, lambda: None
+    for _ in range(3):
+        work()
+        cross()
+    parts, whole = Parts(), 0.0
+    with patched(
+        (selection, "_histogram", parts.of("histograms of the keys", selection._histogram)),
+        (selection, "_mask", parts.of("masks from the threshold", selection._mask)),
+        (Masking, "_forget_moments", parts.of("moments of grown weights", Masking._forget_moments)),
+        (Masking, "_mask", parts.of("zeroing the pruned weights", Masking._mask)),
+        (agreement, "check_position", parts.of("ranks agree on the place", agreement.check_position)),
+        (agreement, "check_masks", parts.of("ranks agree on the masks", agreement.check_masks)),
+    ):
+        for _ in range(args.steps):
+            work()
+            whole += measure.seconds(cross)
+    work()
+    return rows("boundary", parts, whole, args.steps, cross)
+
+
+class patched:
+    """Inside its `with`, attributes have other values: (owner, name, value)."""
+
+    def __init__(self, *changes: tuple[Any, str, Any]) -> None:
+        self._changes = changes
+
+    def __enter__(self) -> None:
+        self._before = [(owner, name, owner.__dict__.get(name, self)) for owner, name, _ in self._changes]
+        for owner, name, value in self._changes:
+            setattr(owner, name, value)
+
+    def __exit__(self, *_: object) -> None:
+        for owner, name, value in self._before:
+            delattr(owner, name) if value is self else setattr(owner, name, value)
+
+
+def rows(path: str, parts: Parts, whole: float, times: int, work: Callable[[], object]) -> list[dict[str, Any]]:
+    """The path as a whole, its parts, and what torch.profiler says of one more run of it."""
+    seconds = {**parts.seconds, "the rest": whole - sum(parts.seconds.values())}
+    found = [{"path": path, "kind": "whole", "what": "", "ms": _ms(whole / times), "share": 1.0}]
+    found += [
+        {"path": path, "kind": "part", "what": name, "ms": _ms(value / times), "share": round(value / whole, 3)}
+        for name, value in sorted(seconds.items(), key=lambda item: -item[1])
+    ]
+    cuda = torch.cuda.is_available()
+    kinds = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if cuda else [])]
+    with torch.profiler.profile(activities=kinds) as profile:
+        work()
+        measure.synchronize()
+    own = {
+        event.key: (event.self_device_time_total if cuda else event.self_cpu_time_total, event.count)
+        for event in profile.key_averages()
+    }
+    total = sum(us for us, _ in own.values())
+    most = sorted(own.items(), key=lambda item: -item[1][0])[:MOST]
+    found += [
+        {"path": path, "kind": "operator", "what": name, "ms": _ms(us / 1e6), "share": round(us / total, 3), "calls": n}
+        for name, (us, n) in most
+    ]
+    return found
+
+
+def _ms(seconds: float) -> float:
+    return round(1e3 * seconds, 2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,469 @@
+"""What the model of `scaling.py` is fitted to and checked with: the code that training runs, on this machine.
+
+Own work is timed as processor time of one thread, so that what else the machine does falls out of it, but for what that
+does to caches. Time between ranks is wall time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import measure
+import numpy as np
+import torch
+from scaling_model import Fitted, Model, Network, Work, layout, tie_sums
+from torch import Tensor, nn
+
+from gap_ds import GaPEngine, agreement, masks, methods, selection
+from gap_ds.cli import forecast
+from gap_ds.comm import Comm
+from gap_ds.exchange import Exchange, Item
+
+Point = dict[str, Any]
+
+
+def least(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
+    """Coefficients of least squares of the relative error; none below zero.
+
+    >>> [round(c, 6) for c in least([[1, 1], [2, 1], [4, 1]], [3, 5, 9])]
+    [2.0, 1.0]
+    """
+    table, times = np.array(rows, dtype=float), np.array(seconds)
+    used = list(range(table.shape[1]))
+    while True:
+        found, *_ = np.linalg.lstsq(table[:, used] / times[:, None], np.ones(len(times)), rcond=None)
+        if (found >= 0).all():
+            break
+        used.pop(int(found.argmin()))
+    values = np.zeros(table.shape[1])
+    values[used] = found
+    return [float(value) for value in values]
+
+
+def medians(works: Mapping[Any, Callable[[], float]], rounds: int) -> dict[Any, float]:
+    """For each work the median of the seconds that it returns, in turns, after one that does not count."""
+    found: dict[Any, list[float]] = {key: [] for key in works}
+    for _ in range(rounds + 1):
+        for key, work in works.items():
+            found[key].append(work())
+    return {key: statistics.median(times[1:]) for key, times in found.items()}
+
+
+def thread_seconds(work: Callable[[], object]) -> float:
+    started = time.thread_time()
+    work()
+    return time.thread_time() - started
+
+
+# -- own work ----------------------------------------------------------------------------------------------------------
+
+
+def drawn(entries: int, size: int, steps: int = 1024) -> Tensor:
+    """Weights (entries, size) in so many steps for a standard deviation, so that a selection has ties to break."""
+    return (torch.randn(entries, size, generator=torch.Generator().manual_seed(0)) * steps).round_()
+
+
+def select(pieces: Sequence[tuple[int, Tensor]], keep: int, group: selection.Reduce) -> list[Tensor]:
+    """This rank's masks of its (start, weights) of each entry, `keep` weights of every entry."""
+    own = [
+        selection.Piece(f"entry{e}", start, piece.numel(), selection.magnitude_keys(piece), e)
+        for e, (start, piece) in enumerate(pieces)
+    ]
+    return selection.select_largest(own, [keep] * len(own), group)
+
+
+class Alike:
+    """R ranks that all have what this one has. What they send is counted."""
+
+    def __init__(self, ranks: int) -> None:
+        self.ranks, self.sent = ranks, 0
+
+    def sum(self, counts: Tensor) -> Tensor:
+        self.sent += counts.nbytes
+        return counts * self.ranks
+
+
+def selections(sizes: Sequence[tuple[int, int, int]], rounds: int) -> list[Point]:
+    """Selections of (weights in all, pieces, entries) on one rank; entries without a piece are another rank's."""
+
+    def work(weights: Tensor, entries: int) -> float:
+        empty = [(0, weights.new_empty(0))] * (entries - len(weights))
+        pieces = [*((0, row) for row in weights), *empty]
+        # The other rank has the weights of its own entries; here it is asked for none of them.
+        keep = [weights.shape[1] // 5] * len(weights) + [0] * len(empty)
+        own = [
+            selection.Piece(f"entry{e}", start, piece.numel(), selection.magnitude_keys(piece), e)
+            for e, (start, piece) in enumerate(pieces)
+        ]
+        return thread_seconds(lambda: selection.select_largest(own, keep, selection.Single()))
+
+    works = {(n, p, e): partial(work, drawn(p, n // p), e) for n, p, e in sizes}
+    return [
+        {"weights": n, "pieces": p, "entries": e, "measured_s": seconds}
+        for (n, p, e), seconds in medians(works, rounds).items()
+    ]
+
+
+class Blocks(nn.Module):
+    """As many equal matrices as three partitions need, each a block of its own."""
+
+    def __init__(self, entries: int, rows: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(rows, rows, bias=False)) for _ in range(3 * entries))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def boundaries(sizes: Sequence[tuple[int, int]], rounds: int) -> list[Point]:
+    """The masks of a step and a whole change of masks, by the engine's own code: (rows of a matrix, entries of a
+    partition), square matrices, three partitions, AdamW."""
+
+    def engine_of(rows: int, entries: int) -> tuple[GaPEngine, torch.optim.Optimizer]:
+        model = Blocks(entries, rows)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+        config = {"sparsity": 0.8, "partitions": 3, "phase_steps": 10, "rounds": 1, "finetune_steps": 1}
+        engine = GaPEngine(model, config, optimizer=optimizer)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()  # makes the moments
+        return engine, optimizer
+
+    def step(engine: GaPEngine, optimizer: torch.optim.Optimizer) -> float:
+        return thread_seconds(lambda: engine.masking.zero_pruned(optimizer))
+
+    def change(engine: GaPEngine) -> float:
+        """Prunes the partition that is dense, and grows the next one."""
+        left = next(e.partition for e in engine.plan.entries if e.name not in engine.masking.bits)
+        updates: dict[Any, methods.Update] = {e: methods.Keep() for e in engine.plan.entries}
+        for entry in engine.plan.entries:
+            if entry.partition == left:
+                weight = engine.masking.shards[entry.name].weight()
+                weight.copy_(drawn(1, weight.numel())[0])
+                updates[entry] = methods.Largest(entry.keep)
+            elif entry.partition == (left + 1) % 3:
+                updates[entry] = methods.Dense()
+        return thread_seconds(lambda: engine.masking.apply(updates, 0))
+
+    found = []
+    for rows, entries in sizes:
+        engine, optimizer = engine_of(rows, entries)
+        times = medians({"step": partial(step, engine, optimizer), "change": partial(change, engine)}, rounds)
+        for what, seconds in times.items():
+            found.append({"what": what, "rows": rows, "entries": entries, "measured_s": seconds})
+        engine.close()
+    return found
+
+
+class Stub(Comm):
+    """The real code of a group of R ranks whose collectives do nothing: what is left is the work around them."""
+
+    def __init__(self, ranks: int) -> None:
+        super().__init__(single=True)
+        self.size = ranks
+
+    @staticmethod
+    def silent() -> Any:
+        return mock.patch.multiple("torch.distributed", all_gather=mock.DEFAULT, all_gather_into_tensor=mock.DEFAULT)
+
+
+def around_ranks(ranks: Sequence[int], rounds: int) -> list[Point]:
+    """Work that grows with the ranks: an all-gather of a position, and where the pieces of 8 entries lie."""
+
+    def gather(comm: Comm) -> float:
+        with Stub.silent():
+            return thread_seconds(lambda: comm.all_gather(torch.zeros(4, dtype=torch.int64)))
+
+    def spread(comm: Comm) -> float:
+        exchange = object.__new__(Exchange)
+        exchange._comm = comm
+        items = [Item(f"e{e}", (8,), None, 0, 8, lambda: torch.zeros(8)) for e in range(8)]
+        with Stub.silent():
+            whole = thread_seconds(lambda: exchange._spreads(items, {}))
+            return whole - thread_seconds(lambda: comm.all_gather(torch.zeros(8, 3, dtype=torch.int64)))
+
+    works = {(what, r): partial(work, Stub(r)) for r in ranks for what, work in (("row", gather), ("spread", spread))}
+    return [{"what": what, "ranks": r, "measured_s": s} for (what, r), s in medians(works, rounds).items()]
+
+
+def per_byte(rounds: int) -> dict[str, float]:
+    """Seconds of a checksum (as `agreement.check_masks` makes it) and of a SHA-256 for each byte."""
+    size = 1 << 24
+    bits, data = torch.zeros(size, dtype=torch.uint8), bytes(size)
+    works = {
+        "crc": lambda: thread_seconds(lambda: agreement._digest(bits, 0)),
+        "sha": lambda: thread_seconds(lambda: hashlib.sha256(data).digest()),
+    }
+    return {what: seconds / size for what, seconds in medians(works, rounds).items()}
+
+
+def fit(points: Mapping[str, Any]) -> Fitted:
+    """The model's coefficients, from the points of this file."""
+    chosen = points["selections"]
+    select_ = least([[p["weights"], p["pieces"], p["entries"], 1] for p in chosen], [p["measured_s"] for p in chosen])
+    steps = [p for p in points["boundaries"] if p["what"] == "step"]
+    zero = least(
+        [[2 * p["entries"] * p["rows"] ** 2, 2 * p["entries"]] for p in steps], [p["measured_s"] for p in steps]
+    )
+    around = {
+        what: [(p["ranks"], p["measured_s"]) for p in points["around_ranks"] if p["what"] == what]
+        for what in ("row", "spread")
+    }
+    row, spread = (least([[r, 1] for r, _ in found], [s for _, s in found])[0] for found in around.values())
+    return Fitted(
+        core=Work(*select_, *zero),
+        crc_byte=points["per_byte"]["crc"],
+        sha_byte=points["per_byte"]["sha"],
+        row=row,
+        spread=spread / 8,
+    )
+
+
+# -- checks of own work ------------------------------------------------------------------------------------------------
+
+
+def modelled(points: Mapping[str, Any], fitted: Fitted) -> list[Point]:
+    """The points of own work beside what the fit says of them. Whole changes of masks were not fitted to."""
+    core = fitted.core
+    rows = [
+        {"point": "selection", "in the fit": "yes", "weights": p["weights"], "pieces": p["pieces"]}
+        | {"entries": p["entries"], "measured_s": p["measured_s"]}
+        | {"modelled_s": core.select_s(p["weights"], p["pieces"], p["entries"])}
+        for p in points["selections"]
+    ]
+    for p in points["boundaries"]:
+        n, e = p["entries"] * p["rows"] ** 2, p["entries"]
+        step = p["what"] == "step"
+        found = core.zero_s(2 * n, 2 * e) if step else core.select_s(n, e, e) + core.zero_s(3 * n, 3 * e)
+        rows.append(
+            {"point": "masks of a step" if step else "change of masks", "in the fit": "yes" if step else "no"}
+            | {"weights": 2 * n if step else n, "pieces": 2 * e if step else e, "entries": e}
+            | {"measured_s": p["measured_s"], "modelled_s": found}
+        )
+    return [{**row, "measured / modelled": row["measured_s"] / row["modelled_s"]} for row in rows]
+
+
+def by_ranks(ranks: Sequence[int], n: int, entries: int, rounds: int) -> list[Point]:
+    """One rank's selection with its n weights, whatever the number of ranks that have as much; ties in all entries.
+
+    Beside it, what dividing the ties took when the counts of all ranks were gathered and gone through entry by entry.
+    """
+    weights = drawn(entries, n // entries)
+    pieces = [(1 << 30, row) for row in weights]
+
+    def whole(r: int) -> float:
+        return thread_seconds(lambda: select(pieces, r * (n // entries // 5), Alike(r)))
+
+    def divide(r: int) -> float:
+        starts, budgets, ties = [1 << 30] * entries, list(range(entries)), [4] * entries
+        return thread_seconds(lambda: selection._divide(starts, budgets, ties, [4 * r - 2] * entries, Alike(r)))
+
+    def gathered(r: int) -> float:
+        with Stub.silent():
+            return thread_seconds(lambda: divided_by_gathering(entries, Stub(r)))
+
+    works = {
+        (what, r): partial(work, r)
+        for r in ranks
+        for what, work in (("whole", whole), ("divide", divide), ("gathered", gathered))
+    }
+    times = medians(works, rounds)
+    return [
+        {"ranks": r, "weights": n, "entries": entries, "selection_s": times["whole", r]}
+        | {"ties_s": times["divide", r], "ties_by_gathering_s": times["gathered", r]}
+        | {"ties_by_gathering_MB": 16 * entries * r / 1e6}
+        for r in ranks
+    ]
+
+
+def divided_by_gathering(entries: int, comm: Comm) -> list[int]:
+    """How ties were divided before: two numbers of each entry from every rank, then a loop over the entries."""
+    own = torch.zeros(entries, dtype=torch.int64)
+    ties, starts = comm.all_gather(own), comm.all_gather(own)
+    left, quota = own.clone(), []
+    for e in range(entries):
+        before = int(ties[starts[:, e] < 0, e].sum())
+        quota.append(max(0, min(0, int(left[e]) - before)))
+        left[e] = max(0, int(left[e]) - int(ties[:, e].sum()))
+    return quota
+
+
+class Together:
+    """Ranks that are threads, of which one works at a time. The sum of what all of them give is made once, for all."""
+
+    def __init__(self, ranks: int) -> None:
+        self.turn, self.barrier = threading.Lock(), threading.Barrier(ranks, self._complete, timeout=600)
+        self._adding: Tensor | None = None
+        self._sum = torch.empty(0)
+
+    def _complete(self) -> None:
+        assert self._adding is not None
+        self._sum, self._adding = self._adding, None
+
+    def sum(self, counts: Tensor) -> Tensor:
+        """Called by the rank that has the turn, which it has again when all have called."""
+        self._adding = counts.clone() if self._adding is None else self._adding.add_(counts)
+        self.turn.release()
+        try:
+            self.barrier.wait()
+        finally:
+            self.turn.acquire()
+        return self._sum
+
+
+class Counted:
+    """A rank of them: counts what it hands over, and the processor time that this takes here."""
+
+    def __init__(self, group: Together) -> None:
+        self._group, self.sent, self.seconds = group, 0, 0.0
+
+    def sum(self, counts: Tensor) -> Tensor:
+        self.sent += counts.nbytes
+        started = time.thread_time()
+        result = self._group.sum(counts)
+        self.seconds += time.thread_time() - started
+        return result
+
+
+def cuts(backend: str, ranks: int, n: int, entries: int) -> Iterator[list[tuple[int, int]]]:
+    """For each rank the (begin, end) of its piece of each entry: an even share of every entry, or (zero2) of one flat
+    buffer, of which these entries are the first third."""
+    size = n // entries
+    for rank in range(ranks):
+        if backend == "zero2":
+            lo, hi = 3 * n * rank // ranks, 3 * n * (rank + 1) // ranks
+            yield [(min(max(lo - e * size, 0), size), min(max(hi - e * size, 0), size)) for e in range(entries)]
+        else:
+            yield [(size * rank // ranks, size * (rank + 1) // ranks)] * entries
+
+
+def simulate(backend: str, ranks: int, n: int, entries: int, fitted: Fitted) -> Point:
+    """The real selection on ranks that are threads: masks against one rank's; bytes, own time against the model's."""
+    size = n // entries
+    # So few values that ties are to be broken in every entry.
+    weights, places, group = drawn(entries, size, 64), list(cuts(backend, ranks, n, entries)), Together(ranks)
+    results: list[Any] = [None] * ranks
+
+    def work(rank: int) -> None:
+        own = Counted(group)
+        pieces = [(lo if hi > lo else 0, row[lo:hi]) for row, (lo, hi) in zip(weights, places[rank], strict=True)]
+        with group.turn:
+            try:
+                started = time.thread_time()
+                found = select(pieces, size // 5, own)
+                results[rank] = found, own.sent, time.thread_time() - started - own.seconds
+            except BaseException as error:
+                results[rank] = error
+                group.barrier.abort()
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors := [result for result in results if isinstance(result, BaseException)]:
+        raise errors[0]
+    alone = select([(0, row) for row in weights], size // 5, selection.Single())
+    for e in range(entries):
+        parts = [masks.unpack(found[e], places[r][e][1] - places[r][e][0]) for r, (found, _, _) in enumerate(results)]
+        ordered = torch.cat(parts)
+        assert torch.equal(ordered, masks.unpack(alone[e], size)), f"entry {e}: the masks differ"
+    like = Model("", 3 * n, 3 * entries, rows=ranks, tokens=1, matrices=1)
+    longest = max(lo for place in places for lo, hi in place if hi > lo).bit_length()
+    ties = [8 * (entries + 64)] + [8 * entries << selection._START_BITS] * -(-longest // selection._START_BITS)
+    assert {sent for _, sent, _ in results} == {forecast.selection_bytes(entries) + sum(ties)}, "bytes differ"
+    assert sum(ties) <= sum(tie_sums(like))
+    where = layout(backend, like, ranks)
+    # All ranks have an even share; or those that have most, which is up to K times as much.
+    most = max(sum(hi - lo for lo, hi in place) for place in places)
+    busiest = [s for (_, _, s), place in zip(results, places, strict=True) if sum(hi - lo for lo, hi in place) >= most]
+    found = {
+        **{"backend": backend, "ranks": ranks, "weights": n, "entries": entries, "masks": "equal to one rank's"},
+        **{"sent_kB": results[0][1] / 1e3, "imbalance": most * ranks / n},
+        "measured_s": statistics.median(busiest),
+        "modelled_s": fitted.core.select_s(where.pruned, where.pieces, entries),
+    }
+    return {**found, "measured / modelled": found["measured_s"] / found["modelled_s"]}
+
+
+# -- between ranks -----------------------------------------------------------------------------------------------------
+
+
+def collectives(sizes: Sequence[int], rounds: int) -> list[Point]:
+    """On each rank of a group: wall seconds of a sum and of a gathering of so many bytes; the slowest rank's median."""
+    comm, rows = Comm(), []
+    for size in sizes:
+        row = torch.zeros(size // 8, dtype=torch.int64)
+        for kind, work in (("sum", comm.sum), ("all_gather", comm.all_gather)):
+            times = []
+            for _ in range(rounds + 3):
+                comm.barrier()
+                times.append(measure.seconds(partial(work, row.clone())))
+            slowest = float(comm.all_gather(torch.tensor([statistics.median(times[3:])])).max())
+            rows.append({"kind": kind, "bytes": size, "ranks": comm.size, "measured_s": slowest})
+    return rows
+
+
+def _network_s(network: Network, point: Point) -> float:
+    call = network.reduce_s if point["kind"] == "sum" else network.gather_s
+    return call(point["bytes"], point["ranks"])
+
+
+def fit_network(found: Sequence[Point]) -> tuple[Network, list[Point]]:
+    """Latency and bandwidth of every other size on two ranks, and what they say of all points."""
+    small = [p for p in found if p["ranks"] == 2]
+    sizes = sorted({p["bytes"] for p in small})[::2]
+    used = [p for p in small if p["bytes"] in sizes]
+    # Of two ranks: a sum is a ring of two steps with half of the bytes each, a gathering is one with all of them.
+    latency, inverse = least(
+        [[2 if p["kind"] == "sum" else 1, p["bytes"]] for p in used], [p["measured_s"] for p in used]
+    )
+    network = Network(latency, 1 / inverse if inverse else float("inf"))
+    rows = [{**p, "modelled_s": _network_s(network, p), "in the fit": "yes" if p in used else "no"} for p in found]
+    return network, [{**row, "measured / modelled": row["measured_s"] / row["modelled_s"]} for row in rows]
+
+
+def committed(fitted: Fitted, network: Network, cores: int) -> dict[str, Any]:
+    """The rows of benchmarks/boundary.py on 2 and 4 ranks, predicted.
+
+    Of gap_ds nothing is fitted to them. Of the others, which gather the weights, the time on one rank is taken from the
+    rows of one rank, and the bandwidth of gathering is fitted to those of two ranks; those of four are left out.
+    """
+    path = measure.RESULTS / "boundary.json"
+    made = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    rows = {ranks: [row for row in made if row["ranks"] == ranks] for ranks in (1, 2, 4)}
+    alone = {(row["method"], row["weights"]): row["ms"] / 1e3 for row in rows[1]}
+    points = [
+        {"method": row["method"], "ranks": r, "weights": row["weights"], "measured_s": row["ms"] / 1e3}
+        for r in (2, 4)
+        for row in rows[r]
+        if (row["method"], row["weights"]) in alone
+    ]
+    # What all ranks do at once takes turns where there are fewer cores.
+    share = {r: max(1.0, r / cores) for r in (2, 4)}
+    gathering = [p for p in points if p["method"] != "gap_ds"]
+    used = [p for p in gathering if p["ranks"] == 2]
+    spent = [(p, p["measured_s"] - alone[p["method"], p["weights"]] * share[2]) for p in used]
+    # A row that took no longer than on one rank says nothing of the bandwidth, but that it is not what took the time.
+    rates = [4 * p["weights"] / 2 / seconds for p, seconds in spent if seconds > 0]
+    bandwidth = statistics.median(rates) if rates else network.bandwidth
+    found = []
+    for p in points:
+        n, r = p["weights"], p["ranks"]
+        if p["method"] == "gap_ds":
+            counts = forecast.selection_bytes(1)
+            sent = 3 * network.reduce_s(counts / 3, r)
+            says = fitted.core.select_s(n / r, 1, 1) * share[r] + sent
+        else:
+            says = alone[p["method"], n] * share[r] + 4 * n * (r - 1) / r / bandwidth
+        found.append({**p, "in the fit": "yes" if p in used else "no", "modelled_s": says})
+    found = [{**row, "measured / modelled": row["measured_s"] / row["modelled_s"]} for row in found]
+    return {"gathering_bytes_per_s": bandwidth, "rows": found}
