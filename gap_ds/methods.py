@@ -94,9 +94,12 @@ def _grow_and_prune(config: GaPConfig) -> Rule:
     """Grow-and-prune, and all methods that are phases with dense partitions and phases without.
 
     An entry whose partition becomes dense is grown, one whose partition was dense is pruned by magnitude, all others
-    stay (Ma et al., ICLR 2022, algorithm 1). Before the first step the sparse entries get their first masks: random, or
-    by magnitude where the weights are pretrained. Inside a phase with updates, the partitions that leave it are pruned
-    to a budget that falls by the cubic schedule (Zhu and Gupta, arXiv 1710.01878).
+    stay: cyclic (Ma et al., ICLR 2022, arXiv 2106.09857, algorithm 1), parallel (the same, section 3.2), dsd (Han et
+    al., ICLR 2017, arXiv 1607.04381), acdc (Peste et al., NeurIPS 2021, arXiv 2106.12379), one_shot (Han et al., NIPS
+    2015, arXiv 1506.02626), and, without anything to grow or prune, static and dense. Before the first step the sparse
+    entries get their first masks: random, or by magnitude where the weights are pretrained. Inside a phase with
+    updates, the partitions that leave it are pruned to a budget that falls by the cubic schedule: gradual (Zhu and
+    Gupta, arXiv 1710.01878), and `prune_ramp`.
 
     >>> from gap_ds.schedule import build
     >>> config = GaPConfig(sparsity=0.5, partitions=2, phase_steps=10, rounds=1, finetune_steps=5)
@@ -105,6 +108,10 @@ def _grow_and_prune(config: GaPConfig) -> Rule:
     >>> update = rule(config)
     >>> update(entry, None, first, 0), update(entry, first, second, 10), update(entry, second, finetune, 20)
     (Dense(), Largest(keep=8), Keep())
+    >>> config = GaPConfig(method="dsd", sparsity=0.5, phase_steps=10, rounds=2, finetune_steps=5)
+    >>> phases = build(config).phases
+    >>> [rule(config)(entry, before, after, after.first_step) for before, after in zip((None, *phases), phases)]
+    [Dense(), Largest(keep=8), Dense(), Largest(keep=8), Keep()]
     >>> config = GaPConfig(method="gradual", sparsity=0.5, phase_steps=4, update_steps=1, finetune_steps=4)
     >>> first, finetune = build(config).phases
     >>> [rule(config)(entry, first, first, step) for step in first.updates]
@@ -139,9 +146,15 @@ def _drop_and_grow(config: GaPConfig) -> Rule:
 
     At each update a fraction alpha of an entry's kept weights is replaced; alpha falls from `drop_fraction` to 0 by a
     cosine over the exploring phase. RigL grows by the magnitude of the gradient that the step before the update had,
-    over all micro-batches and ranks, clipped if the run clips (Evci et al., "Rigging the Lottery", arXiv 1911.11134,
-    algorithm 1; there an update takes the place of an optimizer step, here it follows one). SET grows at random
-    (Mocanu et al., Nature Communications 9, 2018; there alpha is constant; the cosine is that of RigL's comparison).
+    over all micro-batches and ranks, clipped if the run clips (Evci et al., "Rigging the Lottery: Making All Tickets
+    Winners", ICML 2020, arXiv 1911.11134, algorithm 1; there an update takes the place of an optimizer step, here it
+    follows one).
+
+    SET grows at random (Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse
+    connectivity inspired by network science", Nature Communications 9, 2383, 2018). It drops the same fraction of the
+    positive weights (the smallest) and of the negative ones (the largest), the fraction is constant, and an update
+    follows each epoch. Here, as in RigL's comparison with it, the magnitude decides whatever the sign, and the fraction
+    falls by the cosine; `update_epochs: 1` updates after each epoch.
 
     >>> from gap_ds.schedule import build
     >>> config = GaPConfig(method="rigl", sparsity=0.5, phase_steps=4, update_steps=1, finetune_steps=4)

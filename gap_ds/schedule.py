@@ -119,14 +119,20 @@ def build(config: GaPConfig, steps_per_epoch: int | None = None, worker: int = 0
     Every run has: a first phase with all dense, if the config asks for one; exploring phases of length T; a last phase,
     fine-tuning, with none dense.
 
-    - cyclic (Ma et al., ICLR 2022, section 3.1): `rounds` times K phases, one partition dense in each.
+    - cyclic (Ma et al., "Effective Model Sparsification by Scheduled Grow-and-Prune Methods", ICLR 2022, arXiv
+      2106.09857, section 3.1): `rounds` times K phases, one partition dense in each, in turn or in random order.
     - parallel (the same, section 3.2): `rounds` phases, the worker's own partition dense; worker 0 alone fine-tunes.
-    - dsd (Han et al., "DSD: Dense-Sparse-Dense Training", ICLR 2017), acdc (Peste et al., "AC/DC", NeurIPS 2021): a
-      round is a dense phase and a sparse phase.
-    - one_shot (Han et al., "Learning both Weights and Connections", NIPS 2015): one dense phase.
-    - gradual (Zhu and Gupta, arXiv 1710.01878): one phase, from dense at its beginning to sparse at its end.
-    - rigl (Evci et al., arXiv 1911.11134), set (Mocanu et al., Nature Communications 2018): one sparse phase in which
-      masks move.
+    - dsd (Han et al., "DSD: Dense-Sparse-Dense Training for Deep Neural Networks", ICLR 2017, arXiv 1607.04381; its
+      last phase is dense, and here sparse): a round is a dense phase and a sparse phase.
+    - acdc (Peste et al., "AC/DC: Alternating Compressed/DeCompressed Training of Deep Neural Networks", NeurIPS 2021,
+      arXiv 2106.12379): the same, meant for short phases.
+    - one_shot (Han et al., "Learning both Weights and Connections for Efficient Neural Networks", NIPS 2015, arXiv
+      1506.02626): one dense phase.
+    - gradual (Zhu and Gupta, "To prune, or not to prune", arXiv 1710.01878): one phase, from dense at its beginning to
+      sparse at its end.
+    - rigl (Evci et al., "Rigging the Lottery: Making All Tickets Winners", ICML 2020, arXiv 1911.11134), set (Mocanu
+      et al., "Scalable training of artificial neural networks with adaptive sparse connectivity inspired by network
+      science", Nature Communications 9, 2383, 2018): one sparse phase in which masks move.
     - static, dense: the phases of cyclic with none or all dense, so that learning-rate restarts fall on the same steps.
 
     With `prune_ramp` the partitions that leave a phase are pruned gradually in its last part, whatever the method.
@@ -136,17 +142,48 @@ def build(config: GaPConfig, steps_per_epoch: int | None = None, worker: int = 0
         ValueError: times are in epochs and `steps_per_epoch` is not given, a phase would have no step, there is no
             update where there must be some, or no such worker.
 
-    >>> config = GaPConfig(sparsity=0.5, partitions=2, phase_epochs=0.5, rounds=1, finetune_epochs=1.0)
-    >>> [(phase.first_step, phase.steps) for phase in build(config, steps_per_epoch=7).phases]
-    [(0, 4), (4, 3), (7, 7)]
-    >>> config = GaPConfig(method="acdc", sparsity=0.5, dense_steps=4, phase_steps=3, rounds=2, finetune_steps=2)
-    >>> [(phase.steps, sorted(phase.dense)) for phase in build(config).phases]
-    [(4, [0]), (3, [0]), (3, []), (3, [0]), (3, []), (2, [])]
+    >>> def show(method, worker=0, **settings):  # (steps, dense partitions) of each phase
+    ...     times = {"phase_steps": 4, "finetune_steps": 2}
+    ...     config = GaPConfig.load({"method": method, "sparsity": 0.8, **times, **settings})
+    ...     print(f"{method:8}", *((phase.steps, sorted(phase.dense)) for phase in build(config, worker=worker).phases))
+    >>> show("cyclic", partitions=3, rounds=1)
+    cyclic   (4, [0]) (4, [1]) (4, [2]) (2, [])
+    >>> show("cyclic", partitions=3, rounds=2, order="random")
+    cyclic   (4, [0]) (4, [2]) (4, [0]) (4, [1]) (4, [2]) (4, [1]) (2, [])
+    >>> show("parallel", partitions=3, rounds=2)
+    parallel (4, [0]) (4, [0]) (2, [])
+    >>> show("parallel", partitions=3, rounds=2, worker=1)
+    parallel (4, [1]) (4, [1]) (0, [])
+    >>> show("dsd", rounds=2)
+    dsd      (4, [0]) (4, []) (4, [0]) (4, []) (2, [])
+    >>> show("acdc", rounds=2, phase_steps=1, dense_steps=3)
+    acdc     (3, [0]) (1, [0]) (1, []) (1, [0]) (1, []) (2, [])
+    >>> show("one_shot")
+    one_shot (4, [0]) (2, [])
+    >>> show("gradual", update_steps=1)
+    gradual  (4, [0]) (2, [])
+    >>> show("rigl", update_steps=1)
+    rigl     (4, []) (2, [])
+    >>> show("set", update_steps=1)
+    set      (4, []) (2, [])
+    >>> show("static", partitions=3, rounds=1)
+    static   (4, []) (4, []) (4, []) (2, [])
+    >>> show("dense", partitions=3, rounds=1, sparsity=0.0)
+    dense    (4, [0, 1, 2]) (4, [0, 1, 2]) (4, [0, 1, 2]) (2, [0, 1, 2])
+
+    Updates inside a phase, and the densities of gradual pruning; fractions of an epoch:
+
+    >>> config = GaPConfig(method="rigl", sparsity=0.8, phase_steps=8, update_steps=3, finetune_steps=4)
+    >>> [(phase.updates, phase.steps) for phase in build(config).phases]
+    [((3, 6), 8), ((), 4)]
     >>> config = GaPConfig(method="gradual", sparsity=0.8, phase_steps=4, update_steps=1, finetune_steps=4)
     >>> [(phase.updates, phase.steps) for phase in build(config).phases]
     [((1, 2, 3), 4), ((), 4)]
     >>> [round(build(config).density_at(step, [20], [100]), 2) for step in range(5)]
     [1.0, 0.54, 0.3, 0.21, 0.2]
+    >>> config = GaPConfig(sparsity=0.5, partitions=2, phase_epochs=0.5, rounds=1, finetune_epochs=1.0)
+    >>> [(phase.first_step, phase.steps) for phase in build(config, steps_per_epoch=7).phases]
+    [(0, 4), (4, 3), (7, 7)]
     """
     if not 0 <= worker < (config.kappa if config.method == "parallel" else 1):
         raise ValueError(f"worker {worker}: must lie in 0 to {config.kappa - 1}, one for each partition.")

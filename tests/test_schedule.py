@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import dataclass
 from decimal import ROUND_FLOOR, Decimal
 from fractions import Fraction
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
-from gap_ds.config import GaPConfig
+from gap_ds.config import GaPConfig, Method
 from gap_ds.schedule import Phase, Schedule, build
 
 PROPERTY = settings(max_examples=200, deadline=None, derandomize=True, database=None)
@@ -191,6 +192,13 @@ def test_density() -> None:
 # -- the other methods, by hand ------------------------------------------------------------------------------------
 
 ALONE: dict[str, Any] = {"partitions": None, "rounds": None}
+
+
+@pytest.mark.parametrize("method", get_args(Method))
+def test_the_docstring_has_the_phases_and_the_source_of_every_method(method: str) -> None:
+    text = build.__doc__ or ""
+    assert re.search(rf"\n    {method} +\(\d, \[", text)
+    assert re.search(rf"[-,] {method} \((\w+\s|the same)", text) or method in ("static", "dense")
 
 
 def test_acdc_is_dsd_in_short_phases() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -68,6 +68,14 @@ class Scenario:
 
     def budget(self, name: str) -> int:
         return self.keep[name.split(".")[-2]]
+
+    def budgets(self, names: Iterable[str]) -> dict[str, int]:
+        return {name: self.budget(name) for name in names}
+
+    @property
+    def pooled(self) -> bool:
+        """Whether the entries of a partition share their budgets."""
+        return self.gap.get("distribution") == "global"
 
 
 SCENARIOS = {
@@ -206,7 +214,8 @@ def changed(
     for action, partition, progress in scenario.events.get(step, []):
         names = [name for name, k in scenario.entries().items() if k == partition]
         if action == "prune":
-            found |= largest(scenario, {name: weights[name].abs() for name in names}, progress)
+            magnitudes = {name: weights[name].abs() for name in names}
+            found |= largest(magnitudes, scenario.budgets(names), progress, pooled=scenario.pooled)
         for name in names:
             weight, keep = weights[name], scenario.budget(name)
             if action == "grow":
@@ -221,10 +230,12 @@ def changed(
     return found
 
 
-def largest(scenario: Scenario, magnitudes: Mapping[str, Tensor], progress: Fraction) -> dict[str, Tensor]:
+def largest(
+    magnitudes: Mapping[str, Tensor], budgets: Mapping[str, int], progress: Fraction, *, pooled: bool
+) -> dict[str, Tensor]:
     """The masks that pruning the entries of one partition leaves; with distribution "global" they are one vector."""
-    keep = {n: ramp_keep(m.numel(), scenario.budget(n), progress) for n, m in magnitudes.items()}
-    if scenario.gap.get("distribution") != "global":
+    keep = {n: ramp_keep(m.numel(), budgets[n], progress) for n, m in magnitudes.items()}
+    if not pooled:
         return {name: reference.largest(m, keep[name]) for name, m in magnitudes.items()}
     together = reference.largest(torch.cat([m.flatten() for m in magnitudes.values()]), sum(keep.values()))
     parts = torch.split(together, [m.numel() for m in magnitudes.values()])
@@ -237,9 +248,10 @@ def exported(scenario: Scenario, masks: Mapping[str, Tensor], weights: Mapping[s
     for k in range(scenario.kappa):
         names = [name for name, partition in scenario.entries().items() if partition == k]
         left = sum(int(masks[name].sum()) if name in masks else weights[name].numel() for name in names)
-        final = {name: masks[name] for name in names if name in masks}
-        if left != sum(scenario.budget(name) for name in names):
-            final = largest(scenario, {name: weights[name].abs() for name in names}, Fraction(1))
+        final, budgets = {name: masks[name] for name in names if name in masks}, scenario.budgets(names)
+        if left != sum(budgets.values()):
+            magnitudes = {name: weights[name].abs() for name in names}
+            final = largest(magnitudes, budgets, Fraction(1), pooled=scenario.pooled)
         found |= {name: torch.where(final[name], weights[name].detach(), 0.0) for name in names}
     return found
 

@@ -1,4 +1,7 @@
-"""Every method over DDP, ZeRO, FSDP and fairscale: really trained by 2 processes, against a reference of its own."""
+"""Every method, plain and over DDP, ZeRO, FSDP and fairscale: really trained, against a reference of its own.
+
+Plain is one process without a process group; all others are 2 processes.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ Row = dict[str, Any]
 #: Of each backend: arguments of the worker's build; unused_is_zero and every_micro_batch of the reference; and whether
 #: parameters without a gradient have a stale one, so that there must be none (see test_zero).
 BACKENDS: dict[str, tuple[Row, bool, bool, bool]] = {
+    "plain": ({"kind": "plain"}, False, False, False),
     "ddp": ({"stage": None}, False, False, False),
     "zero0": ({"stage": 0}, True, False, False),
     "zero1": ({"stage": 1}, True, False, False),
@@ -41,15 +45,18 @@ def row(scenario: str, backend: str, dtype: str = "fp32") -> Row:
     build, unused, every, stale = BACKENDS[backend]
     run = SCENARIOS[scenario]
     skip = run.skip and not stale
+    ranks = 1 if backend == "plain" else 2
     arguments = {"skip": skip, "unused_is_zero": skip and unused, "every_micro_batch": every}
-    name, reference = f"{scenario}_{backend}_{dtype}", "_".join(map(str, ["reference", scenario, *arguments.values()]))
+    name = f"{scenario}_{backend}_{dtype}"
+    reference = "_".join(map(str, [f"reference{ranks}", scenario, *arguments.values()]))
     return {
         **{"name": name, "scenario": scenario, "gap": run.gap, "optimizer": run.optimizer, "dtype": dtype, **build},
+        "ranks": ranks,
         **{"reference_arguments": arguments, **({"reference": reference} if dtype == "fp32" else {})},
     }
 
 
-ROWS = [row(scenario, backend) for backend in ("ddp", "zero2", "zero3", "fsdp2") for scenario in SCENARIOS]
+ROWS = [row(scenario, backend) for backend in ("plain", "ddp", "zero2", "zero3", "fsdp2") for scenario in SCENARIOS]
 ROWS += [row(scenario, "zero2", "bf16") for scenario in ("rigl", "set", "gradual", "cyclic")]
 ROWS += [row(scenario, "zero3", "bf16") for scenario in ("rigl", "dsd", "acdc", "cyclic_global")]
 ROWS += [row(scenario, "fsdp1") for scenario in ("rigl", "set", "dsd", "cyclic_global")]
@@ -73,7 +80,8 @@ def scenario(name: str) -> Scenario:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("methods")
     (out / "rows.json").write_text(json.dumps(ROWS))
-    run_workers("worker_methods.py", 2, out)
+    for ranks in (1, 2):
+        run_workers("worker_methods.py", ranks, out)
     return out
 
 
@@ -99,10 +107,13 @@ def test_the_tables_of_events_are_the_schedules(name: str) -> None:
 def test_invariants_hold_after_every_step(trained: Path, name: str) -> None:
     """Pruned weights are 0 in fp32 and working copies; masks change at events alone, to those of stable sorts."""
     run = scenario(name)
-    first, second = result(trained, name, 0), result(trained, name, 1)
-    assert first["wrong"] == second["wrong"] == []
-    assert first["masks"].keys() == run.events.keys()
-    assert all(same(first["masks"][step], second["masks"][step]) for step in run.events)
+    first = result(trained, name)
+    for rank in range(BY_NAME[name]["ranks"]):
+        found = result(trained, name, rank)
+        assert found["wrong"] == []
+        assert found["masks"].keys() == run.events.keys()
+        assert all(same(found["masks"][step], first["masks"][step]) for step in run.events)
+    assert (first["backend"] == "plain") == (BY_NAME[name]["ranks"] == 1)
     budgets = {entry: run.budget(entry) for entry in run.entries()}
     assert {entry.name: entry.keep for entry in first["plan"].entries} == budgets
     assert first["kept"] == sum(budgets.values())

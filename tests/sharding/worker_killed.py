@@ -2,8 +2,8 @@
 
 python worker_killed.py OUT KIND ROUNDS [--gap-worker I] [--killed MOMENT:N:MS]
 
-KIND: zero2, fsdp2 (2 ranks each), parallel (a worker of 1 rank). MOMENT: step, save, boundary, exchange: killed MS
-milliseconds after the N-th of them has begun.
+KIND: zero2, fsdp2 (2 ranks each), parallel (a worker of 1 rank), parallel_fsdp2 (a worker of 2 ranks). MOMENT: step,
+save, boundary, exchange: killed MS milliseconds after the N-th of them has begun.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ import torch
 import torch.distributed as dist
 import toy
 import worker_fsdp
-import worker_zero
 
 from gap_ds import GaPEngine, Worker, checkpoint
 from gap_ds.exchange import Exchange
@@ -64,14 +63,17 @@ class Fate:
 def build(kind: str, rounds: int, out: Path, index: int) -> GaPEngine:
     model, gap = toy.build(), {**GAP, "rounds": rounds}
     if kind == "zero2":
+        import worker_zero  # no other kind needs DeepSpeed, which takes its time to import
+
         optimizer = toy.OPTIMIZERS["adamw"](toy.groups(model))
         config = worker_zero.deepspeed_config({"stage": 2, "dtype": "fp32"})
         return GaPEngine.initialize(model=model, config=config, gap_config=gap, optimizer=optimizer)
     training: dict[str, Any] = {"gradient_accumulation_steps": toy.ACCUMULATION}
+    if kind.startswith("parallel"):
+        gap["method"] = "parallel"
+        training["worker"] = Worker(index, str(out / "exchange"), timeout=120)
     if kind == "parallel":
-        optimizer = toy.OPTIMIZERS["adamw"](toy.groups(model))
-        worker = Worker(index, str(out / "exchange"), timeout=120)
-        return GaPEngine(model, {**gap, "method": "parallel"}, optimizer=optimizer, worker=worker, **training)
+        return GaPEngine(model, gap, optimizer=toy.OPTIMIZERS["adamw"](toy.groups(model)), **training)
     wrapped = worker_fsdp.wrap_fsdp2(model, {})
     optimizer = toy.OPTIMIZERS["adamw"](worker_fsdp.groups_by_name(wrapped))
     return GaPEngine(wrapped, gap, optimizer=optimizer, **training)

@@ -1,4 +1,7 @@
-"""Every method over the backends: rows trained one after the other, watched after every step."""
+"""Every method over the backends: rows trained one after the other, watched after every step.
+
+With one process (WORLD_SIZE=1) there is no process group at all: these are the rows without any wrapper.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from typing import Any
 
 import deepspeed
 import observe
+import reference
 import reference_methods
 import torch
 import torch.distributed as dist
@@ -27,8 +31,31 @@ from gap_ds import GaPEngine
 warnings.filterwarnings("ignore")
 
 
+class Alone:
+    """What the watchers ask of `torch.distributed`, in a process that has no group."""
+
+    get_rank, get_world_size = staticmethod(lambda: 0), staticmethod(lambda: 1)
+
+    @staticmethod
+    def all_reduce(tensor: Tensor) -> None:
+        """The sum over one process."""
+
+    @staticmethod
+    def all_gather_object(found: list[Any], own: Any) -> None:
+        found[0] = own
+
+    @staticmethod
+    def barrier() -> None:
+        """Nobody to wait for."""
+
+
 def build(row: dict[str, Any]) -> tuple[GaPEngine, dict[str, Any]]:
     """The engine of a row, and how its library shows a whole parameter."""
+    if row.get("kind") == "plain":
+        model = toy.build()
+        optimizer = toy.OPTIMIZERS[row["optimizer"]](toy.groups(model))
+        engine = GaPEngine(model, row["gap"], optimizer=optimizer, gradient_accumulation_steps=toy.ACCUMULATION)
+        return engine, {"working_copy": dict(model.named_parameters()).__getitem__, "full_fp32": None}
     if "stage" in row:
         engine = worker_zero.build(row)
         return engine, worker_zero.observers(engine, row)
@@ -115,7 +142,7 @@ def run(row: dict[str, Any], out: Path) -> dict[str, Any]:
         engine.export(out / "mid" / name)
 
     result = train(engine, seen, scenario, skip, at_saved=save_and_export) | observe.final_state(engine)
-    result |= {"plan": engine.plan, "kept": engine.stats()["kept"]}
+    result |= {"plan": engine.plan, "kept": engine.stats()["kept"], "backend": engine._backend.name}
     engine.export(out / "final" / name)
     engine.close()
 
@@ -129,9 +156,14 @@ def run(row: dict[str, Any], out: Path) -> dict[str, Any]:
 
 
 def main(out: Path) -> None:
-    deepspeed.init_distributed()
     torch.set_num_threads(1)
-    rows = json.loads((out / "rows.json").read_text())
+    ranks = int(os.environ["WORLD_SIZE"])
+    if ranks > 1:
+        deepspeed.init_distributed()
+    else:
+        for watcher in (observe, reference, reference_methods, sys.modules[__name__]):
+            watcher.dist = Alone
+    rows = [row for row in json.loads((out / "rows.json").read_text()) if row["ranks"] == ranks]
     for row in {row["reference"]: row for row in rows if "reference" in row}.values():
         result = reference_methods.train(SCENARIOS[row["scenario"]], **row["reference_arguments"])
         observe.hand_over(out, row["reference"], result)

@@ -1,4 +1,7 @@
-"""One worker of parallel GaP on 2 ranks, for every backend; `gap-ds parallel`'s launcher starts two of them at once."""
+"""One worker of parallel GaP on 2 ranks, for every backend; `gap-ds parallel`'s launcher starts three of them at once.
+
+The rows of three workers come first: where there are two, the third has nothing more to do.
+"""
 
 from __future__ import annotations
 
@@ -24,27 +27,33 @@ from gap_ds import GaPEngine, Worker
 warnings.filterwarnings("ignore", category=FutureWarning)
 warnings.filterwarnings("ignore", category=UserWarning)
 
-#: name -> whether gradients are averaged after every micro-batch (see test_zero.row)
-ROWS = {"ddp": False, "zero2": True, "zero3": True, "fsdp2": False}
+#: name -> scenario of the reference, and whether gradients are averaged after every micro-batch (see test_zero.row)
+ROWS = {
+    **{f"zero3_{scenario}": (scenario, True) for scenario in ("erk", "global")},
+    **{f"fsdp2_{scenario}": (scenario, False) for scenario in ("erk", "global")},
+    **{"ddp": ("two", False), "zero2": ("two", True), "zero3": ("two", True), "fsdp2": ("two", False)},
+}
 
 
-def build(name: str, index: int, out: Path, **changes: Any) -> GaPEngine:
+def build(name: str, index: int, out: Path, scenario: str = "two", **changes: Any) -> GaPEngine:
     worker = Worker(index, str(out / f"exchange_{name}"), timeout=240)
-    gap = {**reference.GAP, **changes}
-    if name.startswith("zero"):
-        model, row = toy.build(), {"stage": int(name[4]), "dtype": "fp32"}
-        optimizer = toy.OPTIMIZERS["adamw"](toy.groups(model))
-        config = worker_zero.deepspeed_config(row)
-        return GaPEngine.initialize(model=model, config=config, gap_config=gap, optimizer=optimizer, worker=worker)
-    model = toy.build()
-    optimizer_of = toy.groups
-    wrapped: Any
+    run = reference.SCENARIOS[scenario]
+    os.environ["GAP_DS_WORKERS"] = str(run.workers)  # the launcher said three
+    gap = {**run.gap, **changes}
+    model: Any = toy.build()
+    wrapped, groups = model, toy.groups
     if name.startswith("ddp"):
         wrapped = DistributedDataParallel(model)
-    else:
-        wrapped, optimizer_of = worker_fsdp.wrap_fsdp2(model, {}), worker_fsdp.groups_by_name
-    optimizer = toy.OPTIMIZERS["adamw"](optimizer_of(model))
-    return GaPEngine(wrapped, gap, optimizer=optimizer, worker=worker, gradient_accumulation_steps=toy.ACCUMULATION)
+    elif name.startswith("fsdp2"):
+        wrapped, groups = worker_fsdp.wrap_fsdp2(model, {}), worker_fsdp.groups_by_name
+    optimizer = toy.OPTIMIZERS[run.optimizer](groups(model))
+    training: dict[str, Any] = {"optimizer": optimizer, "worker": worker}
+    if gap.get("lr") == "restart":
+        training["lr_scheduler"] = torch.optim.lr_scheduler.LambdaLR(optimizer, reference.decay)
+    if name.startswith("zero"):
+        config = worker_zero.deepspeed_config({"stage": int(name[4]), "dtype": "fp32"})
+        return GaPEngine.initialize(model=model, config=config, gap_config=gap, **training)
+    return GaPEngine(wrapped, gap, gradient_accumulation_steps=toy.ACCUMULATION, **training)
 
 
 def train(engine: GaPEngine, last: int | None = None) -> tuple[list[Any], list[str]]:
@@ -57,13 +66,13 @@ def train(engine: GaPEngine, last: int | None = None) -> tuple[list[Any], list[s
         for name in engine.masking.bits:
             if engine.masking.shards[name].weight()[~engine.mask(name)].count_nonzero():
                 wrong.append(f"step {step}: {name} has pruned weights that are not 0")
-        if engine.phase is not phase and phase.kind == "explore":
+        if engine.phase is not phase:
             history.append(observe.full_masks(engine))
     return history, wrong
 
 
 def run(name: str, index: int, out: Path) -> dict[str, Any]:
-    engine = build(name, index, out)
+    engine = build(name, index, out, ROWS[name][0])
     history, wrong = train(engine)
     if index == 0:
         engine.export(out / f"model_{name}")
@@ -78,8 +87,7 @@ def run_killed(index: int, out: Path) -> dict[str, Any]:
     if index == 1:
         train(engine, last=1)
         engine.save_checkpoint(out / "checkpoints")
-        train(engine, last=reference.T)  # publishes round 0 and goes on
-        train(engine, last=reference.T + 1)
+        train(engine, last=4)  # publishes round 0 before step 3 and goes on
         engine.close()
         engine = build("ddp_killed", index, out)
         engine.load_checkpoint(out / "checkpoints")
@@ -97,17 +105,21 @@ def main(out: Path, index: int) -> None:
     def hand_over(name: str, result: Any) -> None:
         torch.save(result, out / f"{name}.{index}.{rank}.pt")
 
-    if index == 0:
-        for every in (False, True):
-            hand_over(f"reference_{every}", reference.train(every))
-        hand_over("reference_first", reference.train(False, shared="first"))
     try:
-        for name in ROWS:
-            hand_over(name, run(name, index, out))
-        hand_over("ddp_killed", run_killed(index, out))
-        engine = build("ddp_first", index, out, shared="first")
-        history, wrong = train(engine)
-        hand_over("ddp_first", observe.final_state(engine) | {"masks": history, "wrong": wrong})
+        if index == 0:
+            for scenario, every in sorted(set(ROWS.values())):
+                hand_over(f"reference_{scenario}_{every}", reference.train(reference.SCENARIOS[scenario], every))
+            first = reference.train(reference.SCENARIOS["two"], False, shared="first")
+            hand_over("reference_first", first)
+        for name, (scenario, _) in ROWS.items():
+            if index < reference.SCENARIOS[scenario].workers:
+                hand_over(name, run(name, index, out))
+        if index < 2:
+            hand_over("ddp_killed", run_killed(index, out))
+            engine = build("ddp_first", index, out, shared="first")
+            history, wrong = train(engine)
+            steps = engine.applied_steps
+            hand_over("ddp_first", observe.final_state(engine) | {"masks": history, "wrong": wrong, "steps": steps})
     except Exception:
         hand_over("error", traceback.format_exc())
         raise
