@@ -118,14 +118,18 @@ SELECT_BYTES, SELECT_LAUNCHES, ZERO_BYTES = 160, 80, 8.125
 
 
 def accelerator(assumed: Assumed, core: Work) -> Work:
-    """The same work on an accelerator, assumed to be bound by its memory and by launches; entries stay on the CPU."""
+    """The same work on an accelerator, assumed to be bound by its memory and by launches.
+
+    What the host does for each entry, and for each piece that is masked (one launch is for all of them), is as fitted
+    to a core, and not hidden behind what the device has to do.
+    """
     return Work(
         select_weight=SELECT_BYTES / assumed.memory_bandwidth,
         select_piece=SELECT_LAUNCHES * assumed.launch,
         select_entry=core.select_entry,
         select_once=core.select_once,
         zero_weight=ZERO_BYTES / assumed.memory_bandwidth,
-        zero_piece=assumed.launch,
+        zero_piece=core.zero_piece,
     )
 
 

@@ -5,8 +5,9 @@ order, flat index) wins, so that a mask has exactly `keep` weights and does not 
 holds one contiguous piece of each entry (possibly empty).
 
 The k-th largest key is found by radix selection: three passes over the local weights, each a histogram of some bits of
-the keys and one all-reduce of (budgets x bins) counts for all budgets of a boundary at once. Ties, where a budget does
-not take all of them, cost one all-gather of a count per entry. Whatever the size of the model, nothing else travels.
+the keys and one all-reduce of (budgets x bins) counts for all budgets of a boundary at once. Where a budget does not
+take all ties, the piece in which it stops is found the same way, by the bits of where pieces begin. Whatever the size
+of the model and the number of ranks, nothing else travels.
 
 E pieces (one per entry, in plan order), G budgets, N weights of a piece, R ranks.
 """
@@ -26,6 +27,8 @@ from gap_ds import masks
 
 #: Bits of a 31-bit key that each pass looks at, from the most significant: (shift, bins).
 _PASSES = ((20, 2048), (10, 1024), (0, 1024))
+#: Bits of a piece's start that each pass over the ties looks at. Few, because what travels are 2^bits counts a budget.
+_START_BITS = 6
 #: Weights looked at at a time; bounds the scratch memory of a boundary. On a CPU their keys stay in a core's cache.
 _CHUNK = 1 << 18
 #: On an accelerator larger chunks amortise the launches.
@@ -47,25 +50,15 @@ Keys = Callable[[int, int], Tensor]
 class Reduce(Protocol):
     """What a selection needs from a group of ranks."""
 
-    rank: int
-
     def sum(self, counts: Tensor) -> Tensor:
         """Elementwise sum over the ranks of an int64 tensor."""
-
-    def all_gather(self, row: Tensor) -> Tensor:
-        """The rows (E,) of all ranks, stacked to (R, E)."""
 
 
 class Single:
     """A group of one rank."""
 
-    rank = 0
-
     def sum(self, counts: Tensor) -> Tensor:
         return counts
-
-    def all_gather(self, row: Tensor) -> Tensor:
-        return row[None]
 
 
 @dataclass(frozen=True)
@@ -266,15 +259,50 @@ def _tie_quota(
         sum(int((keys == int(threshold[piece.budget])).count_nonzero()) for keys in some())
         for piece, some in zip(pieces, candidates, strict=True)
     ]
-    ties = reduce.all_gather(torch.tensor(local, dtype=torch.int64))
-    starts = reduce.all_gather(torch.tensor([p.start for p in pieces], dtype=torch.int64))
-    left = need.clone()
-    quota = []
-    for e, piece in enumerate(pieces):
-        before = int(ties[starts[:, e] < piece.start, e].sum())
-        quota.append(max(0, min(local[e], int(left[piece.budget]) - before)))
-        left[piece.budget] = max(0, int(left[piece.budget]) - int(ties[:, e].sum()))
-    return quota
+    return _divide([p.start for p in pieces], [p.budget for p in pieces], local, need.tolist(), reduce)
+
+
+def _divide(
+    starts: Sequence[int], budgets: Sequence[int], ties: Sequence[int], need: Sequence[int], reduce: Reduce
+) -> list[int]:
+    """How many of its ties each local piece keeps, of the first need[g] of every budget by (entry, flat index).
+
+    A budget keeps all ties of its first entries, none of its last ones, and of one entry, the cut one, those up to a
+    place inside one piece. A sum of the ties over the ranks says which entry; the piece is found by the bits of its
+    start, from the most significant, as a threshold is by its own. Nothing that travels or is held grows with R.
+
+    Args:
+        starts, budgets, ties: of this rank's piece of each of the E entries: the flat index it begins at, its budget,
+            and its weights at the threshold.
+        need: ties that each of the G budgets keeps; at most as many as there are.
+    """
+    start, own = torch.tensor(starts, dtype=torch.int64), torch.tensor(ties, dtype=torch.int64)
+    # The sum also says how many bits the longest start has.
+    lengths = torch.zeros(64, dtype=torch.int64)
+    lengths[max((at.bit_length() for at, n in zip(starts, ties, strict=True) if n), default=0)] = 1
+    sums = reduce.sum(torch.cat([own, lengths]))
+    total, longest = sums[: len(ties)], int(sums[len(ties) :].nonzero()[-1])
+    left, wanted = list(need), torch.zeros_like(own)
+    for e, (budget, n) in enumerate(zip(budgets, total.tolist(), strict=True)):
+        wanted[e] = min(n, left[budget])
+        left[budget] -= min(n, left[budget])
+    quota = torch.where(wanted == total, own, 0)
+    if not len(cut := ((wanted > 0) & (wanted < total)).nonzero()[:, 0]):
+        return quota.tolist()
+    # `rest` ties are still to be kept of the pieces of a cut entry that begin with `prefix`.
+    start, own, rest, prefix = start[cut], own[cut], wanted[cut], torch.zeros_like(cut)
+    bins = 1 << _START_BITS
+    for shift in range((longest - 1) // _START_BITS * _START_BITS, -1, -_START_BITS):
+        rows = torch.zeros(len(cut), bins, dtype=torch.int64)
+        inside = torch.where(start >> (shift + _START_BITS) == prefix, own, 0)
+        counts = reduce.sum(rows.scatter_(1, (start >> shift & (bins - 1))[:, None], inside[:, None]))
+        before = counts.cumsum(1) - counts
+        chosen = (before < rest[:, None]).sum(1, keepdim=True) - 1
+        rest = rest - before.gather(1, chosen)[:, 0]
+        prefix = prefix * bins + chosen[:, 0]
+    # An empty piece may begin where the one with the last tie does.
+    quota[cut] = torch.where(start < prefix, own, torch.where(start == prefix, torch.minimum(own, rest), 0))
+    return quota.tolist()
 
 
 def _mask(piece: Piece, threshold: int, quota: int | None) -> Tensor:

@@ -51,10 +51,6 @@ class Rank:
         self.group.travelled.append(counts.numel())
         return torch.stack(self.group.exchange(self.rank, counts)).sum(0)
 
-    def all_gather(self, row: Tensor) -> Tensor:
-        self.group.travelled.append(row.numel())
-        return torch.stack(self.group.exchange(self.rank, row))
-
 
 def on_ranks(size: int, work: Callable[[Rank], Any]) -> list[Any]:
     """What `work` returns or raises on each of `size` ranks."""
@@ -230,7 +226,8 @@ def test_no_weights_travel() -> None:
 
     on_ranks(2, work)
     assert max(travelled) <= (2 + 1) * 2048
-    assert len(travelled) <= 2 * (3 + 2)  # per rank: three histograms, and two rows for the ties
+    # Per rank: three histograms, the ties of each entry, and the piece with the last tie by the 15 bits of its start.
+    assert len(travelled) <= 2 * (3 + 1 + 3)
 
 
 def test_single_is_a_group_of_one() -> None:
@@ -271,6 +268,70 @@ def test_a_pooled_budget_may_leave_an_entry_without_weights() -> None:
     cuts = [[(0, 2), (2, 1)], [(0, 0), (0, 2)], [(0, 1), (1, 0)]]
     results = on_ranks(2, lambda rank: select(weights, cuts, [0, 0, 1], [3, 1], rank))
     assert assembled(results, weights, cuts) == [[True, True, True], [False, False], [True]]
+
+
+# -- ties ----------------------------------------------------------------------------------------------------------
+
+
+def by_a_loop(
+    starts: list[list[int]], budgets: Sequence[int], ties: list[list[int]], need: Sequence[int]
+) -> list[list[int]]:
+    """What each rank's pieces keep of their ties: tie by tie, in the order of entries and of the pieces in them."""
+    left, kept = list(need), [[0] * len(budgets) for _ in ties]
+    for e, g in enumerate(budgets):
+        for rank in sorted(range(len(ties)), key=lambda rank: starts[rank][e]):
+            kept[rank][e] = min(ties[rank][e], left[g])
+            left[g] -= kept[rank][e]
+    return kept
+
+
+def divided(
+    starts: list[list[int]], budgets: Sequence[int], ties: list[list[int]], need: Sequence[int]
+) -> tuple[list[list[int]], list[int]]:
+    """What each rank's pieces keep by the real code, and the size of all that rank 0 sends."""
+    sent: list[int] = []
+
+    def work(rank: Rank) -> list[int]:
+        found = selection._divide(starts[rank.rank], budgets, ties[rank.rank], need, rank)
+        if rank.rank == 0:
+            sent.extend(rank.group.travelled)
+        return found
+
+    results = on_ranks(len(ties), work)
+    assert not any(isinstance(result, Exception) for result in results), results
+    return results, sent
+
+
+@PROPERTY
+@given(st.data())
+def test_ties_are_divided_as_by_a_loop(data: st.DataObject) -> None:
+    """Pieces in any order over the ranks, empty ones among them, starts of up to 40 bits, budgets over many entries."""
+    ranks, entries = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 5))
+    groups = data.draw(st.integers(1, entries))
+    budgets = [data.draw(st.integers(0, groups - 1)) for _ in range(entries)]
+    bits = data.draw(st.sampled_from([3, 6, 7, 12, 13, 40]))
+    starts = [[0] * entries for _ in range(ranks)]
+    ties = [[0] * entries for _ in range(ranks)]
+    for e in range(entries):
+        # Pieces with ties begin at places of their own; an empty one begins anywhere.
+        places = data.draw(st.lists(st.integers(0, 2**bits - 1), min_size=ranks, max_size=ranks, unique=True))
+        for rank, place in enumerate(places):
+            ties[rank][e] = data.draw(st.sampled_from([0, 0, 1, 2, 7, 2**33]))
+            starts[rank][e] = place if ties[rank][e] else data.draw(st.sampled_from([0, place, max(places)]))
+    total = [sum(n[e] for n in ties for e in range(entries) if budgets[e] == g) for g in range(groups)]
+    need = [data.draw(st.one_of(st.integers(0, n), st.just(n))) for n in total]
+    assert divided(starts, budgets, ties, need)[0] == by_a_loop(starts, budgets, ties, need)
+
+
+@pytest.mark.parametrize("ranks", [1, 8, 64, 256])
+def test_what_travels_for_ties_does_not_grow_with_the_ranks(ranks: int) -> None:
+    """Two entries in 2^40 weights each, cut in equal pieces; of the second entry's ties half are kept."""
+    starts = [[rank * (2**40 // ranks)] * 2 for rank in range(ranks)]
+    ties = [[3, 1 + rank % 2] for rank in range(ranks)]
+    need = [1, sum(row[1] for row in ties) // 2]
+    found, sent = divided(starts, [0, 1], ties, need)
+    assert found == by_a_loop(starts, [0, 1], ties, need)
+    assert len(sent) <= ranks * (1 + 7) and max(sent) <= 2 * 64
 
 
 # -- only among some -----------------------------------------------------------------------------------------------
