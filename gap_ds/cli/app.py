@@ -175,7 +175,8 @@ def export(
         typer.Option(metavar="DIR", help="For a checkpoint: folder of the model's config.json and tokenizer."),
     ] = None,
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"], typer.Option(help="For a checkpoint: dtype of the parameters; needs --model.")
+        Literal["float32", "bfloat16", "float16"],
+        typer.Option(help="For a checkpoint: dtype of the parameters; needs --model."),
     ] = "float32",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the exported model that OUT holds.")] = False,
     as_json: AsJson = False,
