@@ -40,6 +40,7 @@ def main() -> int:
             **{"translation": translation(), "quality": methods("cpu"), "vision": methods("vision_cpu")},
             **{"performance": summary(), "backends": backends(), "tested": tested()},
         },
+        "docs/inference.md": {"inference": inference()},
         "docs/performance.md": {
             **{"no-gpu": no_gpu(), "overhead": overhead(), "performance": performance(), "gpu": gpu()},
             **{"attention": attention(), "startup": startup(), "aims": aims(), "kernel": kernel()},
@@ -189,6 +190,25 @@ def summary() -> str:
     """The aims that say most, a line each, for the README."""
     rows = [{k: v for k, v in row.items() if k != "main"} for row in _aims() if row["main"]]
     return "\n".join(part for part in (_table(rows), "" if _device() else NO_GPU) if part)
+
+
+def inference() -> str:
+    """How many times as fast as dense translating is, by preset and sparsity; a column for each batch."""
+    path = RESULTS / "inference.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["speed"] if path.exists() else []
+    batches, presets = sorted({row["batch"] for row in rows}), ("small", "base", "big")
+    found: dict[tuple[Any, ...], dict[int, str]] = {}
+    for row in rows:
+        kind = (presets.index(row["preset"]), row["tokens"], row["beams"], row["sparsity"])
+        times = f"{row['ratio']:.2f} ({row['ratio_to_packed']:.2f})" if row["form"] != "dense" else "dense"
+        found.setdefault(kind, {})[row["batch"]] = times
+    return _table(
+        [
+            {"preset": presets[preset], "tokens": tokens, "beams": beams, "pruned": f"{sparsity:.0%}"}
+            | {f"batch {batch}": times.get(batch, "") for batch in batches}
+            for (preset, tokens, beams, sparsity), times in sorted(found.items())
+        ]
+    )
 
 
 NO_GPU = "GPU figures: not measured yet (`make bench-gpu`).\n"
