@@ -67,6 +67,7 @@ SHIPPED = {
     "gradual_90": "gradual",
     "one_shot_90": "one_shot",
     "parallel_80": "parallel_3",
+    "parallel_90": "parallel_3",
     "rigl_90": "rigl",
     "rigl_90_erk": "rigl_erk",
     "set_90": "set",

@@ -36,6 +36,7 @@ class Cell:
     flops: float  # relative to one dense run of the same epochs
     density: float  # of the prunable weights, averaged over the steps
     seconds: float  # of training
+    paused: bool  # while it was trained, so the seconds mean nothing
 
     @property
     def mean(self) -> float:
@@ -107,6 +108,7 @@ class Results:
                     statistics.mean(record[figure] for record in group)
                     for figure in (second, "epochs", "training_flops", "mean_density", "train_seconds")
                 ),
+                any(record.get("paused") for record in group),
             )
             for (row, sparsity), group in groups.items()
         ]
@@ -163,10 +165,11 @@ def markdown(name: str, results: Results) -> str:
     ]
     for cell in results.cells:
         score = f"**{cell.mean:.1f}**" if results.leads(cell) else f"{cell.mean:.1f}"
+        minutes = "paused" if cell.paused else f"{cell.seconds / 60:.1f}"
         by_seed = ", ".join(f"{one:.1f}" for one in cell.scores)
         lines.append(
             f"| {cell.title} | {cell.sparsity:.0%} | {score} | {by_seed} | {cell.second:.1f} | "
-            f"{cell.epochs:g} | {cell.flops:.2f} | {cell.density:.2f} | {cell.seconds / 60:.1f} |"
+            f"{cell.epochs:g} | {cell.flops:.2f} | {cell.density:.2f} | {minutes} |"
         )
     return "\n".join([*lines, "", *notes(name, results), ""])
 
