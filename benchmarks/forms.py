@@ -79,7 +79,7 @@ def forms(path: Path, sources: list[str], references: list[str], args: argparse.
             {
                 "model": path.parent.name,
                 "form": form,
-                "signature": info.get("signature", ""),
+                "signature": info.get("signature", "").replace("|", " "),
                 "sparsity": sparsity(info),
                 "layers in another form": changed.get(form, 0),
                 "sentences": len(sources),
