@@ -91,8 +91,8 @@ def sparsify_for_inference(
 
     Every `nn.Linear` is considered, wherever it is; for a sparse form at least `min_sparsity` of its weights must be
     zero. Any other module stays as it is. Afterwards the model is in evaluation mode, takes no gradients, and its
-    results differ from the dense ones by rounding alone. Its state dict is that of the dense model. To train it, load
-    it again.
+    results differ from the dense ones by rounding alone. Its state dict is that of the dense model, but for layers in
+    the form `2:4`, which hold torch's own tensors. To train it, load it again.
 
     Args:
         batch: a function that runs the model as it will be used, such as
