@@ -1,20 +1,20 @@
 """The forms of a linear layer for inference: modules that take the place of an `nn.Linear`.
 
-    csr     on a CPU: compressed rows with 32-bit indices, multiplied by MKL in fp32 or fp64 (bf16 and fp16 in fp32)
+    csr     on a CPU: compressed rows with 32-bit indices, multiplied in fp32 or fp64 (bf16 and fp16 in fp32)
     packed  on a CPU: dense in the blocked layout of oneDNN, as torch.compile packs the weights of a frozen model; also
             for layers that are not sparse, such as the output projection
     2:4     on an NVIDIA GPU of capability 8.0 or later: semi-structured, for weights that have the pattern
 
-The product of csr is W @ x^T with x^T laid out by rows: MKL then streams over the columns of a row of W. A single row x
-is multiplied as a vector. Layers of compressed rows that are called one after the other with the same input, such as
-those of q, k and v, can be joined: the first call computes all of them.
+The product of csr is W @ x^T with x^T laid out by rows: a weight meets neighbours in memory, the same column of all
+rows. Many rows are multiplied a few at a time, so that x^T stays in the cache. In fp32 the loops of gap_ds/native.c do
+it, where there is a compiler; else MKL does. Layers of compressed rows that are called one after the other with the
+same input, such as those of q, k and v, can be joined: the first call computes all of them.
 
 Which form is fastest is the matter of gap_ds/inference.py.
 """
 
 from __future__ import annotations
 
-import itertools
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from gap_ds import native
 
 
 @contextmanager
@@ -65,7 +67,8 @@ class CSRLinear(nn.Module):
         if torch.is_autocast_enabled(x.device.type):  # would cast the operands to a dtype that MKL does not have
             with torch.autocast(x.device.type, enabled=False):
                 return self.forward(x)
-        return _shaped(_product(self._matrix, self._bias, x), x)
+        (y,) = _product(self._matrix, self._bias, x, [self.out_features])
+        return _shaped(y, x)
 
     def _build(self) -> None:
         # MKL has no smaller dtype than fp32; for fp32 these are no copies.
@@ -98,20 +101,37 @@ class CSRLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, kept={self.values.numel()}"
 
 
-def _product(matrix: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    """matrix (O, I) times x (..., I), R rows of it: (O, R), or (O,) if R is 1, in the dtype of the matrix."""
+def _product(matrix: Tensor, bias: Tensor | None, x: Tensor, outputs: Sequence[int]) -> tuple[Tensor, ...]:
+    """matrix (O, I) times x (..., I), R rows of it, in the dtype of the matrix: (R, o), contiguous, for o in outputs.
+
+    outputs: how many rows of the matrix, one after the other, belong to each part.
+    """
     rows = x.reshape(-1, matrix.shape[1]).to(matrix.dtype)
+    if matrix.dtype == torch.float32 and not _is_traced(rows) and (loops := native.library()) is not None:
+        weights = matrix.crow_indices(), matrix.col_indices(), matrix.values()
+        return loops.multiply(*weights, bias, rows.contiguous(), outputs)
     if rows.shape[0] == 1:
-        return torch.mv(matrix, rows[0]) if bias is None else torch.addmv(bias, matrix, rows[0])
-    columns = rows.t().contiguous()
-    if bias is None:
-        return torch.mm(matrix, columns)
-    return torch.addmm(bias[:, None].expand(-1, rows.shape[0]), matrix, columns)
+        y = torch.mv(matrix, rows[0]) if bias is None else torch.addmv(bias, matrix, rows[0])
+        return tuple(part[None] for part in torch.split(y, list(outputs)))
+    parts = tuple(rows.new_empty(rows.shape[0], size) for size in outputs)
+    for start, end in native.row_blocks(rows.shape[0], rows.shape[1], rows.element_size()):
+        columns = rows[start:end].t().contiguous()
+        if bias is None:
+            y = torch.mm(matrix, columns)
+        else:
+            y = torch.addmm(bias[:, None].expand(-1, end - start), matrix, columns)
+        for part, piece in zip(parts, torch.split(y, list(outputs)), strict=True):
+            part[start:end] = piece.t()
+    return parts
+
+
+def _is_traced(x: Tensor) -> bool:
+    """Whether more is wanted of a product than its numbers: a history, or operators that a compiler sees."""
+    return (x.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling() or x.device.type != "cpu"
 
 
 def _shaped(y: Tensor, x: Tensor) -> Tensor:
-    """A product (O, R) or (O,) as the layer returns it: (..., O), contiguous, since callers of nn.Linear rely on it."""
-    y = y.t().contiguous() if y.dim() == 2 else y
+    """A product (R, O) as the layer returns it: (..., O), contiguous, since callers of nn.Linear rely on it."""
     return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
 
 
@@ -155,7 +175,7 @@ class JoinedLinear(CSRLinear):
             with torch.autocast(x.device.type, enabled=False):
                 return self.forward(x)
         # A copy has no history, and a compiler would take what is held for a constant.
-        if x.device.type != "cpu" or (x.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        if _is_traced(x):
             return super().forward(x)
         y = self._join.fetch(self._place, x) if self._place else self._join.multiply(x)
         return super().forward(x) if y is None else _shaped(y, x)
@@ -174,7 +194,7 @@ class _Join:
 
     def reset(self) -> None:
         """Forgets what was made of the layers; the next product makes it anew."""
-        self._stack: tuple[Tensor, Tensor | None, list[tuple[int, tuple[int, int]]]] | None = None
+        self._stack: tuple[Tensor, Tensor | None] | None = None
         self._held: _Held | None = None
 
     def multiply(self, x: Tensor) -> Tensor | None:
@@ -182,23 +202,22 @@ class _Join:
         stack = self._stack or self._build()
         if stack is None:
             return None
-        matrix, bias, ends = stack
-        y = _product(matrix, bias, x)
+        first, *others = _product(*stack, x, [layer.out_features for layer in self.layers])
         held, version = (x.clone(), None) if x.is_inference() else (x, x._version)
-        self._held = _Held(held, version, torch.is_inference_mode_enabled(), y, dict(ends[1:]))
-        return y[: ends[0][1][1]]
+        self._held = _Held(held, version, torch.is_inference_mode_enabled(), dict(enumerate(others, start=1)))
+        return first
 
     def fetch(self, place: int, x: Tensor) -> Tensor | None:
         held = self._held  # read once: another thread may put another there
         if held is None or not held.is_of(x):
             return None
-        where = held.left.pop(place, None)
+        y = held.left.pop(place, None)
         if not held.left and self._held is held:
             self._held = None
-        return None if where is None else held.y[where[0] : where[1]]
+        return y
 
-    def _build(self) -> tuple[Tensor, Tensor | None, list[tuple[int, tuple[int, int]]]] | None:
-        """Stacks the layers' rows and says which are whose; None if dtypes, devices or biases no longer agree."""
+    def _build(self) -> tuple[Tensor, Tensor | None] | None:
+        """Stacks the layers' rows and biases; None if dtypes, devices or biases no longer agree."""
         layers = self.layers
         if len({(layer._matrix.dtype, layer.values.device, layer._bias is None) for layer in layers}) > 1:
             return None
@@ -216,9 +235,7 @@ class _Join:
                 layer.values = own if layer.values.dtype == own.dtype else layer.values
                 layer._matrix = layer._csr(own)
             biases = [layer._bias for layer in layers if layer._bias is not None]
-            ends = list(itertools.accumulate(layer.out_features for layer in layers))
-            whose = list(enumerate(zip([0, *ends], ends, strict=False)))
-            self._stack = matrix, torch.cat(biases) if biases else None, whose
+            self._stack = matrix, torch.cat(biases) if biases else None
             return self._stack
 
     def __getstate__(self) -> dict[str, Any]:
@@ -237,14 +254,13 @@ class _Held:
         has no version, a copy.
     version: of x then, which torch counts up when it is changed in place.
     inference: whether the product was made in inference mode.
-    left: the rows (from, to) of each place that has not fetched them.
+    left: the part of each place that has not fetched it.
     """
 
     x: Tensor
     version: int | None
     inference: bool
-    y: Tensor
-    left: dict[int, tuple[int, int]]
+    left: dict[int, Tensor]
 
     def is_of(self, x: Tensor) -> bool:
         if self.inference != torch.is_inference_mode_enabled():

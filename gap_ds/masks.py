@@ -18,12 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gap_ds import native
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 #: Bytes of weights handled at a time on a CPU. The 1 MiB of words to which their mask is expanded stays in the caches;
 #: smaller blocks are slower, because memory is read fastest in long stretches.
 _CPU_BLOCK = 1 << 20
+#: Words of a piece on a CPU from which on it is worth compiling a loop, once in a process.
+_COMPILED = 1 << 16
 #: Mask bytes handled at a time by PyTorch on an accelerator: larger blocks amortise the launches; the scratch is eight
 #: words per mask byte, and its index.
 _DEVICE_BLOCK = 1 << 22
@@ -85,9 +89,10 @@ def zero_pruned_(piece: Tensor, bits: Tensor) -> None:
 def zero_pruned_all_(pieces: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Does `zero_pruned_` to many pieces, each with its mask.
 
-    A mask is expanded block by block into words of all ones or all zeros and combined by a bitwise and. On a GPU with
-    triton one kernel for all pieces writes the zeros and leaves all else alone (`gap_ds.kernels`). Nothing waits for
-    the device, but that the kernel is tried out at the first call.
+    A mask is expanded block by block into words of all ones or all zeros and combined by a bitwise and: on a CPU in
+    registers, where there is a compiler (`gap_ds.native`), else in the cache. On a GPU with triton one kernel for all
+    pieces writes the zeros and leaves all else alone (`gap_ds.kernels`). Nothing waits for the device, but that the
+    kernel is tried out at the first call.
     """
     alike: dict[tuple[torch.device, int], list[tuple[Tensor, Tensor]]] = {}
     for piece, bits in pieces:
@@ -102,7 +107,7 @@ def zero_pruned_all_(pieces: Iterable[tuple[Tensor, Tensor]]) -> None:
 def _way(device: torch.device, element_size: int) -> Way:
     """How words of this size are zeroed on this device: by NumPy, by triton's kernel or by PyTorch, all alike."""
     if device.type == "cpu":
-        return _one_by_one(_by_numpy)
+        return _one_by_one(_on_cpu)
     if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
         return _kernel(device, element_size) or _one_by_one(_by_pytorch)
     return _one_by_one(_by_pytorch)
@@ -114,6 +119,14 @@ def _one_by_one(zero: Callable[[Tensor, Tensor], None]) -> Way:
             zero(words, bits)
 
     return zero_all
+
+
+def _on_cpu(words: Tensor, bits: Tensor) -> None:
+    # Small pieces are not worth a compiler's half second.
+    if words.numel() >= _COMPILED and (loops := native.library()) is not None:
+        loops.zero_pruned_(words, bits)
+    else:
+        _by_numpy(words, bits)
 
 
 def _by_numpy(words: Tensor, bits: Tensor) -> None:

@@ -385,7 +385,7 @@ def test_joined_layers_give_what_separate_ones_give(shape: tuple[int, ...], bias
 def test_one_product_serves_all_that_have_the_same_input(monkeypatch: pytest.MonkeyPatch, mode: Any) -> None:
     sizes: list[int] = []
     real = linears._product
-    monkeypatch.setattr(linears, "_product", lambda w, b, x: (sizes.append(w.shape[0]), real(w, b, x))[1])
+    monkeypatch.setattr(linears, "_product", lambda w, *rest: (sizes.append(w.shape[0]), real(w, *rest))[1])
     _, model = joined()
     with mode():
         x = torch.randn(3, 16)

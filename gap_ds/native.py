@@ -1,0 +1,175 @@
+"""Loops in C for a CPU, compiled at their first use: masks put on weights, and compressed rows times activations.
+
+`library()` has them, or is None where there is no compiler (`CC`, or cc, gcc, clang), where what it made does not
+compute what PyTorch computes, or where the environment says `GAP_DS_NATIVE=0`. Whoever calls it has a way without:
+NumPy for masks, MKL for products. Compiling takes half a second and leaves nothing behind: what is loaded is made for
+this very processor, so another machine must not find it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("native.c")
+#: Rows of activations that are multiplied at once: each weight is read for all of them, and meets a row of x^T, which
+#: has to come from a near cache. As many as fit these bytes, but no fewer nor more than these.
+CACHED, ROWS = 2**18, (32, 64)
+#: Multiplications from which on a product is worth other threads.
+_SHARED = 2**20
+_FLAGS = ["-O3", "-fopenmp-simd", "-shared", "-fPIC", "-std=gnu11"]
+_WIDTHS = (1, 4, 8, 16, 32, 48, 64)
+
+_log = logging.getLogger(__name__)
+
+
+@functools.cache
+def library() -> Library | None:
+    """The compiled loops; None, once and for all in this process, where they cannot be had."""
+    if os.environ.get("GAP_DS_NATIVE") == "0":
+        return None
+    command = shlex.split(os.environ.get("CC", "")) or [c for c in ("cc", "gcc", "clang") if shutil.which(c)][:1]
+    if not command:
+        _log.info("no C compiler (CC): masks and sparse products take NumPy and MKL.")
+        return None
+    try:
+        made = Library(_compile(command))
+        _check(made)
+    except (OSError, subprocess.SubprocessError, RuntimeError) as error:
+        reason = getattr(error, "stderr", None) or str(error)
+        _log.info("%s: cannot be used (%s): masks and sparse products take NumPy and MKL.", SOURCE.name, reason.strip())
+        return None
+    return made
+
+
+def _compile(command: Sequence[str]) -> ctypes.CDLL:
+    """The source compiled for this processor, or in general where the compiler does not know how to ask for that."""
+    own = ["-march=native", *(["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else [])]
+    with tempfile.TemporaryDirectory(prefix="gap_ds_") as folder:
+        target = Path(folder) / "native.so"
+        for flags in (own, []):
+            words = [*command, *_FLAGS, *flags, str(SOURCE), "-o", str(target)]
+            try:
+                subprocess.run(words, capture_output=True, text=True, check=True, timeout=120)
+                break
+            except subprocess.CalledProcessError:
+                if not flags:
+                    raise
+        return ctypes.CDLL(str(target))
+
+
+class Library:
+    """The loops. Tensors are contiguous and on the CPU, and indices lie within bounds: nothing is checked here."""
+
+    def __init__(self, loaded: ctypes.CDLL) -> None:
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        self._zero_pruned = {size: getattr(loaded, f"zero_pruned_{8 * size}") for size in (2, 4, 8)}
+        self._transpose, self._multiply = loaded.transpose, loaded.multiply
+        for function in self._zero_pruned.values():
+            function.argtypes, function.restype = [pointer, pointer, number], None
+        self._transpose.argtypes = [pointer, number, number, number, pointer]
+        self._multiply.argtypes = [*[pointer] * 5, *[number] * 4, pointer, number]
+        self._transpose.restype = self._multiply.restype = None
+        self._scratch = threading.local()
+
+    def zero_pruned_(self, words: Tensor, bits: Tensor) -> None:
+        """Sets the words (N,) of 2, 4 or 8 bytes to 0 whose bit is 0; bits as `gap_ds.masks.pack` makes them."""
+        self._zero_pruned[words.element_size()](words.data_ptr(), bits.data_ptr(), words.numel())
+
+    def multiply(
+        self, crow: Tensor, col: Tensor, values: Tensor, bias: Tensor | None, x: Tensor, outputs: Sequence[int]
+    ) -> tuple[Tensor, ...]:
+        """x (R, I) @ W^T + bias in fp32, of W (O, I) by compressed rows with int32 indices, in parts (R, o).
+
+        outputs: how many rows of W, one after the other, belong to each part.
+        """
+        weights = [t.data_ptr() for t in (crow, col, values)] + [0 if bias is None else bias.data_ptr()]
+        rows, inputs = x.shape
+        parts = tuple(x.new_empty(rows, size) for size in outputs)
+        blocks = row_blocks(rows, inputs)
+        scratch = self._room(inputs * max((_width(end - start) for start, end in blocks), default=0))
+        threads = torch.get_num_threads() if values.numel() * rows >= _SHARED else 1
+        for start, end in blocks:
+            width = _width(end - start)
+            self._transpose(x.data_ptr() + 4 * start * inputs, end - start, inputs, width, scratch.data_ptr())
+            work, first = [], 0
+            for part, size in zip(parts, outputs, strict=True):
+                y = part.data_ptr() + 4 * start * size
+                for low, high in _shares(size, threads):
+                    where = (width, end - start, first + low, first + high, y + 4 * low, size)
+                    work.append((*weights, scratch.data_ptr(), *where))
+                first += size
+            if threads == 1:
+                for arguments in work:
+                    self._multiply(*arguments)
+            else:
+                list(_pool(threads).map(lambda arguments: self._multiply(*arguments), work))
+        return parts
+
+    def _room(self, floats: int) -> Tensor:
+        """Memory of this thread for x^T, kept: what is new at every call is slow to write."""
+        kept = getattr(self._scratch, "kept", None)
+        if kept is None or kept.numel() < floats:
+            kept = self._scratch.kept = torch.empty(floats)
+        return kept
+
+
+def row_blocks(rows: int, inputs: int, element_size: int = 4) -> list[tuple[int, int]]:
+    """Rows (from, to) that are multiplied at once: blocks as even as can be."""
+    most = min(max(CACHED // max(1, inputs * element_size), ROWS[0]), ROWS[1])
+    count = -(-rows // most)
+    return [(rows * i // count, rows * (i + 1) // count) for i in range(count)]
+
+
+def _width(rows: int) -> int:
+    return next(width for width in _WIDTHS if width >= rows)
+
+
+def _shares(outputs: int, threads: int) -> list[tuple[int, int]]:
+    """Outputs (from, to) of each thread, in whole sixteens."""
+    step = max(16, -(-outputs // (16 * threads)) * 16)
+    return [(low, min(low + step, outputs)) for low in range(0, outputs, step)]
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="gap_ds")
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # threads are not forked
+
+
+def _check(made: Library) -> None:
+    """RuntimeError if a loop computes something else than PyTorch, on this machine, for small numbers."""
+    generator = torch.Generator().manual_seed(0)
+    kept = torch.rand(29, generator=generator) < 0.5
+    bits = torch.from_numpy(np.packbits(kept.numpy(), bitorder="little"))
+    for dtype in (torch.int16, torch.int32, torch.int64):
+        words = torch.arange(1, 30, dtype=dtype)
+        expected = words * kept
+        made.zero_pruned_(words, bits)
+        if not torch.equal(words, expected):
+            raise RuntimeError(f"it zeroes other words of {words.element_size()} bytes than it should")
+    dense = torch.randn(21, 9, generator=generator).relu()
+    crow = torch.cat([torch.zeros(1), (dense != 0).sum(dim=1).cumsum(dim=0)]).int()
+    matrix = crow, dense.nonzero()[:, 1].int(), dense[dense != 0], dense[:, 0].contiguous()
+    for rows in (*_WIDTHS, 97):
+        x = torch.randn(rows, 9, generator=generator)
+        y = torch.cat(made.multiply(*matrix, x, [20, 1]), dim=1)
+        if not torch.allclose(y, x @ dense.t() + dense[:, 0], rtol=1e-4, atol=1e-4):
+            raise RuntimeError(f"its product with {rows} rows is wrong")
