@@ -60,11 +60,14 @@ def compare(args: argparse.Namespace, pieces: int, n: int, dtype: torch.dtype) -
 
         return run
 
+    words = [weight.view({2: torch.int16, 4: torch.int32}[size]) for weight in weights]
+    by_numpy = each(masks._by_numpy, words, bits)  # what happens where there is no compiler
     work: dict[str, tuple[Callable[[], object], float]] = {
         "packed, in place (gap_ds)": (
             lambda: masks.zero_pruned_all_(zip(weights, bits, strict=True)),
             2 * size + 1 / 8,
         ),
+        **({} if device.type == "cuda" else {"packed, by NumPy alone": (by_numpy, 2 * size + 1 / 8)}),
         "float mask, mul_": (each(Tensor.mul_, weights, factors), 3 * size),
         "boolean mask, mul_": (each(Tensor.mul_, weights, kept), 2 * size + 1),
         "boolean mask, masked_fill_": (each(lambda w, p: w.masked_fill_(p, 0.0), weights, pruned), 2 * size + 1),

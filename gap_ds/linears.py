@@ -64,14 +64,14 @@ class CSRLinear(nn.Module):
         return self._csr(self.values)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):  # would cast the operands to a dtype that MKL does not have
+        if torch.is_autocast_enabled(x.device.type):  # would cast the operands to a dtype that has no such product
             with torch.autocast(x.device.type, enabled=False):
                 return self.forward(x)
         (y,) = _product(self._matrix, self._bias, x, [self.out_features])
         return _shaped(y, x)
 
     def _build(self) -> None:
-        # MKL has no smaller dtype than fp32; for fp32 these are no copies.
+        # There is no product in a smaller dtype than fp32; for fp32 these are no copies.
         dtype = torch.float64 if self.values.dtype == torch.float64 else torch.float32
         self._matrix = self._csr(self.values.to(dtype))
         self._bias = None if self.bias is None else self.bias.detach().to(dtype)
@@ -143,7 +143,7 @@ def csr(linear: nn.Linear) -> CSRLinear | None:
     try:
         with torch.no_grad():
             made = CSRLinear(linear)
-            made(weight.new_zeros(2, linear.in_features))  # a torch without MKL says so here
+            made(weight.new_zeros(2, linear.in_features))  # without loops, a torch without MKL says so here
         return made
     except (RuntimeError, NotImplementedError):
         return None

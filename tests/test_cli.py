@@ -86,6 +86,7 @@ FACTS = doctor.Facts(
     compiler="bin/c++",
     ninja=True,
     headers=True,
+    loops=True,
 )
 
 COMMANDS = ("plan", "parallel", "inspect", "report", "export", "schema", "doctor")
@@ -413,6 +414,7 @@ GPU = {"accelerators": ("H200", "H200"), "cuda_build": "12.8", "nvidia_driver": 
         ({**GPU, "bf16": False}, "bf16", "limited", "H200 emulates it"),
         ({"packages": {}}, "translation example", "no", "transformers, datasets, tokenizers, sacrebleu missing"),
         ({"packages": {}}, "YAML configs", "no", "PyYAML"),
+        ({"loops": False}, "loops in C", "limited", "install gcc, or set CC"),
     ],
 )
 def test_doctor_judges(change: dict[str, Any], what: str, works: str, why: str) -> None:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import torch
 
+from gap_ds import native
 from gap_ds._version import __version__
 
 #: The oldest DeepSpeed whose private names the backend was tested with.
@@ -39,6 +40,7 @@ class Facts:
     packages: versions by name. launchers: paths by name. backends: those that this version of gap_ds has.
     accelerators: names of the GPUs that torch can use. cuda_build: CUDA or ROCm version of the torch build.
     nvidia_driver: whether nvidia-smi is here. compiler, ninja, headers: what DeepSpeed compiles extensions with.
+    loops: whether gap_ds can compile its loops for a CPU.
     """
 
     python: str
@@ -54,6 +56,7 @@ class Facts:
     compiler: str | None
     ninja: bool
     headers: bool
+    loops: bool
 
 
 @dataclass(frozen=True)
@@ -83,12 +86,21 @@ def look() -> Facts:
         compiler=shutil.which(os.environ.get("CXX") or "c++"),
         ninja=shutil.which("ninja") is not None,
         headers=Path(sysconfig.get_path("include"), "Python.h").is_file(),
+        loops=native.library() is not None,
     )
 
 
 def judge(facts: Facts) -> list[Finding]:
     """What will and will not work, given the facts."""
-    return [_gpu(facts), _ddp(facts), _deepspeed(facts), *_sharding(facts), _bf16(facts), *_extras(facts)]
+    return [
+        _gpu(facts),
+        _ddp(facts),
+        _deepspeed(facts),
+        *_sharding(facts),
+        _bf16(facts),
+        _loops(facts),
+        *_extras(facts),
+    ]
 
 
 def report() -> dict[str, Any]:
@@ -163,6 +175,13 @@ def _bf16(facts: Facts) -> Finding:
     if not facts.bf16:
         return Finding("bf16", "limited", f"{facts.accelerators[0]} emulates it: fp16 is faster")
     return Finding("bf16", "yes", "on the GPU" if facts.accelerators else "on CPUs; fast only on those with AMX")
+
+
+def _loops(facts: Facts) -> Finding:
+    if facts.loops:
+        return Finding("loops in C", "yes", "for masks and sparse layers on CPUs")
+    why = "NumPy and MKL take 1.5 to 3 times as long: install gcc, or set CC, and see that GAP_DS_NATIVE is not 0"
+    return Finding("loops in C", "limited", f"no C compiler is used; on CPUs {why}")
 
 
 def _extras(facts: Facts) -> list[Finding]:
