@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,7 +30,7 @@ SOURCE = Path(__file__).with_name("native.c")
 #: Rows of activations that are multiplied at once: each weight is read for all of them, and meets a row of x^T, which
 #: has to come from a near cache. As many as fit these bytes, but no fewer nor more than these.
 CACHED, ROWS = 2**18, (32, 64)
-#: Multiplications from which on a product is worth other threads.
+#: Multiplications, or words of a mask, from which on work is worth other threads.
 _SHARED = 2**20
 _FLAGS = ["-O3", "-fopenmp-simd", "-shared", "-fPIC", "-std=gnu11"]
 _WIDTHS = (1, 4, 8, 16, 32, 48, 64)
@@ -89,7 +89,11 @@ class Library:
 
     def zero_pruned_(self, words: Tensor, bits: Tensor) -> None:
         """Sets the words (N,) of 2, 4 or 8 bytes to 0 whose bit is 0; bits as `gap_ds.masks.pack` makes them."""
-        self._zero_pruned[words.element_size()](words.data_ptr(), bits.data_ptr(), words.numel())
+        size, first, mask = words.element_size(), words.data_ptr(), bits.data_ptr()
+        threads = _threads(words.numel())
+        shares = _shares(words.numel(), threads)
+        work = [(first + size * low, mask + low // 8, high - low) for low, high in shares]
+        _call(self._zero_pruned[size], work, threads)
 
     def multiply(
         self, crow: Tensor, col: Tensor, values: Tensor, bias: Tensor | None, x: Tensor, outputs: Sequence[int]
@@ -103,7 +107,7 @@ class Library:
         parts = tuple(x.new_empty(rows, size) for size in outputs)
         blocks = row_blocks(rows, inputs)
         scratch = self._room(inputs * max((_width(end - start) for start, end in blocks), default=0))
-        threads = torch.get_num_threads() if values.numel() * rows >= _SHARED else 1
+        threads = _threads(values.numel() * rows)
         for start, end in blocks:
             width = _width(end - start)
             self._transpose(x.data_ptr() + 4 * start * inputs, end - start, inputs, width, scratch.data_ptr())
@@ -114,11 +118,7 @@ class Library:
                     where = (width, end - start, first + low, first + high, y + 4 * low, size)
                     work.append((*weights, scratch.data_ptr(), *where))
                 first += size
-            if threads == 1:
-                for arguments in work:
-                    self._multiply(*arguments)
-            else:
-                list(_pool(threads).map(lambda arguments: self._multiply(*arguments), work))
+            _call(self._multiply, work, threads)
         return parts
 
     def _room(self, floats: int) -> Tensor:
@@ -140,10 +140,23 @@ def _width(rows: int) -> int:
     return next(width for width in _WIDTHS if width >= rows)
 
 
-def _shares(outputs: int, threads: int) -> list[tuple[int, int]]:
-    """Outputs (from, to) of each thread, in whole sixteens."""
-    step = max(16, -(-outputs // (16 * threads)) * 16)
-    return [(low, min(low + step, outputs)) for low in range(0, outputs, step)]
+def _threads(work: int) -> int:
+    return torch.get_num_threads() if work >= _SHARED else 1
+
+
+def _shares(count: int, threads: int) -> list[tuple[int, int]]:
+    """What each thread does of `count` (from, to), in whole sixteens."""
+    step = max(16, -(-count // (16 * threads)) * 16)
+    return [(low, min(low + step, count)) for low in range(0, count, step)]
+
+
+def _call(function: Callable[..., None], work: Sequence[tuple[int, ...]], threads: int) -> None:
+    """Calls the function with each of the arguments, in several threads at once: ctypes frees the GIL."""
+    if threads == 1:
+        for arguments in work:
+            function(*arguments)
+    else:
+        list(_pool(threads).map(lambda arguments: function(*arguments), work))
 
 
 @functools.cache
@@ -151,7 +164,8 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="gap_ds")
 
 
-os.register_at_fork(after_in_child=_pool.cache_clear)  # threads are not forked
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads are not forked
 
 
 def _check(made: Library) -> None:

@@ -122,6 +122,21 @@ def test_nothing_is_written_beside_the_result() -> None:
 
 
 @needs_compiler
+def test_threads_share_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_SHARED", 1)
+    words, kept = torch.randint(-9, 9, (1003,), dtype=torch.int32), torch.rand(1003) < 0.5
+    threads = torch.get_num_threads()
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            found = words.clone()
+            loops().zero_pruned_(found, masks.pack(kept))
+            assert torch.equal(found, words * kept)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_compiler
 def test_shares_cover_all_outputs() -> None:
     for outputs in (1, 15, 16, 17, 100, 1024):
         for threads in (1, 2, 3, 7, 64):
