@@ -199,14 +199,15 @@ def inference() -> str:
     batches, presets = sorted({row["batch"] for row in rows}), ("small", "base", "big")
     found: dict[tuple[Any, ...], dict[int, str]] = {}
     for row in rows:
-        kind = (presets.index(row["preset"]), row["tokens"], row["beams"], row["sparsity"])
+        kind = (row["dtype"] != "float32", presets.index(row["preset"]), row["tokens"], row["beams"], row["sparsity"])
         times = f"{row['ratio']:.2f} ({row['ratio_to_packed']:.2f})" if row["form"] != "dense" else "dense"
         found.setdefault(kind, {})[row["batch"]] = times
     return _table(
         [
-            {"preset": presets[preset], "tokens": tokens, "beams": beams, "pruned": f"{sparsity:.0%}"}
+            {"preset": presets[preset], "dtype": "bf16" if is_bf16 else "fp32", "tokens": tokens, "beams": beams}
+            | {"pruned": f"{sparsity:.0%}"}
             | {f"batch {batch}": times.get(batch, "") for batch in batches}
-            for (preset, tokens, beams, sparsity), times in sorted(found.items())
+            for (is_bf16, preset, tokens, beams, sparsity), times in sorted(found.items())
         ]
     )
 

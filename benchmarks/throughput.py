@@ -17,6 +17,7 @@ training. `--quick` is a size for tests.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import logging
 import os
@@ -46,6 +47,9 @@ from gap_ds.schedule import Phase
 PAIRS = {"zero2": ("example", "bare DeepSpeed"), "plain": ("example", "Seq2SeqTrainer")}
 FUSED = ", fused attention"
 WARM_UP = 5
+#: Of glibc's mallopt. Loops in threads of their own would have arenas of their own, which come by large tensors otherwise
+#: than the main thread does, where the example runs.
+M_ARENA_MAX = -8
 
 
 class Turns:
@@ -114,6 +118,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.preset, args.tokens, args.steps, args.pairs = "tiny", 128, 24, ["plain"]
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(M_ARENA_MAX, 1)
     warnings.filterwarnings("ignore")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     note = (
