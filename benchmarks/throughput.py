@@ -47,8 +47,8 @@ from gap_ds.schedule import Phase
 PAIRS = {"zero2": ("example", "bare DeepSpeed"), "plain": ("example", "Seq2SeqTrainer")}
 FUSED = ", fused attention"
 WARM_UP = 5
-#: Of glibc's mallopt. Loops in threads of their own would have arenas of their own, which come by large tensors otherwise
-#: than the main thread does, where the example runs.
+#: Of glibc's mallopt. Loops in threads of their own would have arenas of their own, which come by large tensors in
+#: another way than the main thread's, where the example runs: that alone made 5 % of a step.
 M_ARENA_MAX = -8
 
 

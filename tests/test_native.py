@@ -205,6 +205,7 @@ def compiler(folder: Path, script: str) -> str:
     return str(path)
 
 
+@needs_compiler
 @pytest.mark.usefixtures("anew")
 @pytest.mark.parametrize(
     ("script", "said"),
