@@ -74,7 +74,7 @@ class CSRLinear(nn.Module):
         # There is no product in a smaller dtype than fp32; for fp32 these are no copies.
         dtype = torch.float64 if self.values.dtype == torch.float64 else torch.float32
         self._matrix = self._csr(self.values.to(dtype))
-        self._bias = None if self.bias is None else self.bias.detach().to(dtype)
+        self._bias = None if self.bias is None else self.bias.detach().to(dtype).contiguous()
 
     def _csr(self, values: Tensor) -> Tensor:
         with _no_beta_warning():
@@ -107,7 +107,8 @@ def _product(matrix: Tensor, bias: Tensor | None, x: Tensor, outputs: Sequence[i
     outputs: how many rows of the matrix, one after the other, belong to each part.
     """
     rows = x.reshape(-1, matrix.shape[1]).to(matrix.dtype)
-    if matrix.dtype == torch.float32 and not _is_traced(rows) and (loops := native.library()) is not None:
+    has_loops = matrix.dtype == torch.float32 and matrix.device.type == "cpu" and not _is_traced(rows)
+    if has_loops and (loops := native.library()) is not None:
         weights = matrix.crow_indices(), matrix.col_indices(), matrix.values()
         return loops.multiply(*weights, bias, rows.contiguous(), outputs)
     if rows.shape[0] == 1:

@@ -96,7 +96,8 @@ def zero_pruned_all_(pieces: Iterable[tuple[Tensor, Tensor]]) -> None:
     """
     alike: dict[tuple[torch.device, int], list[tuple[Tensor, Tensor]]] = {}
     for piece, bits in pieces:
-        assert piece.dim() == 1 and piece.is_contiguous() and bits.numel() == nbytes(piece.numel())
+        assert piece.dim() == 1 and piece.is_contiguous() and piece.device == bits.device
+        assert bits.numel() == nbytes(piece.numel())
         words = piece.view(_WORD[piece.element_size()])
         alike.setdefault((piece.device, piece.element_size()), []).append((words, bits))
     for (device, element_size), group in alike.items():

@@ -29,7 +29,7 @@ from torch import Tensor
 SOURCE = Path(__file__).with_name("native.c")
 #: Rows of activations that are multiplied at once: each weight is read for all of them, and meets a row of x^T, which
 #: has to come from a near cache. As many as fit these bytes, but no fewer nor more than these.
-CACHED, ROWS = 2**18, (32, 64)
+_CACHED, _ROWS = 2**18, (32, 64)
 #: Multiplications, or words of a mask, from which on work is worth other threads.
 _SHARED = 2**20
 _FLAGS = ["-O3", "-fopenmp-simd", "-shared", "-fPIC", "-std=gnu11"]
@@ -125,13 +125,13 @@ class Library:
         """Memory of this thread for x^T, kept: what is new at every call is slow to write."""
         kept = getattr(self._scratch, "kept", None)
         if kept is None or kept.numel() < floats:
-            kept = self._scratch.kept = torch.empty(floats)
+            kept = self._scratch.kept = torch.empty(floats, dtype=torch.float32, device="cpu")
         return kept
 
 
 def row_blocks(rows: int, inputs: int, element_size: int = 4) -> list[tuple[int, int]]:
     """Rows (from, to) that are multiplied at once: blocks as even as can be."""
-    most = min(max(CACHED // max(1, inputs * element_size), ROWS[0]), ROWS[1])
+    most = min(max(_CACHED // max(1, inputs * element_size), _ROWS[0]), _ROWS[1])
     count = -(-rows // most)
     return [(rows * i // count, rows * (i + 1) // count) for i in range(count)]
 
@@ -170,20 +170,21 @@ if hasattr(os, "register_at_fork"):
 
 def _check(made: Library) -> None:
     """RuntimeError if a loop computes something else than PyTorch, on this machine, for small numbers."""
-    generator = torch.Generator().manual_seed(0)
-    kept = torch.rand(29, generator=generator) < 0.5
+    # Made by NumPy: whoever calls may have set a default dtype or device of torch.
+    random = np.random.default_rng(0)
+    kept = torch.from_numpy(random.random(29) < 0.5)
     bits = torch.from_numpy(np.packbits(kept.numpy(), bitorder="little"))
     for dtype in (torch.int16, torch.int32, torch.int64):
-        words = torch.arange(1, 30, dtype=dtype)
+        words = torch.arange(1, 30, dtype=dtype, device="cpu")
         expected = words * kept
         made.zero_pruned_(words, bits)
         if not torch.equal(words, expected):
             raise RuntimeError(f"it zeroes other words of {words.element_size()} bytes than it should")
-    dense = torch.randn(21, 9, generator=generator).relu()
-    crow = torch.cat([torch.zeros(1), (dense != 0).sum(dim=1).cumsum(dim=0)]).int()
+    dense = torch.from_numpy(random.standard_normal((21, 9), dtype=np.float32)).relu()
+    crow = torch.nn.functional.pad((dense != 0).sum(dim=1).cumsum(dim=0), (1, 0)).int()
     matrix = crow, dense.nonzero()[:, 1].int(), dense[dense != 0], dense[:, 0].contiguous()
     for rows in (*_WIDTHS, 97):
-        x = torch.randn(rows, 9, generator=generator)
+        x = torch.from_numpy(random.standard_normal((rows, 9), dtype=np.float32))
         y = torch.cat(made.multiply(*matrix, x, [20, 1]), dim=1)
         if not torch.allclose(y, x @ dense.t() + dense[:, 0], rtol=1e-4, atol=1e-4):
             raise RuntimeError(f"its product with {rows} rows is wrong")

@@ -187,6 +187,35 @@ def test_mkl_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_compiler
+@pytest.mark.usefixtures("anew")
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64, torch.device("meta")], ids=str)
+def test_defaults_of_torch_change_nothing(default: torch.dtype | torch.device) -> None:
+    """Memory that a loop writes has its own dtype and device: with those of the caller it would write beyond it."""
+    layer, x = sparse(21, 300, 0.3, 0), torch.randn(64, 300)
+    expected, made = layer(x), CSRLinear(layer)
+    try:
+        if isinstance(default, torch.dtype):
+            torch.set_default_dtype(default)
+        else:
+            torch.set_default_device(default)
+        found = loops()
+        assert found._room(100).dtype == torch.float32 and found._room(100).device.type == "cpu"
+        y = made(x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+
+
+@needs_compiler
+def test_weights_elsewhere_are_refused_and_not_read() -> None:
+    """An error of PyTorch's, as with dense layers, and not memory that is not there."""
+    made = CSRLinear(sparse(5, 6, 0.5, 0)).to("meta")
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        made(torch.randn(3, 6))
+
+
+@needs_compiler
 def test_where_a_history_is_wanted_pytorch_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = sparse(9, 8, 0.5, 0)
     made = CSRLinear(layer)
