@@ -5,7 +5,9 @@
 
 Every row has processes of its own. Two copies of a model take turns on the same batches: A bare, B inside a GaPEngine,
 in the order A B B A, so that whatever else the machine does falls on both alike. `ratio` is the median of the ratios of
-neighbouring steps, `interval` where that median lies at 95 %, `cpu_ratio` the same of CPU time. No boundary falls into
+neighbouring steps, `interval` where that median lies at 95 %, `cpu_ratio` the same of CPU time. On a CPU `own_ms` is the
+time inside the engine's own calls of a step (masks, the loss's watch, counting), which scatters far less than whole
+steps do, but does not see what these calls cost the others, whose cache they share. No boundary falls into
 these steps: six of them are timed apart, from the end of a step until the next one can begin (`boundary_ms`), and given
 in steps with the engine (`boundary_steps`). fairscale names CUDA streams: without a GPU the tests' stand-in for them is
 used. `--quick` is a size for tests.
@@ -21,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -105,16 +108,21 @@ def one(args: argparse.Namespace) -> None:
     device = start(args.backend)
     batch = tokens(args, device)
     barrier = dist.barrier if dist.is_initialized() else lambda: None
-    works = {}
+    works, own = {}, []
     for name in ("bare", "engine"):
-        step, _ = build(args, device, sparse=name == "engine")
+        step, engine = build(args, device, sparse=name == "engine")
         works[name] = lambda step=step: step(batch)
+    if device.type == "cpu":
+        own = own_seconds(engine)
     warm = measure.in_turns(works, min(4, args.pairs[0]), barrier)
     pairs = agreed_pairs(args, sum(map(statistics.median, warm.values())), device)
     times = measure.in_turns(works, pairs, barrier, measure.both_seconds)
     result = summary(args, times)
+    if own:
+        ms = 1e3 * statistics.median(own[-pairs - 1 : -1])
+        result |= {"own_ms": round(ms, 3), "own_share": round(ms / result["engine_ms"], 5)}
     works.clear()
-    del step
+    del step, engine
     gc.collect()
     if args.boundaries:
         seconds = boundaries(args, device, batch)
@@ -125,6 +133,33 @@ def one(args: argparse.Namespace) -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def own_seconds(engine: GaPEngine) -> list[float]:
+    """Seconds inside the engine's own calls, a number that is added for every step from now on."""
+    steps = [0.0]
+
+    def timed(call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return call(*args)
+            finally:
+                steps[-1] += time.perf_counter() - started
+
+        return wrapper
+
+    engine.masking.zero_pruned = timed(engine.masking.zero_pruned)
+    engine._watch.admits = timed(engine._watch.admits)
+    count = timed(engine.after_step)
+
+    def ended() -> bool:
+        updated = count()
+        steps.append(0.0)
+        return bool(updated)
+
+    engine.after_step = ended
+    return steps
 
 
 def agreed_pairs(args: argparse.Namespace, pair: float, device: torch.device) -> int:

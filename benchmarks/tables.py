@@ -262,6 +262,10 @@ def _aims_of_steps() -> list[Row]:
                 worst += f" ({sum(state == 'yes' for state in states)} of {len(own)} yes)"
             where = " on a GPU" if gpu else ""
             rows.append(_aim(f"a step{where}, preset {preset}, times the bare one's", measured, "1.01", worst, True))
+            if inside := [row["own_share"] for row in own if row.get("own_share")]:
+                measured = _to(dict.fromkeys(_ends(inside)), "{:.1%}")
+                what = f"the engine's own calls in a step, preset {preset}, of the step"
+                rows.append(_aim(what, measured, "1%", _met(max(inside), 0.01), True))
             if crossed := [row["boundary_steps"] for row in own if row.get("boundary_steps")]:
                 big, what = gpu and preset == "big", f"a whole boundary{where}, preset {preset}, in steps"
                 met = _met(max(crossed), 2) if big else ""
@@ -359,6 +363,7 @@ def _overhead(rows: list[Row]) -> str:
             | {"bare step, ms": f"{row['bare_ms']:.0f}", "with the engine": f"{row['engine_ms']:.0f}"}
             | {"ratio": f"{row['ratio']:.3f}", "95 %": _to(row.get("interval")), "quartiles": _to(row["quartiles"])}
             | {"of CPU time": f"{row['cpu_ratio']:.3f}" if row.get("cpu_ratio") else None}
+            | {"in the engine's own calls": f"{row['own_share']:.2%}" if row.get("own_share") else None}
             | {"a boundary, steps": row.get("boundary_steps")}
             | {"made": row["made"].get("date", "")[:10], "gap_ds": row["made"]["gap_ds"], "torch": row["made"]["torch"]}
             for row in rows

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 #: smaller blocks are slower, because memory is read fastest in long stretches.
 _CPU_BLOCK = 1 << 20
 #: Words of a piece on a CPU from which on it is worth compiling a loop, once in a process.
-_COMPILED = 1 << 16
+COMPILED = 1 << 16
 #: Mask bytes handled at a time by PyTorch on an accelerator: larger blocks amortise the launches; the scratch is eight
 #: words per mask byte, and its index.
 _DEVICE_BLOCK = 1 << 22
@@ -124,7 +124,7 @@ def _one_by_one(zero: Callable[[Tensor, Tensor], None]) -> Way:
 
 def _on_cpu(words: Tensor, bits: Tensor) -> None:
     # Small pieces are not worth a compiler's half second.
-    if words.numel() >= _COMPILED and (loops := native.library()) is not None:
+    if words.numel() >= COMPILED and (loops := native.library()) is not None:
         loops.zero_pruned_(words, bits)
     else:
         _by_numpy(words, bits)

@@ -1,5 +1,5 @@
-/* The inner loops of masks and of sparse inference on a CPU. gap_ds/native.py compiles this file for the machine it runs
-   on; vectors are those of GCC and Clang, which split them where the processor has shorter ones. */
+/* The inner loops of masks, of the selection and of sparse inference on a CPU. gap_ds/native.py compiles this file for the
+   machine it runs on; vectors are those of GCC and Clang, which split them where the processor has shorter ones. */
 
 #include <stdint.h>
 
@@ -21,6 +21,43 @@
 ZERO_PRUNED(16)
 ZERO_PRUNED(32)
 ZERO_PRUNED(64)
+
+/* -- selection: passes over the keys of a piece's weights ---------------------------------------------------------- */
+
+/* counts[(key >> shift) - base] += 1 for every key. */
+void count_keys(const int32_t *keys, int64_t count, int64_t shift, int64_t base, int64_t *counts) {
+    for (int64_t i = 0; i < count; i++) counts[(keys[i] >> shift) - base]++;
+}
+
+/* How many keys have the prefix (key >> shift); `found`, with room for all keys, begins with them in their order. Few do,
+   so sixteen keys are looked at together, and one by one only if one of them does. */
+int64_t keys_with(const int32_t *keys, int64_t count, int64_t shift, int64_t prefix, int32_t *found) {
+    int64_t many = 0, i = 0;
+    for (; i + 16 <= count; i += 16) {
+        int any = 0;
+        for (int j = 0; j < 16; j++) any |= keys[i + j] >> shift == (int32_t)prefix;
+        for (int j = 0; any && j < 16; j++) {
+            found[many] = keys[i + j];
+            many += keys[i + j] >> shift == (int32_t)prefix;
+        }
+    }
+    for (; i < count; i++) {
+        found[many] = keys[i];
+        many += keys[i] >> shift == (int32_t)prefix;
+    }
+    return many;
+}
+
+/* Bits of the keys above the limit. */
+void pack_above(const int32_t *keys, int64_t count, int64_t limit, uint8_t *bits) {
+    for (int64_t i = 0; i < count / 8; i++) {
+        uint8_t byte = 0;
+        for (int j = 0; j < 8; j++) byte |= (keys[8 * i + j] > (int32_t)limit) << j;
+        bits[i] = byte;
+    }
+    if (count % 8) bits[count / 8] = 0;
+    for (int64_t i = count / 8 * 8; i < count; i++) bits[i / 8] |= (keys[i] > (int32_t)limit) << i % 8;
+}
 
 /* -- compressed rows (W: outputs x inputs) times activations (x: rows x inputs) ------------------------------------ */
 

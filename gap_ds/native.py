@@ -1,9 +1,9 @@
-"""Loops in C for a CPU, compiled at their first use: masks put on weights, and compressed rows times activations.
+"""Loops in C for a CPU, compiled at their first use: masks, the passes of a selection, and sparse products.
 
 `library()` has them, or is None where there is no compiler (`CC`, or cc, gcc, clang), where what it made does not
 compute what PyTorch computes, or where the environment says `GAP_DS_NATIVE=0`. Whoever calls it has a way without:
-NumPy for masks, MKL for products. Compiling takes half a second and leaves nothing behind: what is loaded is made for
-this very processor, so another machine must not find it.
+NumPy for masks, PyTorch for selections, MKL for products. Compiling takes half a second and leaves nothing behind:
+what is loaded is made for this very processor, so another machine must not find it.
 """
 
 from __future__ import annotations
@@ -45,14 +45,18 @@ def library() -> Library | None:
         return None
     command = shlex.split(os.environ.get("CC", "")) or [c for c in ("cc", "gcc", "clang") if shutil.which(c)][:1]
     if not command:
-        _log.info("no C compiler (CC): masks and sparse products take NumPy and MKL.")
+        _log.info("no C compiler (CC): masks, selections and sparse products take NumPy, PyTorch and MKL.")
         return None
     try:
         made = Library(_compile(command))
         _check(made)
     except (OSError, subprocess.SubprocessError, RuntimeError) as error:
         reason = getattr(error, "stderr", None) or str(error)
-        _log.info("%s: cannot be used (%s): masks and sparse products take NumPy and MKL.", SOURCE.name, reason.strip())
+        _log.info(
+            "%s: cannot be used (%s): masks, selections and sparse products take NumPy, PyTorch and MKL.",
+            SOURCE.name,
+            reason.strip(),
+        )
         return None
     return made
 
@@ -85,6 +89,11 @@ class Library:
         self._transpose.argtypes = [pointer, number, number, number, pointer]
         self._multiply.argtypes = [*[pointer] * 5, *[number] * 4, pointer, number]
         self._transpose.restype = self._multiply.restype = None
+        self._count_keys, self._keys_with, self._pack_above = loaded.count_keys, loaded.keys_with, loaded.pack_above
+        for function in (self._count_keys, self._keys_with, self._pack_above):
+            function.argtypes, function.restype = [pointer, number, number, number, pointer], None
+        self._keys_with.restype = number
+        self._pack_above.argtypes = [pointer, number, number, pointer]
         self._scratch = threading.local()
 
     def zero_pruned_(self, words: Tensor, bits: Tensor) -> None:
@@ -94,6 +103,21 @@ class Library:
         shares = _shares(words.numel(), threads)
         work = [(first + size * low, mask + low // 8, high - low) for low, high in shares]
         _call(self._zero_pruned[size], work, threads)
+
+    def count_keys_(self, counts: Tensor, keys: Tensor, shift: int, base: int) -> None:
+        """Adds to counts (int64) at (key >> shift) - base the number of keys (N,) in int32 for which it is that."""
+        self._count_keys(keys.data_ptr(), keys.numel(), shift, base, counts.data_ptr())
+
+    def keys_with(self, keys: Tensor, shift: int, prefix: int) -> Tensor:
+        """The keys (N,) in int32 for which key >> shift is the prefix, in their order."""
+        found = torch.empty_like(keys)
+        return found[: self._keys_with(keys.data_ptr(), keys.numel(), shift, prefix, found.data_ptr())]
+
+    def pack_above(self, keys: Tensor, limit: int) -> Tensor:
+        """Bits, as `gap_ds.masks.pack` makes them, of the keys (N,) in int32 that are larger than the limit."""
+        bits = torch.empty(-(-keys.numel() // 8), dtype=torch.uint8, device="cpu")
+        self._pack_above(keys.data_ptr(), keys.numel(), limit, bits.data_ptr())
+        return bits
 
     def multiply(
         self, crow: Tensor, col: Tensor, values: Tensor, bias: Tensor | None, x: Tensor, outputs: Sequence[int]
@@ -180,11 +204,21 @@ def _check(made: Library) -> None:
         made.zero_pruned_(words, bits)
         if not torch.equal(words, expected):
             raise RuntimeError(f"it zeroes other words of {words.element_size()} bytes than it should")
-    dense = torch.from_numpy(random.standard_normal((21, 9), dtype=np.float32)).relu()
+    keys = torch.from_numpy(random.integers(-1, 40, 203, dtype=np.int32))
+    counts = torch.zeros(11, dtype=torch.int64, device="cpu")
+    made.count_keys_(counts, keys, 2, -1)
+    if not torch.equal(counts, torch.bincount((keys >> 2) + 1, minlength=11)):
+        raise RuntimeError("its counts of keys are wrong")
+    for prefix in (-1, 3, 10):
+        if not torch.equal(made.keys_with(keys, 2, prefix), keys[keys >> 2 == prefix]):
+            raise RuntimeError("it finds other keys of a prefix")
+    if not np.array_equal(made.pack_above(keys, 25).numpy(), np.packbits(keys.numpy() > 25, bitorder="little")):
+        raise RuntimeError("its bits of the keys above a limit are wrong")
+    dense = torch.from_numpy(random.standard_normal((21, 40), dtype=np.float32)).relu()
     crow = torch.nn.functional.pad((dense != 0).sum(dim=1).cumsum(dim=0), (1, 0)).int()
     matrix = crow, dense.nonzero()[:, 1].int(), dense[dense != 0], dense[:, 0].contiguous()
     for rows in (*_WIDTHS, 97):
-        x = torch.from_numpy(random.standard_normal((rows, 9), dtype=np.float32))
+        x = torch.from_numpy(random.standard_normal((rows, 40), dtype=np.float32))
         y = torch.cat(made.multiply(*matrix, x, [20, 1]), dim=1)
         if not torch.allclose(y, x @ dense.t() + dense[:, 0], rtol=1e-4, atol=1e-4):
             raise RuntimeError(f"its product with {rows} rows is wrong")

@@ -23,7 +23,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gap_ds import masks
+from gap_ds import masks, native
 
 #: Bits of a 31-bit key that each pass looks at, from the most significant: (shift, bins).
 _PASSES = ((20, 2048), (10, 1024), (0, 1024))
@@ -81,6 +81,32 @@ class Piece:
         size = _CHUNK if self.device.type == "cpu" else _DEVICE_CHUNK
         for lo in range(0, self.numel, size):
             yield lo, self.keys(lo, min(lo + size, self.numel))
+
+    @property
+    def passes(self) -> Passes:
+        """What looks at the keys: loops in C where they can be had and the piece is worth compiling them."""
+        if self.device.type == "cpu" and self.numel >= masks.COMPILED and (loops := native.library()) is not None:
+            return loops
+        return _ByPyTorch()
+
+
+class Passes(Protocol):
+    """What is done to each chunk of keys; `gap_ds.native.Library` says what."""
+
+    def count_keys_(self, counts: Tensor, keys: Tensor, shift: int, base: int) -> None: ...
+    def keys_with(self, keys: Tensor, shift: int, prefix: int) -> Tensor: ...
+    def pack_above(self, keys: Tensor, limit: int) -> Tensor: ...
+
+
+class _ByPyTorch:
+    def count_keys_(self, counts: Tensor, keys: Tensor, shift: int, base: int) -> None:
+        counts += torch.bincount((keys >> shift).sub_(base), minlength=counts.numel())
+
+    def keys_with(self, keys: Tensor, shift: int, prefix: int) -> Tensor:
+        return keys.index_select(0, (keys >> shift == prefix).nonzero()[:, 0])
+
+    def pack_above(self, keys: Tensor, limit: int) -> Tensor:
+        return masks.pack(keys > limit)
 
 
 def magnitude_keys(weights: Tensor) -> Keys:
@@ -218,19 +244,18 @@ def _histogram(
     rows = torch.zeros(budgets + (-(-len(pieces) // bins) if first else 0), bins, dtype=torch.int64)
     invalid = rows[budgets:].view(-1)
     for e, piece in enumerate(pieces):
+        passes, before = piece.passes, int(prefix[piece.budget])
         counts = torch.zeros(1 + bins, dtype=torch.int64, device=piece.device)
         # One block for all: small tensors kept between the large ones of each chunk would tear the heap to pieces.
         found = torch.empty(0 if first else piece.numel // _FEW, dtype=torch.int32, device=piece.device)
         seen = 0
         for keys in candidates[e]():
             if not first:
-                inside = keys >> (shift + bins.bit_length() - 1) == int(prefix[piece.budget])
-                keys = keys.index_select(0, inside.nonzero()[:, 0])
+                keys = passes.keys_with(keys, shift + bins.bit_length() - 1, before)
             if (seen := seen + keys.numel()) <= found.numel():
                 found[seen - keys.numel() : seen] = keys
-            # An invalid key is -1 and stays it; every other one is in bin 0 or above once its prefix is cut off.
-            digits = keys >> shift if first else (keys >> shift).bitwise_and_(bins - 1)
-            counts += torch.bincount(digits.add_(1), minlength=1 + bins)
+            # An invalid key, met in the first pass alone, counts as one below bin 0.
+            passes.count_keys_(counts, keys, shift, before * bins - 1)
         if seen <= found.numel():
             candidates[e] = partial(iter, torch.split(found[:seen].clone(), _CHUNK))
         rows[piece.budget] += counts[1:].cpu()
@@ -308,11 +333,15 @@ def _divide(
 def _mask(piece: Piece, threshold: int, quota: int | None) -> Tensor:
     """Bits of the weights above the threshold and of the first `quota` at it (all of them if None)."""
     bits = torch.empty(masks.nbytes(piece.numel), dtype=torch.uint8, device=piece.device)
+    passes = piece.passes
     for lo, keys in piece.chunks():
-        kept = keys >= threshold if quota is None else keys > threshold
         if quota:
+            kept = keys > threshold
             at = (keys == threshold).nonzero()[:quota, 0]
             kept[at] = True
             quota -= at.numel()
-        bits[lo // 8 : lo // 8 + masks.nbytes(len(kept))] = masks.pack(kept)
+            packed = masks.pack(kept)
+        else:
+            packed = passes.pack_above(keys, threshold - (quota is None))
+        bits[lo // 8 : lo // 8 + len(packed)] = packed
     return bits

@@ -150,6 +150,7 @@ def test_the_overhead_and_memory_of_every_backend(tmp_path: Path, backend: str) 
         python(str(BENCHMARKS / f"{script}.py"), "--quick", "--backends", backend, "--out", str(tmp_path))
     (row,) = read(tmp_path / "overhead.json")["rows"]
     assert row["backend"] == backend and row["ratio"] > 0 and row["boundary_ms"] > 0
+    assert 0 < row["own_share"] < 1
     assert row["ranks"] == (1 if backend == "plain" else 2)
     (row,) = read(tmp_path / "memory.json")["rows"]
     assert row["backend"] == backend and row["masks, bits"] == pytest.approx(1, abs=0.01)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from gap_ds import masks, native
+from gap_ds import masks, native, selection
 from gap_ds.linears import CSRLinear, joined
 
 needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C compiler, or GAP_DS_NATIVE=0")
@@ -71,13 +71,55 @@ def test_words_are_zeroed_as_numpy_does_it(
 def test_large_pieces_take_the_compiled_loop(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """And NaN, infinity and -0.0 become +0.0 where they are pruned, and stay in every bit where they are kept."""
     monkeypatch.setattr(masks, "_by_numpy", None)
-    piece = torch.randn(masks._COMPILED + 3, dtype=torch.float32).to(dtype)
+    piece = torch.randn(masks.COMPILED + 3, dtype=torch.float32).to(dtype)
     piece[:9] = torch.tensor([float("nan"), float("inf"), -0.0] * 3, dtype=dtype)
     kept = torch.rand(piece.numel(), generator=torch.Generator().manual_seed(0)) < 0.3
     before = piece.clone()
     masks.zero_pruned_(piece, masks.pack(kept))
     words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[piece.element_size()]
     assert torch.equal(piece.view(words), before.view(words) * kept)
+
+
+# -- selection ---------------------------------------------------------------------------------------------------------
+
+
+@needs_compiler
+@settings(max_examples=150, deadline=None)
+@given(
+    count=st.integers(0, 300),
+    offset=st.integers(0, 5),
+    largest=st.sampled_from([0, 3, 2**20, 2**31 - 1]),
+    shift=st.sampled_from([0, 10, 20]),
+    seed=st.integers(0, 99),
+)
+def test_passes_over_keys_are_those_of_pytorch(count: int, offset: int, largest: int, shift: int, seed: int) -> None:
+    """Any size, at addresses that fit no vector, from the invalid key to the largest."""
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.randint(-1, largest + 1, (offset + count,), generator=generator).int()[offset:]
+    oracle, some = selection._ByPyTorch(), [-1, 0, largest, *keys[:3].tolist()]
+    for prefix in [key >> shift for key in some]:
+        assert torch.equal(loops().keys_with(keys, shift, prefix), oracle.keys_with(keys, shift, prefix))
+    for limit in some:
+        assert torch.equal(loops().pack_above(keys, limit), oracle.pack_above(keys, limit))
+    within = keys.clamp(max=2**20)
+    counts, expected = torch.zeros(2, 2**20 + 2, dtype=torch.int64)
+    for _ in range(2):  # they are added to what is there
+        loops().count_keys_(counts, within, shift, -1)
+        oracle.count_keys_(expected, within, shift, -1)
+    assert torch.equal(counts, expected) and int(counts.sum()) == 2 * count
+
+
+@needs_compiler
+def test_large_pieces_are_selected_from_by_the_compiled_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = torch.randn(masks.COMPILED + 5, generator=torch.Generator().manual_seed(0)).bfloat16()
+    piece = selection.Piece("w", 0, len(weights), selection.magnitude_keys(weights), 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(masks, "COMPILED", 2**40)
+        (expected,) = selection.select_largest([piece], [5000], selection.Single())
+    for name in ("count_keys_", "keys_with", "pack_above"):
+        monkeypatch.setattr(selection._ByPyTorch, name, None)
+    (found,) = selection.select_largest([piece], [5000], selection.Single())
+    assert torch.equal(found, expected) and masks.count(found) == 5000
 
 
 # -- products ----------------------------------------------------------------------------------------------------------
@@ -241,11 +283,6 @@ def compiler(folder: Path, script: str) -> str:
     [
         ("echo 'unknown machine' >&2; exit 1", "unknown machine"),
         ('while [ "$1" != -o ]; do shift; done; echo nonsense > $2', "native.so"),
-        (
-            "echo 'void zero_pruned_16(){} void zero_pruned_32(){} void zero_pruned_64(){} void transpose(){} "
-            'void multiply(){}\' > $0.c; while [ "$1" != -o ]; do shift; done; cc -shared -fPIC $0.c -o $2',
-            "zeroes other words",
-        ),
     ],
 )
 def test_a_compiler_that_fails_is_passed_over(
@@ -256,9 +293,32 @@ def test_a_compiler_that_fails_is_passed_over(
     with caplog.at_level("INFO", logger="gap_ds.native"):
         assert native.library() is None and native.library() is None
     (line,) = [record.getMessage() for record in caplog.records]
-    assert said in line and "NumPy and MKL" in line
+    assert said in line and "NumPy, PyTorch and MKL" in line
     layer, x = sparse(5, 6, 0.5, 0), torch.randn(4, 6)
     torch.testing.assert_close(CSRLinear(layer)(x), layer(x))
+
+
+@needs_compiler
+@pytest.mark.usefixtures("anew")
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (r"s/\*eight &=/*eight |=/", "zeroes other words of 2 bytes"),
+        (r"s/- base\]++/- base] += 2/", "counts of keys"),
+        (r"s/return many/return 0/", "other keys of a prefix"),
+        (r"s/(int32_t)limit) <</(int32_t)limit + 1) <</", "keys above a limit"),
+        (r"s/+= values\[k + i\]/-= values[k + i]/", "product with 4 rows"),
+    ],
+)
+def test_a_loop_that_computes_something_else_is_found_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, change: str, said: str
+) -> None:
+    changed = f"*.c) sed '{change}' $word > $0.c; cmp -s $word $0.c && exit 1; word=$0.c"
+    script = f'for word; do shift; case $word in {changed};; esac; set -- "$@" "$word"; done; exec cc "$@"'
+    monkeypatch.setenv("CC", compiler(tmp_path, script))
+    with caplog.at_level("INFO", logger="gap_ds.native"):
+        assert native.library() is None
+    assert said in caplog.text
 
 
 @pytest.mark.usefixtures("anew")

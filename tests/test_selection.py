@@ -150,8 +150,10 @@ def problems(draw: st.DrawFn) -> tuple[list[Tensor], Cuts, list[int], list[int],
 
 
 @PROPERTY
-@given(problems())
-def test_equals_a_stable_sort_for_any_sharding(problem: tuple[list[Tensor], Cuts, list[int], list[int], int]) -> None:
+@given(problems(), st.booleans())
+def test_equals_a_stable_sort_for_any_sharding(
+    problem: tuple[list[Tensor], Cuts, list[int], list[int], int], compiled: bool
+) -> None:
     weights, cuts, budgets, keep, chunk = problem
     expected = reference(weights, budgets, keep)
     for g, k in enumerate(keep):
@@ -159,6 +161,7 @@ def test_equals_a_stable_sort_for_any_sharding(problem: tuple[list[Tensor], Cuts
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(selection, "_CHUNK", chunk)
         patch.setattr(selection, "_FEW", FEW[chunk])
+        patch.setattr(masks, "COMPILED", 0 if compiled else 1 << 40)
         results = on_ranks(len(cuts[0]), lambda rank: select(weights, cuts, budgets, keep, rank))
         assert assembled(results, weights, cuts) == expected
     alone = on_ranks(1, lambda rank: select(weights, whole(weights), budgets, keep, rank))

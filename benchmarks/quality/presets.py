@@ -100,14 +100,16 @@ CPU = Preset(
     jobs=2,
 )
 
-# Three times the budget. A run takes about 26 minutes, two at a time on 2 cores.
+# Three times the budget. With no dropout the loss on the validation set is lowest before epoch 12 and rises to the end.
+# A run takes about half an hour, two at a time on 2 cores.
 CPU_LONG = replace(
     CPU,
     name="cpu_long",
-    about="English to German on Multi30k (29,000 sentence pairs), preset tiny, 24 epochs instead of 8; no "
-    "dropout, and so overfitted: the validation loss rises over the second half",
+    about="English to German on Multi30k (29,000 sentence pairs), preset tiny, 24 epochs instead of 8, and dropout, "
+    "without which the model overfits",
     epochs=24,
-    rows=("gradual", "cyclic_3_dense_first", "cyclic_3_gradual_first", "cyclic_3_restart", "dense"),
+    arguments={**CPU.arguments, "dropout": 0.2},
+    rows=("gradual", "cyclic_3_dense_first", "cyclic_3_gradual_first", "dense", "cyclic_3_restart"),
     sparsities=(0.9,),
     seeds=(0,),
 )

@@ -180,7 +180,7 @@ def _bf16(facts: Facts) -> Finding:
 def _loops(facts: Facts) -> Finding:
     if facts.loops:
         return Finding("loops in C", "yes", "for masks and sparse layers on CPUs")
-    why = "NumPy and MKL take about twice as long: install gcc, or set CC, and see that GAP_DS_NATIVE is not 0"
+    why = "NumPy, PyTorch and MKL take about twice as long: install gcc, or set CC, and see that GAP_DS_NATIVE is not 0"
     return Finding("loops in C", "limited", f"no C compiler is used; on CPUs {why}")
 
 
