@@ -5,12 +5,12 @@
 
 Every row has processes of its own. Two copies of a model take turns on the same batches: A bare, B inside a GaPEngine,
 in the order A B B A, so that whatever else the machine does falls on both alike. `ratio` is the median of the ratios of
-neighbouring steps, `interval` where that median lies at 95 %, `cpu_ratio` the same of CPU time. On a CPU `own_ms` is the
-time inside the engine's own calls of a step (masks, the loss's watch, counting), which scatters far less than whole
-steps do, but does not see what these calls cost the others, whose cache they share. No boundary falls into
-these steps: six of them are timed apart, from the end of a step until the next one can begin (`boundary_ms`), and given
-in steps with the engine (`boundary_steps`). fairscale names CUDA streams: without a GPU the tests' stand-in for them is
-used. `--quick` is a size for tests.
+neighbouring steps, `interval` where that median lies at 95 %, `cpu_ratio` the same of CPU time. On a CPU `own_ms` is
+the time inside the engine's own calls of a step (masks, the loss's watch, counting), which scatters far less than whole
+steps do, but does not see what these calls cost the others, whose cache they share. No boundary falls into these steps:
+six of them are timed apart, from the end of a step until the next one can begin (`boundary_ms`), and given in steps
+with the engine (`boundary_steps`). fairscale names CUDA streams: without a GPU the tests' stand-in for them is used.
+`--quick` is a size for tests.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as xml
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,16 @@ def timed(name: str, words: list[str]) -> dict[str, Any]:
         seconds = time.perf_counter() - started
         cases = xml.parse(report).findall(".//testcase")
     slowest = max(cases, key=lambda case: float(case.get("time", 0)), default=None)
+    files: Counter[str] = Counter()
+    for case in cases:
+        files[str(case.get("classname")).removeprefix("tests.")] += float(case.get("time", 0))
     return {
         "part": name,
         "tests": len(cases),
         "seconds": round(seconds, 1),
         "slowest": f"{slowest.get('classname')}.{slowest.get('name')}" if slowest is not None else "",
         "slowest_s": round(float(slowest.get("time", 0)), 1) if slowest is not None else 0.0,
+        "longest_files_s": ", ".join(f"{file} {seconds:.0f}" for file, seconds in files.most_common(5)),
         "status": status,
     }
 

@@ -24,6 +24,14 @@ ZERO_PRUNED(64)
 
 /* -- selection: passes over the keys of a piece's weights ---------------------------------------------------------- */
 
+/* Bits of fp32 numbers without their sign, which have the order of the magnitudes; -1 for a NaN. */
+void magnitude_keys(const int32_t *bits, int64_t count, int32_t *keys) {
+    for (int64_t i = 0; i < count; i++) {
+        int32_t magnitude = bits[i] & 0x7FFFFFFF;
+        keys[i] = magnitude > 0x7F800000 ? -1 : magnitude;
+    }
+}
+
 /* counts[(key >> shift) - base] += 1 for every key. */
 void count_keys(const int32_t *keys, int64_t count, int64_t shift, int64_t base, int64_t *counts) {
     for (int64_t i = 0; i < count; i++) counts[(keys[i] >> shift) - base]++;

@@ -94,6 +94,8 @@ class Library:
             function.argtypes, function.restype = [pointer, number, number, number, pointer], None
         self._keys_with.restype = number
         self._pack_above.argtypes = [pointer, number, number, pointer]
+        self._magnitude_keys = loaded.magnitude_keys
+        self._magnitude_keys.argtypes, self._magnitude_keys.restype = [pointer, number, pointer], None
         self._scratch = threading.local()
 
     def zero_pruned_(self, words: Tensor, bits: Tensor) -> None:
@@ -103,6 +105,12 @@ class Library:
         shares = _shares(words.numel(), threads)
         work = [(first + size * low, mask + low // 8, high - low) for low, high in shares]
         _call(self._zero_pruned[size], work, threads)
+
+    def magnitude_keys(self, weights: Tensor) -> Tensor:
+        """Keys (N,) in int32 that have the order of the magnitudes of weights in fp32; -1 for a NaN."""
+        keys = torch.empty_like(weights, dtype=torch.int32)
+        self._magnitude_keys(weights.data_ptr(), weights.numel(), keys.data_ptr())
+        return keys
 
     def count_keys_(self, counts: Tensor, keys: Tensor, shift: int, base: int) -> None:
         """Adds to counts (int64) at (key >> shift) - base the number of keys (N,) in int32 for which it is that."""
@@ -204,6 +212,12 @@ def _check(made: Library) -> None:
         made.zero_pruned_(words, bits)
         if not torch.equal(words, expected):
             raise RuntimeError(f"it zeroes other words of {words.element_size()} bytes than it should")
+    numbers = np.array(
+        [0.0, -0.0, 1.5, -1.5, np.inf, -np.inf, np.nan, -np.nan, *random.standard_normal(30)], np.float32
+    )
+    expected_keys = np.where(np.isnan(numbers), -1, np.abs(numbers).view(np.int32))
+    if not np.array_equal(made.magnitude_keys(torch.from_numpy(numbers)).numpy(), expected_keys):
+        raise RuntimeError("its keys of magnitudes are wrong")
     keys = torch.from_numpy(random.integers(-1, 40, 203, dtype=np.int32))
     counts = torch.zeros(11, dtype=torch.int64, device="cpu")
     made.count_keys_(counts, keys, 2, -1)

@@ -84,21 +84,26 @@ class Piece:
 
     @property
     def passes(self) -> Passes:
-        """What looks at the keys: loops in C where they can be had and the piece is worth compiling them."""
-        if self.device.type == "cpu" and self.numel >= masks.COMPILED and (loops := native.library()) is not None:
-            return loops
-        return _ByPyTorch()
+        """What looks at the keys."""
+        return _passes(self.device, self.numel)
 
 
 class Passes(Protocol):
-    """What is done to each chunk of keys; `gap_ds.native.Library` says what."""
+    """What is done to each chunk of weights or keys; `gap_ds.native.Library` says what."""
 
+    def magnitude_keys(self, weights: Tensor) -> Tensor: ...
     def count_keys_(self, counts: Tensor, keys: Tensor, shift: int, base: int) -> None: ...
     def keys_with(self, keys: Tensor, shift: int, prefix: int) -> Tensor: ...
     def pack_above(self, keys: Tensor, limit: int) -> Tensor: ...
 
 
 class _ByPyTorch:
+    def magnitude_keys(self, weights: Tensor) -> Tensor:
+        magnitude = weights.abs().view(torch.int32)
+        # Above the bits of infinity there are only NaN; all ones is INVALID. A masked_fill takes three times as long.
+        is_nan = (_INFINITY - magnitude).bitwise_right_shift_(31)
+        return magnitude.bitwise_or_(is_nan)
+
     def count_keys_(self, counts: Tensor, keys: Tensor, shift: int, base: int) -> None:
         counts += torch.bincount((keys >> shift).sub_(base), minlength=counts.numel())
 
@@ -107,6 +112,13 @@ class _ByPyTorch:
 
     def pack_above(self, keys: Tensor, limit: int) -> Tensor:
         return masks.pack(keys > limit)
+
+
+def _passes(device: torch.device, numel: int) -> Passes:
+    """Loops in C where they can be had and a piece of so many weights is worth compiling them; else PyTorch."""
+    if device.type == "cpu" and numel >= masks.COMPILED and (loops := native.library()) is not None:
+        return loops
+    return _ByPyTorch()
 
 
 def magnitude_keys(weights: Tensor) -> Keys:
@@ -118,12 +130,10 @@ def magnitude_keys(weights: Tensor) -> Keys:
     >>> magnitude_keys(torch.tensor([0.0, -1.0, 1.0, float("nan")]))(0, 4).tolist()
     [0, 1065353216, 1065353216, -1]
     """
+    passes = _passes(weights.device, weights.numel())
 
     def keys(lo: int, hi: int) -> Tensor:
-        magnitude = weights[lo:hi].float().abs().view(torch.int32)
-        # Above the bits of infinity there are only NaN; all ones is INVALID. A masked_fill takes three times as long.
-        is_nan = (_INFINITY - magnitude).bitwise_right_shift_(31)
-        return magnitude.bitwise_or_(is_nan)
+        return passes.magnitude_keys(weights[lo:hi].float().contiguous())
 
     return keys
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 from collections.abc import Iterator
@@ -101,6 +102,9 @@ def test_passes_over_keys_are_those_of_pytorch(count: int, offset: int, largest:
         assert torch.equal(loops().keys_with(keys, shift, prefix), oracle.keys_with(keys, shift, prefix))
     for limit in some:
         assert torch.equal(loops().pack_above(keys, limit), oracle.pack_above(keys, limit))
+    bits = torch.randint(-(2**31), 2**31 - 1, (offset + count,), generator=generator).int()[offset:]
+    weights = torch.cat([bits.view(torch.float32), torch.tensor([math.nan, math.inf, -math.inf, -0.0, 2.0**-140])])[1:]
+    assert torch.equal(loops().magnitude_keys(weights), oracle.magnitude_keys(weights))
     within = keys.clamp(max=2**20)
     counts, expected = torch.zeros(2, 2**20 + 2, dtype=torch.int64)
     for _ in range(2):  # they are added to what is there
@@ -112,13 +116,17 @@ def test_passes_over_keys_are_those_of_pytorch(count: int, offset: int, largest:
 @needs_compiler
 def test_large_pieces_are_selected_from_by_the_compiled_loops(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = torch.randn(masks.COMPILED + 5, generator=torch.Generator().manual_seed(0)).bfloat16()
-    piece = selection.Piece("w", 0, len(weights), selection.magnitude_keys(weights), 0)
+
+    def select() -> torch.Tensor:
+        piece = selection.Piece("w", 0, len(weights), selection.magnitude_keys(weights), 0)
+        return selection.select_largest([piece], [5000], selection.Single())[0]
+
     with monkeypatch.context() as patch:
         patch.setattr(masks, "COMPILED", 2**40)
-        (expected,) = selection.select_largest([piece], [5000], selection.Single())
-    for name in ("count_keys_", "keys_with", "pack_above"):
+        expected = select()
+    for name in ("magnitude_keys", "count_keys_", "keys_with", "pack_above"):
         monkeypatch.setattr(selection._ByPyTorch, name, None)
-    (found,) = selection.select_largest([piece], [5000], selection.Single())
+    found = select()
     assert torch.equal(found, expected) and masks.count(found) == 5000
 
 
@@ -304,6 +312,7 @@ def test_a_compiler_that_fails_is_passed_over(
     ("change", "said"),
     [
         (r"s/\*eight &=/*eight |=/", "zeroes other words of 2 bytes"),
+        (r"s/0x7F800000 ? -1/0x7F800000 ? 0/", "keys of magnitudes"),
         (r"s/- base\]++/- base] += 2/", "counts of keys"),
         (r"s/return many/return 0/", "other keys of a prefix"),
         (r"s/(int32_t)limit) <</(int32_t)limit + 1) <</", "keys above a limit"),
