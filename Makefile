@@ -62,8 +62,8 @@ test: lint  ## everything a change must pass: lint, types, floors, doctests, tes
 ifdef PYTEST_ARGS
 	$(RUN) -m pytest $(PYTEST_ARGS)
 else
-	@# Tests of sharded runs start two processes each, and come one after the other.
-	$(RUN) -m pytest -n $(JOBS) --dist loadfile --ignore tests/sharding
+	@# In the order of the folders: the examples' long files come first. Sharded runs have two processes each, one run after the other.
+	$(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --ignore tests/sharding
 	$(RUN) -m pytest tests/sharding
 endif
 

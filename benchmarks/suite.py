@@ -26,8 +26,9 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", help="a part of the tests instead, as pytest takes it")
     parser.add_argument("--out", type=Path, default=measure.RESULTS)
     args = parser.parse_args()
+    spread = ["-n", str(args.jobs), "--dist", "loadfile", "--no-loadscope-reorder"]
     parts = {
-        "tests of one process, doctests": ["-n", str(args.jobs), "--dist", "loadfile", "--ignore", "tests/sharding"],
+        "tests of one process, doctests": [*spread, "--ignore", "tests/sharding"],
         "tests of sharded runs": ["tests/sharding"],
     }
     rows = [timed(name, words) for name, words in ({"some": args.only} if args.only else parts).items()]
