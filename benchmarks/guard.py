@@ -48,7 +48,7 @@ def one_thread() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("n", [MILLION // 4, 10 * MILLION])
+@pytest.mark.parametrize("n", [MILLION // 4, MILLION])  # what leaves the caches depends on what else the machine does
 def test_apply_masks(benchmark: Any, n: int, dtype: torch.dtype) -> None:
     weights, bits = torch.randn(n).to(dtype), masks.pack(torch.rand(n) < 0.1)
     benchmark.pedantic(masks.zero_pruned_, (weights, bits), rounds=200, warmup_rounds=3)
@@ -56,14 +56,14 @@ def test_apply_masks(benchmark: Any, n: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("entries", [1, 64])
 def test_select(benchmark: Any, entries: int) -> None:
-    benchmark.pedantic(select, (torch.randn(entries, 10 * MILLION // entries),), rounds=10, warmup_rounds=1)
+    benchmark.pedantic(select, (torch.randn(entries, 10 * MILLION // entries),), rounds=60, warmup_rounds=1)
 
 
 def test_first_masks(benchmark: Any) -> None:
     keys = selection.random_keys(0, "entry", 0, CPU)
     pieces = [selection.Piece("entry", 0, 5 * MILLION, keys, 0)]
     given = (pieces, [MILLION // 2], selection.Single())
-    benchmark.pedantic(selection.select_largest, given, rounds=10, warmup_rounds=1)
+    benchmark.pedantic(selection.select_largest, given, rounds=30, warmup_rounds=1)
 
 
 def test_boundary(benchmark: Any) -> None:

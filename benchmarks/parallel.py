@@ -1,6 +1,6 @@
 """Parallel GaP for real: workers that meet in a folder, undisturbed and with one of them killed in a round.
 
-python benchmarks/parallel.py --data DATA --out RUNS [--workers 2 3]
+    python benchmarks/parallel.py --data DATA --out RUNS
 
 Trains the translation example on Multi30k twice for each number of workers, by `gap-ds parallel`. In the second run
 worker 1 is killed (SIGKILL) in the middle of the second round and started again by the launcher. Both must end with the
@@ -28,8 +28,7 @@ import measure
 
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "parallel.json"
-#: Steps of a phase and of the fine-tuning; 247 are an epoch.
-PHASE, ROUNDS, FINETUNE = 150, 3, 150
+ROUNDS = 3
 
 
 def main() -> int:
@@ -37,6 +36,9 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder with wmt16_multi30k")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs; it is emptied")
     parser.add_argument("--workers", type=int, nargs="+", default=[2, 3])
+    parser.add_argument("--limit", type=int, default=29000, help="sentence pairs; all of them are 247 steps an epoch")
+    parser.add_argument("--phase", type=int, default=150, help="steps of a round")
+    parser.add_argument("--finetune", type=int, default=150, help="steps of the fine-tuning")
     args = parser.parse_args()
     rows = []
     for workers in args.workers:
@@ -46,7 +48,8 @@ def main() -> int:
         print(f"{workers} workers: the final models are {'equal' if same else 'NOT EQUAL'}", flush=True)
     result = {
         "rows": rows,
-        "command": f"python benchmarks/parallel.py --data DATA --out RUNS --workers {' '.join(map(str, args.workers))}",
+        "command": f"python benchmarks/parallel.py --data DATA --out RUNS --workers {' '.join(map(str, args.workers))} "
+        f"--limit {args.limit} --phase {args.phase} --finetune {args.finetune}",
         "machine": measure.machine(),
     }
     RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -59,11 +62,12 @@ def run(args: argparse.Namespace, workers: int, kind: str) -> dict[str, Any]:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     gap = {"method": "parallel", "sparsity": 0.9, "partitions": workers, "rounds": ROUNDS}
-    gap |= {"phase_steps": PHASE, "finetune_steps": FINETUNE}
+    gap |= {"phase_steps": args.phase, "finetune_steps": args.finetune}
     (folder / "gap.json").write_text(json.dumps(gap), encoding="utf-8")
     script = [str(ROOT / "examples" / "translation" / "train.py"), "--gap-config", str(folder / "gap.json")]
     script += ["--backend", "none", "--dataset", str(args.data / "wmt16_multi30k"), "--test-split", "test_2016_flickr"]
-    script += ["--dropout", "0", "--bf16", "--threads", "1", "--resume", "--save-every", "50", "--log-every", "5"]
+    script += ["--limit", str(args.limit), "--save-every", str(max(1, args.phase // 3)), "--log-every", "5"]
+    script += ["--bf16", "--threads", "1", "--resume"]
     script += ["--samples", "0", "--beams", "1", "--output-dir", str(folder / "run")]
     command = [sys.executable, "-m", "gap_ds.cli", "parallel", "--workers", str(workers), "--restarts", "1"]
     started = time.perf_counter()
@@ -71,7 +75,7 @@ def run(args: argparse.Namespace, workers: int, kind: str) -> dict[str, Any]:
     with (folder / "log.txt").open("w", encoding="utf-8") as log:
         process = subprocess.Popen([*command, "--", *script], stdout=log, stderr=log)
         if kind == "killed":
-            killed_at = kill_worker(folder, process)
+            killed_at = kill_worker(folder, process, args.phase)
         if process.wait() != 0:
             raise SystemExit(f"{kind}: failed, see {folder / 'log.txt'}")
     text = (folder / "log.txt").read_text(encoding="utf-8")
@@ -95,13 +99,13 @@ def run(args: argparse.Namespace, workers: int, kind: str) -> dict[str, Any]:
     }
 
 
-def kill_worker(folder: Path, process: subprocess.Popen[bytes]) -> int:
+def kill_worker(folder: Path, process: subprocess.Popen[bytes], phase: int) -> int:
     """Kills worker 1 in the middle of its second round; the step it was seen at."""
     metrics = folder / "run" / "worker_1" / "metrics.jsonl"
     while process.poll() is None:
         lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
         steps = [int(found[1]) for line in lines if (found := re.search(r'"step": (\d+)', line))]
-        if steps and max(steps) >= PHASE + PHASE // 2:
+        if steps and max(steps) >= phase + phase // 2:
             found = subprocess.run(
                 ["pgrep", "-f", f"train.py .*{folder / 'run'} --gap-worker 1"], capture_output=True, text=True
             )
