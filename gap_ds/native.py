@@ -21,6 +21,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -82,20 +83,19 @@ class Library:
 
     def __init__(self, loaded: ctypes.CDLL) -> None:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
-        self._zero_pruned = {size: getattr(loaded, f"zero_pruned_{8 * size}") for size in (2, 4, 8)}
-        self._transpose, self._multiply = loaded.transpose, loaded.multiply
-        for function in self._zero_pruned.values():
-            function.argtypes, function.restype = [pointer, pointer, number], None
-        self._transpose.argtypes = [pointer, number, number, number, pointer]
-        self._multiply.argtypes = [*[pointer] * 5, *[number] * 4, pointer, number]
-        self._transpose.restype = self._multiply.restype = None
-        self._count_keys, self._keys_with, self._pack_above = loaded.count_keys, loaded.keys_with, loaded.pack_above
-        for function in (self._count_keys, self._keys_with, self._pack_above):
-            function.argtypes, function.restype = [pointer, number, number, number, pointer], None
-        self._keys_with.restype = number
-        self._pack_above.argtypes = [pointer, number, number, pointer]
-        self._magnitude_keys = loaded.magnitude_keys
-        self._magnitude_keys.argtypes, self._magnitude_keys.restype = [pointer, number, pointer], None
+
+        def loop(name: str, *arguments: Any, result: Any = None) -> Callable[..., Any]:
+            found = getattr(loaded, name)
+            found.argtypes, found.restype = arguments, result
+            return cast("Callable[..., Any]", found)
+
+        self._zero_pruned = {n: loop(f"zero_pruned_{8 * n}", pointer, pointer, number) for n in (2, 4, 8)}
+        self._magnitude_keys = loop("magnitude_keys", pointer, number, pointer)
+        self._count_keys = loop("count_keys", pointer, number, number, number, pointer)
+        self._keys_with = loop("keys_with", pointer, number, number, number, pointer, result=number)
+        self._pack_above = loop("pack_above", pointer, number, number, pointer)
+        self._transpose = loop("transpose", pointer, number, number, number, pointer)
+        self._multiply = loop("multiply", *[pointer] * 5, *[number] * 4, pointer, number)
         self._scratch = threading.local()
 
     def zero_pruned_(self, words: Tensor, bits: Tensor) -> None:
