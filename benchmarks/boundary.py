@@ -26,8 +26,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gap_ds import masks, selection
-from gap_ds.comm import Comm
+from gap_ds.masks import bitmask, selection
+from gap_ds.sharding.comm import Comm
 
 MILLION = 1_000_000
 NOTE = (
@@ -80,7 +80,7 @@ def compare(ranks: int, n: int, density: float, rounds: int, peers: list[str]) -
         memory[name] = measure.peak_bytes(lambda name=name, work=work: found.update({name: work()}))
         received[name] = group.received
     # A stable sort gives ties to the lowest index, as gap_ds does; torch.topk says nothing of them.
-    kept = masks.unpack(found["gap_ds"], numel)
+    kept = bitmask.unpack(found["gap_ds"], numel)
     assert "sort" not in found or torch.equal(kept, found["sort"]), "the masks differ"
     assert int(group.sum(kept.count_nonzero()[None])) == keep, "another number of weights is kept"
     found.clear()

@@ -24,8 +24,8 @@ import measure
 import torch
 from transformers import AutoModelForSeq2SeqLM
 
-from gap_ds import compact
-from gap_ds.presets import VOCAB_SIZE
+from gap_ds.cli.presets import VOCAB_SIZE
+from gap_ds.export import compact
 
 
 def main() -> None:

@@ -31,8 +31,9 @@ import data
 import evaluate
 import translate
 
-from gap_ds import compact, sparsify_for_inference
-from gap_ds.export import INFO
+from gap_ds import sparsify_for_inference
+from gap_ds.export import compact
+from gap_ds.export.folder import INFO
 
 
 def main() -> None:

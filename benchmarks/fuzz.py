@@ -2,7 +2,7 @@
 
     python benchmarks/fuzz.py [--inputs 120000] [--seed 1]
 
-The inputs are shared out evenly among the kinds of file (tests/fuzz.py). Writes benchmarks/results/fuzz.json. An input
+The inputs are shared out evenly among the kinds of file (fuzz.py of the unit tests). An input
 that ends in another error stays as found.bin in a temporary folder, which is printed.
 """
 
@@ -22,7 +22,7 @@ import measure
 import torch
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "unit")]
 RESULT = ROOT / "benchmarks" / "results" / "fuzz.json"
 #: Address space that reading may take beyond what the process has when it begins.
 SPARE = 2**31

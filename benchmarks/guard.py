@@ -27,13 +27,13 @@ import overhead
 import pytest
 import torch
 
-from gap_ds import masks, native, selection
+from gap_ds.masks import bitmask, cpu, selection
 
 MILLION = 1_000_000
 CPU = torch.device("cpu")
 #: Of packed masks to a float mul_, of a step with the engine to one without, of a selection to torch.topk.
 STEP = 1.08
-MASKS, SELECTION = (1.0, 0.45) if native.library() else (1.6, 0.65)
+MASKS, SELECTION = (1.0, 0.45) if cpu.library() else (1.6, 0.65)
 #: CPU seconds beyond `import torch`.
 IMPORT = 0.3
 
@@ -50,8 +50,8 @@ def one_thread() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("n", [MILLION // 4, MILLION])  # what leaves the caches depends on what else the machine does
 def test_apply_masks(benchmark: Any, n: int, dtype: torch.dtype) -> None:
-    weights, bits = torch.randn(n).to(dtype), masks.pack(torch.rand(n) < 0.1)
-    benchmark.pedantic(masks.zero_pruned_, (weights, bits), rounds=200, warmup_rounds=3)
+    weights, bits = torch.randn(n).to(dtype), bitmask.pack(torch.rand(n) < 0.1)
+    benchmark.pedantic(bitmask.zero_pruned_, (weights, bits), rounds=200, warmup_rounds=3)
 
 
 @pytest.mark.parametrize("entries", [1, 64])
@@ -85,8 +85,8 @@ def test_boundary(benchmark: Any) -> None:
 
 def test_masks_to_mul() -> None:
     weights, kept = torch.randn(10 * MILLION), torch.rand(10 * MILLION) < 0.1
-    bits, factors = masks.pack(kept), kept.float()
-    check(MASKS, lambda: masks.zero_pruned_(weights, bits), lambda: weights.mul_(factors), rounds=40)
+    bits, factors = bitmask.pack(kept), kept.float()
+    check(MASKS, lambda: bitmask.zero_pruned_(weights, bits), lambda: weights.mul_(factors), rounds=40)
 
 
 def test_engine_to_bare() -> None:

@@ -1,7 +1,7 @@
 """What other forms of the weights gain on this machine: the same translations in each form, in turns.
 
-    OMP_NUM_THREADS=1 python benchmarks/inference.py --threads 1 --presets small base big --tokens 8  # the whole table
-    python benchmarks/inference.py --quick --out /tmp/inference.json
+    OMP_NUM_THREADS=1 python benchmarks/tuning.py --threads 1 --presets small base big --tokens 8  # the whole table
+    python benchmarks/tuning.py --quick --out /tmp/tuning.json
 
 Four models take turns, so that whatever else the machine does falls on all alike:
 
@@ -49,12 +49,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "translation"
 
 import model as models
 
-from gap_ds import inference, sparsify_for_inference, trials
-from gap_ds.compact import FILE, compact
-from gap_ds.inference import Choice
-from gap_ds.presets import VOCAB_SIZE
+from gap_ds import sparsify_for_inference
+from gap_ds.cli.presets import VOCAB_SIZE
+from gap_ds.export.compact import FILE, compact
+from gap_ds.inference import timing, tuning
+from gap_ds.inference.tuning import Choice
 
-OUT = measure.RESULTS / "inference.json"
+OUT = measure.RESULTS / "tuning.json"
 VERSION = 2  # of the file: rows of another are measured anew
 SOURCE = 24  # tokens of a source sentence
 KEY = ("preset", "sparsity", "dtype", "threads", "batch", "beams", "tokens")
@@ -185,7 +186,7 @@ def compare(dense: Any, row: dict[str, Any], args: argparse.Namespace) -> dict[s
     begin = time.perf_counter()
     outputs = {"dense": run(dense)}
     once = time.perf_counter() - begin
-    inference.MEASURED.clear()  # the load of another row's minutes is not to choose for this one
+    tuning.MEASURED.clear()  # the load of another row's minutes is not to choose for this one
     sparse, begin = copy.deepcopy(dense), time.perf_counter()
     table = sparsify_for_inference(sparse, run, seconds=max(60.0, 10 * once))
     choosing = time.perf_counter() - begin
@@ -196,7 +197,7 @@ def compare(dense: Any, row: dict[str, Any], args: argparse.Namespace) -> dict[s
     seconds: dict[str, list[float]] = {name: [] for name in forms}
 
     def timed(name: str) -> None:
-        seconds[name].append(trials.seconds(lambda model: outputs.update({name: run(model)}), forms[name], ids.device))
+        seconds[name].append(timing.seconds(lambda model: outputs.update({name: run(model)}), forms[name], ids.device))
 
     if once < LONG:
         for name in forms:
@@ -243,7 +244,7 @@ def in_words(table: list[Choice]) -> str:
     return (
         "dense"
         if set(count) == {"dense"}
-        else ", ".join(f"{form} {count[form]}" for form in inference.FORMS if form in count)
+        else ", ".join(f"{form} {count[form]}" for form in tuning.FORMS if form in count)
     )
 
 

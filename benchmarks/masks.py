@@ -1,6 +1,6 @@
 """Applying a packed mask, against a multiplication by a float mask, by a boolean mask, a copy, and an optimizer step.
 
-    OMP_NUM_THREADS=1 python benchmarks/masks.py
+    OMP_NUM_THREADS=1 python benchmarks/bitmask.py
 
 All work on the same weights, in turns: one piece again and again, which stays in the caches as far as it fits, and 24
 pieces one after the other, as a step has them, whose weights and masks come from memory each time. Bytes moved count
@@ -19,7 +19,7 @@ import measure
 import torch
 from torch import Tensor
 
-from gap_ds import masks
+from gap_ds.masks import bitmask
 
 MILLION = 1_000_000
 NOTE = (
@@ -50,7 +50,7 @@ def compare(args: argparse.Namespace, pieces: int, n: int, dtype: torch.dtype) -
     torch.manual_seed(0)
     kept = [torch.rand(n, device=device) < args.density for _ in range(pieces)]
     weights = [torch.randn(n, device=device, dtype=dtype) for _ in kept]
-    factors, bits, pruned = [k.to(dtype) for k in kept], [masks.pack(k) for k in kept], [~k for k in kept]
+    factors, bits, pruned = [k.to(dtype) for k in kept], [bitmask.pack(k) for k in kept], [~k for k in kept]
     copies, size = [torch.empty_like(w) for w in weights], weights[0].element_size()
 
     def each(work: Callable[..., object], *operands: list[Tensor]) -> Callable[[], object]:
@@ -61,10 +61,10 @@ def compare(args: argparse.Namespace, pieces: int, n: int, dtype: torch.dtype) -
         return run
 
     words = [weight.view({2: torch.int16, 4: torch.int32}[size]) for weight in weights]
-    by_numpy = each(masks._by_numpy, words, bits)  # what happens where there is no compiler
+    by_numpy = each(bitmask._by_numpy, words, bits)  # what happens where there is no compiler
     work: dict[str, tuple[Callable[[], object], float]] = {
         "packed, in place (gap_ds)": (
-            lambda: masks.zero_pruned_all_(zip(weights, bits, strict=True)),
+            lambda: bitmask.zero_pruned_all_(zip(weights, bits, strict=True)),
             2 * size + 1 / 8,
         ),
         **({} if device.type == "cuda" else {"packed, by NumPy alone": (by_numpy, 2 * size + 1 / 8)}),

@@ -239,7 +239,7 @@ def peak_bytes(work: Callable[[], object]) -> int | None:
 def tensor_bytes(work: Callable[[], object]) -> tuple[int, int]:
     """(left, peak): bytes of tensors that `work` leaves allocated beyond those before it, and the most there were.
 
-    Of PyTorch's allocator, to the byte; what NumPy allocates (blocks of a megabyte in `gap_ds.masks`) is not in it.
+    Of PyTorch's allocator, to the byte; what NumPy allocates (blocks of a megabyte in `bitmask`) is not in it.
     """
     if torch.cuda.is_available():
         torch.cuda.synchronize()

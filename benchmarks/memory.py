@@ -22,7 +22,7 @@ import measure
 import overhead
 import torch
 
-from gap_ds.comm import Comm
+from gap_ds.sharding.comm import Comm
 
 STEPS = 3
 NOTE = "fp32 Adam; sums over 2 ranks (plain: 1) and medians of the repeats; bits are those for each sparse weight owned"

@@ -35,7 +35,8 @@ sys.path.insert(0, str(measure.ROOT / "examples" / "translation"))
 import model as models
 import overhead
 
-from gap_ds import GaPEngine, methods
+from gap_ds import GaPEngine
+from gap_ds.method import rules
 
 NEVER = 10**9
 #: Of the kept weights, what an update of RigL exchanges.
@@ -209,11 +210,11 @@ def updates(args: argparse.Namespace, device: torch.device, batch: dict[str, Any
     gradients = [module.weight.grad for module in entries(model)]
     masks = [kept_largest(weight, args.sparsity) for weight in weights]
     largest = engine(args, device, method="static", rounds=1, partitions=1, phase_steps=NEVER)
-    pruned = {entry: methods.Largest(entry.keep) for entry in largest.plan.entries}
+    pruned = {entry: rules.Largest(entry.keep) for entry in largest.plan.entries}
     moving = engine(args, device, method="rigl", phase_steps=NEVER, update_steps=NEVER // 10)
     # The engine's own `step` would throw the gradients away.
     training_step(args, moving, moving.backward, lambda: moving.masking.copy_gradients(moving.optimizer))(batch)
-    moved = {e: methods.Exchange(e.keep, int(FRACTION * e.keep), by_gradient=True) for e in moving.plan.entries}
+    moved = {e: rules.Exchange(e.keep, int(FRACTION * e.keep), by_gradient=True) for e in moving.plan.entries}
     works = {
         "gap_ds": lambda: largest.masking.select(pruned, 0),
         "asp": lambda: [kept_largest(weight, args.sparsity) for weight in weights],

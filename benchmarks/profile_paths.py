@@ -27,8 +27,10 @@ sys.path.insert(0, str(measure.ROOT / "examples" / "translation"))
 import model as models
 import overhead
 
-from gap_ds import GaPEngine, agreement, selection
-from gap_ds.masking import Masking
+from gap_ds import GaPEngine
+from gap_ds.masks import selection
+from gap_ds.training import consistency
+from gap_ds.training.mask_state import Masking
 
 #: Operators of each path that get a row.
 MOST = 8
@@ -116,8 +118,8 @@ def boundary(args: argparse.Namespace) -> list[dict[str, Any]]:
         (selection, "_mask", parts.of("masks from the threshold", selection._mask)),
         (Masking, "_forget_moments", parts.of("moments of grown weights", Masking._forget_moments)),
         (Masking, "_mask", parts.of("zeroing the pruned weights", Masking._mask)),
-        (agreement, "check_position", parts.of("ranks agree on the place", agreement.check_position)),
-        (agreement, "check_masks", parts.of("ranks agree on the masks", agreement.check_masks)),
+        (consistency, "check_position", parts.of("ranks agree on the place", consistency.check_position)),
+        (consistency, "check_masks", parts.of("ranks agree on the masks", consistency.check_masks)),
     ):
         for _ in range(args.steps):
             work()

@@ -12,8 +12,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from gap_ds import masks, selection
-from gap_ds.cli import forecast
+from gap_ds.cli import plan as forecast
+from gap_ds.masks import bitmask, selection
 
 RANKS = (8, 64, 512, 4096, 16384)
 
@@ -92,7 +92,7 @@ class Work:
     """Seconds of a rank's own work on its pieces, by one kind of processor.
 
     select_*: a selection, for each weight, for each piece that is not empty, for each entry, and once.
-    zero_*: `masks.zero_pruned_`, for each fp32 weight and for each piece.
+    zero_*: `bitmask.zero_pruned_`, for each fp32 weight and for each piece.
     """
 
     select_weight: float
@@ -111,7 +111,7 @@ class Work:
         return self.zero_weight * weights + self.zero_piece * pieces
 
 
-#: Counted in gap_ds/selection.py and gap_ds/masks.py for an accelerator: bytes that kernels read and write for a weight
+#: Counted in gap_ds/masks for an accelerator: bytes that kernels read and write for a weight
 #: in a selection; launches for a piece in it; bytes for a weight that is masked (the kernel stores zeros only, but a
 #: sector of memory that is stored in part is read as well).
 SELECT_BYTES, SELECT_LAUNCHES, ZERO_BYTES = 160, 80, 8.125
@@ -316,17 +316,17 @@ def boundary(model: Model, backend: str, ranks: int, fitted: Fitted, assumed: As
 
 
 #: Weights at a time of a selection on an accelerator and on a CPU, and bytes of scratch for each: measured on a CPU,
-#: 25 MB for 2^18 weights (tests/test_selection.py bounds it), counted for an accelerator.
+#: 25 MB for 2^18 weights (tests/unit/masks/test_selection.py bounds it), counted for an accelerator.
 SCRATCH = {"core": 25e6, "accelerator": 24.0 * selection._DEVICE_CHUNK}
 
 
 def memory(model: Model, backend: str, ranks: int) -> dict[str, float]:
     """Megabytes of a rank: masks; at a boundary new ones, keys held (at most 2 bits a weight), a chunk's scratch."""
     where = layout(backend, model, ranks)
-    own = masks.nbytes(math.ceil(where.pruned)) + 4 * where.pruned / selection._FEW
+    own = bitmask.nbytes(math.ceil(where.pruned)) + 4 * where.pruned / selection._FEW
     return {
         # A piece that does not end with a byte has a last one for itself.
-        "mask_MB": (masks.nbytes(math.ceil(where.sparse)) + where.pieces * (model.partitions - 1)) / 1e6,
+        "mask_MB": (bitmask.nbytes(math.ceil(where.sparse)) + where.pieces * (model.partitions - 1)) / 1e6,
         "boundary_scratch_MB": (own + SCRATCH["accelerator"] * min(1.0, where.pruned / selection._DEVICE_CHUNK)) / 1e6,
         "counts_scratch_MB": forecast.selection_bytes(model.entries) / 2 / 1e6,
     }
@@ -352,7 +352,7 @@ def exchange(
     """
     where, net = layout(backend, model, ranks), Network(assumed.latency, assumed.bandwidth)
     entries, workers = model.entries, model.partitions
-    size = masks.nbytes(model.pruned) + 4 * density * model.pruned
+    size = bitmask.nbytes(model.pruned) + 4 * density * model.pruned
     # Two tensors for each entry, from all ranks that have something of them, one after the other.
     messages = 2 * entries * where.holders * assumed.latency if where.group > 1 else 0.0
     # Four meetings for each entry that is written, one for each that is read.

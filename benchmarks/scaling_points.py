@@ -22,10 +22,13 @@ import torch
 from scaling_model import Fitted, Model, Network, Work, layout, tie_sums
 from torch import Tensor, nn
 
-from gap_ds import GaPEngine, agreement, masks, methods, selection
-from gap_ds.cli import forecast
-from gap_ds.comm import Comm
-from gap_ds.exchange import Exchange, Item
+from gap_ds import GaPEngine
+from gap_ds.cli import plan as forecast
+from gap_ds.masks import bitmask, selection
+from gap_ds.method import rules
+from gap_ds.parallel import Exchange, Item
+from gap_ds.sharding.comm import Comm
+from gap_ds.training import consistency
 
 Point = dict[str, Any]
 
@@ -143,14 +146,14 @@ def boundaries(sizes: Sequence[tuple[int, int]], rounds: int) -> list[Point]:
     def change(engine: GaPEngine) -> float:
         """Prunes the partition that is dense, and grows the next one."""
         left = next(e.partition for e in engine.plan.entries if e.name not in engine.masking.bits)
-        updates: dict[Any, methods.Update] = {e: methods.Keep() for e in engine.plan.entries}
+        updates: dict[Any, rules.Update] = {e: rules.Keep() for e in engine.plan.entries}
         for entry in engine.plan.entries:
             if entry.partition == left:
                 weight = engine.masking.shards[entry.name].weight()
                 weight.copy_(drawn(1, weight.numel())[0])
-                updates[entry] = methods.Largest(entry.keep)
+                updates[entry] = rules.Largest(entry.keep)
             elif entry.partition == (left + 1) % 3:
-                updates[entry] = methods.Dense()
+                updates[entry] = rules.Dense()
         return thread_seconds(lambda: engine.masking.apply(updates, 0))
 
     found = []
@@ -195,11 +198,11 @@ def around_ranks(ranks: Sequence[int], rounds: int) -> list[Point]:
 
 
 def per_byte(rounds: int) -> dict[str, float]:
-    """Seconds of a checksum (as `agreement.check_masks` makes it) and of a SHA-256 for each byte."""
+    """Seconds of a checksum (as `consistency.check_masks` makes it) and of a SHA-256 for each byte."""
     size = 1 << 24
     bits, data = torch.zeros(size, dtype=torch.uint8), bytes(size)
     works = {
-        "crc": lambda: thread_seconds(lambda: agreement._digest(bits, 0)),
+        "crc": lambda: thread_seconds(lambda: consistency._digest(bits, 0)),
         "sha": lambda: thread_seconds(lambda: hashlib.sha256(data).digest()),
     }
     return {what: seconds / size for what, seconds in medians(works, rounds).items()}
@@ -373,9 +376,9 @@ def simulate(backend: str, ranks: int, n: int, entries: int, fitted: Fitted) -> 
         raise errors[0]
     alone = select([(0, row) for row in weights], size // 5, selection.Single())
     for e in range(entries):
-        parts = [masks.unpack(found[e], places[r][e][1] - places[r][e][0]) for r, (found, _, _) in enumerate(results)]
+        parts = [bitmask.unpack(found[e], places[r][e][1] - places[r][e][0]) for r, (found, _, _) in enumerate(results)]
         ordered = torch.cat(parts)
-        assert torch.equal(ordered, masks.unpack(alone[e], size)), f"entry {e}: the masks differ"
+        assert torch.equal(ordered, bitmask.unpack(alone[e], size)), f"entry {e}: the masks differ"
     like = Model("", 3 * n, 3 * entries, rows=ranks, tokens=1, matrices=1)
     longest = max(lo for place in places for lo, hi in place if hi > lo).bit_length()
     ties = [8 * (entries + 64)] + [8 * entries << selection._START_BITS] * -(-longest // selection._START_BITS)

@@ -504,7 +504,7 @@ def tested() -> str:
 
 def kernel() -> str:
     """Whether Triton's kernel has been seen on a GPU."""
-    equal = "It equals the PyTorch path in Triton's interpreter (`tests/test_kernels.py`)"
+    equal = "It equals the PyTorch path in Triton's interpreter (`tests/unit/masks/test_triton.py`)"
     if _rows("masks", gpu=True):
         return f"{equal}; its times on a GPU are in the table above.\n"
     return f"{equal}, and has not run on a GPU yet.\n"
@@ -529,7 +529,7 @@ def backends() -> str:
     """The backends with the variants that the tests really train, from the tests' own tables of rows."""
     sys.path.insert(0, str(ROOT / "tests" / "sharding"))
     lines = ["| backend | variants trained by the tests | equal to the reference | tested where |", "|---|---|---|---|"]
-    lines.append("| Plain PyTorch | one process (tests/test_engine.py) | | CPU |")
+    lines.append("| Plain PyTorch | one process (tests/unit/training/test_engine.py) | | CPU |")
     for backend, file, prefix, exactness in BACKENDS:
         tests = importlib.import_module(file)
         rows = [row["name"] for row in (*tests.ROWS, *getattr(tests, "ROWS_4", ()), *getattr(tests, "FP16", ()))]

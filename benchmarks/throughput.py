@@ -42,7 +42,7 @@ import train
 from common import run, runtime, training
 
 from gap_ds import GaPEngine
-from gap_ds.schedule import Phase
+from gap_ds.method.schedule import Phase
 
 PAIRS = {"zero2": ("example", "bare DeepSpeed"), "plain": ("example", "Seq2SeqTrainer")}
 FUSED = ", fused attention"

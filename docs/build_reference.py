@@ -2,7 +2,7 @@
 
     python docs/build_reference.py
 
-tests/test_docs.py compares the file with what this gives.
+tests/unit/test_docs.py compares the file with what this gives.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from pydantic.fields import FieldInfo
 from typer.testing import CliRunner
 
 import gap_ds
-from gap_ds import compact, hf
+from gap_ds import hf
 from gap_ds.cli.app import app
-from gap_ds.config import _UNUSED, GaPConfig
+from gap_ds.export import compact
+from gap_ds.method.config import _UNUSED, GaPConfig
 
 PAGE = Path(__file__).with_name("reference.md")
 #: Public objects by the module that they are imported from.
 PUBLIC: dict[str, list[Any]] = {
     "gap_ds": [getattr(gap_ds, name) for name in gap_ds.__all__ if not name.startswith("__")],
     "gap_ds.hf": [hf.GaPCallback, hf.prepare],
-    "gap_ds.compact": [compact.compact, compact.expand],
+    "gap_ds.export.compact": [compact.compact, compact.expand],
 }
 #: Methods that the Trainer calls, not the user.
 _HOOKS = "on_"

@@ -11,25 +11,25 @@ from typing import TYPE_CHECKING, Any
 from gap_ds._version import __version__
 
 if TYPE_CHECKING:
-    from gap_ds.compact import load_compact
-    from gap_ds.config import GaPConfig
-    from gap_ds.engine import GaPEngine
-    from gap_ds.exchange import Worker
-    from gap_ds.inference import sparsify_for_inference
+    from gap_ds.export.compact import load_compact
+    from gap_ds.inference.tuning import sparsify_for_inference
+    from gap_ds.method.config import GaPConfig
+    from gap_ds.parallel import Worker
+    from gap_ds.training.engine import GaPEngine
 
 __all__ = ["GaPConfig", "GaPEngine", "Worker", "__version__", "load_compact", "sparsify_for_inference"]
 
 _HOMES = {
-    "GaPConfig": "gap_ds.config",
-    "GaPEngine": "gap_ds.engine",
-    "Worker": "gap_ds.exchange",
-    "load_compact": "gap_ds.compact",
-    "sparsify_for_inference": "gap_ds.inference",
+    "GaPConfig": "gap_ds.method.config",
+    "GaPEngine": "gap_ds.training.engine",
+    "Worker": "gap_ds.parallel",
+    "load_compact": "gap_ds.export.compact",
+    "sparsify_for_inference": "gap_ds.inference.tuning",
 }
 
 
 def __getattr__(name: str) -> Any:
-    # Imported at first use: `import gap_ds` costs nothing, and `python -m gap_ds.config` finds its module unimported.
+    # Imported at first use: `import gap_ds` costs nothing, and `python -m` finds its module unimported.
     if name not in _HOMES:
         raise AttributeError(f"module 'gap_ds' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

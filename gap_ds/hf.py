@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from gap_ds import history
-from gap_ds.backends import brings_optimizer
-from gap_ds.config import GaPConfig
-from gap_ds.engine import GaPEngine
+from gap_ds.method.config import GaPConfig
+from gap_ds.sharding.backends import brings_optimizer
+from gap_ds.training import history
+from gap_ds.training.engine import GaPEngine
 
 log = logging.getLogger("gap_ds")
 

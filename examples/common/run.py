@@ -18,7 +18,10 @@ from torch import nn
 
 from common import runtime
 from common.arguments import RunArguments
-from gap_ds import GaPConfig, GaPEngine, Worker, checkpoint, history, schedule
+from gap_ds import GaPConfig, GaPEngine, Worker
+from gap_ds.checkpoint import folder as checkpoint
+from gap_ds.method import schedule
+from gap_ds.training import history
 
 log = logging.getLogger("examples")
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from gap_ds.plan import clean_name, find_blocks
+from gap_ds.method.plan import clean_name, find_blocks
 
 
 def wrap(model: nn.Module, backend: str, device: torch.device) -> nn.Module:

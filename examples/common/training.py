@@ -13,7 +13,7 @@ from torch import Tensor
 from common import run, runtime
 from common.arguments import RunArguments
 from gap_ds import GaPEngine
-from gap_ds.schedule import Phase
+from gap_ds.method.schedule import Phase
 
 
 class Task(Protocol):

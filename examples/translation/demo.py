@@ -20,7 +20,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from gap_ds import GaPConfig, schedule
+from gap_ds import GaPConfig
+from gap_ds.method import schedule
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, M2M100Config, M2M100ForConditionalGeneration, PreTrainedModel
 
-from gap_ds.presets import PRESETS, Preset
+from gap_ds.cli.presets import PRESETS, Preset
 
 # The specials every tokenizer of this example starts with: <s> 0, <pad> 1, </s> 2, <unk> 3.
 BOS, PAD, EOS, UNK = 0, 1, 2, 3

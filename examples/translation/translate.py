@@ -28,8 +28,9 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from gap_ds import compact, sparsify_for_inference
-from gap_ds.inference import Choice
+from gap_ds import sparsify_for_inference
+from gap_ds.export import compact
+from gap_ds.inference.tuning import Choice
 
 
 def main(argv: Sequence[str] | None = None) -> int:

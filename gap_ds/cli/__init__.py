@@ -5,7 +5,7 @@
     forecast   all figures of a model, a config and a number of ranks, as plain data
     launch     the workers of parallel GaP, started on one machine
     inspect    what a checkpoint or an export holds, and what is wrong with it (inspect_*: its parts)
-    report     pictures of runs on one HTML page (report_*: its parts; gap_ds.plots draws)
+    report     pictures of runs on one HTML page (report_*: its parts; gap_ds.report.plots draws)
     doctor     what this machine has, and what will and will not work here
     show       tables and the timeline (rich)
 

@@ -14,10 +14,12 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from gap_ds._version import __version__
 from gap_ds.cli import doctor as doctor_
-from gap_ds.cli import forecast, launch, models, show
 from gap_ds.cli import inspect as inspect_
-from gap_ds.config import GaPConfig
-from gap_ds.presets import PRESETS, VOCAB_SIZE
+from gap_ds.cli import models, tables
+from gap_ds.cli import plan as forecast
+from gap_ds.cli.presets import PRESETS, VOCAB_SIZE
+from gap_ds.method.config import GaPConfig
+from gap_ds.parallel import launch
 
 app = typer.Typer(
     help="Scheduled grow-and-prune (GaP): look at sparse training before, during and after a run.",
@@ -87,7 +89,7 @@ def plan(
     if as_json:
         _print_json(figures)
     else:
-        show.plan(_console(), model, figures)
+        tables.plan(_console(), model, figures)
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -136,7 +138,7 @@ def inspect(
     if as_json:
         _print_json(figures)
     else:
-        show.inspection(_console(), figures, entries)
+        tables.inspection(_console(), figures, entries)
     raise typer.Exit(1 if figures["problems"] else 0)
 
 
@@ -153,14 +155,14 @@ def report(
     The page needs no network and no script. Pictures: schedule and losses, density, layers, changes of masks,
     magnitudes; of several runs also curves, scores and cost side by side.
     """
-    from gap_ds.cli import report as report_  # its pictures need matplotlib, which no other command does
+    from gap_ds.report import build as report_  # its pictures need matplotlib, which no other command does
 
     with _progress("drawing") as progress:
         figures = report_.report(runs, output, progress)
     if as_json:
         _print_json(figures)
     else:
-        show.report(_console(), figures)
+        tables.report(_console(), figures)
 
 
 @app.command()
@@ -206,7 +208,7 @@ def doctor(as_json: AsJson = False) -> None:
     if as_json:
         _print_json(report)
     else:
-        show.doctor(_console(), report)
+        tables.doctor(_console(), report)
 
 
 def _console() -> Console:

@@ -20,8 +20,8 @@ from typing import Any, Literal
 
 import torch
 
-from gap_ds import native
 from gap_ds._version import __version__
+from gap_ds.masks import cpu
 
 #: The oldest DeepSpeed whose private names the backend was tested with.
 _DEEPSPEED = "0.19.8"
@@ -78,7 +78,7 @@ def look() -> Facts:
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         packages=dict(sorted(packages.items())),
         launchers={name: path for name in _LAUNCHERS if (path := _find(name))},
-        backends=tuple(name for name in _BACKENDS if importlib.util.find_spec(f"gap_ds.backends.{name}")),
+        backends=tuple(name for name in _BACKENDS if importlib.util.find_spec(f"gap_ds.sharding.backends.{name}")),
         accelerators=tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) if has_cuda else (),
         cuda_build=torch.version.cuda or torch.version.hip,
         bf16=torch.cuda.is_bf16_supported() if has_cuda else True,
@@ -86,7 +86,7 @@ def look() -> Facts:
         compiler=shutil.which(os.environ.get("CXX") or "c++"),
         ninja=shutil.which("ninja") is not None,
         headers=Path(sysconfig.get_path("include"), "Python.h").is_file(),
-        loops=native.library() is not None,
+        loops=cpu.library() is not None,
     )
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from gap_ds import compact
 from gap_ds.cli import export_checkpoint
-from gap_ds.export import Progress, place
+from gap_ds.export import compact
+from gap_ds.export.folder import Progress, place
 
 
 def export(

@@ -15,17 +15,22 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gap_ds import checkpoint, export, masks, pattern, portable, records, selection
-from gap_ds.backends import files as library_files
+from gap_ds.checkpoint import folder as checkpoint
+from gap_ds.checkpoint import foreign as library_files
+from gap_ds.checkpoint import portable
+from gap_ds.checkpoint.run_state import State
 from gap_ds.cli import models
-from gap_ds.cli.inspect_signature import config_of, schedule_of
-from gap_ds.comm import Comm
-from gap_ds.export import Progress
-from gap_ds.pattern import Unstructured
-from gap_ds.plan import Entry, Plan
-from gap_ds.schedule import Schedule
-from gap_ds.shard import Shard
-from gap_ds.state import State
+from gap_ds.export import folder as export
+from gap_ds.export.folder import Progress
+from gap_ds.masks import bitmask, selection
+from gap_ds.method import pattern
+from gap_ds.method.pattern import Unstructured
+from gap_ds.method.plan import Entry, Plan
+from gap_ds.method.schedule import Schedule
+from gap_ds.method.signature import config_of, schedule_of
+from gap_ds.sharding.comm import Comm
+from gap_ds.sharding.shard import Shard
+from gap_ds.storage import json as records
 
 
 def find(folder: Path) -> Path | None:
@@ -159,7 +164,7 @@ class _Pruned(_Some):
         if name in self._buffers:
             return weight if self._buffers[name].is_floating_point else weight.to(self._buffers[name])
         if name in self._bits and weight.numel():
-            masks.zero_pruned_(weight.view(-1), self._bits[name])
+            bitmask.zero_pruned_(weight.view(-1), self._bits[name])
         if not weight.is_floating_point():
             return weight
         cast = weight.to(self._dtype)
@@ -193,4 +198,4 @@ def _select(plan: Plan, group: list[Entry], shards: Mapping[str, Shard]) -> dict
         found = selection.select_largest(pieces, [sum(e.keep for e in group)], selection.Single())
         return {e.name: bits for e, bits in zip(group, found, strict=True)}
     scores = {e.name: selection.magnitudes(e.name, keys[e.name](0, e.numel)).view(e.shape) for e in group}
-    return {e.name: masks.pack(plan.pattern.mask(scores[e.name], e.keep, e.dims).flatten()) for e in group}
+    return {e.name: bitmask.pack(plan.pattern.mask(scores[e.name], e.keep, e.dims).flatten()) for e in group}

@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gap_ds import checkpoint, compact, export
-from gap_ds.cli import inspect_checkpoint, inspect_export
-from gap_ds.cli.inspect_export import Progress
+from gap_ds.checkpoint import folder as checkpoint
+from gap_ds.cli import inspect_checkpoint
+from gap_ds.export import compact
+from gap_ds.export import folder as export
+from gap_ds.export import inspect as inspect_export
+from gap_ds.export.inspect import Progress
 
 
 def inspect(folder: Path, progress: Progress) -> dict[str, Any]:

@@ -12,16 +12,19 @@ from typing import Any
 
 import torch
 
-from gap_ds import checkpoint, masks, methods, pattern, records
-from gap_ds.cli import inspect_files as files
-from gap_ds.cli.inspect_export import Progress
-from gap_ds.cli.inspect_pattern import Legality, multiple, possible_dims
-from gap_ds.cli.inspect_signature import config_of, schedule_of
-from gap_ds.config import GaPConfig
-from gap_ds.pattern import Unstructured
-from gap_ds.plan import Entry, Plan
-from gap_ds.schedule import Phase, Schedule
-from gap_ds.state import State
+from gap_ds.checkpoint import folder as checkpoint
+from gap_ds.checkpoint.run_state import State
+from gap_ds.export.inspect import Progress
+from gap_ds.masks import bitmask
+from gap_ds.masks.legality import Legality, multiple, possible_dims
+from gap_ds.method import pattern, rules
+from gap_ds.method.config import GaPConfig
+from gap_ds.method.pattern import Unstructured
+from gap_ds.method.plan import Entry, Plan
+from gap_ds.method.schedule import Phase, Schedule
+from gap_ds.method.signature import config_of, schedule_of
+from gap_ds.storage import files
+from gap_ds.storage import json as records
 
 
 def inspect(folder: Path, progress: Progress) -> dict[str, Any]:
@@ -137,13 +140,13 @@ def _count(file: Any, name: str, entry: Entry | None, config: GaPConfig | None) 
     shape, dtype = piece.get_shape(), piece.get_dtype()
     if dtype != "U8" or len(shape) != 1:
         return {"kept": 0, "bits": 0}, f"its mask is {dtype} of shape {shape} and not a vector of bytes"
-    figures = {"kept": sum(masks.count(part) for part in files.chunks(file, name)), "bits": 8 * shape[0]}
+    figures = {"kept": sum(bitmask.count(part) for part in files.chunks(file, name)), "bits": 8 * shape[0]}
     if entry is None:
         return figures, None
-    if shape[0] != masks.nbytes(entry.numel):
-        return figures, f"its mask has {shape[0]:,} bytes, {entry.numel:,} weights need {masks.nbytes(entry.numel):,}"
+    if shape[0] != bitmask.nbytes(entry.numel):
+        return figures, f"its mask has {shape[0]:,} bytes, {entry.numel:,} weights need {bitmask.nbytes(entry.numel):,}"
     if tail := 8 * shape[0] - entry.numel:
-        last = masks.unpack(piece[shape[0] - 1 :], 8)
+        last = bitmask.unpack(piece[shape[0] - 1 :], 8)
         if bool(last[8 - tail :].any()):
             return figures, "its mask keeps weights beyond the entry's end"
     the_pattern = pattern.parse(config.pattern) if config is not None else Unstructured()
@@ -155,8 +158,8 @@ def _count(file: Any, name: str, entry: Entry | None, config: GaPConfig | None) 
     step = max(1, files.CHUNK // max(1, row) // multiple(the_pattern)) * multiple(the_pattern)
     for lo in range(0, entry.shape[0] if row else 0, step):
         hi = min(lo + step, entry.shape[0])
-        first, end = lo * row // 8, masks.nbytes(hi * row)
-        part = masks.unpack(piece[first:end], (hi - lo) * row, start=lo * row - 8 * first)
+        first, end = lo * row // 8, bitmask.nbytes(hi * row)
+        part = bitmask.unpack(piece[first:end], (hi - lo) * row, start=lo * row - 8 * first)
         legality.add(part.view(hi - lo, *entry.shape[1:]))
     return figures, legality.problem()
 
@@ -165,7 +168,7 @@ def _against_schedule(
     config: GaPConfig, phase: Phase, step: int, entries: dict[str, Entry], found: dict[str, dict[str, int]]
 ) -> list[str]:
     """Entries that have a mask and should not, or the other way round, and masks that do not meet their budget."""
-    problems, rule = [], methods.rule(config)
+    problems, rule = [], rules.rule(config)
     done = [update for update in phase.updates if update <= step]
     wanted: Counter[int] = Counter()
     kept: Counter[int] = Counter()
@@ -178,7 +181,7 @@ def _against_schedule(
         budget = entry.keep
         if entry.partition in phase.dense and done:  # on its way out: pruned in part
             update = rule(entry, phase, phase, done[-1])
-            budget = update.keep if isinstance(update, methods.Largest) else entry.keep
+            budget = update.keep if isinstance(update, rules.Largest) else entry.keep
         wanted[entry.partition] += budget
         kept[entry.partition] += found[name]["kept"]
         if config.distribution != "global" and found[name]["kept"] != budget:
@@ -207,12 +210,12 @@ def _last_values(folder: Path, path: Path, state: State, found: dict[str, dict[s
         for name in sorted(names & set(found)):
             piece, mask = file.get_slice(name), bits.get_slice(name)
             shape = piece.get_shape()
-            if len(shape) != 1 or masks.nbytes(shape[0]) * 8 != found[name]["bits"]:
+            if len(shape) != 1 or bitmask.nbytes(shape[0]) * 8 != found[name]["bits"]:
                 problems.append(f"{records.printable(name)}: its pruned values are of shape {shape}")
                 continue
             for lo in range(0, shape[0], files.CHUNK):
                 values = piece[lo : lo + files.CHUNK]
-                kept = masks.unpack(mask[lo // 8 : masks.nbytes(lo + values.numel())], values.numel())
+                kept = bitmask.unpack(mask[lo // 8 : bitmask.nbytes(lo + values.numel())], values.numel())
                 if not files.is_finite(values) or bool(torch.count_nonzero(values[kept])):
                     problems.append(
                         f"{records.printable(name)}: has pruned values that are not finite, or of kept weights"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gap_ds.presets import PRESETS, VOCAB_SIZE
+from gap_ds.cli.presets import PRESETS, VOCAB_SIZE
 
 #: Tried in this order where a config does not say, or says in vain, which class it is for.
 _AUTO = ("AutoModelForSeq2SeqLM", "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForImageClassification")

@@ -16,7 +16,8 @@ import torch
 import translate
 from safetensors.torch import load_file
 
-from gap_ds import compact, sparsify_for_inference
+from gap_ds import sparsify_for_inference
+from gap_ds.export import compact
 
 ROOT = Path(__file__).parents[2]
 GAP = {"sparsity": 0.8, "partitions": 2, "phase_steps": 2, "rounds": 1, "finetune_steps": 2}

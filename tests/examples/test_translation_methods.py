@@ -26,9 +26,10 @@ from test_translation_train import (  # noqa: F401
     write_json,
 )
 
-from gap_ds import GaPConfig, Worker, schedule
-from gap_ds.comm import Comm
-from gap_ds.exchange import Exchange
+from gap_ds import GaPConfig, Worker
+from gap_ds.method import schedule
+from gap_ds.parallel import Exchange
+from gap_ds.sharding.comm import Comm
 
 PARALLEL = {**GAP, "method": "parallel", "phase_steps": 4, "rounds": 2, "finetune_steps": 4}
 

@@ -20,7 +20,8 @@ from tokenizers import models as tokenizer_models
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
-from gap_ds import compact, inference, trials
+from gap_ds.export import compact
+from gap_ds.inference import timing, tuning
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "translation" / "translate.py"
 LINES = ["the dog sleeps", "", "the small dog sleeps in the old house", "a cat sees\u2028the dog", "the dog"]
@@ -64,12 +65,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(autouse=True)
 def sparse_wins(monkeypatch: pytest.MonkeyPatch) -> None:
-    inference.MEASURED.clear()
+    tuning.MEASURED.clear()
     monkeypatch.setattr(
-        inference, "measure_layers", lambda layers, rows: {form: 1.0 if form == "csr" else 2.0 for form in layers}
+        tuning, "measure_layers", lambda layers, rows: {form: 1.0 if form == "csr" else 2.0 for form in layers}
     )
-    monkeypatch.setattr(inference, "_gain", lambda *arguments: (True, 1.5))
-    monkeypatch.setattr(trials, "seconds", lambda *arguments: 100.0)
+    monkeypatch.setattr(tuning, "_gain", lambda *arguments: (True, 1.5))
+    monkeypatch.setattr(timing, "seconds", lambda *arguments: 100.0)
 
 
 @pytest.fixture
@@ -121,7 +122,7 @@ def test_input_without_a_sentence(folders, tmp_path: Path, data: str, capsys) ->
 
 
 def test_what_did_not_gain_is_told_as_it_is(folders, source: Path, tmp_path: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(inference, "_gain", lambda *arguments: (False, 0.98))
+    monkeypatch.setattr(tuning, "_gain", lambda *arguments: (False, 0.98))
     argv = [str(folders["dense"]), "--input", str(source), "--output", str(tmp_path / "out"), "--table"]
     assert translate.main(argv) == 0
     told = capsys.readouterr().err

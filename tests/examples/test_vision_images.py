@@ -22,7 +22,8 @@ from PIL import Image
 from torch.nn import functional
 from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
 
-from gap_ds import GaPConfig, plan, schedule
+from gap_ds import GaPConfig
+from gap_ds.method import plan, schedule
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

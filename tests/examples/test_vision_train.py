@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
-from gap_ds import compact
+from gap_ds.export import compact
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "sharding")]
 import launch  # noqa: E402

@@ -14,7 +14,7 @@ import toy
 from torch import Tensor
 
 from gap_ds import GaPEngine
-from gap_ds.comm import Comm
+from gap_ds.sharding.comm import Comm
 
 
 def gather(pieces: Sequence[tuple[Any, Tensor]]) -> list[Tensor]:

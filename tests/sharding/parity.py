@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 import toy  # isort: skip
-from gap_ds import GaPConfig, plan
+from gap_ds import GaPConfig
+from gap_ds.method import plan
 
 Row = dict[str, Any]
 

@@ -15,7 +15,7 @@ import torch
 from launch import run_workers
 from worker_exchange import TENSORS, alone, tensors
 
-from gap_ds import masks
+from gap_ds.masks import bitmask
 
 ROW = {"folder": "exchange", "publish_only": False, "timeout": 120.0}
 ROWS: list[dict[str, Any]] = [
@@ -67,7 +67,7 @@ def check(found: dict[str, Any]) -> None:
         if is_entry:
             kept = (first_kept | second_kept)[tensor]
             wanted = torch.where(kept, wanted, torch.zeros(()))
-            assert torch.equal(found["bits"][tensor], masks.pack(kept[start : start + numel]))
+            assert torch.equal(found["bits"][tensor], bitmask.pack(kept[start : start + numel]))
         else:
             assert found["bits"][tensor] is None
         assert torch.equal(found["pieces"][tensor], wanted[start : start + numel])

@@ -11,8 +11,8 @@ import torch
 from launch import run_workers
 from safetensors.torch import load_file
 
-from gap_ds import compact
 from gap_ds.cli.export import export
+from gap_ds.export import compact
 
 
 def test_rank_0_holds_once_what_the_last_of_four_ranks_has(tmp_path: Path) -> None:

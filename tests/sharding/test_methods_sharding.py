@@ -15,7 +15,8 @@ from launch import run_workers
 from parity import largest_difference, result
 from safetensors.torch import load_file
 
-from gap_ds import GaPConfig, schedule
+from gap_ds import GaPConfig
+from gap_ds.method import schedule
 
 from reference_methods import SCENARIOS, Scenario  # isort: skip
 

@@ -17,7 +17,7 @@ import torch
 from launch import HERE
 from safetensors.torch import load_file
 
-from gap_ds.cli import launch
+from gap_ds.parallel import launch
 
 #: Rows of two and of three workers, and the reference of each.
 TWO = {"ddp": "two_False", "zero2": "two_True", "zero3": "two_True", "fsdp2": "two_False"}

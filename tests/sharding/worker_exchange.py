@@ -16,9 +16,9 @@ from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
-from gap_ds import masks
-from gap_ds.comm import Comm
-from gap_ds.exchange import Exchange, Item, Worker
+from gap_ds.masks import bitmask
+from gap_ds.parallel import Exchange, Item, Worker
+from gap_ds.sharding.comm import Comm
 
 SIGNATURE = "gap|method:parallel|k:2|v:0.1.0"
 #: name -> (shape, partition, whether it is an entry); partitions 0 and 1.
@@ -68,7 +68,7 @@ def run(row: dict[str, Any], world: Comm, out: Path) -> dict[str, Any]:
         keep = full.numel() // 3 if is_entry else None
         items.append(Item(name, shape, partition, start, numel, give, keep))
         if name in kept:
-            bits[name] = masks.pack(kept[name][start : start + numel])
+            bits[name] = bitmask.pack(kept[name][start : start + numel])
     steps = torch.tensor(100 + worker)
     items.append(Item("steps", (), None, 0, 1, lambda: steps.view(-1), dtype=torch.int64))
 

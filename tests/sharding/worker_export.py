@@ -19,8 +19,9 @@ import toy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
-from gap_ds import GaPEngine, export
-from gap_ds.comm import Comm
+from gap_ds import GaPEngine
+from gap_ds.export import folder as export
+from gap_ds.sharding.comm import Comm
 
 warnings.filterwarnings("ignore")
 
@@ -40,7 +41,7 @@ def assemble(out: Path) -> None:
     """Pieces of all kinds, in several parts; then a parameter that lies in the last rank alone, as under ZeRO-1."""
     comm = Comm()
     wrong = []
-    with mock.patch("gap_ds.comm._PART", 99):
+    with mock.patch("gap_ds.sharding.comm._PART", 99):
         for starts, numels in CUTS:
             for dtype in DTYPES:
                 whole = (torch.arange(sum(numels)) % 251).to(dtype)
@@ -128,11 +129,14 @@ def faults(out: Path) -> None:
         "current": (lambda: engine.export(".", overwrite=True), None),
         "integers": (lambda: engine.export(model, overwrite=True, dtype=torch.int8), None),
         "tokenizer": (lambda: engine.export(model, overwrite=True, tokenizer=odd), None),
-        "full_disk": (lambda: engine.export(model, overwrite=True), mock.patch("gap_ds.export.save_file", full_disk)),
+        "full_disk": (
+            lambda: engine.export(model, overwrite=True),
+            mock.patch("gap_ds.export.folder.save_file", full_disk),
+        ),
         "no_rename": (lambda: engine.export(model, overwrite=True), mock.patch("pathlib.Path.rename", no_rename)),
     }
     found = {}
-    with mock.patch("gap_ds.export.full_weights", counting):
+    with mock.patch("gap_ds.export.folder.full_weights", counting):
         for name, (work, broken) in cases.items():
             gathered.clear()
             said = "nothing"

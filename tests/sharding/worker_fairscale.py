@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gap_ds import GaPEngine
-from gap_ds.plan import clean_name
+from gap_ds.method.plan import clean_name
 
 warnings.filterwarnings("ignore")
 

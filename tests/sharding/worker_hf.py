@@ -31,7 +31,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from gap_ds import GaPEngine
 from gap_ds.hf import GaPCallback
-from gap_ds.plan import clean_name
+from gap_ds.method.plan import clean_name
 
 warnings.filterwarnings("ignore", category=FutureWarning)
 

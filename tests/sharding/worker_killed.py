@@ -26,8 +26,9 @@ import torch.distributed as dist
 import toy
 import worker_fsdp
 
-from gap_ds import GaPEngine, Worker, checkpoint
-from gap_ds.exchange import Exchange
+from gap_ds import GaPEngine, Worker
+from gap_ds.checkpoint import folder as checkpoint
+from gap_ds.parallel import Exchange
 
 warnings.filterwarnings("ignore")
 

@@ -1,0 +1,134 @@
+"""The weights in a sharding library's own checkpoint, read by one process without the ranks that wrote it.
+
+What each library offers for its format is used: DeepSpeed's consolidation (zero_to_fp32), torch.distributed.checkpoint.
+Both unpickle: DeepSpeed all of its files, torch the small `.metadata`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
+
+from gap_ds.method.plan import clean_name
+
+#: Bytes of tensors that are read together.
+_AT_ONCE = 2**27
+
+
+def weights(folder: Path) -> Mapping[str, Tensor]:
+    """Parameters and buffers of a checkpoint FOLDER/TAG by name, in fp32 where the optimizer has them so.
+
+    A parameter that is tied may be there under each of its names. Each is read, or put together, when it is asked for.
+
+    Raises:
+        ValueError: the files do not say enough to be read like this, or cannot be read; one sentence.
+    """
+    if (folder / "state" / ".metadata").is_file():
+        return _Distributed(folder / "state")
+    if any((folder / "state").glob("rank_*_of_*.pt")):
+        raise ValueError(
+            f"{folder}: fairscale's own files do not say where their pieces lie; resume the run with as many ranks and "
+            "call engine.export, or save the checkpoint with portable=True."
+        )
+    if any(folder.glob("*_optim_states.pt")):
+        return _consolidated(folder)
+    if any(folder.glob("mp_rank_*_model_states.pt")):
+        raise ValueError(
+            f"{folder}: DeepSpeed consolidates checkpoints of ZeRO-1, -2 and -3 alone; resume the run and call "
+            "engine.export, or save the checkpoint with portable=True."
+        )
+    raise ValueError(f"{folder}: holds no files of weights of DeepSpeed, PyTorch or fairscale.")
+
+
+class _Distributed(Mapping[str, Tensor]):
+    """The model in a checkpoint of torch.distributed.checkpoint, a few tensors at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        try:
+            stored = FileSystemReader(folder).read_metadata().state_dict_metadata
+        except Exception as error:  # whatever unpickling a damaged file raises
+            raise ValueError(f"{folder}: torch.distributed.checkpoint cannot read it ({error}).") from error
+        prefix = "model."
+        self._about = {
+            clean_name(key.removeprefix(prefix)): (key, about)
+            for key, about in stored.items()
+            if key.startswith(prefix) and isinstance(about, TensorStorageMetadata)
+        }
+
+        self._held: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._about:
+            raise KeyError(name)
+        if name not in self._held:
+            self._held = self._read(name)
+        return self._held[name]
+
+    def _read(self, first: str) -> dict[str, Tensor]:
+        """A tensor, and those after it that take little memory with it: a call costs much more than a small tensor."""
+        names = list(self._about)
+        found: dict[str, Tensor] = {}
+        size = 0
+        for name in names[names.index(first) :]:
+            about = self._about[name][1]
+            size += about.size.numel() * about.properties.dtype.itemsize
+            if found and size > _AT_ONCE:
+                break
+            found[name] = torch.empty(about.size, dtype=about.properties.dtype)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it is: this is one process
+            wanted = {self._about[name][0]: tensor for name, tensor in found.items()}
+            load_distributed(wanted, checkpoint_id=self._folder, no_dist=True)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._about)
+
+    def __len__(self) -> int:
+        return len(self._about)
+
+
+class _Gathered(Mapping[str, Tensor]):
+    """Tensors that DeepSpeed puts together when they are asked for."""
+
+    def __init__(self, tensors: Mapping[str, Any]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        found: Tensor = self._tensors[name].contiguous()
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def _consolidated(folder: Path) -> Mapping[str, Tensor]:
+    try:
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    except ModuleNotFoundError:
+        raise ValueError(f"{folder}: deepspeed, which reads it, is not installed. Run pip install deepspeed.") from None
+    said = io.StringIO()  # it prints what it does
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            found = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), folder.name, lazy_mode=True)
+        # ZeRO-1 lists only what the optimizer has; what is frozen is whole in the working copy, where there is one.
+        for path in folder.glob("mp_rank_00_model_states.pt"):
+            working: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=False, mmap=True)["module"]
+            found = {**working, **found}
+    except Exception as error:
+        raise ValueError(f"{folder}: DeepSpeed's zero_to_fp32 cannot read it ({error}).") from error
+    return _Gathered({clean_name(name): tensor for name, tensor in found.items()})

@@ -1,0 +1,326 @@
+"""Weights and optimizer state for another number of ranks or another backend, in coordinates of the full parameters.
+
+    FOLDER/TAG/gap/portable_R.safetensors    what rank R owns, as vectors:
+        weight:NAME     its piece of a parameter, as the optimizer updates it
+        exp_avg:NAME    its piece of each moment, by the optimizer's own name for it
+        buffer:NAME     rank 0: a buffer, whole
+    metadata
+        pieces          {NAME: [start, numel]} of the flattened parameter
+        numbers         {NAME: {"step": 5}}: optimizer state that is not per weight
+        groups          settings of the parameter groups that are numbers, such as the learning rate of the next step
+
+A piece that several ranks hold is written once. Each rank of the run that goes on reads the ranges that overlap its own
+pieces, whichever files they are in. Nothing is gathered, neither here nor there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gap_ds.checkpoint.folder import VectorFile
+from gap_ds.sharding.backends import Backend
+from gap_ds.sharding.comm import Comm, by_rank, together
+from gap_ds.sharding.shard import Shard, local
+
+FORMAT = "gap_ds.portable"
+VERSION = 1
+
+
+def exists(folder: Path) -> bool:
+    """Whether a checkpoint was saved with `portable=True`."""
+    return any(folder.glob("portable_*.safetensors"))
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+def write(folder: Path, backend: Backend, buffers: Mapping[str, Tensor], world: Comm) -> None:
+    """Writes this rank's pieces. All ranks must call this.
+
+    Raises:
+        ValueError: the optimizer's state is not one value per weight, or the disk refused a file; on all ranks.
+    """
+    comm, shards = backend.comm, backend.shards()
+    ranges = by_rank([(shard.start, shard.numel) for shard in shards], comm)
+    own = [s for s, held in zip(shards, ranges, strict=True) if s.numel and _first_with(held, comm.rank) == comm.rank]
+    path = folder / f"portable_{comm.rank}.safetensors"
+    kept = buffers if world.rank == 0 else {}
+    together(world, lambda: _write(path, own, backend.optimizer, kept, comm.size) if comm.writes else None)
+
+
+def _first_with(held: Sequence[Sequence[int]], rank: int) -> int:
+    """The first rank that holds the same piece, of [starts, numels]."""
+    pieces = list(zip(*held, strict=True))
+    return pieces.index(pieces[rank])
+
+
+def _write(
+    path: Path, shards: list[Shard], optimizer: torch.optim.Optimizer, buffers: Mapping[str, Tensor], files: int
+) -> None:
+    vectors: dict[str, Tensor] = {}
+    numbers: dict[str, dict[str, float]] = {}
+    for shard in shards:
+        vectors[f"weight:{shard.name}"] = shard.weight()
+        state, moments = optimizer.state.get(shard.owner(), {}), dict(shard.named_moments(optimizer))
+        vectors |= {f"{kind}:{shard.name}": moment for kind, moment in moments.items()}
+        rest = {kind: value for kind, value in state.items() if kind not in moments and value is not None}
+        numbers[shard.name] = {kind: _number(kind, value, optimizer) for kind, value in rest.items()}
+    vectors |= {f"buffer:{name}": buffer.detach().reshape(-1) for name, buffer in buffers.items()}
+    metadata = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "files": str(files),
+        "pieces": json.dumps({shard.name: [shard.start, shard.numel] for shard in shards}),
+        "numbers": json.dumps(numbers),
+        "groups": json.dumps([_settings(group) for group in optimizer.param_groups]),
+    }
+    file = VectorFile(path, metadata, {key: (vector.dtype, vector.numel()) for key, vector in vectors.items()})
+    for vector in vectors.values():
+        file.append(vector)
+    file.close()
+
+
+def _number(kind: str, value: Any, optimizer: torch.optim.Optimizer) -> float:
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.dim():
+        return float(value)
+    if isinstance(value, int | float):
+        return value
+    raise ValueError(
+        f"portable=True: {type(optimizer).__name__} keeps {kind}, which is neither one value per weight nor one "
+        "number, so it cannot be cut in another way. Save without portable, or use another optimizer."
+    )
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a parameter group is a number, or a few; `step` is the optimizer's own business."""
+    plain = {
+        key: float(value) if isinstance(value, Tensor) else value for key, value in group.items() if key != "params"
+    }
+    return {
+        key: value
+        for key, value in plain.items()
+        if key != "step"
+        and all(
+            isinstance(v, int | float) and not isinstance(v, bool)
+            for v in (value if isinstance(value, list | tuple) else [value])
+        )
+    }
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _File:
+    """One rank's file, with its header checked."""
+
+    path: Path
+    tensors: Any
+    lengths: Mapping[str, int]
+    files: int
+    pieces: Mapping[str, tuple[int, int]]
+    numbers: Mapping[str, Mapping[str, float]]
+    groups: Sequence[Mapping[str, Any]]
+
+    @staticmethod
+    def of(path: Path, tensors: Any) -> _File:
+        """ValueError: it is no such file, or its header is damaged."""
+        metadata = tensors.metadata() or {}
+        if metadata.get("format") != FORMAT or metadata.get("version") != str(VERSION):
+            raise ValueError(f"{path}: is no file of the kind {FORMAT}, version {VERSION}")
+        try:
+            lengths = {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118
+            flat = {key: int(shape[0]) for key, shape in lengths.items() if len(shape) == 1}
+            pieces = {str(k): (int(start), int(n)) for k, (start, n) in json.loads(metadata["pieces"]).items()}
+            numbers = {
+                str(k): {str(kind): float(value) for kind, value in row.items()}
+                for k, row in json.loads(metadata["numbers"]).items()
+            }
+            groups = [dict(group) for group in json.loads(metadata["groups"])]
+            files = int(metadata["files"])
+        except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+            raise ValueError(f"{path}: its header is damaged") from None
+        for key in flat:
+            kind, _, name = key.partition(":")
+            if kind != "buffer" and flat[key] != pieces.get(name, (0, -1))[1]:
+                raise ValueError(f"{path}: {key} does not have the size of its piece: it is damaged")
+        return _File(path, tensors, flat, files, pieces, numbers, groups)
+
+    def kinds(self, name: str) -> set[str]:
+        """The moments that it has of a parameter."""
+        kinds = {key.removesuffix(f":{name}") for key in self.lengths if key.endswith(f":{name}")}
+        return {kind for kind in kinds if ":" not in kind} - {"weight", "buffer"}
+
+
+def read(folder: Path, backend: Backend, buffers: Mapping[str, Tensor], world: Comm) -> None:
+    """Sets weights, optimizer state and buffers of this rank; the caller makes them known. All ranks must call this.
+
+    Raises:
+        ValueError: the files do not hold what this model and optimizer need; nothing was changed. On all ranks alike.
+    """
+    with contextlib.ExitStack() as stack:
+        files = together(world, lambda: list(_open(folder, stack)))
+        shards, optimizer = backend.shards(), backend.optimizer
+        together(world, lambda: _check(folder, files, shards, buffers, optimizer))
+        together(world, lambda: _restore(files, shards, buffers, optimizer))
+
+
+def _open(folder: Path, stack: contextlib.ExitStack) -> Iterator[_File]:
+    for path in sorted(folder.glob("portable_*.safetensors")):
+        try:
+            yield _File.of(path, stack.enter_context(safe_open(path, framework="pt")))
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{path}: the file is truncated or damaged ({error}). Use an earlier checkpoint."
+            ) from None
+
+
+def _check(
+    folder: Path,
+    files: list[_File],
+    shards: list[Shard],
+    buffers: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Everything that can be wrong, before anything is changed."""
+    if any(file.files != len(files) for file in files):
+        raise ValueError(f"{folder}: holds {len(files)} of {files[0].files} portable files")
+    for shard in shards:
+        ranges = sorted(overlap[2:] for overlap in _overlaps(files, "weight", shard))
+        if sum(numel for _, numel in ranges) != shard.numel or len({lo for lo, _ in ranges}) != len(ranges):
+            raise ValueError(
+                f"{folder}: its portable files do not hold {shard.name}: it is damaged, or another model's"
+            )
+    for name, buffer in buffers.items():
+        if files[0].lengths.get(f"buffer:{name}") != buffer.numel():
+            raise ValueError(f"{folder}: its portable files do not hold the buffer {name}")
+    if len(files[0].groups) != len(optimizer.param_groups):
+        raise ValueError(
+            f"{folder}: was saved with {len(files[0].groups)} parameter groups, and the optimizer now has "
+            f"{len(optimizer.param_groups)}. Build it with the same groups in the same order."
+        )
+
+
+class Weights(Mapping[str, Tensor]):
+    """Parameters and buffers of a checkpoint's portable files, each put together when it is asked for, on the CPU.
+
+    Args:
+        shapes: of what the caller will ask for; the files hold vectors.
+    Raises:
+        ValueError: a file is truncated or damaged or missing, or `shapes` lacks one that is asked for, or is wrong.
+    """
+
+    def __init__(self, folder: Path, shapes: Mapping[str, tuple[int, ...]], stack: contextlib.ExitStack) -> None:
+        self._folder, self._shapes, self._files = folder, shapes, list(_open(folder, stack))
+        if any(file.files != len(self._files) for file in self._files):
+            raise ValueError(f"{folder}: holds {len(self._files)} of {self._files[0].files} portable files")
+        self._buffers = {
+            key.removeprefix("buffer:"): file
+            for file in self._files
+            for key in file.lengths
+            if key.startswith("buffer:")
+        }
+        self._names = dict.fromkeys([name for file in self._files for name in file.pieces] + list(self._buffers))
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        if (shape := self._shapes.get(name)) is None:
+            raise ValueError(f"{self._folder}: its portable files do not say the shape of {name}. Set --model.")
+        if name in self._buffers:
+            vector: Tensor = self._buffers[name].tensors.get_tensor(f"buffer:{name}")
+        else:
+            whole = Shard(name, shape, 0, math.prod(shape), 0, torch.Tensor)
+            pieces = sorted(_overlaps(self._files, "weight", whole), key=lambda overlap: overlap[2])
+            found = [file.tensors.get_slice(f"weight:{name}")[at : at + n] for file, at, _, n in pieces]
+            vector = torch.cat(found) if found else torch.empty(0)
+        if vector.numel() != math.prod(shape):
+            raise ValueError(f"{self._folder}: its portable files do not hold {name} in the shape {shape}")
+        return vector.view(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _overlaps(files: list[_File], kind: str, shard: Shard) -> Iterator[tuple[_File, int, int, int]]:
+    """(file, where in its piece, where in this rank's piece, how many) of what both have of a vector."""
+    for file in files:
+        start, numel = file.pieces.get(shard.name, (0, 0))
+        lo, hi = max(start, shard.start), min(start + numel, shard.start + shard.numel)
+        if lo < hi and f"{kind}:{shard.name}" in file.lengths:
+            yield file, lo - start, lo - shard.start, hi - lo
+
+
+@torch.no_grad()
+def _restore(
+    files: list[_File], shards: list[Shard], buffers: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+) -> None:
+    for shard in shards:
+        _fill(shard.weight(), files, "weight", shard)
+    for name, buffer in buffers.items():
+        buffer.copy_(files[0].tensors.get_tensor(f"buffer:{name}").view(buffer.shape))
+    for group, saved in zip(optimizer.param_groups, files[0].groups, strict=True):
+        for key, value in saved.items():
+            _set(group, key, value)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    owners: dict[int, tuple[Tensor, list[Shard]]] = {}
+    for shard in shards:
+        # An owner of which this rank has nothing still counts steps, where the optimizer holds it.
+        if shard.trainable and (shard.numel or id(shard.owner()) in held):
+            owners.setdefault(id(shard.owner()), (shard.owner(), []))[1].append(shard)
+    for owner, own in owners.values():
+        _restore_state(files, owner, own, optimizer)
+
+
+def _restore_state(files: list[_File], owner: Tensor, shards: list[Shard], optimizer: torch.optim.Optimizer) -> None:
+    """The optimizer's state of one tensor that it updates; none, if none was saved of what lies in it."""
+    kinds = {kind for shard in shards for file in files for kind in file.kinds(shard.name)}
+    numbers: dict[str, float] = {}
+    for name, file in ((shard.name, file) for shard in shards for file in files):
+        for kind, value in file.numbers.get(name, {}).items():
+            # A flat buffer has one count for all of its parameters.
+            numbers[kind] = max(value, numbers.get(kind, value))
+    optimizer.state.pop(owner, None)
+    if not kinds and not numbers:
+        return
+    state = optimizer.state[owner]
+    for kind, value in numbers.items():
+        state[kind] = _as_state(value, owner, optimizer)
+    for kind in sorted(kinds):
+        state[kind] = torch.zeros_like(owner, requires_grad=False)
+        for shard in shards:
+            _fill(shard.of(state[kind]), files, kind, shard)
+
+
+def _fill(vector: Tensor, files: list[_File], kind: str, shard: Shard) -> None:
+    for file, theirs, ours, numel in _overlaps(files, kind, shard):
+        saved = file.tensors.get_slice(f"{kind}:{shard.name}")[theirs : theirs + numel]
+        vector[ours : ours + numel].copy_(saved)
+
+
+def _as_state(value: float, owner: Tensor, optimizer: torch.optim.Optimizer) -> Any:
+    """A number as the optimizer keeps it: PyTorch's own have tensors, others plain numbers."""
+    if not type(optimizer).__module__.startswith("torch."):
+        return int(value) if value == int(value) else value
+    on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    return torch.tensor(float(value), dtype=torch.float32, device=local(owner).device if on_device else "cpu")
+
+
+def _set(group: dict[str, Any], key: str, value: Any) -> None:
+    if isinstance(group.get(key), Tensor):
+        group[key].fill_(value)
+    elif key in group:
+        group[key] = tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,373 @@
+"""The forms of a linear layer for inference: modules that take the place of an `nn.Linear`.
+
+    csr     on a CPU: compressed rows with 32-bit indices, multiplied in fp32 or fp64 (bf16 and fp16 in fp32)
+    packed  on a CPU: dense in the blocked layout of oneDNN, as torch.compile packs the weights of a frozen model; also
+            for layers that are not sparse, such as the output projection
+    2:4     on an NVIDIA GPU of capability 8.0 or later: semi-structured, for weights that have the pattern
+
+The product of csr is W @ x^T with x^T laid out by rows: a weight meets neighbours in memory, the same column of all
+rows. Many rows are multiplied a few at a time, so that x^T stays in the cache. In fp32 the loops of gap_ds/cpu.c do
+it, where there is a compiler; else MKL does. Layers of compressed rows that are called one after the other with the
+same input, such as those of q, k and v, can be joined: the first call computes all of them.
+
+Which form is fastest is the matter of gap_ds/inference/tuning.py.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gap_ds.masks import cpu
+
+
+@contextmanager
+def _no_beta_warning() -> Iterator[None]:
+    """torch warns of its CSR tensors once in a process; what is used of them here is tested here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        yield
+
+
+class CSRLinear(nn.Module):
+    """An `nn.Linear` whose weight is held by compressed rows: x (..., I) -> (..., O), contiguous, in the dtype of x.
+
+    Moves between devices and dtypes, is copied and pickled as other modules are. In its state dict is the dense weight,
+    with pruned weights at +0.0.
+    """
+
+    crow: Tensor  # (O + 1,) int32
+    col: Tensor  # (kept,) int32
+    values: Tensor  # (kept,) in the layer's dtype
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        with _no_beta_warning():
+            matrix = linear.weight.detach().to_sparse_csr()
+        self.register_buffer("crow", matrix.crow_indices().int(), persistent=False)
+        self.register_buffer("col", matrix.col_indices().int(), persistent=False)
+        self.register_buffer("values", matrix.values(), persistent=False)
+        self.bias: nn.Parameter | None = linear.bias
+        self._build()
+
+    @property
+    def weight(self) -> Tensor:
+        """(O, I) in CSR layout, for code that asks for its dtype or device."""
+        return self._csr(self.values)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):  # would cast the operands to a dtype that has no such product
+            with torch.autocast(x.device.type, enabled=False):
+                return self.forward(x)
+        (y,) = _product(self._matrix, self._bias, x, [self.out_features])
+        return _shaped(y, x)
+
+    def _build(self) -> None:
+        # There is no product in a smaller dtype than fp32; for fp32 these are no copies.
+        dtype = torch.float64 if self.values.dtype == torch.float64 else torch.float32
+        self._matrix = self._csr(self.values.to(dtype))
+        self._bias = None if self.bias is None else self.bias.detach().to(dtype).contiguous()
+
+    def _csr(self, values: Tensor) -> Tensor:
+        with _no_beta_warning():
+            size = (self.out_features, self.in_features)
+            return torch.sparse_csr_tensor(self.crow, self.col, values, size, check_invariants=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CSRLinear:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._build()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_matrix", "_bias")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._build()
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination[prefix + "weight"] = self.weight.to_dense()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, kept={self.values.numel()}"
+
+
+def _product(matrix: Tensor, bias: Tensor | None, x: Tensor, outputs: Sequence[int]) -> tuple[Tensor, ...]:
+    """matrix (O, I) times x (..., I), R rows of it, in the dtype of the matrix: (R, o), contiguous, for o in outputs.
+
+    outputs: how many rows of the matrix, one after the other, belong to each part.
+    """
+    rows = x.reshape(-1, matrix.shape[1]).to(matrix.dtype)
+    has_loops = matrix.dtype == torch.float32 and matrix.device.type == "cpu" and not _is_traced(rows)
+    if has_loops and (loops := cpu.library()) is not None:
+        weights = matrix.crow_indices(), matrix.col_indices(), matrix.values()
+        return loops.multiply(*weights, bias, rows.contiguous(), outputs)
+    if rows.shape[0] == 1:
+        y = torch.mv(matrix, rows[0]) if bias is None else torch.addmv(bias, matrix, rows[0])
+        return tuple(part[None] for part in torch.split(y, list(outputs)))
+    parts = tuple(rows.new_empty(rows.shape[0], size) for size in outputs)
+    for start, end in cpu.row_blocks(rows.shape[0], rows.shape[1], rows.element_size()):
+        columns = rows[start:end].t().contiguous()
+        if bias is None:
+            y = torch.mm(matrix, columns)
+        else:
+            y = torch.addmm(bias[:, None].expand(-1, end - start), matrix, columns)
+        for part, piece in zip(parts, torch.split(y, list(outputs)), strict=True):
+            part[start:end] = piece.t()
+    return parts
+
+
+def _is_traced(x: Tensor) -> bool:
+    """Whether more is wanted of a product than its numbers: a history, or operators that a compiler sees."""
+    return (x.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling() or x.device.type != "cpu"
+
+
+def _shaped(y: Tensor, x: Tensor) -> Tensor:
+    """A product (R, O) as the layer returns it: (..., O), contiguous, since callers of nn.Linear rely on it."""
+    return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
+
+
+def csr(linear: nn.Linear) -> CSRLinear | None:
+    """The layer by compressed rows; None where torch cannot multiply them."""
+    weight = linear.weight
+    if weight.device.type != "cpu" or not weight.is_floating_point() or weight.numel() >= 2**31:
+        return None
+    try:
+        with torch.no_grad():
+            made = CSRLinear(linear)
+            made(weight.new_zeros(2, linear.in_features))  # without loops, a torch without MKL says so here
+        return made
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
+class JoinedLinear(CSRLinear):
+    """A layer by compressed rows that gets the same input as others, which are called right after one another.
+
+    The first of them multiplies the rows of all, and each of the others fetches its part. It does so once, and only if
+    its input is the tensor that was multiplied, not changed since (in inference mode, where changes are not counted: if
+    it has equal values); otherwise it computes its own product. So any order of calls, other inputs, inputs changed in
+    place and calls from several threads give what separate layers give. Only changes that torch does not count, by
+    `.data` or NumPy and between two of the layers, would go unseen. What is held lives until all parts are fetched, or
+    the first layer is called again.
+    """
+
+    def __init__(self, layer: nn.Linear | CSRLinear, join: _Join, place: int) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        made = layer if isinstance(layer, CSRLinear) else CSRLinear(layer)
+        for name in ("crow", "col", "values"):
+            self.register_buffer(name, getattr(made, name), persistent=False)
+        self.bias = made.bias
+        self._join, self._place = join, place
+        self._build()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return self.forward(x)
+        # A copy has no history, and a compiler would take what is held for a constant.
+        if _is_traced(x):
+            return super().forward(x)
+        y = self._join.fetch(self._place, x) if self._place else self._join.multiply(x)
+        return super().forward(x) if y is None else _shaped(y, x)
+
+    def _build(self) -> None:
+        super()._build()
+        self._join.reset()
+
+
+class _Join:
+    """What joined layers have in common: their rows one below the other, and the parts that are not yet fetched."""
+
+    def __init__(self) -> None:
+        self.layers: list[JoinedLinear] = []
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets what was made of the layers; the next product makes it anew."""
+        self._stack: tuple[Tensor, Tensor | None] | None = None
+        self._held: _Held | None = None
+
+    def multiply(self, x: Tensor) -> Tensor | None:
+        """The first layer's part of the product; the others' are held. None if the layers have drifted apart."""
+        stack = self._stack or self._build()
+        if stack is None:
+            return None
+        first, *others = _product(*stack, x, [layer.out_features for layer in self.layers])
+        held, version = (x.clone(), None) if x.is_inference() else (x, x._version)
+        self._held = _Held(held, version, torch.is_inference_mode_enabled(), dict(enumerate(others, start=1)))
+        return first
+
+    def fetch(self, place: int, x: Tensor) -> Tensor | None:
+        held = self._held  # read once: another thread may put another there
+        if held is None or not held.is_of(x):
+            return None
+        y = held.left.pop(place, None)
+        if not held.left and self._held is held:
+            self._held = None
+        return y
+
+    def _build(self) -> tuple[Tensor, Tensor | None] | None:
+        """Stacks the layers' rows and biases; None if dtypes, devices or biases no longer agree."""
+        layers = self.layers
+        if len({(layer._matrix.dtype, layer.values.device, layer._bias is None) for layer in layers}) > 1:
+            return None
+        with _BUILDING:
+            kept = [layer.values.numel() for layer in layers]
+            starts = [sum(kept[:i]) for i in range(len(layers))]
+            crows = [layers[0].crow[:1], *(layer.crow[1:] + at for layer, at in zip(layers, starts, strict=True))]
+            col = torch.cat([layer.col for layer in layers])
+            values = torch.cat([layer._matrix.values() for layer in layers])
+            size = (sum(layer.out_features for layer in layers), layers[0].in_features)
+            with _no_beta_warning():
+                matrix = torch.sparse_csr_tensor(torch.cat(crows), col, values, size, check_invariants=False)
+            for layer, own_col, own in zip(layers, torch.split(col, kept), torch.split(values, kept), strict=True):
+                layer.col = own_col  # a view: the layers hold nothing twice
+                layer.values = own if layer.values.dtype == own.dtype else layer.values
+                layer._matrix = layer._csr(own)
+            biases = [layer._bias for layer in layers if layer._bias is not None]
+            self._stack = matrix, torch.cat(biases) if biases else None
+            return self._stack
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"layers": self.layers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.layers = state["layers"]
+        self.reset()
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A product of all.
+
+    x: what was multiplied, held so that no other tensor can be taken for it; if it was made in inference mode and so
+        has no version, a copy.
+    version: of x then, which torch counts up when it is changed in place.
+    inference: whether the product was made in inference mode.
+    left: the part of each place that has not fetched it.
+    """
+
+    x: Tensor
+    version: int | None
+    inference: bool
+    left: dict[int, Tensor]
+
+    def is_of(self, x: Tensor) -> bool:
+        if self.inference != torch.is_inference_mode_enabled():
+            return False
+        if self.version is not None:
+            return self.x is x and x._version == self.version
+        return self.x.dtype == x.dtype and self.x.shape == x.shape and torch.equal(self.x, x)
+
+
+_BUILDING = threading.Lock()
+
+
+def joined(layers: Sequence[CSRLinear]) -> list[JoinedLinear]:
+    """The layers as one product, to be called in this order; ValueError if that cannot be.
+
+    They hold the same weights as those given, and those hold them as before.
+    """
+    first = layers[0]
+    if any((layer.in_features, layer.values.dtype) != (first.in_features, first.values.dtype) for layer in layers):
+        raise ValueError("layers that are joined have the same input dimension and dtype.")
+    if sum(layer.values.numel() for layer in layers) >= 2**31 or len({layer.bias is None for layer in layers}) > 1:
+        raise ValueError("layers that are joined all have a bias or none, and fewer than 2^31 weights.")
+    join = _Join()
+    join.layers = [JoinedLinear(layer, join, place) for place, layer in enumerate(layers)]
+    return join.layers
+
+
+class PackedLinear(nn.Module):
+    """An `nn.Linear` with a second copy of its weight, in the layout that oneDNN multiplies fastest.
+
+    The weight stays for the state dict and for those that it is tied to. Under autocast it is an `nn.Linear`.
+
+    Args:
+        rows: of activations that it mostly sees at once; any number is right.
+    """
+
+    def __init__(self, linear: nn.Linear, rows: int = 1) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self._rows = linear.in_features, linear.out_features, rows
+        self.weight, self.bias = linear.weight, linear.bias
+        self._build()
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed = self._packed
+        if packed is None or x.dtype != packed.dtype or x.numel() == 0 or torch.is_autocast_enabled(x.device.type):
+            return nn.functional.linear(x, self.weight, self.bias)
+        rows = x.reshape(-1, self.in_features)
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(rows, packed, self.bias, "none", [], "")
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _build(self) -> None:
+        self._packed: Tensor | None = None
+        if self.weight.device.type != "cpu" or self.weight.dtype not in (torch.float32, torch.bfloat16):
+            return
+        with torch.no_grad(), torch.inference_mode(False):  # oneDNN takes no tensors that inference mode has made
+            weight = self.weight.clone() if self.weight.is_inference() else self.weight.detach()
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, self._rows)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._build()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_packed"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._build()
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def packed(linear: nn.Linear, rows: int) -> nn.Module | None:
+    """The layer packed for oneDNN; None where this torch, CPU or dtype has no such product."""
+    if linear.weight.numel() == 0:
+        return None
+    try:
+        made = PackedLinear(linear, rows)
+        with torch.inference_mode():
+            made(linear.weight.new_zeros(2, linear.in_features))
+        return made if made._packed is not None else None
+    except (RuntimeError, AttributeError, NotImplementedError):  # the operators are torch's own, not its interface
+        return None
+
+
+def is_2_of_4(weight: Tensor) -> bool:
+    """Whether of every 4 neighbours along the input dimension at most 2 are not zero; weight (O, I)."""
+    if weight.dim() != 2 or weight.shape[1] % 4:
+        return False
+    return not bool(((weight != 0).reshape(-1, 4).sum(dim=1) > 2).any())
+
+
+def semi_structured(linear: nn.Linear) -> nn.Module | None:
+    """The layer with a 2:4 weight; None where the pattern, the dtype, the sizes or the device do not allow it."""
+    weight = linear.weight.detach()
+    if not weight.is_cuda or torch.version.cuda is None or torch.cuda.get_device_capability(weight.device) < (8, 0):
+        return None
+    if weight.dtype not in (torch.float16, torch.bfloat16) or not is_2_of_4(weight):
+        return None
+    try:
+        made = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+        made.weight = nn.Parameter(torch.sparse.to_sparse_semi_structured(weight), requires_grad=False)
+        made.bias = linear.bias
+        made.eval()(weight.new_zeros(2, linear.in_features))
+        return made
+    except (RuntimeError, NotImplementedError, ValueError):  # torch names no other way to ask for the sizes it takes
+        return None

@@ -1,0 +1,149 @@
+/* The inner loops of masks, of the selection and of sparse inference on a CPU. gap_ds/masks/cpu.py compiles this file for the
+   machine it runs on; vectors are those of GCC and Clang, which split them where the processor has shorter ones. */
+
+#include <stdint.h>
+
+/* -- masks: of a piece the words whose bit is 0 become 0, in place ------------------------------------------------- */
+
+/* Eight weights share a byte, so a vector of eight words is compared with the eight bits, all of them at once. */
+#define ZERO_PRUNED(BITS)                                                                                             \
+    typedef uint##BITS##_t words##BITS __attribute__((vector_size(BITS), aligned(BITS / 8), may_alias));              \
+    void zero_pruned_##BITS(uint##BITS##_t *words, const uint8_t *mask, int64_t count) {                              \
+        const words##BITS bits = {1, 2, 4, 8, 16, 32, 64, 128};                                                       \
+        for (int64_t i = 0; i < count / 8; i++) {                                                                     \
+            words##BITS *eight = (words##BITS *)(words + 8 * i);                                                      \
+            *eight &= (words##BITS)((((words##BITS){0} + mask[i]) & bits) == bits);                                   \
+        }                                                                                                             \
+        for (int64_t i = count / 8 * 8; i < count; i++)                                                               \
+            words[i] &= (uint##BITS##_t)0 - (uint##BITS##_t)(mask[i / 8] >> i % 8 & 1);                               \
+    }
+
+ZERO_PRUNED(16)
+ZERO_PRUNED(32)
+ZERO_PRUNED(64)
+
+/* -- selection: passes over the keys of a piece's weights ---------------------------------------------------------- */
+
+/* Bits of fp32 numbers without their sign, which have the order of the magnitudes; -1 for a NaN. */
+void magnitude_keys(const int32_t *bits, int64_t count, int32_t *keys) {
+    for (int64_t i = 0; i < count; i++) {
+        int32_t magnitude = bits[i] & 0x7FFFFFFF;
+        keys[i] = magnitude > 0x7F800000 ? -1 : magnitude;
+    }
+}
+
+/* counts[(key >> shift) - base] += 1 for every key. */
+void count_keys(const int32_t *keys, int64_t count, int64_t shift, int64_t base, int64_t *counts) {
+    for (int64_t i = 0; i < count; i++) counts[(keys[i] >> shift) - base]++;
+}
+
+/* How many keys have the prefix (key >> shift); `found`, with room for all keys, begins with them in their order. Few do,
+   so sixteen keys are looked at together, and one by one only if one of them does. */
+int64_t keys_with(const int32_t *keys, int64_t count, int64_t shift, int64_t prefix, int32_t *found) {
+    int64_t many = 0, i = 0;
+    for (; i + 16 <= count; i += 16) {
+        int any = 0;
+        for (int j = 0; j < 16; j++) any |= keys[i + j] >> shift == (int32_t)prefix;
+        for (int j = 0; any && j < 16; j++) {
+            found[many] = keys[i + j];
+            many += keys[i + j] >> shift == (int32_t)prefix;
+        }
+    }
+    for (; i < count; i++) {
+        found[many] = keys[i];
+        many += keys[i] >> shift == (int32_t)prefix;
+    }
+    return many;
+}
+
+/* Bits of the keys above the limit. */
+void pack_above(const int32_t *keys, int64_t count, int64_t limit, uint8_t *bits) {
+    for (int64_t i = 0; i < count / 8; i++) {
+        uint8_t byte = 0;
+        for (int j = 0; j < 8; j++) byte |= (keys[8 * i + j] > (int32_t)limit) << j;
+        bits[i] = byte;
+    }
+    if (count % 8) bits[count / 8] = 0;
+    for (int64_t i = count / 8 * 8; i < count; i++) bits[i / 8] |= (keys[i] > (int32_t)limit) << i % 8;
+}
+
+/* -- compressed rows (W: outputs x inputs) times activations (x: rows x inputs) ------------------------------------ */
+
+/* x^T, `width` columns wide: those beyond the rows are 0. Sixteen inputs at a time are one cache line of x. */
+void transpose(const float *x, int64_t rows, int64_t inputs, int64_t width, float *xt) {
+    for (int64_t first = 0; first < inputs; first += 16) {
+        int64_t count = inputs - first < 16 ? inputs - first : 16;
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t i = 0; i < count; i++) xt[(first + i) * width + r] = x[r * inputs + first + i];
+        for (int64_t i = 0; i < count; i++)
+            for (int64_t r = rows; r < width; r++) xt[(first + i) * width + r] = 0;
+    }
+}
+
+typedef float four __attribute__((vector_size(16), aligned(4), may_alias));
+typedef float eight __attribute__((vector_size(32), aligned(4), may_alias));
+typedef float sixteen __attribute__((vector_size(64), aligned(4), may_alias));
+
+/* y[r, o - from] = bias[o] + sum over the weights k of row o: values[k] * x[r, col[k]], for outputs from <= o < to. The
+   sums of one output and all rows stay in registers, in as many chains as it takes not to wait for the last addition.
+   Sixteen outputs are turned into lines of y together. */
+#define MULTIPLY(VECTOR, COUNT, CHAINS)                                                                               \
+    static void multiply_##VECTOR##_##COUNT(                                                                          \
+        const int32_t *crow, const int32_t *col, const float *values, const float *bias, const float *xt,             \
+        int64_t rows, int64_t from, int64_t to, float *y, int64_t stride) {                                           \
+        enum { WIDTH = sizeof(VECTOR) / sizeof(float) * COUNT };                                                      \
+        for (int64_t first = from; first < to; first += 16) {                                                         \
+            VECTOR tile[16][COUNT];                                                                                   \
+            int64_t outputs = to - first < 16 ? to - first : 16;                                                      \
+            for (int64_t o = 0; o < outputs; o++) {                                                                   \
+                VECTOR sum[CHAINS][COUNT] = {{{0}}};                                                                  \
+                int64_t k = crow[first + o], end = crow[first + o + 1];                                               \
+                for (; k + CHAINS <= end; k += CHAINS)                                                                \
+                    for (int i = 0; i < CHAINS; i++)                                                                  \
+                        for (int c = 0; c < COUNT; c++)                                                               \
+                            sum[i][c] += values[k + i] * ((const VECTOR *)(xt + (int64_t)col[k + i] * WIDTH))[c];     \
+                for (; k < end; k++)                                                                                  \
+                    for (int c = 0; c < COUNT; c++)                                                                   \
+                        sum[0][c] += values[k] * ((const VECTOR *)(xt + (int64_t)col[k] * WIDTH))[c];                 \
+                for (int c = 0; c < COUNT; c++) {                                                                     \
+                    tile[o][c] = sum[0][c] + (bias ? bias[first + o] : 0.0f);                                         \
+                    for (int i = 1; i < CHAINS; i++) tile[o][c] += sum[i][c];                                         \
+                }                                                                                                     \
+            }                                                                                                         \
+            for (int64_t r = 0; r < rows; r++)                                                                        \
+                for (int64_t o = 0; o < outputs; o++)                                                                 \
+                    y[r * stride + first - from + o] = ((const float *)tile[o])[r];                                   \
+        }                                                                                                             \
+    }
+
+MULTIPLY(four, 1, 8)
+MULTIPLY(eight, 1, 8)
+MULTIPLY(sixteen, 1, 6)
+MULTIPLY(sixteen, 2, 3)
+MULTIPLY(sixteen, 3, 2)
+MULTIPLY(sixteen, 4, 2)
+
+/* The same for a single row. */
+static void multiply_one(const int32_t *crow, const int32_t *col, const float *values, const float *bias,
+                         const float *x, int64_t from, int64_t to, float *y) {
+    for (int64_t o = from; o < to; o++) {
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int32_t k = crow[o]; k < crow[o + 1]; k++) sum += values[k] * x[col[k]];
+        y[o - from] = sum + (bias ? bias[o] : 0.0f);
+    }
+}
+
+/* xt is what `transpose` made, of one of these widths; stride: from one row of y to the next. */
+void multiply(const int32_t *crow, const int32_t *col, const float *values, const float *bias, const float *xt,
+              int64_t width, int64_t rows, int64_t from, int64_t to, float *y, int64_t stride) {
+    switch (width) {
+    case 1: multiply_one(crow, col, values, bias, xt, from, to, y); break;
+    case 4: multiply_four_1(crow, col, values, bias, xt, rows, from, to, y, stride); break;
+    case 8: multiply_eight_1(crow, col, values, bias, xt, rows, from, to, y, stride); break;
+    case 16: multiply_sixteen_1(crow, col, values, bias, xt, rows, from, to, y, stride); break;
+    case 32: multiply_sixteen_2(crow, col, values, bias, xt, rows, from, to, y, stride); break;
+    case 48: multiply_sixteen_3(crow, col, values, bias, xt, rows, from, to, y, stride); break;
+    case 64: multiply_sixteen_4(crow, col, values, bias, xt, rows, from, to, y, stride); break;
+    }
+}

@@ -1,0 +1,357 @@
+"""Exact top-k over shards: which weights of an entry are kept, decided without gathering anything.
+
+Every weight has an integer key, and a budget keeps its `keep` weights of largest key. Of equal keys the lowest (entry
+order, flat index) wins, so that a mask has exactly `keep` weights and does not depend on the number of ranks. A rank
+holds one contiguous piece of each entry (possibly empty).
+
+The k-th largest key is found by radix selection: three passes over the local weights, each a histogram of some bits of
+the keys and one all-reduce of (budgets x bins) counts for all budgets of a boundary at once. Where a budget does not
+take all ties, the piece in which it stops is found the same way, by the bits of where pieces begin. Whatever the size
+of the model and the number of ranks, nothing else travels.
+
+E pieces (one per entry, in plan order), G budgets, N weights of a piece, R ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gap_ds.masks import bitmask, cpu
+
+#: Bits of a 31-bit key that each pass looks at, from the most significant: (shift, bins).
+_PASSES = ((20, 2048), (10, 1024), (0, 1024))
+#: Bits of a piece's start that each pass over the ties looks at. Few, because what travels are 2^bits counts a budget.
+_START_BITS = 6
+#: Weights looked at at a time; bounds the scratch memory of a boundary. On a CPU their keys stay in a core's cache.
+_CHUNK = 1 << 18
+#: On an accelerator larger chunks amortise the launches.
+_DEVICE_CHUNK = 1 << 24
+#: Keys with the threshold's first bits are held on to while they are fewer than one in so many weights of their piece
+#: (2 bits per weight); otherwise they are found again in every pass.
+_FEW = 16
+
+#: Key of a weight that has no place in the order (NaN). Any such key stops the selection on all ranks.
+INVALID = -1
+#: Bits of infinity in fp32.
+_INFINITY = 0x7F800000
+
+
+#: (lo, hi) -> the int32 keys, in [0, 2^31), of the weights lo to hi of a piece, counted from its start.
+Keys = Callable[[int, int], Tensor]
+
+
+class Reduce(Protocol):
+    """What a selection needs from a group of ranks."""
+
+    def sum(self, counts: Tensor) -> Tensor:
+        """Elementwise sum over the ranks of an int64 tensor."""
+
+
+class Single:
+    """A group of one rank."""
+
+    def sum(self, counts: Tensor) -> Tensor:
+        return counts
+
+
+@dataclass(frozen=True)
+class Piece:
+    """This rank's weights [start, start + numel) of one entry, and how to get their keys."""
+
+    name: str
+    start: int
+    numel: int
+    keys: Keys
+    budget: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the keys are."""
+        return self.keys(0, 0).device
+
+    def chunks(self) -> Iterator[tuple[int, Tensor]]:
+        """(position in the piece, keys) chunk by chunk; every chunk but the last is a multiple of 8 long."""
+        size = _CHUNK if self.device.type == "cpu" else _DEVICE_CHUNK
+        for lo in range(0, self.numel, size):
+            yield lo, self.keys(lo, min(lo + size, self.numel))
+
+    @property
+    def passes(self) -> Passes:
+        """What looks at the keys."""
+        return _passes(self.device, self.numel)
+
+
+class Passes(Protocol):
+    """What is done to each chunk of weights or keys; `gap_ds.masks.cpu.Library` says what."""
+
+    def magnitude_keys(self, weights: Tensor) -> Tensor: ...
+    def count_keys_(self, counts: Tensor, keys: Tensor, shift: int, base: int) -> None: ...
+    def keys_with(self, keys: Tensor, shift: int, prefix: int) -> Tensor: ...
+    def pack_above(self, keys: Tensor, limit: int) -> Tensor: ...
+
+
+class _ByPyTorch:
+    def magnitude_keys(self, weights: Tensor) -> Tensor:
+        magnitude = weights.abs().view(torch.int32)
+        # Above the bits of infinity there are only NaN; all ones is INVALID. A masked_fill takes three times as long.
+        is_nan = (_INFINITY - magnitude).bitwise_right_shift_(31)
+        return magnitude.bitwise_or_(is_nan)
+
+    def count_keys_(self, counts: Tensor, keys: Tensor, shift: int, base: int) -> None:
+        counts += torch.bincount((keys >> shift).sub_(base), minlength=counts.numel())
+
+    def keys_with(self, keys: Tensor, shift: int, prefix: int) -> Tensor:
+        return keys.index_select(0, (keys >> shift == prefix).nonzero()[:, 0])
+
+    def pack_above(self, keys: Tensor, limit: int) -> Tensor:
+        return bitmask.pack(keys > limit)
+
+
+def _passes(device: torch.device, numel: int) -> Passes:
+    """Loops in C where they can be had and a piece of so many weights is worth compiling them; else PyTorch."""
+    if device.type == "cpu" and numel >= bitmask.COMPILED and (loops := cpu.library()) is not None:
+        return loops
+    return _ByPyTorch()
+
+
+def magnitude_keys(weights: Tensor) -> Keys:
+    """Keys that order the weights of a piece (N,) by magnitude.
+
+    The bit pattern of a non-negative fp32 number, read as an integer, has the order of the number; fp16 and bf16
+    convert exactly.
+
+    >>> magnitude_keys(torch.tensor([0.0, -1.0, 1.0, float("nan")]))(0, 4).tolist()
+    [0, 1065353216, 1065353216, -1]
+    """
+    passes = _passes(weights.device, weights.numel())
+
+    def keys(lo: int, hi: int) -> Tensor:
+        return passes.magnitude_keys(weights[lo:hi].float().contiguous())
+
+    return keys
+
+
+def only(keys: Keys, among: Tensor) -> Keys:
+    """Keys that put all weights outside a mask `among` (packed bits of the piece) below all weights inside it.
+
+    >>> among = bitmask.pack(torch.tensor([False, True, True]))
+    >>> only(magnitude_keys(torch.tensor([3.0, 0.0, 1.0])), among)(0, 3).tolist()
+    [0, 1, 1065353217]
+    """
+
+    def chosen(lo: int, hi: int) -> Tensor:
+        found = keys(lo, hi)
+        # A NaN outside the mask is nobody's business; inside it stays invalid. Infinity's key has room above it.
+        inside = found.clamp(max=2**31 - 2) + (found >= 0)
+        return torch.where(bitmask.unpack(among, hi - lo, start=lo), inside, 0)
+
+    return chosen
+
+
+def magnitudes(name: str, keys: Tensor) -> Tensor:
+    """The magnitudes (N,) in fp32 that have these keys; a view.
+
+    Raises:
+        ValueError: a weight is NaN.
+    """
+    if invalid := int((keys < 0).count_nonzero()):
+        raise _no_order(name, invalid)
+    return keys.view(torch.float32)
+
+
+def _no_order(name: str, invalid: int) -> ValueError:
+    return ValueError(
+        f"{name}: {invalid} weights are NaN, so their magnitudes have no order. The training has "
+        "diverged before this boundary: lower the learning rate, or resume from an earlier checkpoint."
+    )
+
+
+def random_keys(seed: int, name: str, start: int, device: torch.device) -> Keys:
+    """Keys from a counter-based hash of (seed, entry name, flat index): the same for any sharding and device.
+
+    The index passes through two rounds of multiply-xorshift (the finaliser of MurmurHash3, modulo 2^32), started from a
+    SHA-256 of seed and name.
+    """
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    a, b = (int.from_bytes(digest[i : i + 4], "little") for i in (0, 4))
+
+    def keys(lo: int, hi: int) -> Tensor:
+        x = torch.arange(start + lo, start + hi, dtype=torch.int64, device=device)
+        # Both halves of the index count: entries of more than 2^32 weights do not repeat.
+        x = (x ^ a) & 0xFFFFFFFF ^ ((x >> 32) * 0x9E3779B1 & 0xFFFFFFFF)
+        for constant in (0x85EBCA6B, 0xC2B2AE35, b | 1):
+            x ^= x >> 16
+            # The product of two 32-bit numbers may wrap around 2^63; its low 32 bits are right all the same.
+            x = (x * constant) & 0xFFFFFFFF
+        return ((x ^ (x >> 15)) >> 1).to(torch.int32)
+
+    return keys
+
+
+def select_largest(pieces: Sequence[Piece], keep: Sequence[int], reduce: Reduce) -> list[Tensor]:
+    """Bits of the kept weights of each piece: every budget's `keep` largest keys over all of its entries and ranks.
+
+    All ranks must call this with the same E names, budgets and `keep`.
+
+    Args:
+        pieces: this rank's piece of each of the E entries.
+        keep: for each of the G budgets, how many weights it keeps; at most the weights it has.
+    Returns:
+        E masks as `gap_ds.masks.bitmask` packs them, on the device of the keys.
+    Raises:
+        ValueError: on all ranks, if a key is invalid (a weight is NaN) or a budget exceeds its weights.
+    """
+    # Above all weights of a higher prefix are kept; `need` of those with the current prefix are still to be chosen.
+    prefix = torch.zeros(len(keep), dtype=torch.int64)
+    need = torch.tensor(list(keep), dtype=torch.int64)
+    ties = torch.zeros(len(keep), dtype=torch.int64)
+    candidates: list[_Candidates] = [partial(_all_keys, piece) for piece in pieces]
+    for shift, bins in _PASSES:
+        counts = reduce.sum(
+            _histogram(pieces, candidates, len(keep), prefix, shift, bins, first=shift == _PASSES[0][0])
+        )
+        if shift == _PASSES[0][0]:
+            _check(pieces, counts, need, reduce)
+        counts = counts[: len(keep), :bins]
+        # at_least[g, b]: candidates in bin b or above. The threshold's bin is the highest b with at_least >= need.
+        at_least = counts.flip(1).cumsum(1).flip(1)
+        chosen = (at_least >= need[:, None]).sum(1) - 1
+        ties = counts.gather(1, chosen[:, None])[:, 0]
+        need = need - (at_least.gather(1, chosen[:, None])[:, 0] - ties)
+        prefix = prefix * bins + chosen
+    quota = _tie_quota(pieces, candidates, prefix, need, reduce) if bool((ties > need).any()) else None
+    return [_mask(p, int(prefix[p.budget]), None if quota is None else quota[e]) for e, p in enumerate(pieces)]
+
+
+#: The keys of a piece that may still be the threshold, chunk by chunk.
+_Candidates = Callable[[], Iterator[Tensor]]
+
+
+def _all_keys(piece: Piece) -> Iterator[Tensor]:
+    return (keys for _, keys in piece.chunks())
+
+
+def _histogram(
+    pieces: Sequence[Piece],
+    candidates: list[_Candidates],
+    budgets: int,
+    prefix: Tensor,
+    shift: int,
+    bins: int,
+    first: bool,
+) -> Tensor:
+    """Local counts (G, bins) of the keys with the given prefix by their next bits; `candidates` are narrowed to these.
+
+    The first pass appends the invalid keys of each entry as further rows, so that one reduction tells all ranks.
+    """
+    rows = torch.zeros(budgets + (-(-len(pieces) // bins) if first else 0), bins, dtype=torch.int64)
+    invalid = rows[budgets:].view(-1)
+    for e, piece in enumerate(pieces):
+        passes, before = piece.passes, int(prefix[piece.budget])
+        counts = torch.zeros(1 + bins, dtype=torch.int64, device=piece.device)
+        # One block for all: small tensors kept between the large ones of each chunk would tear the heap to pieces.
+        found = torch.empty(0 if first else piece.numel // _FEW, dtype=torch.int32, device=piece.device)
+        seen = 0
+        for keys in candidates[e]():
+            if not first:
+                keys = passes.keys_with(keys, shift + bins.bit_length() - 1, before)
+            if (seen := seen + keys.numel()) <= found.numel():
+                found[seen - keys.numel() : seen] = keys
+            # An invalid key, met in the first pass alone, counts as one below bin 0.
+            passes.count_keys_(counts, keys, shift, before * bins - 1)
+        if seen <= found.numel():
+            candidates[e] = partial(iter, torch.split(found[:seen].clone(), _CHUNK))
+        rows[piece.budget] += counts[1:].cpu()
+        if first:
+            invalid[e] = counts[0]
+    return rows
+
+
+def _check(pieces: Sequence[Piece], counts: Tensor, keep: Tensor, reduce: Reduce) -> None:
+    """Refuses invalid keys and budgets that exceed the weights, alike on all ranks because `counts` is reduced."""
+    invalid = counts[len(keep) :].reshape(-1)[: len(pieces)]
+    if bool((invalid != 0).any()):
+        e = int(invalid.nonzero()[0, 0])
+        raise _no_order(pieces[e].name, int(invalid[e]))
+    available = counts[: len(keep)].sum(1)
+    if bool((keep > available).any()):
+        g = int((keep > available).nonzero()[0, 0])
+        raise ValueError(f"budget {g}: keep={int(keep[g])} exceeds its {int(available[g])} weights")
+
+
+def _tie_quota(
+    pieces: Sequence[Piece], candidates: Sequence[_Candidates], threshold: Tensor, need: Tensor, reduce: Reduce
+) -> list[int]:
+    """How many of the weights at the threshold each local piece may keep: the first `need` by (entry, flat index)."""
+    local = [
+        sum(int((keys == int(threshold[piece.budget])).count_nonzero()) for keys in some())
+        for piece, some in zip(pieces, candidates, strict=True)
+    ]
+    return _divide([p.start for p in pieces], [p.budget for p in pieces], local, need.tolist(), reduce)
+
+
+def _divide(
+    starts: Sequence[int], budgets: Sequence[int], ties: Sequence[int], need: Sequence[int], reduce: Reduce
+) -> list[int]:
+    """How many of its ties each local piece keeps, of the first need[g] of every budget by (entry, flat index).
+
+    A budget keeps all ties of its first entries, none of its last ones, and of one entry, the cut one, those up to a
+    place inside one piece. A sum of the ties over the ranks says which entry; the piece is found by the bits of its
+    start, from the most significant, as a threshold is by its own. Nothing that travels or is held grows with R.
+
+    Args:
+        starts, budgets, ties: of this rank's piece of each of the E entries: the flat index it begins at, its budget,
+            and its weights at the threshold.
+        need: ties that each of the G budgets keeps; at most as many as there are.
+    """
+    start, own = torch.tensor(starts, dtype=torch.int64), torch.tensor(ties, dtype=torch.int64)
+    # The sum also says how many bits the longest start has.
+    lengths = torch.zeros(64, dtype=torch.int64)
+    lengths[max((at.bit_length() for at, n in zip(starts, ties, strict=True) if n), default=0)] = 1
+    sums = reduce.sum(torch.cat([own, lengths]))
+    total, longest = sums[: len(ties)], int(sums[len(ties) :].nonzero()[-1])
+    left, wanted = list(need), torch.zeros_like(own)
+    for e, (budget, n) in enumerate(zip(budgets, total.tolist(), strict=True)):
+        wanted[e] = min(n, left[budget])
+        left[budget] -= min(n, left[budget])
+    quota = torch.where(wanted == total, own, 0)
+    if not len(cut := ((wanted > 0) & (wanted < total)).nonzero()[:, 0]):
+        return quota.tolist()
+    # `rest` ties are still to be kept of the pieces of a cut entry that begin with `prefix`.
+    start, own, rest, prefix = start[cut], own[cut], wanted[cut], torch.zeros_like(cut)
+    bins = 1 << _START_BITS
+    for shift in range((longest - 1) // _START_BITS * _START_BITS, -1, -_START_BITS):
+        rows = torch.zeros(len(cut), bins, dtype=torch.int64)
+        inside = torch.where(start >> (shift + _START_BITS) == prefix, own, 0)
+        counts = reduce.sum(rows.scatter_(1, (start >> shift & (bins - 1))[:, None], inside[:, None]))
+        before = counts.cumsum(1) - counts
+        chosen = (before < rest[:, None]).sum(1, keepdim=True) - 1
+        rest = rest - before.gather(1, chosen)[:, 0]
+        prefix = prefix * bins + chosen[:, 0]
+    # An empty piece may begin where the one with the last tie does.
+    quota[cut] = torch.where(start < prefix, own, torch.where(start == prefix, torch.minimum(own, rest), 0))
+    return quota.tolist()
+
+
+def _mask(piece: Piece, threshold: int, quota: int | None) -> Tensor:
+    """Bits of the weights above the threshold and of the first `quota` at it (all of them if None)."""
+    bits = torch.empty(bitmask.nbytes(piece.numel), dtype=torch.uint8, device=piece.device)
+    passes = piece.passes
+    for lo, keys in piece.chunks():
+        if quota:
+            kept = keys > threshold
+            at = (keys == threshold).nonzero()[:quota, 0]
+            kept[at] = True
+            quota -= at.numel()
+            packed = bitmask.pack(kept)
+        else:
+            packed = passes.pack_above(keys, threshold - (quota is None))
+        bits[lo // 8 : lo // 8 + len(packed)] = packed
+    return bits

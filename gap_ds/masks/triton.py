@@ -1,0 +1,79 @@
+"""A Triton kernel for masks on a GPU: bits in, zeros out, one launch for all pieces. `bitmask` has it in PyTorch.
+
+Importing this module needs triton, which comes with the CUDA builds of torch. P pieces, of N weights each.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+#: Weights of one program, a multiple of 8.
+_BLOCK = 4096
+
+_WORD = {2: tl.int16, 4: tl.int32, 8: tl.int64}
+
+
+# Not specialised, so that one compilation serves every number of pieces. Triton looks up annotations, too: they can be
+# names of its own only.
+@triton.jit(do_not_specialize=["pieces", "halvings"])  # type: ignore[untyped-decorator]
+def _store_zeros(
+    table: tl.tensor, pieces: tl.tensor, halvings: tl.tensor, word: tl.constexpr, block: tl.constexpr
+) -> None:
+    # The piece of this program is the last one whose first program does not come after it.
+    program = tl.program_id(0)
+    lowest = 0
+    highest = pieces - 1
+    for _ in range(halvings):
+        middle = (lowest + highest + 1) // 2
+        reached = tl.load(table + 4 * middle + 3) <= program
+        lowest = tl.where(reached, middle, lowest)
+        highest = tl.where(reached, highest, middle - 1)
+    row = table + 4 * lowest
+    start = (program - tl.load(row + 3)) * block
+    words = tl.load(row).to(tl.pointer_type(word)) + start
+    bits = tl.load(row + 1).to(tl.pointer_type(tl.uint8)) + start // 8
+    left = tl.load(row + 2) - start
+
+    at = tl.arange(0, block)
+    byte = tl.load(bits + at // 8, mask=at < left, other=255)
+    pruned = ((byte >> (at % 8).to(tl.uint8)) & 1) == 0
+    # Kept weights are neither read nor written.
+    tl.store(words + at, tl.zeros([block], word), mask=pruned)
+
+
+def zero_pruned_(pieces: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Zeroes the weights (N,) whose bit is not set, of pieces with their masks, all on one device and of one word size.
+
+    The launch is on the current stream, and nothing waits for the device. `bitmask` has the layout of the bits.
+    """
+    places = tuple((words.data_ptr(), bits.data_ptr(), words.numel()) for words, bits in pieces if words.numel())
+    if places:
+        words = pieces[0][0]
+        table, programs = _table(places, words.device)
+        # Triton launches on the current device, wherever its arguments are.
+        with torch.cuda.device_of(words):  # type: ignore[no-untyped-call]
+            _store_zeros[(programs,)](
+                table, len(places), (len(places) - 1).bit_length(), word=_WORD[words.element_size()], block=_BLOCK
+            )
+
+
+@functools.lru_cache(maxsize=64)
+def _table(places: tuple[tuple[int, int, int], ...], device: torch.device) -> tuple[Tensor, int]:
+    """What a launch needs to know, int64 (P, 4) on the device, and the number of its programs.
+
+    Of each piece: the address of its words, that of its bits, its weights, and the first of its programs. All follows
+    from addresses and lengths: a table that is found again is right, whichever tensors lie there by now.
+    """
+    rows, programs = [], 0
+    for words, bits, numel in places:
+        rows.append((words, bits, numel, programs))
+        programs += triton.cdiv(numel, _BLOCK)
+    # From pinned memory the copy waits for nothing that the device has yet to do.
+    table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return table.to(device, non_blocking=True), programs

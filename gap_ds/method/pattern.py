@@ -1,0 +1,192 @@
+"""Patterns: which sets of kept weights are legal. Unstructured, N of every M along the input dimension, whole blocks.
+
+A pattern is plain data with three pure functions: `misfit` (does it go with this shape), `budget` (the legal budget for
+a wanted one) and `mask` (scores of a whole entry, and a budget, to a mask). Of equal scores the lowest flat index wins.
+
+    2:4, Linear (2, 8)         block:1x4, Linear (2, 8)
+    | x . x . | . . x x |      | x x x x | . . . . |
+    | . x x . | x . . x |      | . . . . | x x x x |
+
+`dims` are an entry's output and input dimension. A dimension before both holds one matrix each (experts); dimensions
+after both are positions of a convolution's kernel: N:M takes each position for itself, a block covers the whole kernel.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from gap_ds.method.distribution import round_half_up
+
+#: Longest group of an N:M pattern; hardware and literature know up to 16.
+MAX_GROUP = 32
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Any set is legal. It needs no whole entry: `gap_ds.masks.selection` finds the same masks over shards."""
+
+    def __str__(self) -> str:
+        return "unstructured"
+
+    def misfit(self, shape: Sequence[int], dims: tuple[int, int]) -> str | None:
+        """None: it goes with every shape."""
+        return None
+
+    def budget(self, shape: Sequence[int], keep: int, dims: tuple[int, int]) -> int:
+        """Any budget is legal."""
+        return keep
+
+    def mask(self, scores: Tensor, keep: int, dims: tuple[int, int]) -> Tensor:
+        """The `keep` largest scores."""
+        return _largest(scores, keep)
+
+
+@dataclass(frozen=True)
+class NofM:
+    """N of every M consecutive weights along the input dimension, as sparse tensor cores have it (2:4).
+
+    Source: Mishra et al., "Accelerating Sparse Deep Neural Networks", arXiv 2104.08378, section 3.
+    """
+
+    n: int
+    m: int
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    @property
+    def sparsity(self) -> float:
+        """The only sparsity that the pattern can have.
+
+        >>> NofM(2, 4).sparsity, NofM(2, 3).sparsity
+        (0.5, 0.3333333333333333)
+        """
+        return (self.m - self.n) / self.m
+
+    def misfit(self, shape: Sequence[int], dims: tuple[int, int]) -> str | None:
+        """Why an entry of this shape has no such pattern; None if it has."""
+        size = shape[dims[1]]
+        return f"its input dimension is {size}, which is no multiple of {self.m}" if size % self.m else None
+
+    def budget(self, shape: Sequence[int], keep: int, dims: tuple[int, int]) -> int:
+        """The only legal budget: `keep` has no say."""
+        return math.prod(shape) // self.m * self.n
+
+    def mask(self, scores: Tensor, keep: int, dims: tuple[int, int]) -> Tensor:
+        """The N largest scores of each group.
+
+        >>> NofM(2, 4).mask(torch.tensor([[3, 1, 3, 3, 0, 0, 0, 0]]), 4, (0, 1)).int().tolist()
+        [[1, 0, 1, 0, 1, 1, 0, 0]]
+        """
+        assert keep == self.budget(scores.shape, keep, dims)
+        along = dims[1] + 1
+        groups = torch.unflatten(scores, dims[1], (-1, self.m))
+        # How many members of its group are ahead of each score: greater, or as great and before it.
+        ahead = torch.zeros_like(groups, dtype=torch.uint8)
+        for j in range(self.m):
+            rival = groups.narrow(along, j, 1)
+            ahead += rival > groups
+            ahead.narrow(along, j + 1, self.m - j - 1).add_(rival == groups.narrow(along, j + 1, self.m - j - 1))
+        return (ahead < self.n).flatten(dims[1], along)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Whole blocks of `height` outputs x `width` inputs; of a convolution with the whole kernel.
+
+    A block's score is the sum of its weights' scores: of magnitudes, the L1 norm.
+    """
+
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"block:{self.height}x{self.width}"
+
+    def misfit(self, shape: Sequence[int], dims: tuple[int, int]) -> str | None:
+        """Why an entry of this shape cannot be cut into such blocks; None if it can."""
+        rows, columns = (shape[dim] for dim in dims)
+        if rows % self.height or columns % self.width:
+            return (
+                f"its output x input dimensions are {rows} x {columns}, "
+                f"which is not a whole number of {self.height} x {self.width} blocks"
+            )
+        return None
+
+    def budget(self, shape: Sequence[int], keep: int, dims: tuple[int, int]) -> int:
+        """The budget in whole blocks, rounded half up, at least one.
+
+        >>> Block(4, 4).budget((8, 12), 40, (0, 1)), Block(4, 4).budget((8, 4, 3, 3), 1, (0, 1))
+        (48, 144)
+        """
+        size = self._size(shape, dims)
+        return round_half_up(Fraction(keep, size)) * size
+
+    def mask(self, scores: Tensor, keep: int, dims: tuple[int, int]) -> Tensor:
+        """The blocks of largest sum; of equal ones that with the lowest first flat index.
+
+        >>> Block(1, 2).mask(torch.tensor([[9, 0, 5, 5], [5, 5, 9, 9]]), 4, (0, 1)).int().tolist()
+        [[0, 0, 1, 1], [0, 0, 1, 1]]
+        """
+        first, second = sorted(dims)
+        assert second == first + 1
+        a, b = (self.height, self.width) if dims[0] < dims[1] else (self.width, self.height)
+        matrices, kernel = math.prod(scores.shape[:first]), math.prod(scores.shape[second + 1 :])
+        cells = scores.reshape(matrices, scores.shape[first] // a, a, scores.shape[second] // b, b, kernel)
+        # Added one by one in a fixed order: a library's sum may round differently with other threads or devices.
+        exact = torch.float64 if scores.is_floating_point() else torch.int64
+        total = torch.zeros_like(cells[:, :, 0, :, 0, 0], dtype=exact)
+        for i, j, k in itertools.product(range(a), range(b), range(kernel)):
+            total += cells[:, :, i, :, j, k]
+        size = self._size(scores.shape, dims)
+        assert keep % size == 0
+        kept = _largest(total, keep // size)
+        return kept[:, :, None, :, None, None].expand(cells.shape).reshape(scores.shape)
+
+    def _size(self, shape: Sequence[int], dims: tuple[int, int]) -> int:
+        """Weights of a block."""
+        return self.height * self.width * math.prod(shape[max(dims) + 1 :])
+
+
+Pattern = Unstructured | NofM | Block
+
+
+def parse(text: str) -> Pattern:
+    """The pattern that a config names.
+
+    >>> parse("unstructured"), parse("2:4"), parse("block:4x8")
+    (Unstructured(), NofM(n=2, m=4), Block(height=4, width=8))
+
+    Raises:
+        ValueError: it names none.
+    """
+    if text == "unstructured":
+        return Unstructured()
+    if match := re.fullmatch(r"([1-9]\d*):([1-9]\d*)", text):
+        n, m = int(match[1]), int(match[2])
+        if n < m <= MAX_GROUP:
+            return NofM(n, m)
+    if match := re.fullmatch(r"block:([1-9]\d*)x([1-9]\d*)", text):
+        height, width = int(match[1]), int(match[2])
+        if height * width > 1:
+            return Block(height, width)
+    raise ValueError(
+        f'must be "unstructured", "N:M" with 1 <= N < M <= {MAX_GROUP} such as "2:4", '
+        'or "block:HxW" of at least 2 weights such as "block:4x4"'
+    )
+
+
+def _largest(scores: Tensor, keep: int) -> Tensor:
+    """Mask of the `keep` largest scores; of equal ones the first."""
+    order = torch.sort(scores.flatten(), descending=True, stable=True).indices
+    mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
+    mask[order[:keep]] = True
+    return mask.view(scores.shape)

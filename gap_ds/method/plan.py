@@ -1,0 +1,454 @@
+"""The plan: which weights of a model are entries, which partition each belongs to, and how many weights it keeps.
+
+Everything here works on the module tree and on shapes alone, so a model on the meta device will do. E entries, K
+partitions, N weights. The plan of a model and a config is the same for every backend and any number of ranks.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import random
+import re
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from gap_ds.method.config import GaPConfig
+from gap_ds.method.distribution import DISTRIBUTIONS, keep_count
+from gap_ds.method.pattern import Pattern, Unstructured, parse
+
+#: Name components that wrappers insert: FSDP1 and fairscale, activation checkpointing, torch.compile.
+_WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module|_orig_mod)\.")
+
+
+def clean_name(name: str) -> str:
+    """The name that a module or parameter has in the model that was wrapped.
+
+    >>> clean_name("_orig_mod.layers.0._checkpoint_wrapped_module.fc1.weight")
+    'layers.0.fc1.weight'
+    """
+    return _WRAPPERS.sub("", name + ".").removesuffix(".")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One prunable weight tensor and its budget; `dims` are its output and its input dimension."""
+
+    name: str
+    shape: tuple[int, ...]
+    partition: int
+    keep: int
+    dims: tuple[int, int] = (0, 1)
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The entries of a model in module order, their pattern, and what the figures of the whole model need.
+
+    `total` is the number of weights of the model, tied ones once. `dense_matmul` is the number of weights outside the
+    entries that are multiplied with (a tied head included, embedding look-ups not). `pooled`: whether the budgets of a
+    partition's entries are one budget, shared by one threshold (distribution "global"). `blocks` are the names of the
+    repeated blocks.
+    """
+
+    entries: tuple[Entry, ...]
+    kappa: int
+    total: int
+    dense_matmul: int
+    pattern: Pattern = field(default_factory=Unstructured)
+    pooled: bool = False
+    blocks: tuple[str, ...] = ()
+
+    @property
+    def numel(self) -> int:
+        """Weights in all entries."""
+        return sum(entry.numel for entry in self.entries)
+
+    @property
+    def keep(self) -> int:
+        """Weights that all entries keep in the final model."""
+        return sum(entry.keep for entry in self.entries)
+
+    def per_partition(self) -> tuple[list[int], list[int]]:
+        """(kept weights, weights) of each of the K partitions."""
+        keep, numel = [0] * self.kappa, [0] * self.kappa
+        for entry in self.entries:
+            keep[entry.partition] += entry.keep
+            numel[entry.partition] += entry.numel
+        return keep, numel
+
+    def training_flops(self, mean_density: float) -> float:
+        """FLOPs of training relative to the dense model, given the entries' mean density over the run.
+
+        Counted are the products with weights, forward and backward alike; attention scores and norms are not.
+        """
+        return (mean_density * self.numel + self.dense_matmul) / (self.numel + self.dense_matmul)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the pattern and all names, shapes, partitions and budgets: equal plans, equal fingerprints."""
+        rows = [[e.name, list(e.shape), e.partition, e.keep, list(e.dims)] for e in self.entries]
+        selection = f"{self.pattern}, pooled" if self.pooled else str(self.pattern)
+        return hashlib.sha256(json.dumps([selection, rows]).encode()).hexdigest()[:16]
+
+    def home(self, name: str) -> int | None:
+        """The partition that any parameter or buffer goes with: that of all entries of its block, or of its module.
+
+        None for what lies outside every block (embeddings, final norms, heads), or beside entries of more than one
+        partition.
+        """
+        block = next((block for block in self.blocks if _inside(name, block)), _parent(name))
+        while _inside(name, block):
+            partitions = {entry.partition for entry in self.entries if _inside(entry.name, block)}
+            if len(partitions) < 2:
+                return next(iter(partitions), None)
+            # A block cut apart: what lies nearer to the entries of one partition goes with it.
+            below = name.removeprefix(f"{block}.").partition(".")
+            if not below[1]:
+                return None
+            block = f"{block}.{below[0]}".removeprefix(".")
+        return None
+
+
+def build(
+    model: nn.Module,
+    config: GaPConfig,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    frozen: Container[str] | None = None,
+    kept: Mapping[str, int] | None = None,
+) -> Plan:
+    """The plan of a model.
+
+    Args:
+        shapes: full shape of every parameter by its clean name. A sharding backend hands this over, because the
+            parameters it leaves in the module tree may be empty or flattened.
+        frozen: names of the parameters that are not trained, and so never entries.
+        kept: where masks are taken over (`config.inherits`), the number of weights that each entry keeps, by name.
+
+    Raises:
+        ValueError: no entry was found, a name pattern matches nothing, there are more partitions than blocks, the
+            written partitions overlap or leave entries out, an entry's shape does not go with the pattern, or `kept`
+            does not go with the model.
+    """
+    parameters = {clean_name(name): p for name, p in model.named_parameters()}
+    if shapes is None:
+        shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+    if frozen is None:
+        frozen = {name for name, p in parameters.items() if not p.requires_grad}
+    modules = {clean_name(name): module for name, module in model.named_modules()}
+    total, full = sum(math.prod(shape) for shape in shapes.values()), shapes
+    shapes = _in_module_order({name: shape for name, shape in shapes.items() if name not in frozen}, modules)
+    blocks = find_blocks(modules, shapes)
+    names = _entry_names(modules, shapes, blocks, config)
+    partition = _assign(names, shapes, blocks, config)
+    pattern = parse(config.pattern)
+    dims = {name: _dims(name, modules) for name in names}
+    _check_shapes(pattern, {name: shapes[name] for name in names}, dims)
+    of_entries = {name: shapes[name] for name in names}
+    keep = _inherited(of_entries, config, kept) if config.inherits else _budgets(of_entries, config)
+    entries = tuple(
+        Entry(n, tuple(shapes[n]), partition[n], pattern.budget(shapes[n], k, dims[n]), dims[n])
+        for n, k in zip(names, keep, strict=True)
+    )
+    kappa = 1 + max(partition.values())
+    dense_matmul = _dense_matmul(_tensors(modules), modules, full, set(names))
+    return Plan(entries, kappa, total, dense_matmul, pattern, config.distribution == "global", tuple(blocks))
+
+
+def _budgets(shapes: Mapping[str, tuple[int, ...]], config: GaPConfig) -> list[int]:
+    """Weights that each entry keeps."""
+    if isinstance(config.distribution, str):
+        return DISTRIBUTIONS[config.distribution](list(shapes.values()), config.sparsity)
+    sparsity, matched = dict.fromkeys(shapes, config.sparsity), dict[str, str]()
+    for pattern, ratio in config.distribution.items():
+        if not (found := _matching(pattern, shapes)):
+            raise ValueError(_no_match("distribution", pattern, list(shapes)))
+        if twice := next((name for name in found if name in matched), None):
+            raise ValueError(
+                f'distribution: {twice} matches "{matched[twice]}" and "{pattern}". Each entry must match one at most.'
+            )
+        sparsity |= dict.fromkeys(found, ratio)
+        matched |= dict.fromkeys(found, pattern)
+    return [keep_count(math.prod(shape), sparsity[name]) for name, shape in shapes.items()]
+
+
+def _inherited(shapes: Mapping[str, tuple[int, ...]], config: GaPConfig, kept: Mapping[str, int] | None) -> list[int]:
+    """Weights that each entry keeps by the masks that are taken over."""
+    where = f'init="{config.init}"'
+    if kept is None:
+        raise ValueError(f"{where}: how many weights an entry keeps is known in training alone, from the weights.")
+    if missing := next((name for name in shapes if name not in kept), None):
+        raise ValueError(
+            f'{where}: {missing} has no mask in "init_file": its partition was dense then. Use the last checkpoint of '
+            'the run, or list it in "exclude".'
+        )
+    for name, shape in shapes.items():
+        if kept[name] > math.prod(shape):
+            raise ValueError(f"{where}: {name} keeps {kept[name]} weights and has {math.prod(shape)}.")
+    if all(kept[name] == math.prod(shape) for name, shape in shapes.items()):
+        raise ValueError(f"{where}: no entry has a pruned weight. Load the sparse weights before the engine is built.")
+    return [kept[name] for name in shapes]
+
+
+def _tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Every parameter under each of its names; where it was flattened, the view that the module has in its place."""
+    return {
+        f"{name}.{leaf}".removeprefix("."): tensor
+        for name, module in modules.items()
+        for leaf, tensor in (*vars(module).items(), *module._parameters.items())
+        if isinstance(tensor, Tensor)
+    }
+
+
+def find_blocks(modules: Mapping[str, nn.Module], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Names of the repeated blocks of a model, in module order, without naming any model class.
+
+    A stack is an outermost list of two or more modules that hold prunable weights. Where the members of a stack are
+    themselves mere shells around such lists (the stages of a ResNet or Swin), the inner members are the blocks.
+    """
+    candidates = [name for name in shapes if _prunable(name, modules, shapes)]
+    stacks: list[str] = []
+    for name in modules:
+        if not any(_inside(name, stack) for stack in stacks) and len(_members(name, modules, candidates)) >= 2:
+            stacks.append(name)
+    return [block for stack in stacks for block in _refine(stack, modules, candidates)]
+
+
+def _refine(stack: str, modules: Mapping[str, nn.Module], candidates: Sequence[str]) -> list[str]:
+    members = _members(stack, modules, candidates)
+    inner = [[n for n in modules if _parent(n) == m and _one_class(n, modules)] for m in members]
+    blocks = [block for names in inner for name in names for block in _members(name, modules, candidates)]
+    is_staged = all(inner) and any(len(modules[name]._modules) > 1 for names in inner for name in names)
+    return blocks if is_staged and blocks else members
+
+
+def _members(name: str, modules: Mapping[str, nn.Module], candidates: Sequence[str]) -> list[str]:
+    """The members of a list of modules that hold prunable weights; none if this is no list of like, nested modules."""
+    module = modules[name]
+    if not (isinstance(module, nn.ModuleList) or (isinstance(module, nn.Sequential) and _one_class(name, modules))):
+        return []
+    members = [f"{name}.{child}" if name else child for child in module._modules]
+    if not all(any(_parent(other) == member for other in modules) for member in members):
+        return []
+    return [member for member in members if any(_inside(candidate, member) for candidate in candidates)]
+
+
+def _one_class(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether this is a list of modules of one class."""
+    children = [modules.get(f"{name}.{child}" if name else child) for child in modules[name]._modules]
+    return isinstance(modules[name], nn.ModuleList | nn.Sequential) and len({type(child) for child in children}) == 1
+
+
+def _multiplied(name: str, modules: Mapping[str, nn.Module], shape: Sequence[int]) -> bool:
+    """Whether a parameter is multiplied with: the matrix of a Linear-like or convolution module, or of experts.
+
+    That is a parameter of two or more dimensions called `...weight`, or the stacked matrices of experts (three
+    dimensions). Embeddings and norms over several dimensions are not.
+    """
+    owner = modules.get(_parent(name))
+    if owner is None or len(shape) < 2 or isinstance(owner, _LOOKED_UP | _NORMS):
+        return False
+    return name.endswith("weight") or (len(shape) == 3 and "expert" in type(owner).__name__.lower())
+
+
+_LOOKED_UP = nn.Embedding | nn.EmbeddingBag
+_NORMS = nn.LayerNorm | nn.RMSNorm
+
+
+def _prunable(name: str, modules: Mapping[str, nn.Module], shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether a parameter is of the kind that is pruned: multiplied with, and not in a router that picks experts."""
+    owners = [modules[p] for p in (_parent(name), _parent(_parent(name))) if p in modules]
+    is_router = any("router" in type(owner).__name__.lower() for owner in owners)
+    return _multiplied(name, modules, shapes[name]) and not is_router
+
+
+def _entry_names(
+    modules: Mapping[str, nn.Module], shapes: Mapping[str, tuple[int, ...]], blocks: Sequence[str], config: GaPConfig
+) -> list[str]:
+    """Names of the entries in module order."""
+    embeddings = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
+    tied = {name for name in shapes if id(getattr(modules.get(_parent(name)), "weight", None)) in embeddings}
+    chosen = {
+        name
+        for name in shapes
+        if _prunable(name, modules, shapes) and name not in tied and any(_inside(name, block) for block in blocks)
+    }
+    matrices = [name for name, shape in shapes.items() if len(shape) >= 2]
+    for pattern in config.include:
+        if not (found := _matching(pattern, matrices)):
+            raise ValueError(_no_match("include", pattern, matrices))
+        chosen.update(found)
+    if not isinstance(config.partitions, int) and not blocks:
+        # Without repeated blocks the written partitions say what the entries are.
+        prunable = [name for name in matrices if _prunable(name, modules, shapes) and name not in tied]
+        chosen.update(n for group in config.partitions for pattern in group for n in _matching(pattern, prunable))
+    for pattern in config.exclude:
+        if not (found := _matching(pattern, sorted(chosen))):
+            raise ValueError(_no_match("exclude", pattern, sorted(chosen)))
+        chosen.difference_update(found)
+    if not chosen:
+        raise ValueError(
+            "no entry found: the model has no repeated blocks with trainable weights of 2 or more dimensions. "
+            'Name the weights to prune by "include".'
+        )
+    return [name for name in shapes if name in chosen]
+
+
+def _dims(name: str, modules: Mapping[str, nn.Module]) -> tuple[int, int]:
+    """(output, input) dimension of an entry, as its module multiplies it.
+
+    Linear is (out, in) and a convolution (out, in, kernel ...); transposed convolutions and GPT-2's Conv1D have the
+    inputs first. Stacked experts are (E, out, in), and (E, in, out) where transformers says that they are transposed.
+    """
+    owner = modules.get(_parent(name))
+    if "expert" in type(owner).__name__.lower() and not name.endswith("weight"):
+        return (2, 1) if getattr(owner, "is_transposed", False) else (1, 2)
+    is_transposed = isinstance(owner, _TRANSPOSED) or type(owner).__name__ == "Conv1D"
+    return (1, 0) if is_transposed else (0, 1)
+
+
+_TRANSPOSED = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+
+
+def _check_shapes(pattern: Pattern, shapes: Mapping[str, tuple[int, ...]], dims: Mapping[str, tuple[int, int]]) -> None:
+    found = {name: misfit for name, shape in shapes.items() if (misfit := pattern.misfit(shape, dims[name]))}
+    if found:
+        name, misfit = next(iter(found.items()))
+        others = f" (and {len(found) - 1} others)" if len(found) > 1 else ""
+        raise ValueError(
+            f'pattern="{pattern}": {name}{others} does not go with it: {misfit}. List it in "exclude" to keep it '
+            'dense, or change "pattern".'
+        )
+
+
+def _assign(
+    names: Sequence[str], shapes: Mapping[str, tuple[int, ...]], blocks: Sequence[str], config: GaPConfig
+) -> dict[str, int]:
+    """Partition of each entry."""
+    if not isinstance(config.partitions, int):
+        return _assign_written(names, config.partitions)
+    kappa = config.partitions
+    # An entry outside every block goes with the block before it (a ResNet's stem with the first).
+    units: list[list[str]] = [[]]
+    current = None
+    for name in names:
+        block = next((b for b in blocks if _inside(name, b)), None if blocks else name)
+        if block is not None and current is not None and block != current:
+            units.append([])
+        current = block or current
+        units[-1].append(name)
+    if kappa > len(units):
+        raise ValueError(
+            f"partitions={kappa}: the model has {len(units)} blocks with entries, and a partition needs at least one. "
+            f'Lower "partitions" to {len(units)} or less.'
+        )
+    if config.assign == "random":
+        random.Random(f"assign {config.seed}").shuffle(units)
+    sizes = [sum(math.prod(shapes[name]) for name in unit) for unit in units]
+    groups = [u % kappa for u in range(len(units))] if config.assign == "interleaved" else balanced_cut(sizes, kappa)
+    return {name: k for unit, k in zip(units, groups, strict=True) for name in unit}
+
+
+def _assign_written(names: Sequence[str], partitions: Sequence[Sequence[str]]) -> dict[str, int]:
+    partition: dict[str, int] = {}
+    for k, patterns in enumerate(partitions):
+        for pattern in patterns:
+            if not (found := _matching(pattern, names)):
+                raise ValueError(_no_match(f"partitions[{k}]", pattern, names))
+            for name in found:
+                if partition.setdefault(name, k) != k:
+                    raise ValueError(
+                        f'partitions: {name} matches partitions {partition[name]} and {k} (by "{pattern}"). '
+                        "Each entry must belong to exactly one."
+                    )
+    if left := [name for name in names if name not in partition]:
+        raise ValueError(
+            f"partitions: {len(left)} entries belong to none, for example {left[0]}. Add a pattern for them, or list "
+            'them in "exclude" to keep them dense.'
+        )
+    return partition
+
+
+def balanced_cut(sizes: Sequence[int], parts: int) -> list[int]:
+    """Cuts a row of sizes into contiguous non-empty parts with the least sum of squared totals; part of each item.
+
+    >>> balanced_cut([1, 1, 1, 3], 2), balanced_cut([5, 1, 1], 3)
+    ([0, 0, 0, 1], [0, 1, 2])
+    """
+    assert 1 <= parts <= len(sizes)
+    ends = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+    # best[i] = (cost, first item of the last part) for the first i items; of equal costs the earliest cut wins.
+    best: list[tuple[float, int]] = [(0, 0)] + [(math.inf, 0)] * len(sizes)
+    cuts: list[list[int]] = []
+    for part in range(1, parts + 1):
+        best = [(math.inf, 0)] * part + [
+            min((best[j][0] + (ends[i] - ends[j]) ** 2, j) for j in range(part - 1, i)) for i in range(part, len(ends))
+        ]
+        cuts.append([first for _, first in best])
+    group, end = [0] * len(sizes), len(sizes)
+    for part in range(parts - 1, -1, -1):
+        first = cuts[part][end]
+        group[first:end] = [part] * (end - first)
+        end = first
+    return group
+
+
+def _dense_matmul(
+    parameters: Mapping[str, Tensor],
+    modules: Mapping[str, nn.Module],
+    shapes: Mapping[str, tuple[int, ...]],
+    entries: set[str],
+) -> int:
+    """Weights outside the entries that are multiplied with; a head tied to an embedding counts once.
+
+    Args:
+        parameters: every parameter under each of its names. Where it is sharded it may be empty, and `shapes` knows
+            a tied one under one name only: hence the way from a name over the parameter to its shape.
+    """
+    shape_of = {id(parameters[name]): shape for name, shape in shapes.items() if name in parameters}
+    pruned = {id(parameters[name]) for name in entries if name in parameters}
+    sizes = {
+        id(p): math.prod(shape_of[id(p)])
+        for name, p in parameters.items()
+        if id(p) not in pruned and _multiplied(name, modules, shape_of.get(id(p), ()))
+    }
+    return sum(sizes.values())
+
+
+def _in_module_order(shapes: Mapping[str, tuple[int, ...]], modules: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """The shapes sorted by the place of their module in the tree: backends list parameters in different orders."""
+    place = {name: i for i, name in enumerate(modules)}
+    return {name: shapes[name] for name in sorted(shapes, key=lambda n: (place.get(_parent(n), len(place)), n))}
+
+
+def _matching(pattern: str, names: Iterable[str]) -> list[str]:
+    """Names in which the pattern matches whole components: `layers.1` is in `layers.1.fc1` but not in `layers.10`."""
+    try:
+        regex = re.compile(rf"(?:.*\.)?(?:{pattern})(?:\..*)?")
+    except re.error as error:
+        raise ValueError(f'pattern "{pattern}" is not a regular expression: {error}.') from None
+    return [name for name in names if regex.fullmatch(name)]
+
+
+def _no_match(setting: str, pattern: str, names: Sequence[str]) -> str:
+    parents = dict.fromkeys(
+        prefix for name in names for prefix in (name, _parent(name), _parent(_parent(name))) if prefix
+    )
+    near = difflib.get_close_matches(pattern, parents, n=3, cutoff=0.4) or list(names)[:3]
+    return f'{setting}: pattern "{pattern}" matches none of {len(names)} weights. Near matches: {", ".join(near)}.'
+
+
+def _inside(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".") if prefix else True
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]

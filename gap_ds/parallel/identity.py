@@ -1,0 +1,114 @@
+"""Which run an exchange folder belongs to: what its workers must have alike, and what it is that differs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gap_ds.parallel.items import Item, printable
+from gap_ds.sharding.comm import Comm
+from gap_ds.sharding.shard import Shard
+from gap_ds.storage.safetensors import NAMES
+
+#: Weights of a piece that are looked at together.
+_CHUNK = 1 << 22
+
+
+def of_tensors(items: Sequence[Item]) -> str:
+    """A fingerprint of what is exchanged, however it is spread over ranks: names, shapes, dtypes and partitions.
+
+    The plan's fingerprint knows the entries alone; this one also tells vocabularies, norms, biases and buffers apart.
+
+    >>> bias = Item("bias", (2,), None, 0, 2, lambda: torch.ones(2))
+    >>> of_tensors([bias]) == of_tensors([Item("bias", (2,), None, 0, 1, lambda: torch.ones(1))])
+    True
+    >>> of_tensors([bias]) == of_tensors([Item("bias", (3,), None, 0, 3, lambda: torch.ones(3))])
+    False
+    """
+    return _digest(sorted((item.name, item.shape, NAMES[item.dtype], str(item.partition)) for item in items))
+
+
+def of_weights(shards: Iterable[Shard], comm: Comm) -> str:
+    """A fingerprint of the trained weights in fp32, the same for any sharding and device. All ranks must call this.
+
+    Of each parameter the sum of (2 i + 1) times the bit pattern of weight i, modulo 2^64: any order of the pieces gives
+    it. It costs a pass over the weights, and a sum of one number per parameter over the ranks.
+
+    >>> def shard(start, weight):
+    ...     return Shard("w", (4,), start, weight.numel(), 0, lambda: weight)
+    >>> alone = Comm(single=True)
+    >>> of_weights([shard(0, torch.arange(4.0))], alone) == of_weights([shard(0, torch.arange(4.0).flip(0))], alone)
+    False
+    """
+    trained = [shard for shard in shards if shard.trainable]
+    sums = comm.sum(torch.tensor([_sum(shard.weight(), shard.start) for shard in trained], dtype=torch.int64))
+    rows = zip(trained, sums.tolist(), strict=True)
+    return _digest(sorted((shard.name, shard.shape, total) for shard, total in rows))
+
+
+def _sum(piece: Tensor, start: int) -> int:
+    """Of the weights (N,) of a piece that begins at `start`, as a signed number of 64 bits."""
+    total = torch.zeros((), dtype=torch.int64, device=piece.device)
+    for lo in range(0, piece.numel(), _CHUNK):
+        patterns = piece[lo : lo + _CHUNK].float().view(torch.int32).to(torch.int64)
+        first = start + lo
+        total += (patterns * (2 * torch.arange(first, first + patterns.numel(), device=piece.device) + 1)).sum()
+    return int(total)
+
+
+def _digest(rows: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """What differs between the run that a file names and this one, for a message; empty if nothing does.
+
+    Args:
+        there, here: signature, plan, tensors, workers and run, as all JSON files of an exchange begin.
+    """
+    found = [f"{a} (here {b})" for a, b in _pairs(there["signature"], here["signature"])]
+    if there["plan"] != here["plan"]:
+        found.append(
+            f"plan {printable(there['plan'])} (here {here['plan']}), so the model, the sparsity, the distribution, "
+            "the pattern or the partitions differ"
+        )
+    elif there["tensors"] != here["tensors"]:
+        found.append(
+            f"tensors {printable(there['tensors'])} (here {here['tensors']}), so a vocabulary, a norm, a bias or a "
+            "buffer differs in its name, shape, dtype or partition"
+        )
+    if there["workers"] != here["workers"]:
+        found.append(f"{there['workers']} workers (here {here['workers']})")
+    if pairs := _pairs(there["run"], here["run"]):
+        was, now = ("|".join(texts) for texts in zip(*pairs, strict=True))
+        found.append(f'run "{was}" (here "{now}"), so what the training script says of itself differs')
+    return ", ".join(found[:5])
+
+
+def _pairs(there: str, here: str) -> list[tuple[str, str]]:
+    """The parts, between bars, in which two texts differ.
+
+    >>> _pairs("a|s:0.8|k:3", "a|s:0.9")
+    [('s:0.8', 's:0.9'), ('k:3', 'nothing')]
+    """
+    if there == here:
+        return []
+    was, now = there.split("|"), here.split("|")
+    pairs = zip_longest(was, now, fillvalue="nothing")
+    return [(printable(a), b) for a, b in pairs if a != b]
+
+
+def unversioned(signature: str) -> str:
+    """A signature without the version of the library at its end.
+
+    >>> unversioned("gap|k:3|s:0.8|v:0.1.0")
+    'gap|k:3|s:0.8'
+    """
+    return re.sub(r"\|v:[^|]*\Z", "", signature)

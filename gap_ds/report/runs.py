@@ -1,0 +1,365 @@
+"""What is known of a run from its folder, finished or not, as plain data. E entries.
+
+results.json      scores, counts by entry, cost: written when the run is over
+metrics.jsonl     a line every so many steps (kind "train") and at the end of an epoch (kind "validation")
+gap_history.jsonl a line for each boundary and update: see `History`
+model/            the export, with its own gap.json
+checkpoints/      the latest one's state.json knows the signature of a run that is not over
+gap.json          the config, if the run was given one in its folder
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError, model_validator
+
+from gap_ds.checkpoint import folder as checkpoint
+from gap_ds.checkpoint.run_state import Count, State
+from gap_ds.export import folder as export
+from gap_ds.export.inspect import EntryInfo
+from gap_ds.method import schedule
+from gap_ds.method.config import GaPConfig
+from gap_ds.method.schedule import Schedule
+from gap_ds.method.signature import config_of, schedule_of
+from gap_ds.storage import json as records
+from gap_ds.training import history
+
+#: Scores that results.json may have, in the order of the columns, and how to write them.
+SCORES = {
+    "bleu": "BLEU",
+    "bleu_uncased": "BLEU uncased",
+    "chrf": "chrF",
+    "accuracy": "accuracy",
+    "top1": "top-1",
+    "top5": "top-5",
+}
+#: A line of metrics or history longer than this is damage.
+_LONGEST_LINE = 64 * 2**20
+
+
+class Results(records.Record):
+    """results.json, as far as the report reads it. Every part may be missing."""
+
+    signature: str | None = None
+    applied_steps: Count | None = None
+    entry_sparsity: float | None = None
+    model_sparsity: float | None = None
+    mean_density: float | None = None
+    training_flops: float | None = None
+    density_at_end: float | None = None
+    train_seconds: float | None = None
+    steps_per_epoch: Annotated[int, Field(ge=1)] | None = None
+    worker: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    entries: dict[str, EntryInfo] = Field(default_factory=dict)
+    bleu: float | None = None
+    bleu_uncased: float | None = None
+    chrf: float | None = None
+    accuracy: float | None = None
+    top1: float | None = None
+    top5: float | None = None
+
+
+class _Point(records.Record):
+    kind: str
+    step: Count
+    epoch: Count | None = None
+    loss: float | None = None
+    density: float | None = None
+    bleu: float | None = None
+
+
+class _Header(records.Record):
+    format: str
+    version: int
+    entries: list[tuple[str, Annotated[int, Field(ge=1)], Annotated[int, Field(ge=0, lt=2**31)]]]
+
+
+class Boundary(records.Record):
+    """What masks did before one step: a line of the history after its first. A value for each entry, in its order.
+
+    kept: weights active in the steps that follow; all of a dense entry. came, went: weights that the entry's new mask
+    keeps and its last one did not, and the reverse; null for an entry that gets no mask here, or never had one before.
+    active: weights that were active in any step so far, the next one included.
+    """
+
+    step: Count
+    phase: Count
+    kept: list[Count]
+    came: list[Count | None]
+    went: list[Count | None]
+    active: list[Count]
+
+    @model_validator(mode="after")
+    def _even(self) -> Boundary:
+        if len({len(self.kept), len(self.came), len(self.went), len(self.active)}) != 1:
+            raise ValueError("lists of different lengths")
+        return self
+
+
+@dataclass(frozen=True)
+class History:
+    """gap_history.jsonl: the names, sizes and partitions of E entries, and what every boundary did to them."""
+
+    names: list[str]
+    numel: list[int]
+    partition: list[int]
+    boundaries: list[Boundary]
+
+    @property
+    def ever_sparse(self) -> bool:
+        """Whether any entry ever had a mask; of a dense run there is nothing to draw."""
+        return any(boundary.kept != self.numel for boundary in self.boundaries)
+
+
+@dataclass
+class Run:
+    """A run. `missing` says what the report cannot show of it and why; curves are (step, value) pairs.
+
+    density: as it was logged. epochs: (step, number of epochs that have ended by then).
+    """
+
+    name: str
+    folder: Path
+    results: Results
+    signature: str | None
+    config: GaPConfig | None
+    schedule: Schedule | None
+    entries: dict[str, EntryInfo]
+    history: History | None
+    train: list[tuple[int, float]] = field(default_factory=list)
+    validation: list[tuple[int, float]] = field(default_factory=list)
+    bleu: list[tuple[int, float]] = field(default_factory=list)
+    density: list[tuple[int, float]] = field(default_factory=list)
+    epochs: list[tuple[int, int]] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    @property
+    def model(self) -> Path | None:
+        """The export, if there is one."""
+        return self.folder / "model" if (self.folder / "model" / export.INFO).is_file() else None
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Final scores by their key in SCORES."""
+        return {key: value for key in SCORES if (value := getattr(self.results, key)) is not None}
+
+    @property
+    def layers(self) -> dict[str, float]:
+        """Density of each entry in the final model, as it was counted."""
+        return {name: entry.nonzero / entry.numel for name, entry in self.results.entries.items() if entry.numel}
+
+    @property
+    def steps(self) -> int | None:
+        """Applied steps so far."""
+        if self.results.applied_steps is not None:
+            return self.results.applied_steps
+        points = [*self.train, *self.validation]
+        return max(step for step, _ in points) if points else None
+
+    def per_partition(self) -> tuple[list[int], list[int]]:
+        """(kept weights, weights) of each partition, by the budgets; nominal ones where the entries are not known."""
+        if not self.entries:
+            assert self.config is not None
+            return [round(1000 * (1 - self.config.sparsity))] * self.config.kappa, [1000] * self.config.kappa
+        kappa = 1 + max(entry.partition for entry in self.entries.values())
+        keep, numel = [0] * kappa, [0] * kappa
+        for entry in self.entries.values():
+            keep[entry.partition] += entry.keep
+            numel[entry.partition] += entry.numel
+        return keep, numel
+
+    def figures(self) -> dict[str, Any]:
+        """What the table and `--json` have of it."""
+        results = self.results
+        return {
+            "name": self.name,
+            "folder": str(self.folder),
+            "signature": self.signature,
+            "method": self.config.method if self.config is not None else None,
+            "steps": self.steps,
+            "finished": results.applied_steps is not None,
+            "entry_sparsity": results.entry_sparsity,
+            "model_sparsity": results.model_sparsity,
+            "density_at_end": results.density_at_end,
+            "mean_density": results.mean_density,
+            "training_flops": results.training_flops,
+            "density_of_entries": [min(self.layers.values()), max(self.layers.values())] if self.layers else None,
+            "train_seconds": results.train_seconds,
+            "training_loss": _last(self.train),
+            "validation_loss": _last(self.validation),
+            "scores": self.scores,
+            "missing": self.missing,
+        }
+
+
+def _last(curve: Sequence[tuple[int, float]]) -> float | None:
+    """The last value, if it is a number."""
+    return curve[-1][1] if curve and math.isfinite(curve[-1][1]) else None
+
+
+def find(folders: Sequence[Path]) -> list[Path]:
+    """The folders of runs that are meant: those of the workers, where a folder is one of parallel GaP.
+
+    Raises:
+        ValueError: a folder is none of a run.
+    """
+    found: list[Path] = []
+    for folder in folders:
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: there is no such folder.")
+        workers = sorted(path for path in folder.glob("worker_*") if _is_run(path))
+        if not _is_run(folder) and not workers:
+            raise ValueError(f"{folder}: is no folder of a run, it has neither metrics.jsonl nor results.json.")
+        found += [folder] if _is_run(folder) else workers
+    return list(dict.fromkeys(found))
+
+
+def load(folder: Path, name: str) -> Run:
+    """A run from its folder.
+
+    Raises:
+        ValueError: results.json or the export's gap.json is damaged. Damaged lines of metrics are left out and told.
+    """
+    results = records.read_json(folder / "results.json", Results) if (folder / "results.json").is_file() else Results()
+    state = _state(folder)
+    said = results.signature or (state.signature if state is not None else None)
+    config = (config_of(said) if said is not None else None) or _config(folder / "gap.json")
+    if any(entry.partition >= len(results.entries) for entry in results.entries.values()):
+        raise ValueError(f"{folder / 'results.json'}: is damaged: it has more partitions than entries.")
+    run = Run(name, folder, results, said, config, None, dict(results.entries), None)
+    if not (folder / "results.json").is_file():
+        run.missing.append("scores, cost and layers: the run is not over (it has no results.json)")
+        if state is not None and state.entries is not None:
+            run.entries = {
+                name: EntryInfo(keep=keep, nonzero=keep, numel=math.prod(shape), partition=k)
+                for name, shape, k, keep, _ in state.entries
+                if k < len(state.entries)
+            }
+    _read_metrics(run)
+    run.schedule = _schedule(run, state)
+    if run.schedule is None:
+        run.missing.append("the schedule: neither results.json nor a checkpoint tells it")
+    run.history = _history(run)
+    return run
+
+
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """Short names that tell the folders apart: their own, with their parents' where that is needed.
+
+    >>> names_of([Path("a/x"), Path("a/y")]), names_of([Path("a/x"), Path("b/x")]), names_of([Path("p/worker_0")])
+    (['x', 'y'], ['a/x', 'b/x'], ['p/worker_0'])
+    """
+    paths = [folder.resolve().parts[1:] if folder.is_absolute() else folder.parts for folder in folders]
+    depth = 2 if any(parts and parts[-1].startswith("worker_") for parts in paths) else 1
+    while len({parts[-depth:] for parts in paths}) < len(paths) and depth < max(map(len, paths)):
+        depth += 1
+    return ["/".join(parts[-depth:]) or str(folder) for parts, folder in zip(paths, folders, strict=True)]
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "metrics.jsonl").is_file() or (folder / "results.json").is_file()
+
+
+def _state(folder: Path) -> State | None:
+    """state.json of the latest checkpoint, where there is a readable one."""
+    try:
+        return records.read_json(checkpoint.find(folder / "checkpoints") / "gap" / "state.json", State)
+    except ValueError:
+        return None
+
+
+def _config(path: Path) -> GaPConfig | None:
+    try:
+        return GaPConfig.load(path) if path.is_file() else None
+    except ValueError:
+        return None
+
+
+def _schedule(run: Run, state: State | None) -> Schedule | None:
+    config = run.config
+    if config is None:
+        return None
+    worker = run.results.worker or (state.worker if state is not None else None) or 0
+    if state is not None and (found := schedule_of(config, state.first_steps, worker)) is not None:
+        return found
+    steps_per_epoch = run.results.steps_per_epoch
+    if steps_per_epoch is None and run.epochs:
+        # As the losses at the ends of epochs have it, if all agree.
+        step, epochs = run.epochs[0]
+        if all(s * epochs == step * e for s, e in run.epochs) and step % epochs == 0:
+            steps_per_epoch = step // epochs
+    try:
+        return schedule.build(config, steps_per_epoch if config.in_epochs else None, worker)
+    except ValueError:
+        return None
+
+
+def _read_metrics(run: Run) -> None:
+    path, damaged = run.folder / "metrics.jsonl", 0
+    for line in _lines(path):
+        try:
+            # Python's parser, because it takes the NaN that Python writes.
+            row = json.loads(line)
+            row = {k: v for k, v in row.items() if not (isinstance(v, float) and not math.isfinite(v))}
+            point = _Point.model_validate(row)
+        except (ValueError, AttributeError, RecursionError):
+            damaged += 1
+            continue
+        curve = {"train": run.train, "validation": run.validation}.get(point.kind)
+        if curve is not None:
+            curve.append((point.step, math.nan if point.loss is None else point.loss))
+        if point.density is not None:
+            run.density.append((point.step, point.density))
+        if point.kind == "validation" and point.epoch is not None:
+            run.epochs.append((point.step, point.epoch + 1))
+        if point.kind != "train" and point.bleu is not None:
+            run.bleu.append((point.step, point.bleu))
+    for curve in (run.train, run.validation, run.bleu, run.density):
+        curve.sort(key=lambda point: point[0])
+    if damaged:
+        run.missing.append(f"{damaged:,} damaged line{'s' * (damaged > 1)} of metrics.jsonl")
+    if not run.train and not run.validation:
+        run.missing.append("losses: metrics.jsonl is missing or empty")
+
+
+def _history(run: Run) -> History | None:
+    path = run.folder / history.NAME
+    if not path.is_file():
+        run.missing.append(f"changes of masks and exploration: this run recorded none (it has no {history.NAME})")
+        return None
+    try:
+        lines = _lines(path)
+        header = _Header.model_validate_json(next(lines, ""))
+        if (header.format, header.version) != (history.FORMAT, history.VERSION):
+            raise ValueError("another format")
+        names = [row[0] for row in header.entries]
+        numel, partition = [row[1] for row in header.entries], [row[2] for row in header.entries]
+        boundaries = []
+        for line in lines:
+            try:
+                boundaries.append(Boundary.model_validate_json(line))
+            except ValidationError:  # a kill can cut the last line short
+                run.missing.append(f"what follows line {len(boundaries) + 1} of {history.NAME}, which is damaged")
+                break
+        if not boundaries or any(len(boundary.kept) != len(names) for boundary in boundaries):
+            raise ValueError("no boundary, or another number of entries")
+    except (ValueError, ValidationError):
+        run.missing.append(f"changes of masks and exploration: {history.NAME} is damaged or of another version")
+        return None
+    return History(names, numel, partition, sorted(boundaries, key=lambda b: b.step))
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a text file that are not empty; none if there is no such file."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        while line := file.readline(_LONGEST_LINE):
+            if line.strip():
+                yield line

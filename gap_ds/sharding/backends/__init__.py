@@ -1,0 +1,103 @@
+"""Backends: the only place with other libraries' private names.
+
+A backend is one value: where the pieces lie (`shards`), which optimizer updates them, and four things that the sharding
+library does its own way. `detect` builds it from the objects that a user already has. Nothing outside this folder asks
+which backend it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gap_ds.sharding.comm import Comm
+from gap_ds.sharding.shard import Shard
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What the engine needs to know of a sharding library.
+
+    name: for people: logs and results; nothing is decided by it.
+    forward: what is called with a batch.
+    module: the model inside, whose module tree has the names of the plan.
+    optimizer: the innermost optimizer; its post-step hook fires after the fp32 weights changed and before the library
+        copies them to low precision and spreads them.
+    comm: the ranks among which the pieces of one parameter are spread.
+    shards: this rank's piece of every parameter, trainable or not, in an order that is the same on all ranks.
+    publish: makes a change of the fp32 pieces outside an optimizer step known to working copies and other ranks.
+    skips_overflow: whether a step whose gradients are not finite is left out, as loss scaling does.
+    backward, step: one micro-batch's backward pass; the update, if this micro-batch completes one.
+    save, load: the library's own checkpoint of weights and optimizer, in a folder that exists on every rank.
+    reshards: whether `load` reads what another number of ranks saved.
+    counters: what the library counts besides, as plain numbers; `recount`: sets them, from those of any backend, after
+        weights and optimizer state were restored without `load`.
+    """
+
+    name: str
+    forward: nn.Module
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    comm: Comm
+    shards: Callable[[], list[Shard]]
+    publish: Callable[[], None]
+    backward: Callable[[Tensor], None]
+    step: Callable[[], None]
+    save: Callable[[Path], None]
+    load: Callable[[Path], None]
+    skips_overflow: bool = False
+    reshards: bool = False
+    counters: Callable[[], dict[str, float]] = dict
+    recount: Callable[[int, dict[str, float]], None] = lambda applied_steps, counters: None
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a plain loop would do around the optimizer and a backend without an engine of its own must do itself."""
+
+    optimizer: torch.optim.Optimizer | None = None
+    lr_scheduler: Any = None
+    gradient_accumulation_steps: int = 1
+    gradient_clipping: float = 0.0
+    grad_scaler: Any = None
+
+
+def detect(model: nn.Module, training: Training) -> Backend:
+    """The backend of the objects that a user has; `model` may be compiled by torch.compile.
+
+    Raises:
+        ValueError: the combination is not supported, with the reason and the setting to change.
+    """
+    from gap_ds.sharding.backends import fairscale, fsdp, plain, zero
+
+    inside = uncompiled(model)
+    if meta := [name for name, parameter in inside.named_parameters() if parameter.is_meta]:
+        raise ValueError(
+            f"{meta[0]}: is on the meta device and has no weights to select from. Give the parameters a device and "
+            "their values (to_empty, load_state_dict) before the engine is built."
+        )
+    kinds: tuple[tuple[Callable[[nn.Module], bool], Callable[[nn.Module, Training], Backend]], ...]
+    kinds = (
+        (zero.recognises, zero.build),
+        (fairscale.recognises, fairscale.build),
+        (fsdp.recognises, fsdp.build),
+        (plain.recognises, plain.build),
+    )
+    return next(build for recognises, build in kinds if recognises(inside))(model, training)
+
+
+def brings_optimizer(model: nn.Module) -> bool:
+    """Whether a model is an engine that has an optimizer and a learning-rate scheduler of its own (DeepSpeed's)."""
+    from gap_ds.sharding.backends import zero
+
+    return zero.recognises(uncompiled(model))
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module that torch.compile has wrapped, if it has."""
+    return model._modules.get("_orig_mod") or model

@@ -1,0 +1,316 @@
+"""DeepSpeed: ZeRO stages 0, 1, 2 and 3, in fp32, bf16 and fp16, the optimizer offloaded to the CPU or not.
+
+DeepSpeed keeps fp32 weights in flat buffers, one per parameter group (stages 1 and 2, BF16_Optimizer) or sub-group
+(stage 3), and the innermost optimizer updates those. The buffers' geometry is read from DeepSpeed's own records:
+
+    stages 1, 2, bf16:  p._hp_mapping      lp_fragment_address: where in p;  hp_fragment_address: where in the buffer
+    stage 3:            grad_position      (sub-group, offset, numel) of this rank's piece of p
+    stage 0, fp16:      fp32_groups_flat   whole parameters one after the other, or fp32_groups, one tensor each
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from gap_ds.method.plan import clean_name
+from gap_ds.sharding.backends import Backend, Training
+from gap_ds.sharding.comm import Comm
+from gap_ds.sharding.shard import Shard
+
+
+def recognises(model: nn.Module) -> bool:
+    """Whether this is a DeepSpeed engine; deepspeed itself need not be installed to say no."""
+    return any(
+        cls.__module__.startswith("deepspeed.") and cls.__name__ == "DeepSpeedEngine" for cls in type(model).__mro__
+    )
+
+
+def initialize(*, config: Any, **arguments: Any) -> Any:
+    """As `deepspeed.initialize`; returns the engine alone.
+
+    Raises:
+        ValueError: DeepSpeed does not accept its config; the message names the setting.
+    """
+    import deepspeed
+    from deepspeed.runtime.config import DeepSpeedConfigError
+
+    zero = config.get("zero_optimization") if isinstance(config, dict) else None
+    for part in ("offload_optimizer", "offload_param"):
+        # Refused before DeepSpeed looks for libraries that only this would need.
+        if isinstance(zero, dict) and isinstance(zero.get(part), dict) and zero[part].get("device") == "nvme":
+            _refuse_nvme(part)
+    try:
+        engine, *_ = deepspeed.initialize(config=config, **arguments)
+    except ValidationError as error:
+        mistakes = (f"{'.'.join(map(str, e['loc']))}={e['input']!r}: {e['msg']}" for e in error.errors())
+        raise ValueError(f"DeepSpeed config, {error.title}: {'; '.join(mistakes)}") from error
+    except (AssertionError, DeepSpeedConfigError) as error:
+        raise ValueError(f"DeepSpeed config: {error}") from error
+    return engine
+
+
+def build(engine: Any, training: Training) -> Backend:
+    """The backend of a DeepSpeed engine.
+
+    Raises:
+        ValueError: a setting under which pieces lie elsewhere, or the optimizer is not called.
+    """
+    _refuse(engine, training)
+    stage: int = engine.zero_optimization_stage()
+    layout, comm, publish = _layout(engine, stage)
+    module: nn.Module = engine.module
+    return Backend(
+        name=f"zero{stage}",
+        forward=engine,
+        module=module,
+        optimizer=_innermost(engine.optimizer),
+        comm=comm,
+        shards=lambda: [_shard(name, p, layout) for name, p in module.named_parameters()],
+        publish=publish,
+        backward=engine.backward,
+        step=engine.step,
+        save=lambda folder: _save(engine, folder),
+        load=lambda folder: _load(engine, folder),
+        counters=lambda: _counters(engine),
+        recount=lambda applied, counters: _recount(engine, applied, counters),
+        skips_overflow=engine.fp16_enabled(),
+    )
+
+
+def _refuse(engine: Any, training: Training) -> None:
+    """Refuses what would silently train with wrong masks."""
+    config = engine._config
+    zero = config.zero_config
+    given = {k: v for k, v in vars(training).items() if v != type(training).__dataclass_fields__[k].default}
+    if given:
+        raise ValueError(
+            f"{', '.join(sorted(given))}: has no effect with a DeepSpeed engine, which has its own. Pass it to "
+            "deepspeed.initialize, or set it in the DeepSpeed config."
+        )
+    if engine.optimizer is None or type(engine.optimizer).__name__ == "DummyOptim":
+        raise ValueError(
+            "the DeepSpeed engine has no optimizer: pass one to deepspeed.initialize, or set it in its config"
+        )
+
+    for part in ("offload_optimizer", "offload_param"):
+        offload = getattr(zero, part)
+        if offload is not None and str(getattr(offload.device, "value", offload.device)) == "nvme":
+            _refuse_nvme(part)
+        if getattr(offload, "super_offload", False):
+            _refuse_value(
+                f"zero_optimization.{part}.super_offload",
+                True,
+                "its CPU workers update the weights without the optimizer's step",
+                "Set it to false.",
+            )
+    if zero.stage in (1, 2) and zero.round_robin_gradients:
+        _refuse_value(
+            "zero_optimization.round_robin_gradients",
+            True,
+            "DeepSpeed's record of which weights a rank owns can point at another parameter",
+            "Set it to false.",
+        )
+    if getattr(zero, "zenflow", None) is not None:
+        _refuse_value(
+            "zero_optimization.zenflow", "set", "it updates weights outside the optimizer's step", "Remove it."
+        )
+    if getattr(zero, "mics_shard_size", -1) not in (-1, 0, None):
+        _refuse_value(
+            "zero_optimization.mics_shard_size",
+            zero.mics_shard_size,
+            "MiCS shards within groups of ranks, which was not tested",
+            "Remove it.",
+        )
+    if getattr(engine, "has_moe_layers", False):
+        _refuse_value(
+            "MoE layers",
+            "deepspeed.moe",
+            "expert groups shard their parameters differently",
+            "Use experts held on every rank.",
+        )
+    if engine.checkpoint_engine.is_decoupled():
+        _refuse_value(
+            "checkpoint engine",
+            type(engine.checkpoint_engine).__name__,
+            "it goes on writing after the checkpoint is listed as whole",
+            "Use the default one.",
+        )
+    if engine.mp_world_size > 1:
+        _refuse_value(
+            "tensor parallelism", engine.mp_world_size, "an entry would be cut in two ways", "Set its size to 1."
+        )
+
+
+def _refuse_nvme(part: str) -> NoReturn:
+    reason = "the fp32 weights are swapped out between steps, where masks cannot reach them"
+    _refuse_value(f"zero_optimization.{part}.device", "nvme", reason, 'Set it to "cpu".')
+
+
+def _refuse_value(setting: str, value: object, reason: str, change: str) -> NoReturn:
+    raise ValueError(f"DeepSpeed config: {setting}={value!r} is not supported: {reason}. {change}")
+
+
+def _innermost(optimizer: Any) -> torch.optim.Optimizer:
+    while not isinstance(optimizer, torch.optim.Optimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+#: (start, numel, offset, owner) of this rank's piece of a parameter
+_Place = tuple[int, int, int, Callable[[], Tensor]]
+
+
+def _shard(name: str, parameter: nn.Parameter, layout: Callable[[nn.Parameter], _Place]) -> Shard:
+    shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+    return Shard(clean_name(name), shape, *layout(parameter), trainable=parameter.requires_grad)
+
+
+def _layout(engine: Any, stage: int) -> tuple[Callable[[nn.Parameter], _Place], Comm, Callable[[], None]]:
+    """Where pieces lie, who shares them, and how changes are made known, for the optimizer that DeepSpeed built."""
+    optimizer = engine.optimizer
+    if stage == 3:
+        return _stage3_place(optimizer), Comm(optimizer.dp_process_group), lambda: _publish_stage3(optimizer)
+    if hasattr(optimizer, "update_lp_params"):  # stages 1 and 2, and stage 1's BF16_Optimizer
+        return _fragment_place(optimizer), Comm(engine.seq_data_parallel_group), optimizer.update_lp_params
+    if hasattr(optimizer, "fp32_groups_flat") or hasattr(optimizer, "fp32_groups"):  # stage 0 with fp32 copies
+        return _copied_place(optimizer), Comm(single=True), lambda: _publish_copies(optimizer)
+    return _whole_place, Comm(single=True), lambda: None
+
+
+def _whole_place(parameter: nn.Parameter) -> _Place:
+    return 0, parameter.numel(), 0, lambda: parameter
+
+
+def _fragment_place(optimizer: Any) -> Callable[[nn.Parameter], _Place]:
+    """Stages 1 and 2: a fragment of the parameter in its group's flat fp32 partition."""
+    name = "single_partition_of_fp32_groups"  # of the ZeRO optimizer; BF16_Optimizer has another word for it
+    name = name if hasattr(optimizer, name) else "fp32_groups_flat_partition"
+
+    def place(parameter: Any) -> _Place:
+        if not parameter.requires_grad:
+            return _whole_place(parameter)
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return 0, 0, 0, lambda: parameter
+        low, high, group = mapping.lp_fragment_address, mapping.hp_fragment_address, mapping.param_group_index
+        return low.start, low.numel, high.start, lambda: getattr(optimizer, name)[group]
+
+    return place
+
+
+def _stage3_place(optimizer: Any) -> Callable[[nn.Parameter], _Place]:
+    """Stage 3: rank r owns elements [r * n, (r + 1) * n) of each parameter; the end of the last piece is padding."""
+
+    def place(parameter: Any) -> _Place:
+        if not parameter.requires_grad:
+            n, offset, owner = parameter.ds_tensor.ds_numel, 0, lambda: parameter.ds_tensor
+        else:
+            group, offset, n = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            owner = lambda: optimizer.fp32_partitioned_groups_flat[group]  # noqa: E731
+        start = min(torch.distributed.get_rank(optimizer.dp_process_group) * n, parameter.ds_numel)
+        return start, min(n, parameter.ds_numel - start), offset, owner
+
+    return place
+
+
+def _publish_stage3(optimizer: Any) -> None:
+    # The order of DeepSpeed's own step: release gathered parameters, copy the pieces, gather the persistent ones again.
+    optimizer._partition_all_parameters()
+    for group in range(len(optimizer.fp16_groups)):
+        optimizer._reassign_or_swap_out_partitioned_parameters(group)
+    if optimizer.persistent_parameters:
+        optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+
+def _copied_place(optimizer: Any) -> Callable[[nn.Parameter], _Place]:
+    """Stage 0 in 16 bits: whole fp32 copies, in one flat tensor per group or one tensor per parameter."""
+    flat = hasattr(optimizer, "fp32_groups_flat")
+    places: dict[int, _Place] = {}
+    for g, group in enumerate(optimizer.fp16_groups):
+        offset = 0
+        for i, parameter in enumerate(group):
+            places[id(parameter)] = (0, parameter.numel(), offset if flat else 0, partial(_copy, optimizer, g, i))
+            offset += parameter.numel()
+    return lambda parameter: places.get(id(parameter)) or _whole_place(parameter)
+
+
+def _copy(optimizer: Any, group: int, index: int) -> Tensor:
+    """The fp32 tensor that holds a parameter: its group's flat one, or its own."""
+    if hasattr(optimizer, "fp32_groups_flat"):
+        return cast(Tensor, optimizer.fp32_groups_flat[group])
+    return cast(Tensor, optimizer.fp32_groups[group][index])
+
+
+def _publish_copies(optimizer: Any) -> None:
+    place = _copied_place(optimizer)
+    for group in optimizer.fp16_groups:
+        for parameter in group:
+            _, numel, offset, owner = place(parameter)
+            parameter.data.view(-1).copy_(owner().detach().view(-1)[offset : offset + numel])
+
+
+def _save(engine: Any, folder: Path) -> None:
+    """DeepSpeed's own checkpoint. A rank that cannot write still meets the others, and says so at the end."""
+    errors: list[Exception] = []
+    with _outlived(engine.checkpoint_engine, "save", errors), _outlived(engine, "_copy_recovery_script", errors):
+        engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+    if errors:
+        raise errors[0]
+
+
+@contextmanager
+def _outlived(target: Any, name: str, errors: list[Exception]) -> Iterator[None]:
+    """Keeps the errors of a method for later."""
+    method = getattr(target, name)
+
+    def call(*arguments: Any, **keywords: Any) -> None:
+        try:
+            method(*arguments, **keywords)
+        except Exception as error:  # torch.save raises RuntimeError when the disk is full
+            errors.append(error)
+
+    setattr(target, name, call)
+    try:
+        yield
+    finally:
+        delattr(target, name)  # the class has it still
+
+
+def _load(engine: Any, folder: Path) -> None:
+    path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    if path is None:
+        raise ValueError(f"{folder}: DeepSpeed found no checkpoint of its own in it")
+
+
+#: Of the loss scaler, if it has them.
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def _scaler(engine: Any) -> Any:
+    optimizer = engine.optimizer
+    return getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", optimizer)
+
+
+def _counters(engine: Any) -> dict[str, float]:
+    scaler = {key: getattr(_scaler(engine), key, None) for key in _SCALER}
+    scaler = {key: value for key, value in scaler.items() if isinstance(value, int | float)}
+    return {"skipped_steps": engine.skipped_steps, "global_samples": engine.global_samples, **scaler}
+
+
+def _recount(engine: Any, applied_steps: int, counters: dict[str, float]) -> None:
+    engine.skipped_steps = int(counters.get("skipped_steps", 0))
+    engine.global_steps = applied_steps + engine.skipped_steps
+    samples = engine.global_steps * engine.train_batch_size()
+    engine.global_samples = int(counters.get("global_samples", samples))
+    engine.micro_steps = 0
+    for key in _SCALER:
+        if key in counters and hasattr(_scaler(engine), key):
+            setattr(_scaler(engine), key, counters[key])

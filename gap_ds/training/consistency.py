@@ -1,0 +1,136 @@
+"""What all ranks must agree on, checked where disagreeing would do harm that nobody sees: wrong masks, NaN weights.
+
+A boundary is the place for it: ranks meet there anyway, and what is decided there stays. R ranks, E entries.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gap_ds.method.plan import Plan
+from gap_ds.sharding.comm import Comm
+from gap_ds.sharding.shard import Shard
+
+#: Micro-batches left out in a row, after which a run has diverged rather than met a bad batch.
+MOST_SKIPPED = 50
+
+
+def check_position(world: Comm, step: int, signature: str, fingerprint: str, nonfinite: int, place: str) -> None:
+    """All ranks are before the same step of the same run, and none has seen a loss that is not finite.
+
+    Args:
+        nonfinite: whether this rank has (`Watch.take`); place: what comes now, for the message.
+    Raises:
+        ValueError: on all ranks, naming the ranks and what they differ in.
+    """
+    texts = (signature, fingerprint)
+    digests = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True) for text in texts]
+    rows = world.all_gather(torch.tensor([step, *digests, nonfinite], dtype=torch.int64))
+    for column, (what, own) in enumerate((("applied steps", str(step)), ("config", signature), ("plan", fingerprint))):
+        others = (rows[:, column] != rows[0, column]).nonzero().view(-1).tolist()
+        if others:
+            told = f": {rows[0, 0]} and {rows[others[0], 0]}" if column == 0 else f" (this rank: {own})"
+            raise ValueError(
+                f"ranks 0 and {_some(others)} have different {what}{told}. Give every rank the same model, config and "
+                "checkpoint."
+            )
+    if ranks := rows[:, 3].nonzero().view(-1).tolist():
+        raise ValueError(
+            f"a loss before {place} was NaN or infinite on rank {_some(ranks)}: stopped, because masks and checkpoints "
+            "would come from ruined weights. Lower the learning rate, go on from the newest checkpoint, or leave such "
+            'micro-batches out (nonfinite_loss="skip").'
+        )
+
+
+def check_masks(plan: Plan, bits: Mapping[str, Tensor], shards: Mapping[str, Shard], comm: Comm, world: Comm) -> None:
+    """Every copy of every mask is the same, on all groups of ranks that hold the model once.
+
+    Costs one pass over the bits, an all-reduce of E numbers within each group, and an all-gather of one number.
+
+    Args:
+        comm: the ranks among which the pieces of a parameter are spread; world: all ranks.
+    Raises:
+        ValueError: on all ranks, naming the first entry whose masks differ and the ranks.
+    """
+    if comm.size == world.size:
+        return  # one group: there is no second copy to compare with
+    names = [entry.name for entry in plan.entries if entry.name in bits]
+    own = [_digest(bits[name], shards[name].start) for name in names]
+    # Sums of 31-bit numbers: 2^32 ranks before they overflow.
+    whole = torch.tensor(own, dtype=torch.int64)
+    whole = comm.sum(whole) if comm.size > 1 else whole
+    total = zlib.crc32(whole.numpy().tobytes(), len(names))
+    totals = world.all_gather(torch.tensor([total], dtype=torch.int64)).view(-1)
+    if bool((totals == totals[0]).all()):
+        return
+    longest = len(plan.entries)
+    padded = torch.zeros(longest, dtype=torch.int64)
+    padded[: len(names)] = whole
+    rows = world.all_gather(padded)
+    first = int((rows != rows[0]).any(0).nonzero()[0, 0])
+    others = (rows[:, first] != rows[0, first]).nonzero().view(-1).tolist()
+    raise ValueError(
+        f"{names[min(first, len(names) - 1)]}: its masks differ between ranks 0 and {_some(others)}, so the run has "
+        "gone apart. Go on from the newest checkpoint; if it happens again, look at those machines."
+    )
+
+
+def _digest(bits: Tensor, start: int) -> int:
+    """31 bits that depend on a piece's mask and place; 0 where there is none."""
+    if not bits.numel():
+        return 0
+    return zlib.crc32(bits.cpu().numpy().tobytes(), start & 0xFFFFFFFF) >> 1
+
+
+def _some(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks[:4])) + (" and others" if len(ranks) > 4 else "")
+
+
+class Watch:
+    """Losses that are NaN or infinite: none may reach a mask or a checkpoint unseen.
+
+    policy: `stop` remembers them for the next boundary or checkpoint, without making any step wait for the device;
+        `skip` leaves the micro-batch out, on all ranks alike.
+    harmless: whether no weight changes in a step with such a loss anyway (loss scaling): then `stop` does nothing.
+    """
+
+    def __init__(self, policy: Literal["stop", "skip"], world: Comm, harmless: bool = False) -> None:
+        if policy not in ("stop", "skip"):
+            raise ValueError(f'nonfinite_loss={policy!r}: must be "stop" or "skip".')
+        self._policy, self._world, self._harmless = policy, world, harmless
+        self._seen: Tensor | None = None
+        self._in_a_row = 0
+        #: Whether the micro-batch at hand is left out.
+        self.skipping = False
+        #: Micro-batches left out so far.
+        self.skipped = 0
+
+    def admits(self, loss: Tensor, step: int) -> bool:
+        """Whether a micro-batch's loss may be propagated; with `skip` all ranks must call this."""
+        if self._policy == "stop" and self._harmless:
+            return True
+        bad = ~loss.detach().isfinite().all()
+        if self._policy == "stop":
+            self._seen = bad if self._seen is None else self._seen | bad
+            return True
+        self.skipping = bool(self._world.sum(bad.to(torch.int64).view(1)).item())
+        self._in_a_row = self._in_a_row + 1 if self.skipping else 0
+        self.skipped += self.skipping
+        if self._in_a_row > MOST_SKIPPED:
+            raise ValueError(
+                f"the loss was not finite in {self._in_a_row} micro-batches in a row before step {step}: the training "
+                "has diverged. Lower the learning rate, or go on from an earlier checkpoint."
+            )
+        return not self.skipping
+
+    def take(self) -> int:
+        """Whether a loss on this rank since the last call was not finite, though the policy is to stop."""
+        seen = 0 if self._seen is None else int(self._seen)
+        self._seen = None
+        return seen

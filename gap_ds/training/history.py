@@ -1,0 +1,150 @@
+"""History: what every boundary and every update did to each entry's mask, as a file of JSON lines.
+
+The first line is a header: format, version, signature, and (name, weights, partition) of each entry. Every other line
+holds, for the steps that follow `step`, one number per entry, in the same order:
+
+    kept            weights that are active: those that the mask keeps, all of a dense entry
+    came, went      weights that the entry's new mask keeps and its last one did not, and the reverse; null where the
+                    entry gets no mask here, or never had one before
+    active          weights that were active in any step so far, these included: what has been explored
+
+`gap-ds report` draws it. Recording costs memory: a bit for each weight that was not active yet when masks were
+recorded last, and one for each weight of a dense partition (its last mask). It changes nothing in the run.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gap_ds.checkpoint import folder as checkpoint
+from gap_ds.masks import bitmask
+from gap_ds.method.plan import Plan
+from gap_ds.method.schedule import Phase
+from gap_ds.sharding.comm import Comm, why
+from gap_ds.training.mask_state import Masking
+
+NAME = "gap_history.jsonl"
+FORMAT, VERSION = "gap_ds.history", 1
+
+_SEEN, _BEFORE = "seen.safetensors", "before.safetensors"
+
+
+class History:
+    """Records the masks of a run into a file. All ranks call `record`, `write` and `read` together; rank 0 writes.
+
+    The file is not touched before the second record or a checkpoint, so that a run that goes on keeps what it has. A
+    disk that refuses it is a warning: no run ends for its diary.
+    """
+
+    def __init__(self, path: Path, plan: Plan, signature: str, masking: Masking, comm: Comm, world: Comm) -> None:
+        self._path, self._plan, self._masking, self._comm, self._world = path, plan, masking, comm, world
+        entries = [[entry.name, entry.numel, entry.partition] for entry in plan.entries]
+        header = {"format": FORMAT, "version": VERSION, "signature": signature, "entries": entries}
+        self._header = json.dumps(header)
+        #: Lines that are not in the file yet.
+        self._lines: list[str] = []
+        #: What the file is to begin anew with, when there are lines to write; None: they are appended.
+        self._head: list[str] | None = [self._header]
+        #: Each entry's last mask, which it may not have any more; None before the first record.
+        self._last: dict[str, Tensor] | None = None
+        #: What was ever active of each entry. An entry that was dense is not in it: all of it was.
+        self._seen: dict[str, Tensor] = {}
+
+    def record(self, step: int, phase: Phase) -> None:
+        """Adds a line: the masks as they are before a step."""
+        first = self._last is None
+        if self._last is None:
+            self._last, self._seen = {}, dict(self._masking.bits)
+        rows = [self._row(entry.name, self._last) for entry in self._plan.entries]
+        counts = self._comm.sum(torch.tensor([[n or 0 for n in row] for row in rows], dtype=torch.int64).flatten())
+        summed = counts.view(-1, 4).tolist()
+        columns: dict[str, list[int | None]] = {}
+        for i, name in enumerate(("kept", "came", "went", "active")):
+            columns[name] = [None if own[i] is None else all_[i] for own, all_ in zip(rows, summed, strict=True)]
+        self._lines.append(json.dumps({"step": step, "phase": phase.index, **columns}))
+        if not first:
+            self.flush()
+
+    def _row(self, name: str, last: dict[str, Tensor]) -> tuple[int, int | None, int | None, int]:
+        """(kept, came, went, active) of this rank's piece of an entry."""
+        numel, bits, before = self._masking.shards[name].numel, self._masking.bits.get(name), last.get(name)
+        if bits is None:
+            self._seen.pop(name, None)
+            return numel, None, None, numel
+        last[name] = bits
+        if name in self._seen:
+            self._seen[name] = self._seen[name] | bits
+        active = bitmask.count(self._seen[name]) if name in self._seen else numel
+        if before is None or before is bits:
+            return bitmask.count(bits), None, None, active
+        return bitmask.count(bits), bitmask.count(bits & ~before), bitmask.count(before & ~bits), active
+
+    def flush(self) -> None:
+        """Writes what was recorded."""
+        if self._world.rank == 0 and self._lines:
+            try:
+                self._append()
+                self._head = None
+            except OSError as error:
+                warnings.warn(f"{self._path}: {why(error)}: the history of the masks is not complete", stacklevel=2)
+        self._lines = []
+
+    def _append(self) -> None:
+        text = "".join(f"{line}\n" for line in self._lines)
+        if self._head is None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(text)
+            return
+        aside = self._path.with_name(f"{self._path.name}.partial")
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text("".join(f"{line}\n" for line in self._head) + text, encoding="utf-8")
+        aside.replace(self._path)
+
+    # -- with checkpoints ------------------------------------------------------------------------------------------
+
+    def write(self, folder: Path) -> None:
+        """Saves what the next record compares with, beside the masks of a checkpoint."""
+        self.flush()
+        before = {name: bits for name, bits in (self._last or {}).items() if name not in self._masking.bits}
+        for name, bits in ((_SEEN, self._seen), (_BEFORE, before)):
+            checkpoint.write_masks(folder / name, self._plan, self._masking.shards, bits, self._comm)
+
+    def read(self, folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
+        """What `write` saved, to be given to `restore`; None if that run recorded no history."""
+        if not (folder / _SEEN).is_file():
+            return None
+        seen, before = (
+            checkpoint.read_masks(folder / name, self._plan, None, self._masking.shards, self._comm)
+            for name in (_SEEN, _BEFORE)
+        )
+        return seen, before
+
+    def restore(self, found: tuple[dict[str, Tensor], dict[str, Tensor]] | None, step: int, phase: Phase) -> None:
+        """Goes on before a step, from what was read and the masks as they are now.
+
+        Lines of the file that come after the step are dropped with the next record. Without anything to go on from, a
+        history begins here.
+        """
+        self._lines, self._head, self._last = [], [self._header], None
+        if found is None:
+            return self.record(step, phase)
+        seen, before = (self._masking.on_device(pieces) for pieces in found)
+        self._seen, self._last = seen, {**before, **self._masking.bits}
+        if self._world.rank == 0:
+            self._head += self._earlier(step)
+
+    def _earlier(self, step: int) -> list[str]:
+        """The lines of the file up to a step, if it is this run's."""
+        try:
+            header, *lines = self._path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if json.loads(line)["step"] <= step] if header == self._header else []
+        except (OSError, ValueError, KeyError, TypeError):
+            kept = []
+        if not kept:
+            warnings.warn(f"{self._path}: is not of this run or damaged: a history begins at step {step}", stacklevel=2)
+        return kept

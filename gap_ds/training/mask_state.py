@@ -1,0 +1,241 @@
+"""`Masking`: this rank's masks, and what changes with them: weights, moments, the values that pruned weights had.
+
+The engine decides when, a rule (rules.py) what is to happen to each entry; here it is done, exactly and over all
+shards. E entries; a piece is this rank's part of an entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gap_ds.checkpoint import folder as checkpoint
+from gap_ds.masks import bitmask, selection
+from gap_ds.method import rules
+from gap_ds.method.config import GaPConfig
+from gap_ds.method.pattern import Unstructured
+from gap_ds.method.plan import Entry, Plan
+from gap_ds.sharding.backends import Backend
+from gap_ds.sharding.comm import Comm
+from gap_ds.sharding.shard import Shard
+
+
+class Masking:
+    """The masks of this rank's pieces. All ranks call `apply`, `select`, `kept`, `write` and `read` together."""
+
+    def __init__(self, plan: Plan, config: GaPConfig, backend: Backend) -> None:
+        by_name = {shard.name: shard for shard in backend.shards()}
+        self.shards: dict[str, Shard] = {entry.name: by_name[entry.name] for entry in plan.entries}
+        #: Packed mask of this rank's piece of each sparse entry; a new tensor for every new mask. A dense entry is not
+        #: in it: None means not masked.
+        self.bits: dict[str, Tensor] = {}
+        #: With `regrow: last_value`, the values that this rank's pruned weights had, and zeros elsewhere.
+        self._last: dict[str, Tensor] = {}
+        #: This rank's gradients of the step before an update that looks at them.
+        self._gradients: dict[str, Tensor] = {}
+        self._plan, self._config, self._backend = plan, config, backend
+
+    # -- after every optimizer step --------------------------------------------------------------------------------
+
+    def zero_pruned(self, optimizer: torch.optim.Optimizer) -> None:
+        """Zeroes the pruned weights that an optimizer step has just changed.
+
+        A sharding library may step its optimizer several times per update, with some of the weights each time; only
+        those are masked.
+        """
+        owners = _owners(optimizer)
+        bitmask.zero_pruned_all_(
+            (shard.of(owner), bits)
+            for name, bits in self.bits.items()
+            if (shard := self.shards[name]).numel and id(owner := shard.owner()) in owners
+        )
+
+    def copy_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Copies the gradients of that step, because libraries free or overwrite them before the boundary."""
+        owners = _owners(optimizer)
+        for name, shard in self.shards.items():
+            if shard.numel and id(owner := shard.owner()) in owners and owner.grad is not None:
+                self._gradients[name] = shard.of(owner.grad).clone()
+
+    # -- changing masks --------------------------------------------------------------------------------------------
+
+    def apply(self, updates: Mapping[Entry, rules.Update], step: int) -> None:
+        """Does to every entry what comes before a step: selects all new masks, then changes masks, weights, moments."""
+        selected = self.select(updates, step)
+        self._gradients.clear()
+        for entry, update in updates.items():
+            if isinstance(update, rules.Dense):
+                self._grow(self.shards[entry.name])
+            elif entry.name in selected:
+                self._mask(self.shards[entry.name], selected[entry.name])
+        if selected or self._config.regrow == "last_value":
+            self._backend.publish()
+
+    def replace(self, shard: Shard, bits: Tensor) -> None:
+        """Takes an entry's mask from elsewhere; its weights come with it, and are the caller's."""
+        self._forget_moments(shard, self.bits[shard.name])
+        self.bits[shard.name] = bits.to(shard.weight().device)
+
+    def _mask(self, shard: Shard, bits: Tensor) -> None:
+        """Puts on a mask. It may keep weights that the mask before it pruned: those start with moments at zero."""
+        before = self.bits.get(shard.name)
+        if before is not None:
+            self._forget_moments(shard, before)
+        if self._config.regrow == "last_value":
+            self._remember(shard, before, bits)
+        if shard.numel:
+            bitmask.zero_pruned_(shard.weight(), bits)
+        self.bits[shard.name] = bits
+
+    def _grow(self, shard: Shard) -> None:
+        """Takes the mask off. The weights it had pruned are zero already, or get their last value; moments are zero."""
+        bits = self.bits.pop(shard.name, None)
+        if bits is not None:
+            self._forget_moments(shard, bits)
+            if self._config.regrow == "last_value":
+                weight, last = shard.weight(), self._last.pop(shard.name)
+                torch.where(bitmask.unpack(bits, shard.numel), weight, last, out=weight)
+
+    def _forget_moments(self, shard: Shard, bits: Tensor) -> None:
+        """Zeroes the moments of the weights that a mask prunes."""
+        bitmask.zero_pruned_all_((moment, bits) for moment in shard.moments(self._backend.optimizer))
+
+    def _remember(self, shard: Shard, before: Tensor | None, bits: Tensor) -> None:
+        """Keeps the values of the weights that a new mask prunes, besides those that the mask before it had pruned."""
+        values = shard.weight().clone()
+        if before is not None:
+            values += self._last[shard.name]  # where the one is not zero, the other is
+        bitmask.zero_pruned_(values, ~bits)
+        self._last[shard.name] = values
+
+    # -- selecting -------------------------------------------------------------------------------------------------
+
+    def select(self, updates: Mapping[Entry, rules.Update], step: int) -> dict[str, Tensor]:
+        """Exact masks of this rank's pieces for all entries whose mask changes before a step; changes nothing."""
+        largest = {e: u for e, u in updates.items() if isinstance(u, rules.Largest)}
+        random = {e: u for e, u in updates.items() if isinstance(u, rules.Random)}
+        exchanged = {e: u for e, u in updates.items() if isinstance(u, rules.Exchange)}
+        stored = {e.name for e, u in updates.items() if isinstance(u, rules.Stored)}
+        if stored:
+            return self._stored(stored)
+        if isinstance(self._plan.pattern, Unstructured):
+            bits = self._exactly({e: (u.keep, self._magnitudes(e)) for e, u in largest.items()}, self._plan.pooled)
+            bits |= self._exactly({e: (u.keep, self._random(e, e.name)) for e, u in random.items()})
+            return bits | self._exchanged(exchanged, step)
+        bits = {e.name: self._whole(e, u.keep, self._magnitudes(e), True) for e, u in largest.items()}
+        return bits | {e.name: self._whole(e, u.keep, self._random(e, e.name), False) for e, u in random.items()}
+
+    def _exactly(self, wanted: Mapping[Entry, tuple[int, selection.Keys]], pooled: bool = False) -> dict[str, Tensor]:
+        """For each entry its `keep` largest keys; pooled: for each partition the sum of its budgets."""
+        if not wanted:
+            return {}
+        pieces: list[selection.Piece] = []
+        budgets: dict[int | str, int] = {}
+        keep: list[int] = []
+        for entry, (n, keys) in wanted.items():
+            shard = self.shards[entry.name]
+            budget = budgets.setdefault(entry.partition if pooled else entry.name, len(budgets))
+            keep += [0] * (len(budgets) - len(keep))
+            keep[budget] += n
+            pieces.append(selection.Piece(entry.name, shard.start, shard.numel, keys, budget))
+        bits = selection.select_largest(pieces, keep, self._backend.comm)
+        return {piece.name: b for piece, b in zip(pieces, bits, strict=True)}
+
+    def _exchanged(self, updates: Mapping[Entry, rules.Exchange], step: int) -> dict[str, Tensor]:
+        """Drop and grow: the kept weights without the smallest, and as many of all others by gradient or at random."""
+        kept = self._exactly(
+            {e: (u.keep - u.drop, selection.only(self._magnitudes(e), self.bits[e.name])) for e, u in updates.items()}
+        )
+        grown = self._exactly(
+            {
+                e: (u.drop, selection.only(self._growth(e, u.by_gradient, step), ~kept[e.name]))
+                for e, u in updates.items()
+            }
+        )
+        return {name: bits | grown[name] for name, bits in kept.items()}
+
+    def _magnitudes(self, entry: Entry) -> selection.Keys:
+        return selection.magnitude_keys(self.shards[entry.name].weight())
+
+    def _random(self, entry: Entry, name: str) -> selection.Keys:
+        shard = self.shards[entry.name]
+        return selection.random_keys(self._config.seed, name, shard.start, shard.weight().device)
+
+    def _growth(self, entry: Entry, by_gradient: bool, step: int) -> selection.Keys:
+        """What the weights that come are chosen by. A parameter without a gradient has that of zeros."""
+        if not by_gradient:
+            return self._random(entry, f"{entry.name} {step}")
+        weight = self.shards[entry.name].weight()
+        gradient = self._gradients.get(entry.name)
+        return selection.magnitude_keys(torch.zeros_like(weight) if gradient is None else gradient)
+
+    def _whole(self, entry: Entry, keep: int, keys: selection.Keys, by_magnitude: bool) -> Tensor:
+        """Bits of this rank's piece where the pattern needs the whole entry: all ranks assemble it and decide alike."""
+        shard = self.shards[entry.name]
+        piece = selection.Piece(entry.name, shard.start, shard.numel, keys, budget=0)
+        own = torch.cat([piece.keys(0, 0), *(chunk for _, chunk in piece.chunks())])
+        whole = self._backend.comm.assemble_everywhere(own, piece.start, entry.numel)
+        scores = selection.magnitudes(entry.name, whole) if by_magnitude else whole
+        kept = self._plan.pattern.mask(scores.view(entry.shape), keep, entry.dims)
+        return bitmask.pack(kept.flatten()[piece.start : piece.start + piece.numel])
+
+    def _stored(self, names: set[str]) -> dict[str, Tensor]:
+        """Masks that were written by another run, of the same entries."""
+        path = Path(self._config.init_file or "")
+        bits = checkpoint.read_masks(path, self._plan, names, self.shards, self._backend.comm, foreign=True)
+        return self.on_device(bits)
+
+    # -- figures and files -----------------------------------------------------------------------------------------
+
+    def kept(self) -> list[int]:
+        """Weights that each entry's mask keeps, over all ranks; all of a dense entry."""
+        local = [
+            bitmask.count(self.bits[name]) if name in self.bits else shard.numel for name, shard in self.shards.items()
+        ]
+        counts: list[int] = self._backend.comm.sum(torch.tensor(local, dtype=torch.int64)).tolist()
+        return counts
+
+    def write(self, folder: Path, about: Mapping[str, str]) -> None:
+        """Writes masks, and with `regrow: last_value` what pruned weights were."""
+        comm = self._backend.comm
+        checkpoint.write_masks(folder / "masks.safetensors", self._plan, self.shards, self.bits, comm, about)
+        if self._config.regrow == "last_value":
+            checkpoint.write_values(folder / "pruned.safetensors", self._plan, self.shards, self._last, comm)
+
+    def read(self, folder: Path, sparse: set[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What `write` wrote, to be given to `restore`; ValueError if it is damaged or its entries are not `sparse`."""
+        comm = self._backend.comm
+        bits = checkpoint.read_masks(folder / "masks.safetensors", self._plan, sparse, self.shards, comm)
+        if self._config.regrow != "last_value":
+            return bits, {}
+        return bits, checkpoint.read_values(folder / "pruned.safetensors", self._plan, sparse, self.shards, comm)
+
+    def restore(self, bits: dict[str, Tensor], last: dict[str, Tensor]) -> None:
+        """Goes on with what was read."""
+        self.bits, self._last = self.on_device(bits), self.on_device(last)
+
+    def on_device(self, pieces: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Pieces that were read from a file, where their weights are."""
+        return {name: piece.to(self.shards[name].weight().device) for name, piece in pieces.items()}
+
+
+def inherited(config: GaPConfig, shards: Sequence[Shard], comm: Comm) -> dict[str, int]:
+    """Weights that each parameter keeps by the masks that `config` takes over. All ranks of `comm` must call this.
+
+    Raises:
+        ValueError: the file of masks cannot be read, is damaged, or has a mask of a name that is no parameter.
+    """
+    if config.init_file is None:
+        local = torch.tensor([int(shard.weight().count_nonzero()) for shard in shards], dtype=torch.int64)
+        return {shard.name: n for shard, n in zip(shards, comm.sum(local).tolist(), strict=True)}
+    kept = checkpoint.kept_weights(Path(config.init_file))
+    if unknown := sorted(kept.keys() - {shard.name for shard in shards if shard.trainable}):
+        raise ValueError(f"{config.init_file}: holds the mask of {unknown[0]}, which the model does not have to train.")
+    return kept
+
+
+def _owners(optimizer: torch.optim.Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}

@@ -1,0 +1,167 @@
+"""Every benchmark runs, at its size for tests, and writes what the tables read. Nothing here looks at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+
+#: Runs the main functions one after the other in one process: importing torch takes longer than most of them.
+ALL = """
+import importlib, sys
+folder, out, *names = sys.argv[1:]
+sys.path.insert(0, folder)
+for name in names:
+    sys.argv = [f"{name}.py", "--quick", "--out", out]
+    importlib.import_module(name).main()
+"""
+
+#: Lets the scripts read command lines and do nothing else, then gpu.py run two of them, one with a mistake.
+PARSE = """
+import argparse, importlib, json, sys
+from pathlib import Path
+folder, out, lines = sys.argv[1:]
+sys.path.insert(0, folder)
+import gpu
+
+class Parsed(Exception): pass
+
+real = argparse.ArgumentParser.parse_args
+
+def parse(self, *given):
+    real(self, *given)
+    raise Parsed
+
+for script, words in [*gpu.RUNS, *json.loads(lines)]:
+    main = importlib.import_module(script).main
+    sys.argv = [f"{script}.py", *words, "--out", out]
+    argparse.ArgumentParser.parse_args = parse
+    try:
+        main()
+    except Parsed:
+        pass
+    else:
+        raise AssertionError(f"{script} reads no command line")
+argparse.ArgumentParser.parse_args = real
+assert gpu.run([("masks", ["--quick"]), ("masks", ["--quick", "--no-such-option"])], 300, Path(out)) == 1
+"""
+
+#: The tables of a folder of results.
+TABLES = """
+import sys
+from pathlib import Path
+folder, results = sys.argv[1:]
+sys.path.insert(0, folder)
+import tables
+tables.RESULTS = Path(results)
+names = "summary aims overhead performance attention startup gpu no_gpu tested kernel".split()
+for text in [getattr(tables, name)() for name in names] + [tables.profile("step"), tables.profile("boundary")]:
+    print(text)
+"""
+
+
+def python(*words: str, timeout: int = 600, **variables: str) -> str:
+    """What a script prints; it must end well."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+    result = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, timeout=timeout)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    return result.stdout
+
+
+def read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def run(out: Path, *names: str) -> dict[str, dict[str, Any]]:
+    python("-c", ALL, str(BENCHMARKS), str(out), *names)
+    return {name: read(out / f"{name}.json") for name in names}
+
+
+def check(name: str, result: dict[str, Any]) -> None:
+    assert result["benchmark"] == name
+    assert result["command"] == f"python benchmarks/{name}.py --quick"
+    assert {"cpu", "cores", "threads", "load_average", "torch", "gap_ds", "date"} <= set(result["machine"])
+    assert result["rows"]
+
+
+def tables(folder: Path) -> str:
+    return python("-c", TABLES, str(BENCHMARKS), str(folder))
+
+
+def test_the_quick_ones(tmp_path: Path) -> None:
+    """boundary compares masks with a stable sort, scaling compares 4 ranks with one and bytes with the forecast's."""
+    for name, result in run(tmp_path, "masks", "boundary", "scaling", "peers").items():
+        check(name, result)
+        assert (tmp_path / f"{name}.md").read_text(encoding="utf-8").startswith(f"# {name}\n")
+    assert (tmp_path / "scaling.png").stat().st_size > 1000
+    made = [row["made"]["command"] for row in read(tmp_path / "boundary.json")["rows"]]
+    assert all(command.startswith("python benchmarks/boundary.py --ranks 2 --weights 200003 ") for command in made)
+    assert "torch_prune" in tables(tmp_path)
+
+
+def test_command_lines_and_a_gpus_run_without_one(tmp_path: Path) -> None:
+    """Every run of gpu.py and of `make bench` is one its script takes; what fails is named, the rest is kept."""
+    (names,) = re.findall(r"^BENCHES := (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    lines = [(name, ["--quick"]) for name in names.split()]
+    python("-c", PARSE, str(BENCHMARKS), str(tmp_path), json.dumps(lines))
+    found = read(tmp_path / "gpu.json")
+    assert list(found["results"]) == ["masks"] and "--no-such-option" in found["failed"][0]["error"]
+    text = tables(tmp_path)
+    assert "not measured yet" not in text and "No figure here is from a GPU" not in text
+    assert "of a copy's bandwidth" in text and "--no-such-option" in text
+
+
+def test_tables_of_no_results_at_all(tmp_path: Path) -> None:
+    assert "**No figure here is from a GPU.**" in tables(tmp_path)
+
+
+def test_the_guard_is_collected_and_asks_for_a_baseline(tmp_path: Path) -> None:
+    collected = python("-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", str(BENCHMARKS / "guard.py"))
+    for name in ("test_masks_to_mul", "test_engine_to_bare", "test_selection_to_topk", "test_boundary", "test_import"):
+        assert name in collected
+    words = ["make", "-s", "-o", "env", "bench-guard", f"GUARD={tmp_path}"]
+    asked = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert asked.returncode and "no baseline to compare with" in asked.stderr
+
+
+@pytest.mark.slow
+def test_the_others(tmp_path: Path) -> None:
+    names = ("attention", "compact", "memory", "profile_paths", "startup", "throughput")
+    for name, result in run(tmp_path, *names).items():
+        check(name, result)
+    text = tables(tmp_path)
+    assert "histograms of the keys" in text and "3 boundaries" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", "plain ddp fsdp1 fsdp2 fairscale zero0 zero1 zero2 zero3".split())
+def test_the_overhead_and_memory_of_every_backend(tmp_path: Path, backend: str) -> None:
+    for script in ("overhead", "memory"):
+        python(str(BENCHMARKS / f"{script}.py"), "--quick", "--backends", backend, "--out", str(tmp_path))
+    (row,) = read(tmp_path / "overhead.json")["rows"]
+    assert row["backend"] == backend and row["ratio"] > 0 and row["boundary_ms"] > 0
+    assert 0 < row["own_share"] < 1
+    assert row["ranks"] == (1 if backend == "plain" else 2)
+    (row,) = read(tmp_path / "memory.json")["rows"]
+    assert row["backend"] == backend and row["masks, bits"] == pytest.approx(1, abs=0.01)
+    assert row["a boundary's tensors, MB"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["fsdp2", "zero2", "zero3"])
+def test_sharding_libraries_on_one_rank(tmp_path: Path, backend: str) -> None:
+    """As gpu.py runs them."""
+    words = ["--quick", "--ranks", "1", "--backends", backend, "--out", str(tmp_path)]
+    python(str(BENCHMARKS / "overhead.py"), *words)
+    (row,) = read(tmp_path / "overhead.json")["rows"]
+    assert row["ranks"] == 1 and row["boundary_steps"] > 0

@@ -1,0 +1,347 @@
+"""The compiled loops against PyTorch and NumPy, and what happens where they cannot be had."""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from gap_ds.inference.layers import CSRLinear, joined
+from gap_ds.masks import bitmask, cpu, selection
+
+needs_compiler = pytest.mark.skipif(cpu.library() is None, reason="no C compiler, or GAP_DS_NATIVE=0")
+
+
+def loops() -> cpu.Library:
+    found = cpu.library()
+    assert found is not None
+    return found
+
+
+@pytest.fixture
+def anew() -> Iterator[None]:
+    """`library` looks again, and again afterwards."""
+    cpu.library.cache_clear()
+    yield
+    cpu.library.cache_clear()
+
+
+def sparse(outputs: int, inputs: int, density: float, seed: int, bias: bool = True) -> nn.Linear:
+    generator = torch.Generator().manual_seed(seed)
+    layer = nn.Linear(inputs, outputs, bias=bias).requires_grad_(False)
+    layer.weight.copy_(torch.randn(outputs, inputs, generator=generator))
+    layer.weight *= torch.rand(outputs, inputs, generator=generator) < density
+    return layer
+
+
+# -- masks -------------------------------------------------------------------------------------------------------------
+
+
+@needs_compiler
+@settings(max_examples=150, deadline=None)
+@given(
+    dtype=st.sampled_from([torch.int16, torch.int32, torch.int64]),
+    count=st.integers(0, 300),
+    offset=st.integers(0, 5),
+    density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    seed=st.integers(0, 99),
+)
+def test_words_are_zeroed_as_numpy_does_it(
+    dtype: torch.dtype, count: int, offset: int, density: float, seed: int
+) -> None:
+    """Any size, at addresses that fit no vector; words before and behind the piece stay."""
+    generator = torch.Generator().manual_seed(seed)
+    buffer = torch.randint(-(2**15), 2**15 - 1, (offset + count + 9,), generator=generator, dtype=dtype)
+    bits = bitmask.pack(torch.rand(count, generator=generator) < density)
+    expected = buffer.clone()
+    bitmask._by_numpy(expected[offset : offset + count], bits)
+    loops().zero_pruned_(buffer[offset : offset + count], bits)
+    assert torch.equal(buffer, expected)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_large_pieces_take_the_compiled_loop(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """And NaN, infinity and -0.0 become +0.0 where they are pruned, and stay in every bit where they are kept."""
+    monkeypatch.setattr(bitmask, "_by_numpy", None)
+    piece = torch.randn(bitmask.COMPILED + 3, dtype=torch.float32).to(dtype)
+    piece[:9] = torch.tensor([float("nan"), float("inf"), -0.0] * 3, dtype=dtype)
+    kept = torch.rand(piece.numel(), generator=torch.Generator().manual_seed(0)) < 0.3
+    before = piece.clone()
+    bitmask.zero_pruned_(piece, bitmask.pack(kept))
+    words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[piece.element_size()]
+    assert torch.equal(piece.view(words), before.view(words) * kept)
+
+
+# -- selection ---------------------------------------------------------------------------------------------------------
+
+
+@needs_compiler
+@settings(max_examples=150, deadline=None)
+@given(
+    count=st.integers(0, 300),
+    offset=st.integers(0, 5),
+    largest=st.sampled_from([0, 3, 2**20, 2**31 - 1]),
+    shift=st.sampled_from([0, 10, 20]),
+    seed=st.integers(0, 99),
+)
+def test_passes_over_keys_are_those_of_pytorch(count: int, offset: int, largest: int, shift: int, seed: int) -> None:
+    """Any size, at addresses that fit no vector, from the invalid key to the largest."""
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.randint(-1, largest + 1, (offset + count,), generator=generator).int()[offset:]
+    oracle, some = selection._ByPyTorch(), [-1, 0, largest, *keys[:3].tolist()]
+    for prefix in [key >> shift for key in some]:
+        assert torch.equal(loops().keys_with(keys, shift, prefix), oracle.keys_with(keys, shift, prefix))
+    for limit in some:
+        assert torch.equal(loops().pack_above(keys, limit), oracle.pack_above(keys, limit))
+    bits = torch.randint(-(2**31), 2**31 - 1, (offset + count,), generator=generator).int()[offset:]
+    weights = torch.cat([bits.view(torch.float32), torch.tensor([math.nan, math.inf, -math.inf, -0.0, 2.0**-140])])[1:]
+    assert torch.equal(loops().magnitude_keys(weights), oracle.magnitude_keys(weights))
+    within = keys.clamp(max=2**20)
+    counts, expected = torch.zeros(2, 2**20 + 2, dtype=torch.int64)
+    for _ in range(2):  # they are added to what is there
+        loops().count_keys_(counts, within, shift, -1)
+        oracle.count_keys_(expected, within, shift, -1)
+    assert torch.equal(counts, expected) and int(counts.sum()) == 2 * count
+
+
+@needs_compiler
+def test_large_pieces_are_selected_from_by_the_compiled_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = torch.randn(bitmask.COMPILED + 5, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+    def select() -> torch.Tensor:
+        piece = selection.Piece("w", 0, len(weights), selection.magnitude_keys(weights), 0)
+        return selection.select_largest([piece], [5000], selection.Single())[0]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bitmask, "COMPILED", 2**40)
+        expected = select()
+    for name in ("magnitude_keys", "count_keys_", "keys_with", "pack_above"):
+        monkeypatch.setattr(selection._ByPyTorch, name, None)
+    found = select()
+    assert torch.equal(found, expected) and bitmask.count(found) == 5000
+
+
+# -- products ----------------------------------------------------------------------------------------------------------
+
+
+@needs_compiler
+@settings(max_examples=100, deadline=None)
+@given(
+    outputs=st.integers(1, 70),
+    inputs=st.integers(1, 70),
+    rows=st.integers(0, 150),
+    density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    bias=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_a_product_is_that_of_the_dense_layer(
+    outputs: int, inputs: int, rows: int, density: float, bias: bool, seed: int
+) -> None:
+    layer = sparse(outputs, inputs, density, seed, bias)
+    x = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(seed))
+    y = CSRLinear(layer)(x)
+    expected = nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
+    assert y.is_contiguous() and y.shape == (rows, outputs)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@needs_compiler
+def test_nothing_is_written_beside_the_result() -> None:
+    """Neither beyond the last row of the last block, nor into what another thread computes."""
+    layer, x = sparse(37, 50, 0.3, 0), torch.randn(65, 50)
+    expected = CSRLinear(layer)(x)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        for share in (1, 2**40):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(cpu, "_SHARED", share)
+                parts = [CSRLinear(layer)(x) for _ in range(5)]
+            assert all(torch.equal(part, expected) for part in parts)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_compiler
+def test_threads_share_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_SHARED", 1)
+    words, kept = torch.randint(-9, 9, (1003,), dtype=torch.int32), torch.rand(1003) < 0.5
+    threads = torch.get_num_threads()
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            found = words.clone()
+            loops().zero_pruned_(found, bitmask.pack(kept))
+            assert torch.equal(found, words * kept)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_compiler
+def test_shares_cover_all_outputs() -> None:
+    for outputs in (1, 15, 16, 17, 100, 1024):
+        for threads in (1, 2, 3, 7, 64):
+            shares = cpu._shares(outputs, threads)
+            assert [low for low, _ in shares] == [0, *(high for _, high in shares[:-1])]
+            assert shares[-1][1] == outputs and len(shares) <= threads
+
+
+@needs_compiler
+def test_a_forked_process_multiplies_in_threads_of_its_own() -> None:
+    """Threads are not forked: a pool that was taken over would wait for ever."""
+    layer, x = sparse(64, 64, 0.5, 0), torch.randn(8, 64)
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "_SHARED", 1)
+        torch.set_num_threads(2)
+        try:
+            expected = CSRLinear(layer)(x)
+            made = CSRLinear(layer)
+            child = os.fork()
+            if child == 0:
+                os._exit(0 if torch.equal(made(x), expected) else 1)
+            assert os.waitpid(child, 0)[1] == 0
+        finally:
+            torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("inputs", [16, 700, 3000])
+@pytest.mark.parametrize("rows", [1, 2, 31, 64, 65, 96, 129, 385])
+def test_rows_are_multiplied_in_even_blocks(rows: int, inputs: int) -> None:
+    blocks, most = cpu.row_blocks(rows, inputs), {16: 64, 700: 64, 3000: 32}[inputs]
+    sizes = [end - start for start, end in blocks]
+    assert [start for start, _ in blocks] == [0, *(end for _, end in blocks[:-1])] and blocks[-1][1] == rows
+    assert max(sizes) <= most and max(sizes) - min(sizes) <= 1 and len(blocks) == -(-rows // most)
+
+
+@needs_compiler
+def test_mkl_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [sparse(n, 30, 0.3, n) for n in (20, 7)]
+    x = torch.randn(100, 30)
+    alone = [CSRLinear(layer) for layer in layers]
+    together = joined([CSRLinear(layer) for layer in layers])
+    with torch.no_grad():
+        compiled = [layer(x) for layer in [*alone, *together]]
+        monkeypatch.setattr(cpu, "library", lambda: None)
+        for layer, y in zip([*alone, *together], compiled, strict=True):
+            torch.testing.assert_close(layer(x), y, rtol=1e-4, atol=1e-5)
+
+
+@needs_compiler
+@pytest.mark.usefixtures("anew")
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64, torch.device("meta")], ids=str)
+def test_defaults_of_torch_change_nothing(default: torch.dtype | torch.device) -> None:
+    """Memory that a loop writes has its own dtype and device: with those of the caller it would write beyond it."""
+    layer, x = sparse(21, 300, 0.3, 0), torch.randn(64, 300)
+    expected, made = layer(x), CSRLinear(layer)
+    try:
+        if isinstance(default, torch.dtype):
+            torch.set_default_dtype(default)
+        else:
+            torch.set_default_device(default)
+        found = loops()
+        assert found._room(100).dtype == torch.float32 and found._room(100).device.type == "cpu"
+        y = made(x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+
+
+@needs_compiler
+def test_weights_elsewhere_are_refused_and_not_read() -> None:
+    """An error of PyTorch's, as with dense layers, and not memory that is not there."""
+    made = CSRLinear(sparse(5, 6, 0.5, 0)).to("meta")
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        made(torch.randn(3, 6))
+
+
+@needs_compiler
+def test_where_a_history_is_wanted_pytorch_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = sparse(9, 8, 0.5, 0)
+    made = CSRLinear(layer)
+    monkeypatch.setattr(cpu, "library", lambda: pytest.fail("has no history"))
+    x = torch.randn(3, 8, requires_grad=True)
+    torch.testing.assert_close(made(x), layer(x))
+
+
+# -- where there are no loops ------------------------------------------------------------------------------------------
+
+
+def compiler(folder: Path, script: str) -> str:
+    path = folder / "compiler"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+@needs_compiler
+@pytest.mark.usefixtures("anew")
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("echo 'unknown machine' >&2; exit 1", "unknown machine"),
+        ('while [ "$1" != -o ]; do shift; done; echo nonsense > $2', "cpu.so"),
+    ],
+)
+def test_a_compiler_that_fails_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, script: str, said: str
+) -> None:
+    monkeypatch.setenv("CC", compiler(tmp_path, script))
+    monkeypatch.delenv("GAP_DS_NATIVE", raising=False)
+    with caplog.at_level("INFO", logger="gap_ds.masks.cpu"):
+        assert cpu.library() is None and cpu.library() is None
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert said in line and "NumPy, PyTorch and MKL" in line
+    layer, x = sparse(5, 6, 0.5, 0), torch.randn(4, 6)
+    torch.testing.assert_close(CSRLinear(layer)(x), layer(x))
+
+
+@needs_compiler
+@pytest.mark.usefixtures("anew")
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (r"s/\*eight &=/*eight |=/", "zeroes other words of 2 bytes"),
+        (r"s/0x7F800000 ? -1/0x7F800000 ? 0/", "keys of magnitudes"),
+        (r"s/- base\]++/- base] += 2/", "counts of keys"),
+        (r"s/return many/return 0/", "other keys of a prefix"),
+        (r"s/(int32_t)limit) <</(int32_t)limit + 1) <</", "keys above a limit"),
+        (r"s/+= values\[k + i\]/-= values[k + i]/", "product with 4 rows"),
+    ],
+)
+def test_a_loop_that_computes_something_else_is_found_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, change: str, said: str
+) -> None:
+    changed = f"*.c) sed '{change}' $word > $0.c; cmp -s $word $0.c && exit 1; word=$0.c"
+    script = f'for word; do shift; case $word in {changed};; esac; set -- "$@" "$word"; done; exec cc "$@"'
+    monkeypatch.setenv("CC", compiler(tmp_path, script))
+    with caplog.at_level("INFO", logger="gap_ds.masks.cpu"):
+        assert cpu.library() is None
+    assert said in caplog.text
+
+
+@pytest.mark.usefixtures("anew")
+@pytest.mark.parametrize("setting", [{"GAP_DS_NATIVE": "0"}, {"CC": "", "PATH": ""}])
+def test_no_loops_are_asked_for_or_possible(monkeypatch: pytest.MonkeyPatch, setting: dict[str, str]) -> None:
+    for name, value in setting.items():
+        monkeypatch.setenv(name, value)
+    assert cpu.library() is None
+
+
+@needs_compiler
+@pytest.mark.usefixtures("anew")
+def test_compilers_that_do_not_know_this_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """They compile for processors in general."""
+    script = 'for word; do case "$word" in -march*) exit 1;; esac; done; exec cc "$@"'
+    monkeypatch.setenv("CC", compiler(tmp_path, script))
+    assert cpu.library() is not None

@@ -1,0 +1,126 @@
+"""The Triton kernel against the PyTorch path, in Triton's interpreter; on a GPU test_bitmask.py tries it.
+
+In processes of their own: whether triton interprets or compiles is settled when it is imported.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+INTERPRETED = """
+import warnings
+import torch
+from gap_ds import GaPConfig, GaPEngine, kernels, masks
+
+words = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+block = kernels._BLOCK
+generator = torch.Generator().manual_seed(0)
+
+
+def integers(tensor):
+    return tensor.view(words[tensor.element_size()])
+
+
+def check(lengths, dtype):
+    # Pieces lie anywhere in memory, two of them in one buffer; what is beside them must not change.
+    cuts, start = [], 0
+    for i, n in enumerate(lengths):
+        cuts.append(slice(start + i % 4, start + i % 4 + n))
+        start = cuts[-1].stop
+    cuts = [(i % 2, cut) for i, cut in enumerate(cuts)]
+    buffers = [torch.randn(start + 5, generator=generator).to(dtype) for _ in range(2)]
+    for buffer in buffers:
+        buffer[::7] = float("nan")
+    bits = [masks.pack(torch.rand(n, generator=generator) < 0.4) for n in lengths]
+    by_pytorch, by_numpy = [b.clone() for b in buffers], [b.clone() for b in buffers]
+    for (buffer, cut), mask in zip(cuts, bits):
+        masks._by_pytorch(integers(by_pytorch[buffer])[cut], mask)
+        masks._by_numpy(integers(by_numpy[buffer])[cut], mask)
+    kernels.zero_pruned_([(integers(buffers[buffer])[cut], mask) for (buffer, cut), mask in zip(cuts, bits)])
+    for found, *others in zip(buffers, by_pytorch, by_numpy):
+        assert all(torch.equal(integers(found), integers(other)) for other in others), (lengths, dtype)
+
+
+for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    for n in (0, 1, 7, 8, 9, block - 1, block, block + 1, 2 * block + 13):
+        check([n], dtype)
+    # A launch finds the piece of each of its programs: with any number of pieces, long ones and empty ones among them.
+    check([0, 0], dtype)
+    check([0, 3 * block + 5, 0, 1, block, 2 * block - 1, 0], dtype)
+    for pieces in (*range(2, 10), 33):
+        check([5 + 3 * i for i in range(pieces)], dtype)
+
+# It passes the check that it has to pass before it is used.
+warnings.simplefilter("error")
+for element_size in (2, 4, 8):
+    assert masks._kernel(torch.device("cpu"), element_size) is kernels.zero_pruned_
+
+# The table of a launch is kept.
+kernels._table.cache_clear()
+weights, bits = torch.ones(20_000), masks.pack(torch.zeros(20_000, dtype=torch.bool))
+pieces = [(weights[:9_000].view(torch.int32), bits[:1_125]), (weights[9_000:].view(torch.int32), bits[1_125:])]
+for _ in range(3):
+    weights.fill_(1.0)
+    kernels.zero_pruned_(pieces)
+    assert not weights.any()
+assert (kernels._table.cache_info().misses, kernels._table.cache_info().hits) == (1, 2)
+# A new mask, another piece, another length: another table.
+weights.fill_(1.0)
+kernels.zero_pruned_([pieces[0], (pieces[1][0], masks.pack(torch.ones(11_000, dtype=torch.bool)))])
+assert weights.sum() == 11_000
+kernels.zero_pruned_([(weights[9_001:].view(torch.int32), bits[1_125:])])
+assert weights.sum() == 1
+assert kernels._table.cache_info().misses == 3
+
+
+# A training is the same with it.
+def train():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(24, 24) for _ in range(4)))
+    config = GaPConfig(sparsity=0.7, partitions=2, phase_steps=2, rounds=1, finetune_steps=2, include=[".*weight"])
+    engine = GaPEngine(model, config, optimizer=torch.optim.AdamW(model.parameters(), lr=1e-2))
+    while not engine.finished:
+        engine.backward(engine(torch.randn(8, 24)).square().mean())
+        engine.step()
+    return model.state_dict()
+
+
+expected = train()
+masks._way = lambda device, element_size: kernels.zero_pruned_
+found = train()
+assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+assert any((tensor == 0).any() for tensor in expected.values())
+"""
+
+# Without a GPU triton compiles all the same: only its driver could not launch what comes out.
+COMPILED = """
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from gap_ds import kernels
+
+arguments = {"table": "*i64", "pieces": "i32", "halvings": "i32", "word": "constexpr", "block": "constexpr"}
+for word in kernels._WORD.values():
+    source = ASTSource(kernels._store_zeros, arguments, {(3,): word, (4,): kernels._BLOCK})
+    compiled = triton.compile(source, target=GPUTarget("cuda", 80, 32))
+    assert "st.global" in compiled.asm["ptx"]
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton: pip install 'gap_ds[kernels]'")
+@pytest.mark.parametrize(("code", "interpret"), [(INTERPRETED, "1"), (COMPILED, "0")], ids=["interpreted", "compiled"])
+def test_the_kernel(code: str, interpret: str, tmp_path: Path) -> None:
+    environment = os.environ | {
+        "TRITON_INTERPRET": interpret,
+        "TRITON_CACHE_DIR": str(tmp_path),
+        "OMP_NUM_THREADS": "1",
+    }
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-4000:]

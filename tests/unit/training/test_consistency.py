@@ -1,0 +1,168 @@
+"""What ranks must agree on: every disagreement is told on all ranks, with the first entry or the ranks by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gap_ds import GaPEngine
+from gap_ds.masks import bitmask
+from gap_ds.method.plan import Entry, Plan
+from gap_ds.sharding.shard import Shard
+from gap_ds.training import consistency
+from gap_ds.training.consistency import Watch
+
+
+class Rows:
+    """A group of ranks, seen from one of them: what the others would send is made by a function of what it sends."""
+
+    def __init__(self, *others: Any, rank: int = 0) -> None:
+        self.others, self.rank, self.size = others, rank, len(others) + 1
+
+    def all_gather(self, row: Tensor) -> Tensor:
+        return torch.stack([row, *(other(row) for other in self.others)])
+
+    def sum(self, row: Tensor) -> Tensor:
+        return self.all_gather(row).sum(0)
+
+
+def same(row: Tensor) -> Tensor:
+    return row
+
+
+def changed(column: int, by: int = 1) -> Any:
+    def other(row: Tensor) -> Tensor:
+        row = row.clone()
+        row[column] += by
+        return row
+
+    return other
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        ((same, changed(0)), "ranks 0 and 2 have different applied steps: 7 and 8."),
+        ((changed(1), same, changed(1)), r"ranks 0 and 1, 3 have different config \(this rank: gap\|a\)."),
+        ((changed(2),), r"ranks 0 and 1 have different plan \(this rank: abc\)."),
+        ((same, changed(3)), "a loss before the boundary was NaN or infinite on rank 2: stopped"),
+    ],
+)
+def test_positions(others: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        consistency.check_position(Rows(*others), 7, "gap|a", "abc", 0, "the boundary")
+
+
+def test_equal_positions_pass() -> None:
+    consistency.check_position(Rows(same, same), 7, "gap|a", "abc", 0, "the boundary")
+
+
+def masks_of(*kept: list[bool]) -> tuple[Plan, dict[str, Tensor], dict[str, Shard]]:
+    names = [f"layers.{i}.weight" for i in range(len(kept))]
+    plan = Plan(tuple(Entry(n, (len(k),), 0, sum(k)) for n, k in zip(names, kept, strict=True)), 1, 100, 0)
+    bits = {n: bitmask.pack(torch.tensor(k)) for n, k in zip(names, kept, strict=True)}
+    shards = {n: Shard(n, (len(k),), 0, len(k), 0, lambda: torch.empty(0)) for n, k in zip(names, kept, strict=True)}
+    return plan, bits, shards
+
+
+def test_a_mask_that_differs_names_the_first_entry() -> None:
+    mine = masks_of([True, False, True], [True, True, False], [False, True, True])
+    theirs = masks_of([True, False, True], [True, False, True], [True, False, True])
+    seen: list[Tensor] = []
+    # The other copy's numbers, found by looking at what it would send itself.
+    consistency.check_masks(*theirs, Rows(), Rows(lambda row: seen.append(row) or row))  # type: ignore[func-returns-value]
+    consistency.check_masks(*mine, Rows(), Rows(same, same))
+
+    rows = torch.tensor([consistency._digest(bits, 0) for bits in theirs[1].values()])
+
+    def other(row: Tensor) -> Tensor:
+        return seen[0] if row.numel() == 1 else rows
+
+    with pytest.raises(ValueError, match=r"layers.1.weight: its masks differ between ranks 0 and 1, so the run has"):
+        consistency.check_masks(*mine, Rows(), Rows(other))
+
+
+def test_one_group_has_nothing_to_compare() -> None:
+    group = Rows(same)
+    group.all_gather = group.sum = None  # type: ignore[assignment,method-assign]
+    consistency.check_masks(*masks_of([True]), group, group)
+
+
+# -- losses that are not finite --------------------------------------------------------------------------------------
+
+GAP = {"sparsity": 0.5, "partitions": 2, "phase_steps": 2, "rounds": 1, "finetune_steps": 2}
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x.pow(2).mean()
+
+
+def engine(**options: Any) -> GaPEngine:
+    model = Model()
+    return GaPEngine(model, GAP, optimizer=torch.optim.AdamW(model.parameters(), lr=0.1), **options)
+
+
+def train(gap: GaPEngine, *factors: float) -> None:
+    for factor in factors:
+        gap.backward(gap(torch.ones(2, 4)) * factor)
+        gap.step()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_stop_ends_the_run_at_the_next_boundary(bad: float) -> None:
+    gap = engine()
+    train(gap, bad)
+    with pytest.raises(ValueError, match="a loss before the boundary at step 2 was NaN or infinite on rank 0"):
+        train(gap, 1.0)
+
+
+def test_stop_ends_the_run_before_a_checkpoint(tmp_path: Any) -> None:
+    gap = engine()
+    train(gap, float("nan"))
+    with pytest.raises(ValueError, match="a loss before the checkpoint at step 1 was NaN"):
+        gap.save_checkpoint(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_skip_is_as_if_the_micro_batch_had_never_been() -> None:
+    with_bad, without = engine(nonfinite_loss="skip"), engine()
+    train(with_bad, 1.0, float("nan"), 1.0, float("inf"), 1.0, 1.0)
+    train(without, 1.0, 1.0, 1.0, 1.0)
+    assert with_bad.applied_steps == without.applied_steps == 4
+    for a, b in zip(with_bad.module.parameters(), without.module.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_skip_gives_up_when_nothing_is_finite_any_more() -> None:
+    gap = engine(nonfinite_loss="skip")
+    with pytest.raises(ValueError, match=f"not finite in {consistency.MOST_SKIPPED + 1} micro-batches in a row"):
+        train(gap, *[float("nan")] * 100)
+    assert gap.applied_steps == 0
+
+
+def test_an_unknown_policy() -> None:
+    with pytest.raises(ValueError, match=r"nonfinite_loss='ignore': must be "):
+        engine(nonfinite_loss="ignore")
+
+
+def test_the_watch_remembers_until_it_is_asked() -> None:
+    watch = Watch("stop", Rows())  # type: ignore[arg-type]
+    for value in (1.0, float("nan"), 1.0):
+        assert watch.admits(torch.tensor(value), 0)
+    assert watch.take() == 1 and watch.take() == 0
+
+
+def test_loss_scaling_skips_such_steps_itself() -> None:
+    watch = Watch("stop", Rows(), harmless=True)  # type: ignore[arg-type]
+    assert watch.admits(torch.tensor(float("inf")), 0) and watch.take() == 0
