@@ -81,10 +81,10 @@ def run(preset: str, backend: str, kind: str) -> list[dict[str, Any]]:
     peak = base + (measure.peak_bytes(lambda: [step(batch) for _ in range(STEPS)]) or 0)
     if kind == "bare":
         return [totals(peak=peak, tensors=step_tensors(step, batch))]
-    shards = engine.masking.shards
+    shards = engine.mask_state.shards
     figures = {
-        "mask_bytes": sum(bits.numel() for bits in engine.masking.bits.values()),
-        "sparse_weights": sum(shards[name].numel for name in engine.masking.bits),
+        "mask_bytes": sum(bits.numel() for bits in engine.mask_state.bits.values()),
+        "sparse_weights": sum(shards[name].numel for name in engine.mask_state.bits),
         "largest_piece": max(shard.numel for shard in shards.values()),
     }
     # The last step of the first phase, with the boundary after it; then another phase, and its boundary in tensors.

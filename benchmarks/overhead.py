@@ -149,8 +149,8 @@ def own_seconds(engine: GaPEngine) -> list[float]:
 
         return wrapper
 
-    engine.masking.zero_pruned = timed(engine.masking.zero_pruned)
-    engine._watch.admits = timed(engine._watch.admits)
+    engine.mask_state.zero_pruned = timed(engine.mask_state.zero_pruned)
+    engine._watch.accepts = timed(engine._watch.accepts)
     count = timed(engine.after_step)
 
     def ended() -> bool:

@@ -210,16 +210,16 @@ def updates(args: argparse.Namespace, device: torch.device, batch: dict[str, Any
     gradients = [module.weight.grad for module in entries(model)]
     masks = [kept_largest(weight, args.sparsity) for weight in weights]
     largest = engine(args, device, method="static", rounds=1, partitions=1, phase_steps=NEVER)
-    pruned = {entry: rules.Largest(entry.keep) for entry in largest.plan.entries}
+    pruned = {entry: rules.PruneByMagnitude(entry.keep) for entry in largest.plan.entries}
     moving = engine(args, device, method="rigl", phase_steps=NEVER, update_steps=NEVER // 10)
     # The engine's own `step` would throw the gradients away.
-    training_step(args, moving, moving.backward, lambda: moving.masking.copy_gradients(moving.optimizer))(batch)
-    moved = {e: rules.Exchange(e.keep, int(FRACTION * e.keep), by_gradient=True) for e in moving.plan.entries}
+    training_step(args, moving, moving.backward, lambda: moving.mask_state.copy_gradients(moving.optimizer))(batch)
+    moved = {e: rules.DropAndGrow(e.keep, int(FRACTION * e.keep), by_gradient=True) for e in moving.plan.entries}
     works = {
-        "gap_ds": lambda: largest.masking.select(pruned, 0),
+        "gap_ds": lambda: largest.mask_state.select(pruned, 0),
         "asp": lambda: [kept_largest(weight, args.sparsity) for weight in weights],
         "rigl": lambda: [exchange(*triple) for triple in zip(weights, gradients, masks, strict=True)],
-        "gap_ds, method rigl": lambda: moving.masking.select(moved, 1),
+        "gap_ds, method rigl": lambda: moving.mask_state.select(moved, 1),
     }
     times = measure.in_turns(works, max(2, args.rounds // 4))
     return {name: row["ms"] for name, row in measure.compared(times, "gap_ds").items()}

@@ -30,7 +30,7 @@ import overhead
 from gap_ds import GaPEngine
 from gap_ds.masks import selection
 from gap_ds.training import consistency
-from gap_ds.training.mask_state import Masking
+from gap_ds.training.mask_state import MaskState
 
 #: Operators of each path that get a row.
 MOST = 8
@@ -97,10 +97,10 @@ def step(args: argparse.Namespace) -> list[dict[str, Any]]:
         (models, "loss", parts.of("loss", models.loss)),
         (engine, "backward", parts.of("backward pass", engine.backward)),
         (optimizer, "step", parts.of("optimizer", optimizer.step)),
-        (engine.masking, "zero_pruned", parts.of("masks after the step (gap_ds)", engine.masking.zero_pruned)),
+        (engine.mask_state, "zero_pruned", parts.of("masks after the step (gap_ds)", engine.mask_state.zero_pruned)),
         (engine, "step", parts.of("clearing gradients, and counting the step (gap_ds)", engine.step)),
     ):
-        # The hook that was registered calls engine.masking.zero_pruned, so it is in the optimizer's time, apart.
+        # The hook that was registered calls engine.mask_state.zero_pruned, so it is in the optimizer's time, apart.
         whole = sum(measure.seconds(work) for _ in range(args.steps))
     return rows("step", parts, whole, args.steps, work)
 
@@ -116,8 +116,8 @@ def boundary(args: argparse.Namespace) -> list[dict[str, Any]]:
     with patched(
         (selection, "_histogram", parts.of("histograms of the keys", selection._histogram)),
         (selection, "_mask", parts.of("masks from the threshold", selection._mask)),
-        (Masking, "_forget_moments", parts.of("moments of grown weights", Masking._forget_moments)),
-        (Masking, "_mask", parts.of("zeroing the pruned weights", Masking._mask)),
+        (MaskState, "_forget_moments", parts.of("moments of grown weights", MaskState._forget_moments)),
+        (MaskState, "_mask", parts.of("zeroing the pruned weights", MaskState._mask)),
         (consistency, "check_position", parts.of("ranks agree on the place", consistency.check_position)),
         (consistency, "check_masks", parts.of("ranks agree on the masks", consistency.check_masks)),
     ):

@@ -141,20 +141,20 @@ def boundaries(sizes: Sequence[tuple[int, int]], rounds: int) -> list[Point]:
         return engine, optimizer
 
     def step(engine: GaPEngine, optimizer: torch.optim.Optimizer) -> float:
-        return thread_seconds(lambda: engine.masking.zero_pruned(optimizer))
+        return thread_seconds(lambda: engine.mask_state.zero_pruned(optimizer))
 
     def change(engine: GaPEngine) -> float:
         """Prunes the partition that is dense, and grows the next one."""
-        left = next(e.partition for e in engine.plan.entries if e.name not in engine.masking.bits)
+        left = next(e.partition for e in engine.plan.entries if e.name not in engine.mask_state.bits)
         updates: dict[Any, rules.Update] = {e: rules.Keep() for e in engine.plan.entries}
         for entry in engine.plan.entries:
             if entry.partition == left:
-                weight = engine.masking.shards[entry.name].weight()
+                weight = engine.mask_state.shards[entry.name].weight()
                 weight.copy_(drawn(1, weight.numel())[0])
-                updates[entry] = rules.Largest(entry.keep)
+                updates[entry] = rules.PruneByMagnitude(entry.keep)
             elif entry.partition == (left + 1) % 3:
-                updates[entry] = rules.Dense()
-        return thread_seconds(lambda: engine.masking.apply(updates, 0))
+                updates[entry] = rules.Grow()
+        return thread_seconds(lambda: engine.mask_state.apply(updates, 0))
 
     found = []
     for rows, entries in sizes:

@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     from gap_ds.export.compact import load_compact
     from gap_ds.inference.tuning import sparsify_for_inference
     from gap_ds.method.config import GaPConfig
-    from gap_ds.parallel import Worker
+    from gap_ds.parallel import ParallelWorker
     from gap_ds.training.engine import GaPEngine
 
-__all__ = ["GaPConfig", "GaPEngine", "Worker", "__version__", "load_compact", "sparsify_for_inference"]
+__all__ = ["GaPConfig", "GaPEngine", "ParallelWorker", "__version__", "load_compact", "sparsify_for_inference"]
 
 _HOMES = {
     "GaPConfig": "gap_ds.method.config",
     "GaPEngine": "gap_ds.training.engine",
-    "Worker": "gap_ds.parallel",
+    "ParallelWorker": "gap_ds.parallel",
     "load_compact": "gap_ds.export.compact",
     "sparsify_for_inference": "gap_ds.inference.tuning",
 }

@@ -222,10 +222,10 @@ def _refuse(config: GaPConfig) -> None:
             'method="parallel": a worker of parallel GaP is a job of its own, which neither the Trainer nor Accelerate '
             "starts. Use gap-ds parallel with a GaPEngine, or another method."
         )
-    if config.lr == "restart":
+    if config.lr_restart:
         raise ValueError(
-            'lr="restart": the scheduler that the Trainer builds covers the whole training, so starting it again in '
-            'every phase would never let the learning rate fall. Set "lr" to "continuous", or use a GaPEngine with a '
+            '"lr_restart": the scheduler that the Trainer builds covers the whole training, so starting it again in '
+            'every phase would never let the learning rate fall. Set "lr_restart" to false, or use a GaPEngine with a '
             "scheduler that covers one phase."
         )
 

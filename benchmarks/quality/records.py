@@ -205,7 +205,7 @@ def check_folder(run: Run, out: Path) -> None:
 
 def _filled(config: Record) -> Record:
     """A config with the defaults that are often left away: compared by value, so 1 is 1.0."""
-    return {"method": "cyclic", "lr": "continuous", "distribution": "uniform", "seed": 0, **config}
+    return {"method": "cyclic", "lr_restart": False, "distribution": "uniform", "seed": 0, **config}
 
 
 def finished(run: Run, out: Path) -> bool:

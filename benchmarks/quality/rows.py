@@ -92,9 +92,9 @@ def _gradual_first(epochs: float) -> Config:
     return {**fixed, **_times(epochs, dense=4, phase=0.5, finetune=2.5, update=0.1)}
 
 
-def _static(lr: str) -> Callable[[float], Config]:
+def _static(restart: bool) -> Callable[[float], Config]:
     """The phases of `cyclic_3`, so that learning-rate restarts fall on the same steps."""
-    fixed = {"method": "static", "partitions": 3, "rounds": 2, "lr": lr}
+    fixed = {"method": "static", "partitions": 3, "rounds": 2, "lr_restart": restart}
     return lambda epochs: {**fixed, **_times(epochs, phase=1, finetune=2)}
 
 
@@ -111,7 +111,7 @@ def _regrown(method: str, **settings: Any) -> Callable[[float], Config]:
 
 
 def _dsd(epochs: float) -> Config:
-    return {"method": "dsd", "rounds": 2, "lr": "restart", **_times(epochs, phase=2, finetune=0)}
+    return {"method": "dsd", "rounds": 2, "lr_restart": True, **_times(epochs, phase=2, finetune=0)}
 
 
 def _acdc(epochs: float) -> Config:
@@ -133,19 +133,19 @@ ROWS: tuple[Row, ...] = (
     Row("dense", "dense", _dense, TWO_SEEDS, dense=True),
     Row("cyclic_3", "C-GaP, 3 partitions", _cyclic(3), TWO_SEEDS),
     Row("cyclic_3_dense_first", "C-GaP, 3 partitions, dense first, gradual in phases", _dense_first(), TWO_SEEDS),
-    Row("static", "fixed random mask, learning-rate restarts", _static("restart"), TWO_SEEDS),
+    Row("static", "fixed random mask, learning-rate restarts", _static(True), TWO_SEEDS),
     Row("gradual", "gradual magnitude pruning", _gradual, TWO_SEEDS),
     Row("rigl", "RigL", _regrown("rigl"), TWO_SEEDS),
     Row("acdc", "AC/DC", _acdc, TWO_SEEDS),
     Row("one_shot", "one-shot magnitude pruning, half way", _one_shot),
-    Row("static_continuous", "fixed random mask", _static("continuous")),
+    Row("static_continuous", "fixed random mask", _static(False)),
     Row("set", "SET", _regrown("set")),
     Row("rigl_erk", "RigL, ERK", _regrown("rigl", distribution="erk")),
     Row("dsd", "dense-sparse-dense, learning-rate restarts", _dsd),
     Row("cyclic_2", "C-GaP, 2 partitions", _cyclic(2)),
     Row("cyclic_3_erk", "C-GaP, 3 partitions, ERK", _cyclic(3, distribution="erk")),
-    Row("cyclic_3_restart", "C-GaP, 3 partitions, learning-rate restarts", _cyclic(3, lr="restart")),
-    Row("cyclic_3_random_order", "C-GaP, 3 partitions, random order", _cyclic(3, order="random")),
+    Row("cyclic_3_restart", "C-GaP, 3 partitions, learning-rate restarts", _cyclic(3, lr_restart=True)),
+    Row("cyclic_3_random_order", "C-GaP, 3 partitions, random order", _cyclic(3, partition_order="random")),
     Row(
         "cyclic_3_dense_first_erk",
         "C-GaP, 3 partitions, dense first, gradual in phases, ERK",

@@ -18,7 +18,7 @@ from torch import nn
 
 from common import runtime
 from common.arguments import RunArguments
-from gap_ds import GaPConfig, GaPEngine, Worker
+from gap_ds import GaPConfig, GaPEngine, ParallelWorker
 from gap_ds.checkpoint import folder as checkpoint
 from gap_ds.method import schedule
 from gap_ds.training import history
@@ -42,12 +42,14 @@ def gap_config(args: RunArguments, pretrained: bool) -> GaPConfig:
     gap = GaPConfig.load(args.gap_config)
     if args.dense:
         return gap.as_dense()
-    if pretrained and "init" not in gap.model_fields_set and gap.method != "dsd":
-        return GaPConfig.load({**gap.model_dump(exclude_unset=True), "init": "magnitude"})
+    if pretrained and "mask_init" not in gap.model_fields_set and gap.method != "dsd":
+        return GaPConfig.load({**gap.model_dump(exclude_unset=True), "mask_init": "magnitude"})
     return gap
 
 
-def gap_worker(args: Arguments, gap: GaPConfig, same: Iterable[str], script: str) -> tuple[Arguments, Worker | None]:
+def gap_worker(
+    args: Arguments, gap: GaPConfig, same: Iterable[str], script: str
+) -> tuple[Arguments, ParallelWorker | None]:
     """Of parallel GaP, which worker this is; its folder is one in --output-dir. Otherwise the arguments as they are.
 
     Args:
@@ -72,7 +74,7 @@ def gap_worker(args: Arguments, gap: GaPConfig, same: Iterable[str], script: str
     text = "|".join(f"{name}:{value}" for name, value in sorted(told.items()))
     said = text if len(text) <= 1000 else hashlib.sha256(text.encode()).hexdigest()
     exchange = args.exchange or str(folder / "exchange")
-    worker = Worker(args.gap_worker, exchange, args.exchange_timeout, said, args.resume)
+    worker = ParallelWorker(args.gap_worker, exchange, args.exchange_timeout, said, args.resume)
     if not args.resume and worker.has_published():
         raise ValueError(
             f"exchange={worker.shown!r}: worker {worker.index} has published there, in a run before. Go on with that "
@@ -252,7 +254,7 @@ def save(args: RunArguments, engine: GaPEngine, folder: Path, state: dict[str, A
 def build_engine(
     args: RunArguments,
     gap: GaPConfig,
-    worker: Worker | None,
+    worker: ParallelWorker | None,
     deepspeed: dict[str, Any] | None,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -292,7 +294,7 @@ def learning_rate(
     whole = schedule.build(gap, steps_per_epoch)
 
     def relative(step: int) -> float:
-        length = (phase() or whole.phases[0]).steps if gap.lr == "restart" else whole.total_steps
+        length = (phase() or whole.phases[0]).steps if gap.lr_restart else whole.total_steps
         warmup = min(warmup_steps, max(1, length // 2))
         return (step + 1) / warmup if step < warmup else shape(step, warmup, length)
 

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from gap_ds.masks import bitmask
 from gap_ds.method.plan import Entry, Plan
-from gap_ds.sharding.comm import Comm, by_rank, together, why
+from gap_ds.sharding.comm import Comm, by_rank, raise_on_all_ranks, summarize_error
 from gap_ds.sharding.shard import Shard
 from gap_ds.storage import safetensors as tensorfile
 
@@ -305,10 +305,10 @@ def save(folder: Path, tag: str, world: Comm, write: Callable[[Path], None], kee
         raise ValueError(f"tag={tag!r}: must be the name of a folder, and not end in .partial or .old.")
     final, aside = folder / tag, folder / f"{tag}.partial"
     try:
-        together(world, lambda: _begin(aside) if world.rank == 0 else None)
+        raise_on_all_ranks(world, lambda: _begin(aside) if world.rank == 0 else None)
         write(aside)
         _write_manifest(folder, aside, world)
-        together(world, lambda: _show(folder, aside, final) if world.rank == 0 else None)
+        raise_on_all_ranks(world, lambda: _show(folder, aside, final) if world.rank == 0 else None)
     except Exception as error:
         free = _free(folder)
         if world.rank == 0:
@@ -327,7 +327,7 @@ def _free(folder: Path) -> str:
     try:
         return f"{shutil.disk_usage(folder).free / 2**30:.1f} GiB are free there"
     except OSError as error:
-        return why(error)
+        return summarize_error(error)
 
 
 def _begin(aside: Path) -> None:
@@ -409,9 +409,9 @@ def find_whole(folder: Path, tag: str | None, world: Comm) -> Path:
     Raises:
         ValueError: there is none, or FOLDER/TAG is damaged: which file, and how.
     """
-    looked = together(world, lambda: candidates(folder) if tag is None else [find(folder, tag)])
+    looked = raise_on_all_ranks(world, lambda: candidates(folder) if tag is None else [find(folder, tag)])
     reasons = []
-    for path in world.from_first([str(path) for path in looked]):
+    for path in world.broadcast_object([str(path) for path in looked]):
         reason = damage(Path(path), world)
         if reason is None:
             if world.rank == 0 and _has_no_manifest(Path(path)):
@@ -433,7 +433,7 @@ def damage(path: Path, world: Comm) -> str | None:
 
     Each rank reads some of the files; all return the same.
     """
-    files, reason = world.from_first(_listed(path) if world.rank == 0 else None)
+    files, reason = world.broadcast_object(_listed(path) if world.rank == 0 else None)
     if reason is not None:
         return str(reason)
     names = sorted(files)
@@ -449,9 +449,9 @@ def damage(path: Path, world: Comm) -> str | None:
 
 def _write_manifest(folder: Path, aside: Path, world: Comm) -> None:
     """Flushes all files to disk and lists them with their checksums, each computed by one rank."""
-    listed = together(world, lambda: _sizes(aside) if world.rank == 0 else {})
-    sizes: dict[str, int] = world.from_first(listed)
-    own = together(world, lambda: {name: _sha256(aside / name, flush=True) for name in _share(sizes, world)})
+    listed = raise_on_all_ranks(world, lambda: _sizes(aside) if world.rank == 0 else {})
+    sizes: dict[str, int] = world.broadcast_object(listed)
+    own = raise_on_all_ranks(world, lambda: {name: _sha256(aside / name, flush=True) for name in _share(sizes, world)})
     table = torch.zeros(len(sizes), 32, dtype=torch.int64)
     for row, name in enumerate(sizes):
         if name in own:
@@ -464,7 +464,7 @@ def _write_manifest(folder: Path, aside: Path, world: Comm) -> None:
         manifest = {"format": FORMAT_MANIFEST, "version": VERSION_MANIFEST, "number": int(number), "files": files}
         write_json(aside / MANIFEST, manifest)
 
-    together(world, lambda: write() if world.rank == 0 else None)
+    raise_on_all_ranks(world, lambda: write() if world.rank == 0 else None)
 
 
 def _sizes(folder: Path) -> dict[str, int]:
@@ -504,7 +504,7 @@ def _listed(path: Path) -> tuple[dict[str, list[Any]], str | None]:
         try:
             found = (path / name).stat().st_size
         except (OSError, ValueError) as error:
-            return {}, f"{path / name}: cannot be read ({why(error)})"
+            return {}, f"{path / name}: cannot be read ({summarize_error(error)})"
         if found != size:
             return {}, f"{path / name}: has {found} bytes, and was saved with {size}"
     return files, None

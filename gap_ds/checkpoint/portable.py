@@ -29,7 +29,7 @@ from torch import Tensor
 
 from gap_ds.checkpoint.folder import VectorFile
 from gap_ds.sharding.backends import Backend
-from gap_ds.sharding.comm import Comm, by_rank, together
+from gap_ds.sharding.comm import Comm, by_rank, raise_on_all_ranks
 from gap_ds.sharding.shard import Shard, local
 
 FORMAT = "gap_ds.portable"
@@ -55,7 +55,7 @@ def write(folder: Path, backend: Backend, buffers: Mapping[str, Tensor], world: 
     own = [s for s, held in zip(shards, ranges, strict=True) if s.numel and _first_with(held, comm.rank) == comm.rank]
     path = folder / f"portable_{comm.rank}.safetensors"
     kept = buffers if world.rank == 0 else {}
-    together(world, lambda: _write(path, own, backend.optimizer, kept, comm.size) if comm.writes else None)
+    raise_on_all_ranks(world, lambda: _write(path, own, backend.optimizer, kept, comm.size) if comm.writes else None)
 
 
 def _first_with(held: Sequence[Sequence[int]], rank: int) -> int:
@@ -169,10 +169,10 @@ def read(folder: Path, backend: Backend, buffers: Mapping[str, Tensor], world: C
         ValueError: the files do not hold what this model and optimizer need; nothing was changed. On all ranks alike.
     """
     with contextlib.ExitStack() as stack:
-        files = together(world, lambda: list(_open(folder, stack)))
+        files = raise_on_all_ranks(world, lambda: list(_open(folder, stack)))
         shards, optimizer = backend.shards(), backend.optimizer
-        together(world, lambda: _check(folder, files, shards, buffers, optimizer))
-        together(world, lambda: _restore(files, shards, buffers, optimizer))
+        raise_on_all_ranks(world, lambda: _check(folder, files, shards, buffers, optimizer))
+        raise_on_all_ranks(world, lambda: _restore(files, shards, buffers, optimizer))
 
 
 def _open(folder: Path, stack: contextlib.ExitStack) -> Iterator[_File]:

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from gap_ds.sharding.comm import why
+from gap_ds.sharding.comm import summarize_error
 from gap_ds.storage.json import Record
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -109,4 +109,4 @@ class RandomState(Record):
             if self.cuda is not None and torch.cuda.is_available():
                 torch.cuda.set_rng_state(tensor(self.cuda))
         except (ValueError, TypeError, RuntimeError, OverflowError, IndexError) as error:
-            raise ValueError(f"the random state of a checkpoint is damaged ({why(error)})") from None
+            raise ValueError(f"the random state of a checkpoint is damaged ({summarize_error(error)})") from None

@@ -184,7 +184,7 @@ def _bits(path: Path, plan: Plan, weights: Mapping[str, Tensor], schedule: Sched
     dense = [e for e in plan.entries if e.partition in schedule.phase_at(step).dense and e.keep < e.numel]
     groups: dict[int | str, list[Entry]] = {}
     for entry in dense:
-        groups.setdefault(entry.partition if plan.pooled else entry.name, []).append(entry)
+        groups.setdefault(entry.partition if plan.shared_budget else entry.name, []).append(entry)
     for group in groups.values():
         bits |= _select(plan, group, shards)
     return bits

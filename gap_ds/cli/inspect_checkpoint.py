@@ -89,8 +89,8 @@ def _entries(state: State) -> tuple[dict[str, Entry] | None, list[str]]:
 def _fingerprint(state: State, config: GaPConfig | None, entries: dict[str, Entry] | None) -> list[str]:
     if entries is None or config is None:
         return []
-    pooled = config.distribution == "global"
-    plan = Plan(tuple(entries.values()), config.kappa, 0, 0, pattern.parse(config.pattern), pooled)
+    shared_budget = config.distribution == "global"
+    plan = Plan(tuple(entries.values()), config.kappa, 0, 0, pattern.parse(config.pattern), shared_budget)
     if plan.fingerprint != state.plan:
         return [f"state.json: the fingerprint of its entries is {plan.fingerprint}, it says {state.plan}"]
     return []
@@ -181,7 +181,7 @@ def _against_schedule(
         budget = entry.keep
         if entry.partition in phase.dense and done:  # on its way out: pruned in part
             update = rule(entry, phase, phase, done[-1])
-            budget = update.keep if isinstance(update, rules.Largest) else entry.keep
+            budget = update.keep if isinstance(update, rules.PruneByMagnitude) else entry.keep
         wanted[entry.partition] += budget
         kept[entry.partition] += found[name]["kept"]
         if config.distribution != "global" and found[name]["kept"] != budget:

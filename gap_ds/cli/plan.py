@@ -128,7 +128,7 @@ def _selected(the_plan: Plan, config: GaPConfig, the_schedule: Schedule) -> list
             entry
             for a, b in rules.stages(config, old, new)
             for entry in the_plan.entries
-            if isinstance(rule(entry, a, b, b.first_step), rules.Largest | rules.Random)
+            if isinstance(rule(entry, a, b, b.first_step), rules.PruneByMagnitude | rules.PruneRandomly)
         ]
         for old, new in zip(before, the_schedule.phases, strict=False)
     ]

@@ -36,7 +36,7 @@ from gap_ds.export import folder as export
 from gap_ds.export.folder import INFO, Progress, is_weights, weight_files, write_weights
 from gap_ds.masks import bitmask
 from gap_ds.parallel.items import printable
-from gap_ds.sharding.comm import why
+from gap_ds.sharding.comm import summarize_error
 from gap_ds.storage import safetensors as tensorfile
 from gap_ds.storage.safetensors import DTYPES, NAMES, encode, header_length, load_json
 
@@ -494,7 +494,7 @@ def _usable(path: Path) -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    return printable(why(error))
+    return printable(summarize_error(error))
 
 
 # -- convert --------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from gap_ds.checkpoint.folder import write_json
 from gap_ds.masks import bitmask
 from gap_ds.method.plan import Plan, clean_name
 from gap_ds.method.schedule import Schedule
-from gap_ds.sharding.comm import Comm, by_rank, together, why
+from gap_ds.sharding.comm import Comm, by_rank, raise_on_all_ranks, summarize_error
 from gap_ds.sharding.shard import Shard
 from gap_ds.storage import safetensors as tensorfile
 
@@ -107,7 +107,7 @@ def save(
             return partial
 
         def first(work: Callable[[], T]) -> T | None:
-            return together(world, lambda: _writing(folder, work) if world.rank == 0 else None)
+            return raise_on_all_ranks(world, lambda: _writing(folder, work) if world.rank == 0 else None)
 
         partial = first(begin)
         weights = gather()
@@ -122,7 +122,7 @@ def _writing(folder: Path, work: Callable[[], T]) -> T:
     except ValueError:
         raise
     except Exception as error:  # of the disk, of transformers, of a tokenizer
-        raise ValueError(f"{folder}: cannot be written ({why(error)}).") from error
+        raise ValueError(f"{folder}: cannot be written ({summarize_error(error)}).") from error
 
 
 def _write(

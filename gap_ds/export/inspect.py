@@ -100,10 +100,10 @@ def inspect(folder: Path, progress: Progress) -> dict[str, Any]:
                     entries[name] = figures
                 done += figures["bytes"]
                 progress(records.printable(name), done, total)
-    pooled = config is not None and config.distribution == "global"
+    shared_budget = config is not None and config.distribution == "global"
     problems += [f"{records.printable(name)}: is in no file" for name in info.entries if name not in entries]
     rows = _partitions(info, entries)
-    problems += _budgets(info, entries, rows, pooled) + _totals(info) + _config_dtype(folder, dtypes)
+    problems += _budgets(info, entries, rows, shared_budget) + _totals(info) + _config_dtype(folder, dtypes)
     notes = _notes(info, entries, config is None)
     if is_compact:
         problems += _signature(folder, info)
@@ -235,10 +235,10 @@ _COLUMNS = ("entries", "weights", "keep", "nonzero")
 
 
 def _budgets(
-    info: ExportInfo, entries: dict[str, dict[str, Any]], rows: list[dict[str, Any]], pooled: bool
+    info: ExportInfo, entries: dict[str, dict[str, Any]], rows: list[dict[str, Any]], shared_budget: bool
 ) -> list[str]:
     """Entries with more weights than they may keep; with a budget for each partition, partitions."""
-    if pooled:
+    if shared_budget:
         return [
             f"partition {row['partition']}: has {row['nonzero']:,} weights that are not zero, its budget is "
             f"{row['keep']:,}"

@@ -16,36 +16,74 @@ from gap_ds.method.pattern import NofM, Unstructured, parse
 
 Method = Literal["cyclic", "parallel", "dsd", "acdc", "one_shot", "gradual", "rigl", "set", "static", "dense"]
 
-_LAYOUT = ("partitions", "assign", "order")
+_LAYOUT = ("partitions", "partition_assignment", "partition_order")
 _DENSE_FIRST = ("dense_epochs", "dense_steps")
 _UPDATES = ("update_epochs", "update_steps")
 
 #: Settings that a method never reads. Setting one of them is an error, because it would have no effect.
 _UNUSED: dict[str, tuple[str, ...]] = {
-    "cyclic": ("drop_fraction", "shared"),
+    "cyclic": ("drop_fraction", "unpartitioned"),
     # A worker grows at once what it has pruned and published: its last values would undo that.
-    "parallel": ("drop_fraction", "order", "regrow"),
-    "dsd": (*_LAYOUT, "init", "drop_fraction", "shared"),
-    "acdc": (*_LAYOUT, "init", "drop_fraction", "shared", "lr"),
+    "parallel": ("drop_fraction", "partition_order", "regrow"),
+    "dsd": (*_LAYOUT, "mask_init", "drop_fraction", "unpartitioned"),
+    "acdc": (*_LAYOUT, "mask_init", "drop_fraction", "unpartitioned", "lr_restart"),
     "one_shot": (
         *_LAYOUT,
         *_DENSE_FIRST,
         *_UPDATES,
-        "init",
+        "mask_init",
         "rounds",
         "prune_ramp",
         "regrow",
         "drop_fraction",
-        "shared",
+        "unpartitioned",
     ),
-    "gradual": (*_LAYOUT, "init", "rounds", "prune_ramp", "regrow", "drop_fraction", "shared"),
-    "rigl": (*_LAYOUT, *_DENSE_FIRST, "rounds", "prune_ramp", "regrow", "shared"),
-    "set": (*_LAYOUT, *_DENSE_FIRST, "rounds", "prune_ramp", "regrow", "shared"),
-    "static": (*_DENSE_FIRST, *_UPDATES, "order", "optimizer_state", "prune_ramp", "regrow", "drop_fraction", "shared"),
+    "gradual": (*_LAYOUT, "mask_init", "rounds", "prune_ramp", "regrow", "drop_fraction", "unpartitioned"),
+    "rigl": (*_LAYOUT, *_DENSE_FIRST, "rounds", "prune_ramp", "regrow", "unpartitioned"),
+    "set": (*_LAYOUT, *_DENSE_FIRST, "rounds", "prune_ramp", "regrow", "unpartitioned"),
+    "static": (
+        *_DENSE_FIRST,
+        *_UPDATES,
+        "partition_order",
+        "optimizer_state",
+        "prune_ramp",
+        "regrow",
+        "drop_fraction",
+        "unpartitioned",
+    ),
     "dense": (
-        *("distribution", "pattern", "assign", "order", "init", "optimizer_state", "prune_ramp", "regrow"),
-        *("drop_fraction", "shared", *_UPDATES),
+        *(
+            "distribution",
+            "pattern",
+            "partition_assignment",
+            "partition_order",
+            "mask_init",
+            "optimizer_state",
+            "prune_ramp",
+            "regrow",
+        ),
+        *("drop_fraction", "unpartitioned", *_UPDATES),
     ),
+}
+#: Labels of settings in the signature, which has them only where they are not the default. Labels never change: a
+#: signature in an old result still compares with a new one.
+_SIGNATURE_LABELS = {
+    "assign": "partition_assignment",
+    "order": "partition_order",
+    "include": "include",
+    "exclude": "exclude",
+    "optimizer_state": "optimizer_state",
+    "regrow": "regrow",
+    "shared": "unpartitioned",
+}
+#: Earlier names of settings, for the sentence that refuses them.
+_RENAMED = {
+    "assign": "partition_assignment",
+    "init": "mask_init",
+    "init_file": "mask_file",
+    "lr": "lr_restart",
+    "order": "partition_order",
+    "shared": "unpartitioned",
 }
 #: Lengths that every config has, in epochs or in steps.
 _TIMES = ("phase", "finetune")
@@ -88,10 +126,12 @@ class GaPConfig(BaseModel):
     partitions: int | list[list[str]] = Field(
         1, description="Number of partitions (kappa), or the partitions written out as lists of name patterns."
     )
-    assign: Literal["contiguous", "interleaved", "random"] = Field(
+    partition_assignment: Literal["contiguous", "interleaved", "random"] = Field(
         "contiguous", description="How blocks are dealt to the partitions when only their number is given."
     )
-    order: Literal["cyclic", "random"] = Field("cyclic", description="Order in which the partitions become dense.")
+    partition_order: Literal["cyclic", "random"] = Field(
+        "cyclic", description="Order in which the partitions become dense."
+    )
     dense_epochs: float | None = Field(None, ge=0, description="Length of a first phase with all dense, in epochs.")
     dense_steps: int | None = Field(None, ge=0, description="Length of a first phase with all dense, in steps.")
     phase_epochs: float | None = Field(None, gt=0, description="T, the length of a phase, in epochs.")
@@ -107,13 +147,14 @@ class GaPConfig(BaseModel):
     )
     finetune_epochs: float | None = Field(None, ge=0, description="Length of the final phase with fixed masks, epochs.")
     finetune_steps: int | None = Field(None, ge=0, description="Length of the final phase with fixed masks, steps.")
-    init: Literal["random", "magnitude", "from_weights", "from_file"] = Field(
+    mask_init: Literal["random", "magnitude", "from_weights", "from_file"] = Field(
         "random",
         description="First masks: random (fresh weights) or by magnitude (pretrained weights). With static also those "
         "of a sparse model: where its weights are not zero, or as a file of masks has them.",
     )
-    init_file: str | None = Field(
-        None, description="With init from_file: the masks.safetensors of a checkpoint, all of whose entries are sparse."
+    mask_file: str | None = Field(
+        None,
+        description="With mask_init from_file: the masks.safetensors of a checkpoint, all of whose entries are sparse.",
     )
     include: list[str] = Field(default=[], description="Patterns of further weights to make entries.")
     exclude: list[str] = Field(default=[], description="Patterns of weights that must stay dense.")
@@ -123,11 +164,11 @@ class GaPConfig(BaseModel):
     regrow: Literal["zero", "last_value"] = Field(
         "zero", description="Where a grown weight starts: at zero, or at the value it had when it was pruned."
     )
-    shared: Literal["average", "first"] = Field(
+    unpartitioned: Literal["average", "first"] = Field(
         "average", description="Parallel GaP: what becomes of weights in no partition: averaged, or worker 0's."
     )
-    lr: Literal["continuous", "restart"] = Field(
-        "continuous", description="One learning-rate schedule over the run, or the same one again in every phase."
+    lr_restart: bool = Field(
+        False, description="Whether the learning-rate schedule starts anew in every phase; else one covers the run."
     )
     seed: int = Field(0, ge=0, description="Seed of random masks, random growth, random order and random assignment.")
 
@@ -176,8 +217,10 @@ class GaPConfig(BaseModel):
     @model_validator(mode="after")
     def _coherent(self) -> GaPConfig:
         given = self.model_fields_set
-        if not isinstance(self.partitions, int) and "assign" in given:
-            raise ValueError('"assign" has no effect when "partitions" lists the patterns: remove one of the two')
+        if not isinstance(self.partitions, int) and "partition_assignment" in given:
+            raise ValueError(
+                '"partition_assignment" has no effect when "partitions" lists the patterns: remove one of the two'
+            )
         for key in sorted(set(_UNUSED[self.method]) & given):
             raise ValueError(f'"{key}" has no effect with method={self.method!r}: remove it')
         self._check_times()
@@ -186,9 +229,9 @@ class GaPConfig(BaseModel):
         if self.method in ("cyclic", "parallel") and self.kappa < 2:
             raise ValueError(f'partitions: {self.method} GaP needs at least 2; with one it is method="dsd"')
         self._check_init(given)
-        if self.method != "dense" and not self.inherits and "sparsity" not in given:
+        if self.method != "dense" and not self.reuses_masks and "sparsity" not in given:
             raise ValueError(f'"sparsity" must be set with method={self.method!r}')
-        if not self.inherits and (self.method == "dense") != (self.sparsity == 0.0):
+        if not self.reuses_masks and (self.method == "dense") != (self.sparsity == 0.0):
             raise ValueError(f'sparsity={self.sparsity} with method="{self.method}": 0 and "dense" go together')
         self._check_selection()
         if not (self.exploring or self.dense_epochs or self.dense_steps or self.finetune_epochs or self.finetune_steps):
@@ -196,18 +239,18 @@ class GaPConfig(BaseModel):
         return self
 
     def _check_init(self, given: set[str]) -> None:
-        if self.inherits and self.method != "static":
+        if self.reuses_masks and self.method != "static":
             raise ValueError(
-                f'init="{self.init}" with method={self.method!r}: masks that are taken over stay as they are, so set '
-                '"method" to "static"'
+                f'mask_init="{self.mask_init}" with method={self.method!r}: masks taken over stay as they are, so '
+                'set "method" to "static"'
             )
         for key in ("sparsity", "distribution", "pattern"):
-            if self.inherits and key in given:
+            if self.reuses_masks and key in given:
                 raise ValueError(
-                    f'"{key}" has no effect with init="{self.init}", whose masks say what is kept: remove it'
+                    f'"{key}" has no effect with mask_init="{self.mask_init}", whose masks say what is kept: remove it'
                 )
-        if (self.init == "from_file") != (self.init_file is not None):
-            raise ValueError(f'"init_file" with init="{self.init}": the file and "from_file" go together')
+        if (self.mask_init == "from_file") != (self.mask_file is not None):
+            raise ValueError(f'"mask_file" with mask_init="{self.mask_init}": the file and "from_file" go together')
 
     def _check_times(self) -> None:
         for name in _TIMES:
@@ -261,9 +304,9 @@ class GaPConfig(BaseModel):
             )
 
     @property
-    def inherits(self) -> bool:
+    def reuses_masks(self) -> bool:
         """Whether masks and budgets are those of a model that is sparse already."""
-        return self.init in ("from_weights", "from_file")
+        return self.mask_init in ("from_weights", "from_file")
 
     @property
     def kappa(self) -> int:
@@ -286,7 +329,7 @@ class GaPConfig(BaseModel):
     def as_dense(self) -> GaPConfig:
         """The dense run to compare with: of the same length, with the same learning-rate restarts."""
         times = [f"{name}_{unit}" for name in ("dense", *_TIMES) for unit in ("epochs", "steps")]
-        data = {key: getattr(self, key) for key in (*times, "lr", "seed") if key in self.model_fields_set}
+        data = {key: getattr(self, key) for key in (*times, "lr_restart", "seed") if key in self.model_fields_set}
         return GaPConfig.model_validate({**data, "method": "dense", "sparsity": 0.0, "rounds": self.exploring})
 
     @property
@@ -324,22 +367,22 @@ class GaPConfig(BaseModel):
         if self.method not in _ONE_PHASE:
             parts["rounds"] = self.rounds
         parts["ft"] = self._length("finetune")
-        if not self.inherits:
+        if not self.reuses_masks:
             parts["s"] = _exact(self.sparsity)
             parts["dist"] = self.distribution if isinstance(self.distribution, str) else json.dumps(self.distribution)
             parts["pat"] = self.pattern
-        if "init" not in _UNUSED[self.method]:
-            parts["init"] = self.init
-        parts["lr"] = self.lr
+        if "mask_init" not in _UNUSED[self.method]:
+            parts["init"] = self.mask_init
+        parts["lr"] = "restart" if self.lr_restart else "continuous"
         if self.updates:
             parts["every"] = self._length("update")
         if self.method in ("rigl", "set"):
             parts["drop"] = _exact(self.drop_fraction)
         if self.prune_ramp:
             parts["ramp"] = _exact(self.prune_ramp)
-        for key in ("assign", "order", "include", "exclude", "optimizer_state", "regrow", "shared"):
+        for label, key in _SIGNATURE_LABELS.items():
             if getattr(self, key) != type(self).model_fields[key].default:
-                parts[key] = getattr(self, key)
+                parts[label] = getattr(self, key)
         parts |= {"seed": self.seed, "v": version}
         return "|".join(["gap", *(f"{key}:{value}" for key, value in parts.items())])
 
@@ -385,7 +428,10 @@ def explain(error: ValidationError, origin: str, known: list[str]) -> str:
     lines = []
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
+        if item["type"] == "extra_forbidden" and where in _RENAMED:
+            hint = ' (true for "restart", false for "continuous")' if where == "lr" else ""
+            lines.append(f'setting "{where}" in {origin} is now called "{_RENAMED[where]}"{hint}.')
+        elif item["type"] == "extra_forbidden":
             near = difflib.get_close_matches(where, known, n=1)
             hint = f'did you mean "{near[0]}"?' if near else f"known settings: {', '.join(known)}."
             lines.append(f'unknown setting "{where}" in {origin}: {hint}')

@@ -54,9 +54,9 @@ class Plan:
     """The entries of a model in module order, their pattern, and what the figures of the whole model need.
 
     `total` is the number of weights of the model, tied ones once. `dense_matmul` is the number of weights outside the
-    entries that are multiplied with (a tied head included, embedding look-ups not). `pooled`: whether the budgets of a
-    partition's entries are one budget, shared by one threshold (distribution "global"). `blocks` are the names of the
-    repeated blocks.
+    entries that are multiplied with (a tied head included, embedding look-ups not). `shared_budget`: whether
+    the budgets of a partition's entries are one budget, shared by one threshold (distribution "global"). `blocks`
+    are the names of the repeated blocks.
     """
 
     entries: tuple[Entry, ...]
@@ -64,7 +64,7 @@ class Plan:
     total: int
     dense_matmul: int
     pattern: Pattern = field(default_factory=Unstructured)
-    pooled: bool = False
+    shared_budget: bool = False
     blocks: tuple[str, ...] = ()
 
     @property
@@ -96,10 +96,10 @@ class Plan:
     def fingerprint(self) -> str:
         """Hash of the pattern and all names, shapes, partitions and budgets: equal plans, equal fingerprints."""
         rows = [[e.name, list(e.shape), e.partition, e.keep, list(e.dims)] for e in self.entries]
-        selection = f"{self.pattern}, pooled" if self.pooled else str(self.pattern)
+        selection = f"{self.pattern}, pooled" if self.shared_budget else str(self.pattern)
         return hashlib.sha256(json.dumps([selection, rows]).encode()).hexdigest()[:16]
 
-    def home(self, name: str) -> int | None:
+    def partition_of(self, name: str) -> int | None:
         """The partition that any parameter or buffer goes with: that of all entries of its block, or of its module.
 
         None for what lies outside every block (embeddings, final norms, heads), or beside entries of more than one
@@ -131,7 +131,7 @@ def build(
         shapes: full shape of every parameter by its clean name. A sharding backend hands this over, because the
             parameters it leaves in the module tree may be empty or flattened.
         frozen: names of the parameters that are not trained, and so never entries.
-        kept: where masks are taken over (`config.inherits`), the number of weights that each entry keeps, by name.
+        kept: where masks are taken over (`config.reuses_masks`), the number of weights that each entry keeps, by name.
 
     Raises:
         ValueError: no entry was found, a name pattern matches nothing, there are more partitions than blocks, the
@@ -153,7 +153,7 @@ def build(
     dims = {name: _dims(name, modules) for name in names}
     _check_shapes(pattern, {name: shapes[name] for name in names}, dims)
     of_entries = {name: shapes[name] for name in names}
-    keep = _inherited(of_entries, config, kept) if config.inherits else _budgets(of_entries, config)
+    keep = _inherited(of_entries, config, kept) if config.reuses_masks else _budgets(of_entries, config)
     entries = tuple(
         Entry(n, tuple(shapes[n]), partition[n], pattern.budget(shapes[n], k, dims[n]), dims[n])
         for n, k in zip(names, keep, strict=True)
@@ -182,12 +182,12 @@ def _budgets(shapes: Mapping[str, tuple[int, ...]], config: GaPConfig) -> list[i
 
 def _inherited(shapes: Mapping[str, tuple[int, ...]], config: GaPConfig, kept: Mapping[str, int] | None) -> list[int]:
     """Weights that each entry keeps by the masks that are taken over."""
-    where = f'init="{config.init}"'
+    where = f'init="{config.mask_init}"'
     if kept is None:
         raise ValueError(f"{where}: how many weights an entry keeps is known in training alone, from the weights.")
     if missing := next((name for name in shapes if name not in kept), None):
         raise ValueError(
-            f'{where}: {missing} has no mask in "init_file": its partition was dense then. Use the last checkpoint of '
+            f'{where}: {missing} has no mask in "mask_file": its partition was dense then. Use the last checkpoint of '
             'the run, or list it in "exclude".'
         )
     for name, shape in shapes.items():
@@ -350,10 +350,14 @@ def _assign(
             f"partitions={kappa}: the model has {len(units)} blocks with entries, and a partition needs at least one. "
             f'Lower "partitions" to {len(units)} or less.'
         )
-    if config.assign == "random":
+    if config.partition_assignment == "random":
         random.Random(f"assign {config.seed}").shuffle(units)
     sizes = [sum(math.prod(shapes[name]) for name in unit) for unit in units]
-    groups = [u % kappa for u in range(len(units))] if config.assign == "interleaved" else balanced_cut(sizes, kappa)
+    groups = (
+        [u % kappa for u in range(len(units))]
+        if config.partition_assignment == "interleaved"
+        else balanced_cut(sizes, kappa)
+    )
     return {name: k for unit, k in zip(units, groups, strict=True) for name in unit}
 
 

@@ -23,26 +23,26 @@ class Keep:
 
 
 @dataclass(frozen=True)
-class Dense:
+class Grow:
     """Grow: no mask; the weights that were pruned start at zero (or their last value), with moments at zero."""
 
 
 @dataclass(frozen=True)
-class Largest:
+class PruneByMagnitude:
     """Prune: the `keep` weights of largest magnitude stay."""
 
     keep: int
 
 
 @dataclass(frozen=True)
-class Random:
+class PruneRandomly:
     """Prune: `keep` random weights stay, the same for any sharding."""
 
     keep: int
 
 
 @dataclass(frozen=True)
-class Exchange:
+class DropAndGrow:
     """Drop and grow: of the kept weights the `drop` of smallest magnitude go, and as many others come.
 
     Those others are the ones of largest gradient, or random ones; a weight just dropped may be among them, and then it
@@ -55,11 +55,11 @@ class Exchange:
 
 
 @dataclass(frozen=True)
-class Stored:
+class LoadMask:
     """Take over: the mask is the one that the config's file of masks has."""
 
 
-Update = Keep | Dense | Largest | Random | Stored | Exchange
+Update = Keep | Grow | PruneByMagnitude | PruneRandomly | LoadMask | DropAndGrow
 Rule = Callable[[Entry, Phase | None, Phase, int], Update]
 
 
@@ -107,38 +107,40 @@ def _grow_and_prune(config: GaPConfig) -> Rule:
     >>> entry = Entry("fc.weight", (4, 4), partition=0, keep=8)
     >>> update = rule(config)
     >>> update(entry, None, first, 0), update(entry, first, second, 10), update(entry, second, finetune, 20)
-    (Dense(), Largest(keep=8), Keep())
+    (Grow(), PruneByMagnitude(keep=8), Keep())
     >>> config = GaPConfig(method="dsd", sparsity=0.5, phase_steps=10, rounds=2, finetune_steps=5)
     >>> phases = build(config).phases
     >>> [rule(config)(entry, before, after, after.first_step) for before, after in zip((None, *phases), phases)]
-    [Dense(), Largest(keep=8), Dense(), Largest(keep=8), Keep()]
+    [Grow(), PruneByMagnitude(keep=8), Grow(), PruneByMagnitude(keep=8), Keep()]
     >>> config = GaPConfig(method="gradual", sparsity=0.5, phase_steps=4, update_steps=1, finetune_steps=4)
     >>> first, finetune = build(config).phases
     >>> [rule(config)(entry, first, first, step) for step in first.updates]
-    [Largest(keep=11), Largest(keep=9), Largest(keep=8)]
+    [PruneByMagnitude(keep=11), PruneByMagnitude(keep=9), PruneByMagnitude(keep=8)]
     """
 
     def update(entry: Entry, before: Phase | None, after: Phase, step: int) -> Update:
         if before is after:
             if entry.partition not in after.leaving:
                 return Keep()
-            return Largest(round_half_up(entry.numel - ramp(after.progress(step)) * (entry.numel - entry.keep)))
+            return PruneByMagnitude(
+                round_half_up(entry.numel - ramp(after.progress(step)) * (entry.numel - entry.keep))
+            )
         is_dense = entry.partition in after.dense
         was_dense = before is not None and entry.partition in before.dense
         if is_dense:
-            return Keep() if was_dense else Dense()
+            return Keep() if was_dense else Grow()
         if before is None:
             return _first(config, entry)
-        return Largest(entry.keep) if was_dense else Keep()
+        return PruneByMagnitude(entry.keep) if was_dense else Keep()
 
     return update
 
 
 def _first(config: GaPConfig, entry: Entry) -> Update:
     """The first mask of a sparse entry. The largest are all that are not zero where the weights are sparse already."""
-    if config.init == "from_file":
-        return Stored()
-    return Random(entry.keep) if config.init == "random" else Largest(entry.keep)
+    if config.mask_init == "from_file":
+        return LoadMask()
+    return PruneRandomly(entry.keep) if config.mask_init == "random" else PruneByMagnitude(entry.keep)
 
 
 def _drop_and_grow(config: GaPConfig) -> Rule:
@@ -163,7 +165,7 @@ def _drop_and_grow(config: GaPConfig) -> Rule:
     >>> [rule(config)(entry, explore, explore, step).drop for step in explore.updates]
     [12, 7, 2]
     >>> rule(config)(entry, None, explore, 0), rule(config)(entry, explore, finetune, 4)
-    (Random(keep=50), Keep())
+    (PruneRandomly(keep=50), Keep())
     """
 
     def update(entry: Entry, before: Phase | None, after: Phase, step: int) -> Update:
@@ -174,6 +176,6 @@ def _drop_and_grow(config: GaPConfig) -> Rule:
         alpha = config.drop_fraction / 2 * (1 + math.cos(math.pi * float(after.progress(step))))
         # Rounded to nine decimals, so that no machine's cosine decides about one weight more or less.
         drop = min(int(Fraction(f"{alpha:.9f}") * entry.keep), entry.numel - entry.keep)
-        return Exchange(entry.keep, drop, config.method == "rigl") if drop else Keep()
+        return DropAndGrow(entry.keep, drop, config.method == "rigl") if drop else Keep()
 
     return update

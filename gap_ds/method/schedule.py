@@ -148,7 +148,7 @@ def build(config: GaPConfig, steps_per_epoch: int | None = None, worker: int = 0
     ...     print(f"{method:8}", *((phase.steps, sorted(phase.dense)) for phase in build(config, worker=worker).phases))
     >>> show("cyclic", partitions=3, rounds=1)
     cyclic   (4, [0]) (4, [1]) (4, [2]) (2, [])
-    >>> show("cyclic", partitions=3, rounds=2, order="random")
+    >>> show("cyclic", partitions=3, rounds=2, partition_order="random")
     cyclic   (4, [0]) (4, [2]) (4, [0]) (4, [1]) (4, [2]) (4, [1]) (2, [])
     >>> show("parallel", partitions=3, rounds=2)
     parallel (4, [0]) (4, [0]) (2, [])
@@ -310,7 +310,7 @@ def _dense_partitions(config: GaPConfig, worker: int) -> list[frozenset[int]]:
         return [every, none] * config.rounds
     if config.method == "parallel":
         return [frozenset((worker,))] * config.exploring
-    if config.order == "cyclic":
+    if config.partition_order == "cyclic":
         return [frozenset((p % config.kappa,)) for p in range(config.exploring)]
     order = [0]
     rng = random.Random(f"order {config.seed}")

@@ -42,8 +42,8 @@ def config_of(signature: str) -> GaPConfig | None:
             else:
                 name, read = _SETTINGS[key]
                 settings[name] = _read(read, text, parts)
-        if settings.get("init") == "from_file":
-            settings["init_file"] = "masks.safetensors"  # whose path is in no signature
+        if settings.get("mask_init") == "from_file":
+            settings["mask_file"] = "masks.safetensors"  # whose path is in no signature
         # What has its default may be a setting that the method refuses to be given.
         given = {k: v for k, v in settings.items() if k == "rounds" or v != GaPConfig.model_fields[k].default}
         config = GaPConfig.model_validate(given)
@@ -114,17 +114,17 @@ _SETTINGS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "s": ("sparsity", float),
     "dist": ("distribution", lambda text: json.loads(text) if text.startswith("{") else text),
     "pat": ("pattern", str),
-    "init": ("init", str),
-    "lr": ("lr", str),
+    "init": ("mask_init", str),
+    "lr": ("lr_restart", lambda text: {"restart": True, "continuous": False}[text]),
     "drop": ("drop_fraction", float),
     "ramp": ("prune_ramp", float),
-    "assign": ("assign", str),
-    "order": ("order", str),
+    "assign": ("partition_assignment", str),
+    "order": ("partition_order", str),
     "include": ("include", ast.literal_eval),
     "exclude": ("exclude", ast.literal_eval),
     "optimizer_state": ("optimizer_state", str),
     "regrow": ("regrow", str),
-    "shared": ("shared", str),
+    "shared": ("unpartitioned", str),
     "seed": ("seed", int),
 }
 _SPLIT = re.compile(rf"\|(?=(?:{'|'.join(map(re.escape, [*_LENGTHS, *_SETTINGS, 'v']))}):)")

@@ -15,7 +15,7 @@ Files are written one tensor at a time and read shard-wise: a rank reads the byt
 ever holds a full model. Nothing that is read is unpickled, and no name in a file becomes a path: a header is accepted
 only if it is the one that the plan expects, which also bounds what is allocated for it.
 
-    worker.py    Worker and Exchange: publish, wait, read
+    worker.py    ParallelWorker and Exchange: publish, wait, read
     identity.py  what the workers of a run have alike, and what differs in another run
     file.py      what is in a file, and what is accepted as one; pure functions
     folder.py    local folders and URLs
@@ -24,7 +24,7 @@ only if it is the one that the plan expects, which also bounds what is allocated
 N weights of a piece or parameter, E entries, K workers (one per partition), R ranks of a job.
 """
 
-from gap_ds.parallel.exchange import Exchange, Worker
+from gap_ds.parallel.exchange import Exchange, ParallelWorker
 from gap_ds.parallel.items import Item, Received, items_of
 
-__all__ = ["Exchange", "Item", "Received", "Worker", "items_of"]
+__all__ = ["Exchange", "Item", "ParallelWorker", "Received", "items_of"]

@@ -22,9 +22,9 @@ from gap_ds.masks import bitmask
 from gap_ds.parallel import identity
 from gap_ds.parallel import items as file
 from gap_ds.parallel.items import FORMAT, VERSION, Item, Received, Slot, printable
-from gap_ds.parallel.ranks import by_first
+from gap_ds.parallel.ranks import on_rank_zero
 from gap_ds.parallel.transport import Writing, open_folder, without_secrets
-from gap_ds.sharding.comm import Comm, by_rank, said, together, why
+from gap_ds.sharding.comm import Comm, by_rank, error_text, raise_on_all_ranks, summarize_error
 from gap_ds.storage import safetensors as tensorfile
 
 log = logging.getLogger("gap_ds")
@@ -43,7 +43,7 @@ _OWN = "Give this run an exchange folder of its own."
 
 
 @dataclass(frozen=True)
-class Worker:
+class ParallelWorker:
     """Which worker of parallel GaP this job is.
 
     index: 0 .. workers - 1; the partition that is dense here.
@@ -121,7 +121,7 @@ class Exchange:
 
     def __init__(
         self,
-        worker: Worker,
+        worker: ParallelWorker,
         workers: int,
         signature: str,
         fingerprint: str,
@@ -150,7 +150,7 @@ class Exchange:
         self._read = 0
         self._shown = worker.shown
         self._folder = open_folder(worker.exchange)
-        by_first(world, self._enter())
+        on_rank_zero(world, self._enter())
 
     def begin(self, weights: str) -> None:
         """Before the first round of a job that begins at step 0: it must be a job of the run that the folder holds.
@@ -163,7 +163,7 @@ class Exchange:
         Raises:
             ValueError: the run began with other weights, or this worker has published already and is not told to go on.
         """
-        by_first(self._world, self._begin(weights))
+        on_rank_zero(self._world, self._begin(weights))
 
     def combine(self, round: int, items: Sequence[Item], bits: Mapping[str, Tensor]) -> Iterator[Received]:
         """Publishes this worker's partition, waits for the others, and returns what all partitions became.
@@ -207,7 +207,7 @@ class Exchange:
         file.check_items(items, self.workers)
         index, name = self.worker.index, _name(round, self.worker.index)
         self.bytes_written = 0
-        if by_first(self._world, self._before(round)):
+        if on_rank_zero(self._world, self._before(round)):
             return
         own = file.selected(items, index, self.shared)
         table = dict(zip((item.name for item in own), self._spreads(own, bits), strict=True))
@@ -231,7 +231,7 @@ class Exchange:
             "published": _now(),
         }
         self._together(lambda: self._put(f"{name}.json", described) if writes else None)
-        self.bytes_written = int(self._world.from_first(size))
+        self.bytes_written = int(self._world.broadcast_object(size))
 
     def _before(self, round: int) -> Generator[None, None, bool]:
         """Whether this worker has published a round before; ValueError if that was in another run, for all we know."""
@@ -244,7 +244,7 @@ class Exchange:
                 f"{path}: worker {index} published round {round} at {printable(manifest.published)}, and this job "
                 "began at step 0. A new run needs an exchange folder of its own: name another, or delete this one when "
                 "no job uses it. A job of the same run that is started again must go on from its checkpoint, or be "
-                "told that it goes on (Worker(resume=True), in the examples --resume)."
+                "told that it goes on (ParallelWorker(resume=True), in the examples --resume)."
             )
         log.warning(
             f"round {round}: worker {index} has published at {printable(manifest.published)}, before this job was "
@@ -312,7 +312,7 @@ class Exchange:
             TimeoutError: a worker has not published within the worker's timeout.
             ValueError: a manifest is damaged, or belongs to another run.
         """
-        return by_first(self._world, self._wait(round))
+        return on_rank_zero(self._world, self._wait(round))
 
     def _wait(self, round: int) -> Generator[None, None, list[Manifest]]:
         found: dict[int, Manifest] = {}
@@ -324,7 +324,7 @@ class Exchange:
                 try:
                     manifest = None if worker in found else (yield from self._manifest(round, worker))
                 except OSError as error:  # a network may be away for a while
-                    manifest, trouble = None, f" (the folder could not be read: {why(error)})"
+                    manifest, trouble = None, f" (the folder could not be read: {summarize_error(error)})"
                 if manifest is not None:
                     found[worker] = manifest
             missing = [worker for worker in range(self.workers) if worker not in found]
@@ -375,7 +375,7 @@ class Exchange:
         """
         file.check_items(items, self.workers)
         self._read = 0
-        files = [by_first(self._world, self._verify(round, worker, items, m)) for worker, m in enumerate(manifests)]
+        files = [on_rank_zero(self._world, self._verify(round, worker, items, m)) for worker, m in enumerate(manifests)]
         return self._pieces(items, files)
 
     def _pieces(self, items: Sequence[Item], files: Sequence[_Verified]) -> Iterator[Received]:
@@ -448,7 +448,7 @@ class Exchange:
         try:
             data = self._folder.read(path, begin, end)
         except OSError as error:
-            raise ValueError(f"{self._path(path)}: cannot be read ({why(error)})") from error
+            raise ValueError(f"{self._path(path)}: cannot be read ({summarize_error(error)})") from error
         if len(data) != end - begin:
             raise ValueError(f"{self._path(path)}: is truncated: {len(data)} bytes at {begin} instead of {end - begin}")
         self._read += len(data)
@@ -464,7 +464,7 @@ class Exchange:
             try:
                 return (yield from self._look(path, round, worker, items, manifest))
             except (OSError, ValueError) as error:
-                sentence = f"{self._path(path)}: {said(error).removeprefix(f'{self._path(path)}: ')}"
+                sentence = f"{self._path(path)}: {error_text(error).removeprefix(f'{self._path(path)}: ')}"
                 if second:
                     raise ValueError(
                         f"{sentence}. To have worker {worker} write it again, delete its manifest "
@@ -505,8 +505,8 @@ class Exchange:
             table = yield from self._first("run.json", {})
         except OSError as error:
             raise ValueError(
-                f"exchange={self._shown!r}: cannot be used as exchange folder ({why(error)}). Name a folder or URL "
-                "that every worker can read and write."
+                f"exchange={self._shown!r}: cannot be used as exchange folder ({summarize_error(error)}). Name a "
+                "folder or URL that every worker can read and write."
             ) from error
         if different := identity.differences(table, self._identity):
             raise ValueError(
@@ -571,7 +571,7 @@ class Exchange:
         return {key: str(value) for key, value in known.items()}
 
     def _together(self, work: Callable[[], T]) -> T:
-        return together(self._world, work)
+        return raise_on_all_ranks(self._world, work)
 
     def _path(self, name: str) -> str:
         return f"{self._shown.rstrip('/')}/{name}"
@@ -581,7 +581,7 @@ class Exchange:
             log.log(level, message)
 
 
-def _check_worker(worker: Worker, workers: int) -> None:
+def _check_worker(worker: ParallelWorker, workers: int) -> None:
     if type(worker.index) is not int or not 0 <= worker.index < workers:
         raise ValueError(
             f"worker index={worker.index!r}: must be a whole number from 0 to {workers - 1}, one for each of the "

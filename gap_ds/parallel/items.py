@@ -32,8 +32,8 @@ class Item:
     """One tensor of the model, and this rank's piece of it: flatten(tensor)[start : start + numel] == piece().
 
     partition: the worker that it comes from; None for what is shared.
-    keep: of an entry, the weights that it keeps; None for everything else. With `pooled`, the entries of a partition
-        share one budget, and only the sum of their `keep` is binding.
+    keep: of an entry, the weights that it keeps; None for everything else. With `shared_budget`, the entries
+        of a partition share one budget, and only the sum of their `keep` is binding.
     dtype: as it is exchanged.
     """
 
@@ -44,7 +44,7 @@ class Item:
     numel: int
     piece: Callable[[], Tensor] = field(repr=False, compare=False)
     keep: int | None = None
-    pooled: bool = False
+    shared_budget: bool = False
     dtype: torch.dtype = torch.float32
 
     @property
@@ -107,22 +107,24 @@ def items_of(plan: Plan, shards: Sequence[Shard], buffers: Mapping[str, Tensor])
         if not shard.trainable:
             continue
         entry = entries.get(shard.name)
-        where = plan.home(shard.name) if entry is None else entry.partition
+        where = plan.partition_of(shard.name) if entry is None else entry.partition
         keep = None if entry is None else entry.keep
-        items.append(Item(shard.name, shard.shape, where, shard.start, shard.numel, shard.weight, keep, plan.pooled))
+        items.append(
+            Item(shard.name, shard.shape, where, shard.start, shard.numel, shard.weight, keep, plan.shared_budget)
+        )
     for name, buffer in buffers.items():
         dtype = torch.float32 if buffer.is_floating_point() and buffer.dtype != torch.float64 else buffer.dtype
         if dtype not in DTYPES:
             raise ValueError(f"{name}: a buffer of {buffer.dtype} cannot be exchanged. Make it non-persistent.")
         piece = partial(torch.Tensor.reshape, buffer.detach(), (-1,))
-        items.append(Item(name, tuple(buffer.shape), plan.home(name), 0, buffer.numel(), piece, dtype=dtype))
+        items.append(Item(name, tuple(buffer.shape), plan.partition_of(name), 0, buffer.numel(), piece, dtype=dtype))
     return items
 
 
 def selected(items: Sequence[Item], worker: int, shared: str) -> list[Item]:
     """The items that worker's file holds: its own partition, and the shared tensors that are taken from it.
 
-    Shared integers, and with `shared="first"` all shared tensors, are taken from worker 0 alone.
+    Shared integers, and with `unpartitioned="first"` all shared tensors, are taken from worker 0 alone.
     """
     return [
         item
@@ -164,7 +166,7 @@ def check_kept(items: Sequence[Item], kept: Mapping[str, int]) -> None:
         ValueError: an entry, or the entries that share a budget together, keep another number of weights.
     """
     for item in items:
-        if item.keep is not None and not item.pooled and kept[item.name] != item.keep:
+        if item.keep is not None and not item.shared_budget and kept[item.name] != item.keep:
             raise ValueError(f"{item.name}: its mask keeps {kept[item.name]} weights instead of {item.keep}")
     budget = sum(budgets(items).values())
     if sum(kept.values()) != budget:
@@ -217,7 +219,7 @@ def accept(text: bytes, area: int, items: Sequence[Item], metadata: Mapping[str,
     kept = budgets(items)
     for item in items:
         match found.get(f"{item.name}.values"):
-            case {"shape": [int(n)]} if item.pooled and item.keep is not None and 0 <= n <= item.full_numel:
+            case {"shape": [int(n)]} if item.shared_budget and item.keep is not None and 0 <= n <= item.full_numel:
                 kept[item.name] = int(n)
     slots = layout(items, kept)
     wanted = header(slots, metadata)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Generator
 from typing import Any, TypeVar
 
-from gap_ds.sharding.comm import Comm, why
+from gap_ds.sharding.comm import Comm, summarize_error
 
 #: Seconds after which the ranks meet while one of them works alone.
 _MEET = 5.0
@@ -14,7 +14,7 @@ _MEET = 5.0
 T = TypeVar("T")
 
 
-def by_first(world: Comm, work: Generator[None, None, T]) -> T:
+def on_rank_zero(world: Comm, work: Generator[None, None, T]) -> T:
     """What `work` returns on rank 0, or its error, on all ranks.
 
     While it takes its time the ranks meet every few seconds: a collective that is waited for longer than the process
@@ -22,7 +22,7 @@ def by_first(world: Comm, work: Generator[None, None, T]) -> T:
     """
     while True:
         state, cause = _advance(work) if world.rank == 0 else (None, None)
-        kind, value = world.from_first(state)
+        kind, value = world.broadcast_object(state)
         if kind == "done":
             result: T = value
             return result
@@ -41,7 +41,7 @@ def _advance(work: Generator[None, None, T]) -> tuple[tuple[str, Any], Exception
     except (TimeoutError, ValueError) as error:
         return ("TimeoutError" if isinstance(error, TimeoutError) else "ValueError", str(error)), error
     except OSError as error:
-        return ("ValueError", f"the exchange folder cannot be used ({why(error)})"), error
+        return ("ValueError", f"the exchange folder cannot be used ({summarize_error(error)})"), error
     except Exception as error:
-        return ("error", why(error)), error
+        return ("error", summarize_error(error)), error
     return ("busy", None), None

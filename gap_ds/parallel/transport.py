@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from gap_ds.sharding.comm import why
+from gap_ds.sharding.comm import summarize_error
 
 
 class Writing(Protocol):
@@ -219,7 +219,7 @@ def _os_errors() -> Iterator[None]:
     except (FileNotFoundError, FileExistsError) as error:
         raise type(error)(without_secrets(str(error))) from error
     except Exception as error:
-        raise OSError(without_secrets(why(error))) from error
+        raise OSError(without_secrets(summarize_error(error))) from error
 
 
 def open_folder(url: str) -> Folder:
@@ -238,8 +238,8 @@ def open_folder(url: str) -> Folder:
         system, root = url_to_fs(url)
     except Exception as error:
         raise ValueError(
-            f"exchange={without_secrets(url)!r}: cannot be opened ({without_secrets(why(error))}). Name a folder, or a "
-            "URL whose protocol fsspec knows here."
+            f"exchange={without_secrets(url)!r}: cannot be opened ({without_secrets(summarize_error(error))}). "
+            "Name a folder, or a URL whose protocol fsspec knows here."
         ) from error
     return _Local(Path(root)) if isinstance(system, LocalFileSystem) else _Remote(system, root)
 

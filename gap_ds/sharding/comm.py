@@ -142,7 +142,7 @@ class Comm:
             dist.all_reduce(whole, group=self._group)
         return whole.to(piece.device)
 
-    def from_first(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         """Rank 0's value of a small plain object, on every rank."""
         if self.size == 1:
             return value
@@ -169,7 +169,7 @@ def by_rank(rows: Sequence[Sequence[int]], comm: Comm) -> list[list[list[int]]]:
     return table
 
 
-def together(world: Comm, work: Callable[[], T]) -> T:
+def raise_on_all_ranks(world: Comm, work: Callable[[], T]) -> T:
     """What `work` returns on this rank; an error on any rank becomes the same ValueError on all.
 
     `work` must not leave other ranks waiting: it takes part in no collective, or in all of them even when it fails.
@@ -183,18 +183,18 @@ def together(world: Comm, work: Callable[[], T]) -> T:
     if not bool(failed.any()):
         return result
     row = torch.zeros(2048, dtype=torch.uint8)
-    text = b"" if error is None else said(error).encode(errors="replace")[: row.numel()]
+    text = b"" if error is None else error_text(error).encode(errors="replace")[: row.numel()]
     row[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
     rows = world.all_gather(row)
     first = bytes(rows[int(failed.nonzero()[0, 0])].tolist()).rstrip(b"\0").decode(errors="replace")
     raise ValueError(first) from error
 
 
-def why(error: BaseException) -> str:
+def summarize_error(error: BaseException) -> str:
     """The kind of an error and the first line of what it says."""
     return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
-def said(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     """What an error says: our own are ValueErrors and say all, others are named."""
-    return str(error) if isinstance(error, ValueError) else why(error)
+    return str(error) if isinstance(error, ValueError) else summarize_error(error)

@@ -92,7 +92,7 @@ def _some(ranks: list[int]) -> str:
     return ", ".join(map(str, ranks[:4])) + (" and others" if len(ranks) > 4 else "")
 
 
-class Watch:
+class LossGuard:
     """Losses that are NaN or infinite: none may reach a mask or a checkpoint unseen.
 
     policy: `stop` remembers them for the next boundary or checkpoint, without making any step wait for the device;
@@ -111,7 +111,7 @@ class Watch:
         #: Micro-batches left out so far.
         self.skipped = 0
 
-    def admits(self, loss: Tensor, step: int) -> bool:
+    def accepts(self, loss: Tensor, step: int) -> bool:
         """Whether a micro-batch's loss may be propagated; with `skip` all ranks must call this."""
         if self._policy == "stop" and self._harmless:
             return True

@@ -29,14 +29,14 @@ from gap_ds.masks import bitmask
 from gap_ds.method import plan, rules, schedule
 from gap_ds.method.config import GaPConfig
 from gap_ds.method.schedule import Phase
-from gap_ds.parallel import Exchange, Worker, identity, items_of
+from gap_ds.parallel import Exchange, ParallelWorker, identity, items_of
 from gap_ds.sharding.backends import Training, detect
-from gap_ds.sharding.comm import Comm, operation, together, why
+from gap_ds.sharding.comm import Comm, operation, raise_on_all_ranks, summarize_error
 from gap_ds.storage.json import read_json
 from gap_ds.training import consistency, mask_state
-from gap_ds.training.consistency import Watch
+from gap_ds.training.consistency import LossGuard
 from gap_ds.training.history import History
-from gap_ds.training.mask_state import Masking
+from gap_ds.training.mask_state import MaskState
 
 log = logging.getLogger("gap_ds")
 
@@ -60,7 +60,7 @@ class GaPEngine:
         model: a DeepSpeed engine, a DistributedDataParallel module or a plain model, on its device.
         config: a GaPConfig, a dict, or the path of a JSON or YAML file.
         optimizer: of a model that is no DeepSpeed engine; already built over its parameters.
-        lr_scheduler: stepped once per applied step. With `lr: restart` it starts again in every phase, so it should
+        lr_scheduler: stepped once per applied step. With `lr_restart` it starts again in every phase, so it should
             cover one phase.
         steps_per_epoch: applied optimizer steps in an epoch; needed where the config counts in epochs.
         nonfinite_loss: what a loss that is NaN or infinite does. `stop`: the run ends with an error before a boundary
@@ -85,7 +85,7 @@ class GaPEngine:
         optimizer: torch.optim.Optimizer | None = None,
         lr_scheduler: Any = None,
         steps_per_epoch: int | None = None,
-        worker: Worker | None = None,
+        worker: ParallelWorker | None = None,
         nonfinite_loss: Literal["stop", "skip"] = "stop",
         masks_from: str | Path | None = None,
         history: str | Path | None = None,
@@ -101,13 +101,13 @@ class GaPEngine:
         self._world = Comm()
         self._lr_scheduler = lr_scheduler if lr_scheduler is not None else getattr(model, "lr_scheduler", None)
         self._grad_scaler = grad_scaler
-        if self.config.lr == "restart" and self._lr_scheduler is None:
+        if self.config.lr_restart and self._lr_scheduler is None:
             raise ValueError(
-                'lr="restart" has no effect without a learning-rate scheduler: pass lr_scheduler, or set "lr"'
+                '"lr_restart" has no effect without a learning-rate scheduler: pass lr_scheduler, or remove it'
             )
-        if self.config.lr == "restart" and masks_from is not None:
+        if self.config.lr_restart and masks_from is not None:
             raise ValueError(
-                f'masks_from="{masks_from}" with lr="restart": where the learning rate began is not known any more. '
+                f'masks_from="{masks_from}" with "lr_restart": where the learning rate began is not known any more. '
                 "Build the engine before anything is restored, and call load_masks."
             )
         self._first_lr = self._lr_state()
@@ -115,27 +115,27 @@ class GaPEngine:
         shards = self._backend.shards()
         frozen = {shard.name for shard in shards if not shard.trainable}
         shapes = {shard.name: shard.shape for shard in shards}
-        kept = mask_state.inherited(self.config, shards, self._backend.comm) if self.config.inherits else None
+        kept = mask_state.inherited(self.config, shards, self._backend.comm) if self.config.reuses_masks else None
         self.plan = plan.build(self._backend.module, self.config, shapes, frozen, kept)
-        self.masking = Masking(self.plan, self.config, self._backend)
+        self.mask_state = MaskState(self.plan, self.config, self._backend)
         self._rule = rules.rule(self.config)
         self._history = None
         if history is not None:
             comms = (self._backend.comm, self._world)
-            self._history = History(Path(history), self.plan, self.signature, self.masking, *comms)
+            self._history = History(Path(history), self.plan, self.signature, self.mask_state, *comms)
         self._exchange = None
         #: Of a worker, a fingerprint of the weights it has, until it is known whether it begins or goes on.
         self._start: str | None = None
         if worker is not None:
             tensors = identity.of_tensors(items_of(self.plan, shards, dict(export.buffers(self._backend.module))))
             of_run = (self.plan.kappa, self.signature, self.plan.fingerprint, tensors)
-            self._exchange = Exchange(worker, *of_run, self._world, self._backend.comm, self.config.shared)
+            self._exchange = Exchange(worker, *of_run, self._world, self._backend.comm, self.config.unpartitioned)
             self._start = identity.of_weights(shards, self._backend.comm)
         self.applied_steps = 0
         self._updated = False
         #: Whether `finish` has ended the schedule before its last step.
         self._over = False
-        self._watch = Watch(nonfinite_loss, self._world, harmless=self._backend.skips_overflow)
+        self._watch = LossGuard(nonfinite_loss, self._world, harmless=self._backend.skips_overflow)
         self.last_boundary_seconds = 0.0
         self._hook = self._backend.optimizer.register_step_post_hook(self._after_update)
         self._say(self.signature)
@@ -152,7 +152,7 @@ class GaPEngine:
         config: dict[str, Any] | str | Path,
         gap_config: GaPConfig | dict[str, Any] | str | Path,
         steps_per_epoch: int | None = None,
-        worker: Worker | None = None,
+        worker: ParallelWorker | None = None,
         nonfinite_loss: Literal["stop", "skip"] = "stop",
         history: str | Path | None = None,
         **deepspeed_arguments: Any,
@@ -189,7 +189,7 @@ class GaPEngine:
 
     def backward(self, loss: Tensor) -> None:
         """Backward pass of one micro-batch; the loss is its mean, whatever the number of accumulated micro-batches."""
-        if self._watch.admits(loss, self.applied_steps):
+        if self._watch.accepts(loss, self.applied_steps):
             self._backend.backward(loss)
 
     def watch(self, loss: Tensor) -> None:
@@ -197,7 +197,7 @@ class GaPEngine:
 
         With nonfinite_loss="stop" alone: a micro-batch that is not ours to propagate cannot be left out.
         """
-        self._watch.admits(loss, self.applied_steps)
+        self._watch.accepts(loss, self.applied_steps)
 
     def step(self) -> None:
         """Ends a micro-batch. If that completes an update: optimizer step, masks, and at a boundary prune and grow."""
@@ -252,9 +252,9 @@ class GaPEngine:
     def _after_update(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Post-step hook: zeroes the pruned weights that the optimizer has just changed."""
         self._updated = True
-        self.masking.zero_pruned(optimizer)
+        self.mask_state.zero_pruned(optimizer)
         if rules.needs_gradient(self.config, self.phase, self.applied_steps + 1):
-            self.masking.copy_gradients(optimizer)
+            self.mask_state.copy_gradients(optimizer)
 
     def _enter(self, before: Phase | None, after: Phase) -> None:
         """Does to every entry what the boundary between two phases, or an update inside one, asks for."""
@@ -275,11 +275,11 @@ class GaPEngine:
         if before is not None and before is not after:
             if self.config.optimizer_state == "reset":
                 _reset(self._backend.optimizer)
-            if self.config.lr == "restart":
+            if self.config.lr_restart:
                 self._restart_lr()
         self.last_boundary_seconds = time.perf_counter() - started
-        grown = sum(isinstance(update, rules.Dense) for update in updates)
-        changed = sum(not isinstance(update, rules.Dense | rules.Keep) for update in updates)
+        grown = sum(isinstance(update, rules.Grow) for update in updates)
+        changed = sum(not isinstance(update, rules.Grow | rules.Keep) for update in updates)
         self._say(
             f"step {self.applied_steps}: {after}, density {self.density:.4f}, {changed} entries pruned, {grown} grown, "
             f"{self.last_boundary_seconds:.3f} s",
@@ -293,12 +293,14 @@ class GaPEngine:
         self._agree_on_masks()
 
     def _agree_on_masks(self) -> None:
-        consistency.check_masks(self.plan, self.masking.bits, self.masking.shards, self._backend.comm, self._world)
+        consistency.check_masks(
+            self.plan, self.mask_state.bits, self.mask_state.shards, self._backend.comm, self._world
+        )
 
     def _apply(self, before: Phase | None, after: Phase) -> list[rules.Update]:
         """Does to all entries what their rule says; what that was."""
         updates = {entry: self._rule(entry, before, after, self.applied_steps) for entry in self.plan.entries}
-        self.masking.apply(updates, self.applied_steps)
+        self.mask_state.apply(updates, self.applied_steps)
         return list(updates.values())
 
     def _combine(self, exchange: Exchange, round_: int) -> None:
@@ -306,12 +308,12 @@ class GaPEngine:
         shards = {shard.name: shard for shard in self._backend.shards()}
         buffers = dict(export.buffers(self._backend.module))
         items = items_of(self.plan, list(shards.values()), buffers)
-        for received in exchange.combine(round_, items, self.masking.bits):
+        for received in exchange.combine(round_, items, self.mask_state.bits):
             if (shard := shards.get(received.name)) is None:
                 buffers[received.name].copy_(received.value.view(buffers[received.name].shape))
                 continue
             if received.bits is not None:
-                self.masking.replace(shard, received.bits)
+                self.mask_state.replace(shard, received.bits)
             if shard.numel:
                 shard.weight().copy_(received.value)
         self._backend.publish()
@@ -355,9 +357,9 @@ class GaPEngine:
             mask_bytes: memory of this rank's masks.
             entries: per entry name: kept, numel, partition, dense.
         """
-        kept = self.masking.kept()
+        kept = self.mask_state.kept()
         rows = {
-            e.name: {"kept": n, "numel": e.numel, "partition": e.partition, "dense": e.name not in self.masking.bits}
+            e.name: {"kept": n, "numel": e.numel, "partition": e.partition, "dense": e.name not in self.mask_state.bits}
             for e, n in zip(self.plan.entries, kept, strict=True)
         }
         total = sum(kept)
@@ -368,14 +370,14 @@ class GaPEngine:
             "numel": self.plan.numel,
             "density": total / self.plan.numel,
             "model_sparsity": (self.plan.numel - total) / self.plan.total,
-            "mask_bytes": sum(bits.numel() for bits in self.masking.bits.values()),
+            "mask_bytes": sum(bits.numel() for bits in self.mask_state.bits.values()),
             "entries": rows,
         }
 
     def mask(self, name: str) -> Tensor | None:
         """This rank's piece of an entry's mask as a bool tensor; None while the entry is dense."""
-        bits = self.masking.bits.get(name)
-        return None if bits is None else bitmask.unpack(bits, self.masking.shards[name].numel)
+        bits = self.mask_state.bits.get(name)
+        return None if bits is None else bitmask.unpack(bits, self.mask_state.shards[name].numel)
 
     # -- the end, and masks next to other checkpoints ---------------------------------------------------------------
 
@@ -391,7 +393,7 @@ class GaPEngine:
             return False
         with operation(f"the end at step {self.applied_steps}"):
             self._agree(f"the end at step {self.applied_steps}")
-            self.masking.apply(dense, self.applied_steps)
+            self.mask_state.apply(dense, self.applied_steps)
             self._agree_on_masks()
         self._over = True
         if self._history is not None:
@@ -399,10 +401,12 @@ class GaPEngine:
         self._say(f"step {self.applied_steps}: ended early, {len(dense)} entries pruned, density {self.density:.4f}")
         return True
 
-    def _to_prune(self) -> dict[plan.Entry, rules.Largest]:
+    def _to_prune(self) -> dict[plan.Entry, rules.PruneByMagnitude]:
         """What still has to be pruned for the final model: the entries that are dense in this phase, in a ramp too."""
         dense = self.phase.dense
-        return {e: rules.Largest(e.keep) for e in self.plan.entries if e.partition in dense and e.keep < e.numel}
+        return {
+            e: rules.PruneByMagnitude(e.keep) for e in self.plan.entries if e.partition in dense and e.keep < e.numel
+        }
 
     def save_masks(self, folder: str | Path) -> None:
         """Saves the masks and the place in the schedule alone, beside weights and optimizer that something else saves.
@@ -415,7 +419,7 @@ class GaPEngine:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "state.json").unlink(missing_ok=True)
         self._world.barrier()
-        together(self._world, lambda: self._write_masks(folder))
+        raise_on_all_ranks(self._world, lambda: self._write_masks(folder))
         if self._world.rank == 0:
             checkpoint.write_json(folder / "state.json", self._state().model_dump())
         self._world.barrier()
@@ -463,13 +467,13 @@ class GaPEngine:
         self._agree(f"the checkpoint at step {self.applied_steps}")
 
         def write(aside: Path) -> None:
-            together(self._world, lambda: self._backend.save(aside))
+            raise_on_all_ranks(self._world, lambda: self._backend.save(aside))
             self._updated = False  # to have any state to save, an optimizer before its first step is stepped with lr 0
-            together(self._world, lambda: self._write_masks(aside / "gap"))
+            raise_on_all_ranks(self._world, lambda: self._write_masks(aside / "gap"))
             if portable:
                 buffers = dict(export.buffers(self._backend.module))
                 portable_files.write(aside / "gap", self._backend, buffers, self._world)
-            together(self._world, lambda: self._write_state(aside / "gap", client_state))
+            raise_on_all_ranks(self._world, lambda: self._write_state(aside / "gap", client_state))
 
         with operation(f"the checkpoint at step {self.applied_steps}"):
             return checkpoint.save(Path(folder), tag or f"step_{self.applied_steps}", self._world, write, keep)
@@ -482,7 +486,7 @@ class GaPEngine:
                 "phase": str(self.phase.index),
                 "gap_ds": __version__,
             }
-            self.masking.write(folder, about)
+            self.mask_state.write(folder, about)
             if self._history is not None:
                 self._history.write(folder)
 
@@ -532,11 +536,11 @@ class GaPEngine:
         """Reads the masks before a step from a folder; what is returned goes on with them."""
         phase = self.schedule.phase_at(step)
         sparse = {entry.name for entry in self.plan.entries if phase.is_masked(entry.partition, step)}
-        pieces = self.masking.read(folder, sparse)
+        pieces = self.mask_state.read(folder, sparse)
         recorded = self._history.read(folder) if self._history is not None else None
 
         def go_on() -> None:
-            self.masking.restore(*pieces)
+            self.mask_state.restore(*pieces)
             self.applied_steps, self._updated, self._over = step, False, False
             if self._exchange is not None:
                 self._start, self._exchange.rejoins = None, True
@@ -563,8 +567,8 @@ class GaPEngine:
             backend.load(path)
         except Exception as error:  # each library has errors of its own for a damaged, missing or foreign file
             raise ValueError(
-                f"{path}: {now} cannot restore what {was} saved ({why(error)}). Use an earlier checkpoint, or the "
-                "backend and the number of ranks that saved this one."
+                f"{path}: {now} cannot restore what {was} saved ({summarize_error(error)}). Use an earlier "
+                "checkpoint, or the backend and the number of ranks that saved this one."
             ) from error
 
     def _state(self, client_state: Any = None) -> State:
@@ -602,7 +606,7 @@ class GaPEngine:
         folder = export.place(folder)
 
         def gather() -> dict[str, Tensor]:
-            bits = {**self.masking.bits, **self.masking.select(self._to_prune(), self.applied_steps)}
+            bits = {**self.mask_state.bits, **self.mask_state.select(self._to_prune(), self.applied_steps)}
             if not self._backend.comm.writes:
                 return {}
             shards, comm = self._backend.shards(), self._backend.comm
@@ -645,11 +649,11 @@ class GaPEngine:
         return getattr(self._backend.forward, name)
 
 
-def _check_worker(config: GaPConfig, worker: Worker | None) -> Worker | None:
+def _check_worker(config: GaPConfig, worker: ParallelWorker | None) -> ParallelWorker | None:
     if config.method == "parallel" and worker is None:
         raise ValueError(
             'method="parallel": every worker is a job of its own and must know its number and where to meet the '
-            "others. Start them by gap-ds parallel, or pass worker=Worker(index, exchange)."
+            "others. Start them by gap-ds parallel, or pass worker=ParallelWorker(index, exchange)."
         )
     if config.method != "parallel" and worker is not None:
         raise ValueError(f'worker {worker.index}: has no effect with method="{config.method}". Set "method".')

@@ -25,8 +25,8 @@ from gap_ds.checkpoint import folder as checkpoint
 from gap_ds.masks import bitmask
 from gap_ds.method.plan import Plan
 from gap_ds.method.schedule import Phase
-from gap_ds.sharding.comm import Comm, why
-from gap_ds.training.mask_state import Masking
+from gap_ds.sharding.comm import Comm, summarize_error
+from gap_ds.training.mask_state import MaskState
 
 NAME = "gap_history.jsonl"
 FORMAT, VERSION = "gap_ds.history", 1
@@ -41,7 +41,7 @@ class History:
     disk that refuses it is a warning: no run ends for its diary.
     """
 
-    def __init__(self, path: Path, plan: Plan, signature: str, masking: Masking, comm: Comm, world: Comm) -> None:
+    def __init__(self, path: Path, plan: Plan, signature: str, masking: MaskState, comm: Comm, world: Comm) -> None:
         self._path, self._plan, self._masking, self._comm, self._world = path, plan, masking, comm, world
         entries = [[entry.name, entry.numel, entry.partition] for entry in plan.entries]
         header = {"format": FORMAT, "version": VERSION, "signature": signature, "entries": entries}
@@ -91,7 +91,9 @@ class History:
                 self._append()
                 self._head = None
             except OSError as error:
-                warnings.warn(f"{self._path}: {why(error)}: the history of the masks is not complete", stacklevel=2)
+                warnings.warn(
+                    f"{self._path}: {summarize_error(error)}: the history of the masks is not complete", stacklevel=2
+                )
         self._lines = []
 
     def _append(self) -> None:

@@ -23,7 +23,7 @@ from gap_ds.sharding.comm import Comm
 from gap_ds.sharding.shard import Shard
 
 
-class Masking:
+class MaskState:
     """The masks of this rank's pieces. All ranks call `apply`, `select`, `kept`, `write` and `read` together."""
 
     def __init__(self, plan: Plan, config: GaPConfig, backend: Backend) -> None:
@@ -67,7 +67,7 @@ class Masking:
         selected = self.select(updates, step)
         self._gradients.clear()
         for entry, update in updates.items():
-            if isinstance(update, rules.Dense):
+            if isinstance(update, rules.Grow):
                 self._grow(self.shards[entry.name])
             elif entry.name in selected:
                 self._mask(self.shards[entry.name], selected[entry.name])
@@ -115,21 +115,25 @@ class Masking:
 
     def select(self, updates: Mapping[Entry, rules.Update], step: int) -> dict[str, Tensor]:
         """Exact masks of this rank's pieces for all entries whose mask changes before a step; changes nothing."""
-        largest = {e: u for e, u in updates.items() if isinstance(u, rules.Largest)}
-        random = {e: u for e, u in updates.items() if isinstance(u, rules.Random)}
-        exchanged = {e: u for e, u in updates.items() if isinstance(u, rules.Exchange)}
-        stored = {e.name for e, u in updates.items() if isinstance(u, rules.Stored)}
+        largest = {e: u for e, u in updates.items() if isinstance(u, rules.PruneByMagnitude)}
+        random = {e: u for e, u in updates.items() if isinstance(u, rules.PruneRandomly)}
+        exchanged = {e: u for e, u in updates.items() if isinstance(u, rules.DropAndGrow)}
+        stored = {e.name for e, u in updates.items() if isinstance(u, rules.LoadMask)}
         if stored:
             return self._stored(stored)
         if isinstance(self._plan.pattern, Unstructured):
-            bits = self._exactly({e: (u.keep, self._magnitudes(e)) for e, u in largest.items()}, self._plan.pooled)
+            bits = self._exactly(
+                {e: (u.keep, self._magnitudes(e)) for e, u in largest.items()}, self._plan.shared_budget
+            )
             bits |= self._exactly({e: (u.keep, self._random(e, e.name)) for e, u in random.items()})
             return bits | self._exchanged(exchanged, step)
         bits = {e.name: self._whole(e, u.keep, self._magnitudes(e), True) for e, u in largest.items()}
         return bits | {e.name: self._whole(e, u.keep, self._random(e, e.name), False) for e, u in random.items()}
 
-    def _exactly(self, wanted: Mapping[Entry, tuple[int, selection.Keys]], pooled: bool = False) -> dict[str, Tensor]:
-        """For each entry its `keep` largest keys; pooled: for each partition the sum of its budgets."""
+    def _exactly(
+        self, wanted: Mapping[Entry, tuple[int, selection.Keys]], shared_budget: bool = False
+    ) -> dict[str, Tensor]:
+        """For each entry its `keep` largest keys; shared_budget: for each partition the sum of its budgets."""
         if not wanted:
             return {}
         pieces: list[selection.Piece] = []
@@ -137,14 +141,14 @@ class Masking:
         keep: list[int] = []
         for entry, (n, keys) in wanted.items():
             shard = self.shards[entry.name]
-            budget = budgets.setdefault(entry.partition if pooled else entry.name, len(budgets))
+            budget = budgets.setdefault(entry.partition if shared_budget else entry.name, len(budgets))
             keep += [0] * (len(budgets) - len(keep))
             keep[budget] += n
             pieces.append(selection.Piece(entry.name, shard.start, shard.numel, keys, budget))
         bits = selection.select_largest(pieces, keep, self._backend.comm)
         return {piece.name: b for piece, b in zip(pieces, bits, strict=True)}
 
-    def _exchanged(self, updates: Mapping[Entry, rules.Exchange], step: int) -> dict[str, Tensor]:
+    def _exchanged(self, updates: Mapping[Entry, rules.DropAndGrow], step: int) -> dict[str, Tensor]:
         """Drop and grow: the kept weights without the smallest, and as many of all others by gradient or at random."""
         kept = self._exactly(
             {e: (u.keep - u.drop, selection.only(self._magnitudes(e), self.bits[e.name])) for e, u in updates.items()}
@@ -184,7 +188,7 @@ class Masking:
 
     def _stored(self, names: set[str]) -> dict[str, Tensor]:
         """Masks that were written by another run, of the same entries."""
-        path = Path(self._config.init_file or "")
+        path = Path(self._config.mask_file or "")
         bits = checkpoint.read_masks(path, self._plan, names, self.shards, self._backend.comm, foreign=True)
         return self.on_device(bits)
 
@@ -228,12 +232,12 @@ def inherited(config: GaPConfig, shards: Sequence[Shard], comm: Comm) -> dict[st
     Raises:
         ValueError: the file of masks cannot be read, is damaged, or has a mask of a name that is no parameter.
     """
-    if config.init_file is None:
+    if config.mask_file is None:
         local = torch.tensor([int(shard.weight().count_nonzero()) for shard in shards], dtype=torch.int64)
         return {shard.name: n for shard, n in zip(shards, comm.sum(local).tolist(), strict=True)}
-    kept = checkpoint.kept_weights(Path(config.init_file))
+    kept = checkpoint.kept_weights(Path(config.mask_file))
     if unknown := sorted(kept.keys() - {shard.name for shard in shards if shard.trainable}):
-        raise ValueError(f"{config.init_file}: holds the mask of {unknown[0]}, which the model does not have to train.")
+        raise ValueError(f"{config.mask_file}: holds the mask of {unknown[0]}, which the model does not have to train.")
     return kept
 
 

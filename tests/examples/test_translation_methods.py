@@ -26,7 +26,7 @@ from test_translation_train import (  # noqa: F401
     write_json,
 )
 
-from gap_ds import GaPConfig, Worker
+from gap_ds import GaPConfig, ParallelWorker
 from gap_ds.method import schedule
 from gap_ds.parallel import Exchange
 from gap_ds.sharding.comm import Comm
@@ -56,7 +56,7 @@ def test_workers_meet_and_worker_0_is_scored(here: Path) -> None:  # noqa: F811
     assert (out / "worker_0" / "results.json").exists()  # refused before anything was deleted
 
 
-def worker_of(folder: Path, out: Path, *more: str) -> Worker:
+def worker_of(folder: Path, out: Path, *more: str) -> ParallelWorker:
     """What the arguments of a command line make of worker 0."""
     gap = write_json(folder / "parallel.json", PARALLEL)
     args = train.parse(arguments(folder, out, "--gap-worker", "0", *more, gap=gap))
@@ -158,13 +158,13 @@ def test_a_teacher_changes_the_fine_tuning_alone(
     assert taught[:4] == alone[:4] and taught[4] != alone[4]
 
 
-@pytest.mark.parametrize("lr", ["continuous", "restart"])
-def test_learning_rate(lr: str) -> None:
+@pytest.mark.parametrize("restart", [False, True])
+def test_learning_rate(restart: bool) -> None:
     """Linear to zero, over the run or over each phase, whatever its length."""
-    gap = GaPConfig.load({**GAP, "phase_steps": 10, "finetune_steps": 40, "lr": lr})
+    gap = GaPConfig.load({**GAP, "phase_steps": 10, "finetune_steps": 40, "lr_restart": restart})
     now: list[Any] = [None]
     relative = common.learning_rate(gap, 5, 0, common.linear, lambda: now[0])
-    if lr == "continuous":
+    if not restart:
         assert [relative(step) for step in (0, 30, 60)] == [1.0, 0.5, 0.0]
         return
     for phase in schedule.build(gap).phases:

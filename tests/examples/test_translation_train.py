@@ -304,7 +304,7 @@ def test_error_of_all_ranks_is_said_once(here: Path) -> None:
 
 
 def test_torchrun_ddp_dense_with_restarts_and_accumulation(here: Path) -> None:
-    gap = write_json(here / "restart.json", {**GAP, "lr": "restart"})
+    gap = write_json(here / "restart.json", {**GAP, "lr_restart": True})
     with torchrun(*arguments(here, here / "ddp", "--dense", "--accumulation", "2", gap=gap)) as job:
         assert job.wait() == 0, job.text[-4000:]
     found = results(here / "ddp")
@@ -429,7 +429,7 @@ def test_resume_where_nothing_was_saved_starts(here: Path, tmp_path: Path, run: 
 
 
 def test_the_learning_rate_restarts(here: Path, tmp_path: Path, run: Callable[..., int]) -> None:
-    gap = write_json(tmp_path / "gap.json", {**GAP, "phase_steps": 4, "finetune_steps": 4, "lr": "restart"})
+    gap = write_json(tmp_path / "gap.json", {**GAP, "phase_steps": 4, "finetune_steps": 4, "lr_restart": True})
     assert run(arguments(here, tmp_path / "out", "--lr-schedule", "inverse_sqrt", "--warmup-steps", "2", gap=gap)) == 0
     lr = [row["lr"] / 3e-3 for row in rows(tmp_path / "out")]
     assert lr == pytest.approx([0.5, 1, math.sqrt(2 / 3), math.sqrt(2 / 4)] * 3)

@@ -35,7 +35,7 @@ def full_masks(engine: GaPEngine) -> dict[str, Tensor]:
     """The whole mask of each sparse entry."""
     own = {e.name: engine.mask(e.name) for e in engine.plan.entries}
     pieces = {name: piece.to(torch.uint8) for name, piece in own.items() if piece is not None}
-    whole = gather([(engine.masking.shards[name], piece) for name, piece in pieces.items()])
+    whole = gather([(engine.mask_state.shards[name], piece) for name, piece in pieces.items()])
     return {name: mask.bool() for name, mask in zip(pieces, whole, strict=True)}
 
 
@@ -95,7 +95,7 @@ def train(
         at: what to do after a step, by its number.
         select: the mask that is wanted, for an entry's magnitudes and budget.
     """
-    shards = engine.masking.shards
+    shards = engine.mask_state.shards
     before: dict[str, Tensor] = {}
 
     def remember(*_: object) -> None:
@@ -116,7 +116,7 @@ def train(
                 engine.step()
         if engine.applied_steps != step + 1:
             wrong.append(f"step {step}: {engine.applied_steps} applied steps")
-        for name in engine.masking.bits:
+        for name in engine.mask_state.bits:
             if shards[name].weight()[~engine.mask(name)].count_nonzero():
                 wrong.append(f"step {step}: {name} has pruned weights that are not 0")
         if engine.phase is not phase:
@@ -173,8 +173,12 @@ def final_state(engine: GaPEngine) -> dict[str, dict[str, Any]]:
 
 def mask_bits(engine: GaPEngine) -> tuple[int, int, int]:
     """(bits that the masks take, weights they cover, number of masks) on this rank."""
-    bits = sum(mask.numel() * 8 for mask in engine.masking.bits.values())
-    return bits, sum(engine.masking.shards[name].numel for name in engine.masking.bits), len(engine.masking.bits)
+    bits = sum(mask.numel() * 8 for mask in engine.mask_state.bits.values())
+    return (
+        bits,
+        sum(engine.mask_state.shards[name].numel for name in engine.mask_state.bits),
+        len(engine.mask_state.bits),
+    )
 
 
 def hand_over(out: Path, name: str, result: dict[str, Any]) -> None:

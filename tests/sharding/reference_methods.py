@@ -92,7 +92,7 @@ SCENARIOS = {
     # At progress 1/2 alpha is 1/4, of which 148 is 37 exactly. Of fc1 only 59 weights are pruned: no more can come.
     "set": Scenario(
         {"method": "set", "sparsity": 0.75, "phase_steps": 12, "update_steps": 3, "finetune_steps": 3, "seed": 7}
-        | {"distribution": {r"layers\.\d\.fc1": 0.1}, "init": "magnitude", "drop_fraction": 0.5},
+        | {"distribution": {r"layers\.\d\.fc1": 0.1}, "mask_init": "magnitude", "drop_fraction": 0.5},
         steps=15,
         saved=7,
         events={0: [prune()], 3: [exchange("3/12")], 6: [exchange("6/12")], 9: [exchange("9/12")]},
@@ -215,7 +215,7 @@ def changed(
         names = [name for name, k in scenario.entries().items() if k == partition]
         if action == "prune":
             magnitudes = {name: weights[name].abs() for name in names}
-            found |= largest(magnitudes, scenario.budgets(names), progress, pooled=scenario.pooled)
+            found |= largest(magnitudes, scenario.budgets(names), progress, shared_budget=scenario.shared_budget)
         for name in names:
             weight, keep = weights[name], scenario.budget(name)
             if action == "grow":
@@ -231,11 +231,11 @@ def changed(
 
 
 def largest(
-    magnitudes: Mapping[str, Tensor], budgets: Mapping[str, int], progress: Fraction, *, pooled: bool
+    magnitudes: Mapping[str, Tensor], budgets: Mapping[str, int], progress: Fraction, *, shared_budget: bool
 ) -> dict[str, Tensor]:
     """The masks that pruning the entries of one partition leaves; with distribution "global" they are one vector."""
     keep = {n: ramp_keep(m.numel(), budgets[n], progress) for n, m in magnitudes.items()}
-    if not pooled:
+    if not shared_budget:
         return {name: reference.largest(m, keep[name]) for name, m in magnitudes.items()}
     together = reference.largest(torch.cat([m.flatten() for m in magnitudes.values()]), sum(keep.values()))
     parts = torch.split(together, [m.numel() for m in magnitudes.values()])
@@ -251,7 +251,7 @@ def exported(scenario: Scenario, masks: Mapping[str, Tensor], weights: Mapping[s
         final, budgets = {name: masks[name] for name in names if name in masks}, scenario.budgets(names)
         if left != sum(budgets.values()):
             magnitudes = {name: weights[name].abs() for name in names}
-            final = largest(magnitudes, budgets, Fraction(1), pooled=scenario.pooled)
+            final = largest(magnitudes, budgets, Fraction(1), shared_budget=scenario.shared_budget)
         found |= {name: torch.where(final[name], weights[name].detach(), 0.0) for name in names}
     return found
 

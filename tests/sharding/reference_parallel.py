@@ -51,7 +51,7 @@ class Scenario:
     def last_exchange(self) -> int:
         return max(step for step, events in self.events.items() if EXCHANGE in events)
 
-    def home(self, name: str) -> int | None:
+    def partition_of(self, name: str) -> int | None:
         """The partition that a parameter goes with; None: shared."""
         return next((k for module, k in self.homes.items() if name.startswith(f"{module}.")), None)
 
@@ -73,8 +73,8 @@ SCENARIOS = {
     # learning rates of the first, and a ramp over its last half.
     "erk": Scenario(
         {"method": "parallel", "sparsity": 0.8, "distribution": "erk", "include": ["sometimes"], "partitions": 3}
-        | {"assign": "interleaved", "dense_steps": 4, "phase_steps": 4, "rounds": 2, "finetune_steps": 2}
-        | {"prune_ramp": 0.5, "update_steps": 1, "lr": "restart"},
+        | {"partition_assignment": "interleaved", "dense_steps": 4, "phase_steps": 4, "rounds": 2, "finetune_steps": 2}
+        | {"prune_ramp": 0.5, "update_steps": 1, "lr_restart": True},
         steps=14,
         events={
             **{3: [("others", Fraction(1, 2))], 4: [OTHERS]},
@@ -130,8 +130,10 @@ class Job:
                     scores = reference.random_scores(self.run.gap.get("seed", 0), name, shaped.numel())
                     self.put_on(name, reference.largest(scores.view(shaped.shape), budgets[name]))
                 continue
-            pooled = self.run.gap.get("distribution") == "global"
-            for name, mask in reference_methods.largest(magnitudes, budgets, progress, pooled=pooled).items():
+            shared_budget = self.run.gap.get("distribution") == "global"
+            for name, mask in reference_methods.largest(
+                magnitudes, budgets, progress, shared_budget=shared_budget
+            ).items():
                 self.put_on(name, mask)
 
     @torch.no_grad()
@@ -140,7 +142,7 @@ class Job:
         self.weights[name][~mask] = 0.0
 
     def step(self, step: int, every_micro_batch: bool) -> None:
-        if self.run.gap.get("lr") == "restart":
+        if self.run.gap.get("lr_restart"):
             begin = max(boundary for boundary in (0, *self.run.boundaries) if boundary <= step)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.run.lr * decay(step - begin)
@@ -174,7 +176,7 @@ def exchange(jobs: list[Job], last: bool, shared: str) -> int:
     for name, weight in jobs[0].weights.items():
         if not weight.requires_grad:
             continue
-        if (home := run.home(name)) is not None:
+        if (home := run.partition_of(name)) is not None:
             taken[name] = jobs[home].weights[name].clone()
         elif shared == "average":
             taken[name] = (sum(job.weights[name].double() for job in jobs) / len(jobs)).float()

@@ -17,7 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
 from gap_ds.masks import bitmask
-from gap_ds.parallel import Exchange, Item, Worker
+from gap_ds.parallel import Exchange, Item, ParallelWorker
 from gap_ds.sharding.comm import Comm
 
 SIGNATURE = "gap|method:parallel|k:2|v:0.1.0"
@@ -75,7 +75,7 @@ def run(row: dict[str, Any], world: Comm, out: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"pieces": {}, "bits": {}, "where": {item.name: (item.start, item.numel) for item in items}}
     try:
         where = row["folder"] if "://" in row["folder"] else str(out / row["folder"])
-        told = Worker(worker, where, row["timeout"], resume=True)
+        told = ParallelWorker(worker, where, row["timeout"], resume=True)
         exchange = Exchange(told, 2, SIGNATURE, "abc", "def", world, comm)
         if row["publish_only"]:
             exchange.publish(0, items, bits)

@@ -41,7 +41,7 @@ def other_seed(rank: int) -> None:
 def other_masks(rank: int) -> None:
     engine = build()
     if rank == 1:
-        bits = engine.masking.bits["layers.3.fc1.weight"]
+        bits = engine.mask_state.bits["layers.3.fc1.weight"]
         bits[0] ^= 0b11  # two weights change places, so that the count stays
     train(engine, 3)
 

@@ -26,7 +26,7 @@ import torch.distributed as dist
 import toy
 import worker_fsdp
 
-from gap_ds import GaPEngine, Worker
+from gap_ds import GaPEngine, ParallelWorker
 from gap_ds.checkpoint import folder as checkpoint
 from gap_ds.parallel import Exchange
 
@@ -72,7 +72,7 @@ def build(kind: str, rounds: int, out: Path, index: int) -> GaPEngine:
     training: dict[str, Any] = {"gradient_accumulation_steps": toy.ACCUMULATION}
     if kind.startswith("parallel"):
         gap["method"] = "parallel"
-        training["worker"] = Worker(index, str(out / "exchange"), timeout=120)
+        training["worker"] = ParallelWorker(index, str(out / "exchange"), timeout=120)
     if kind == "parallel":
         return GaPEngine(model, gap, optimizer=toy.OPTIMIZERS["adamw"](toy.groups(model)), **training)
     wrapped = worker_fsdp.wrap_fsdp2(model, {})

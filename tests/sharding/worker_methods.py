@@ -73,7 +73,7 @@ class Last:
     """Weights and gradients as the last optimizer step has left and taken them, piece by piece."""
 
     def __init__(self, engine: GaPEngine) -> None:
-        self.shards, self.weights, self.gradients = engine.masking.shards, dict[str, Tensor](), dict[str, Tensor]()
+        self.shards, self.weights, self.gradients = engine.mask_state.shards, dict[str, Tensor](), dict[str, Tensor]()
         # Runs after the engine's own hook: pruned weights are 0 already.
         self.handle = engine.optimizer.register_step_post_hook(self)
 
@@ -98,7 +98,7 @@ def train(
     masks = observe.full_masks(engine)
     history = {first: masks} if first in scenario.events else {}
     for step in range(first, scenario.steps):
-        bits = {name: b.clone() for name, b in engine.masking.bits.items()}
+        bits = {name: b.clone() for name, b in engine.mask_state.bits.items()}
         for micro in range(toy.ACCUMULATION):
             loss = engine(*toy.batch(step, micro, dist.get_rank(), skip))
             losses.append(loss.item())
@@ -115,11 +115,11 @@ def train(
             different = [n for n in masks.keys() & wanted.keys() if not torch.equal(masks[n], wanted[n])]
             if different or masks.keys() != wanted.keys():
                 wrong.append(f"{now}: masks {different} of {sorted(masks)}, wanted are {sorted(wanted)}")
-        elif bits.keys() != engine.masking.bits.keys() or any(
-            not torch.equal(b, bits[n]) for n, b in engine.masking.bits.items()
+        elif bits.keys() != engine.mask_state.bits.keys() or any(
+            not torch.equal(b, bits[n]) for n, b in engine.mask_state.bits.items()
         ):
             wrong.append(f"{now}: masks have changed")
-        for name, shard in engine.masking.shards.items():
+        for name, shard in engine.mask_state.shards.items():
             if (mask := engine.mask(name)) is not None and shard.weight()[~mask].count_nonzero():
                 wrong.append(f"{now}: {name} has pruned weights that are not 0")
         for what, weight in seen.items():

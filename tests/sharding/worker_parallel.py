@@ -22,7 +22,7 @@ import worker_fsdp
 import worker_zero
 from torch.nn.parallel import DistributedDataParallel
 
-from gap_ds import GaPEngine, Worker
+from gap_ds import GaPEngine, ParallelWorker
 
 warnings.filterwarnings("ignore", category=FutureWarning)
 warnings.filterwarnings("ignore", category=UserWarning)
@@ -36,7 +36,7 @@ ROWS = {
 
 
 def build(name: str, index: int, out: Path, scenario: str = "two", **changes: Any) -> GaPEngine:
-    worker = Worker(index, str(out / f"exchange_{name}"), timeout=240)
+    worker = ParallelWorker(index, str(out / f"exchange_{name}"), timeout=240)
     run = reference.SCENARIOS[scenario]
     os.environ["GAP_DS_WORKERS"] = str(run.workers)  # the launcher said three
     gap = {**run.gap, **changes}
@@ -48,7 +48,7 @@ def build(name: str, index: int, out: Path, scenario: str = "two", **changes: An
         wrapped, groups = worker_fsdp.wrap_fsdp2(model, {}), worker_fsdp.groups_by_name
     optimizer = toy.OPTIMIZERS[run.optimizer](groups(model))
     training: dict[str, Any] = {"optimizer": optimizer, "worker": worker}
-    if gap.get("lr") == "restart":
+    if gap.get("lr_restart"):
         training["lr_scheduler"] = torch.optim.lr_scheduler.LambdaLR(optimizer, reference.decay)
     if name.startswith("zero"):
         config = worker_zero.deepspeed_config({"stage": int(name[4]), "dtype": "fp32"})
@@ -63,8 +63,8 @@ def train(engine: GaPEngine, last: int | None = None) -> tuple[list[Any], list[s
         for micro in range(toy.ACCUMULATION):
             engine.backward(engine(*toy.batch(step, micro, dist.get_rank(), skip=False)))
             engine.step()
-        for name in engine.masking.bits:
-            if engine.masking.shards[name].weight()[~engine.mask(name)].count_nonzero():
+        for name in engine.mask_state.bits:
+            if engine.mask_state.shards[name].weight()[~engine.mask(name)].count_nonzero():
                 wrong.append(f"step {step}: {name} has pruned weights that are not 0")
         if engine.phase is not phase:
             history.append(observe.full_masks(engine))
@@ -109,14 +109,14 @@ def main(out: Path, index: int) -> None:
         if index == 0:
             for scenario, every in sorted(set(ROWS.values())):
                 hand_over(f"reference_{scenario}_{every}", reference.train(reference.SCENARIOS[scenario], every))
-            first = reference.train(reference.SCENARIOS["two"], False, shared="first")
+            first = reference.train(reference.SCENARIOS["two"], False, unpartitioned="first")
             hand_over("reference_first", first)
         for name, (scenario, _) in ROWS.items():
             if index < reference.SCENARIOS[scenario].workers:
                 hand_over(name, run(name, index, out))
         if index < 2:
             hand_over("ddp_killed", run_killed(index, out))
-            engine = build("ddp_first", index, out, shared="first")
+            engine = build("ddp_first", index, out, unpartitioned="first")
             history, wrong = train(engine)
             steps = engine.applied_steps
             hand_over("ddp_first", observe.final_state(engine) | {"masks": history, "wrong": wrong, "steps": steps})

@@ -93,8 +93,8 @@ def train(engine: GaPEngine, until: int, wrong: list[str]) -> list[float]:
             engine.step()
         dist.all_reduce(total)
         losses.append(total.item())
-        for name in engine.masking.bits:
-            shard = engine.masking.shards[name]
+        for name in engine.mask_state.bits:
+            shard = engine.mask_state.shards[name]
             if shard.numel and shard.weight()[~engine.mask(name)].count_nonzero():
                 wrong.append(f"step {engine.applied_steps}: {name} has pruned weights that are not 0")
     return losses
@@ -150,9 +150,9 @@ def inherit(job: dict[str, Any], out: Path) -> dict[str, Any]:
     engine.export(folder / "model")
     engine.close()
     fixed = {"method": "static", "rounds": 1, "phase_steps": 2, "finetune_steps": 1}
-    inits = {"from_weights": {}, "from_file": {"init_file": str(saved / "gap" / "masks.safetensors")}}
+    inits = {"from_weights": {}, "from_file": {"mask_file": str(saved / "gap" / "masks.safetensors")}}
     for init, file in inits.items():
-        engine = build(job["on"], {**fixed, "init": init, **file}, folder / "model")
+        engine = build(job["on"], {**fixed, "mask_init": init, **file}, folder / "model")
         train(engine, 3, found["wrong"])
         found[init] = observe.full_masks(engine)
         engine.close()

@@ -29,7 +29,7 @@ from gap_ds.method.plan import find_blocks
 
 warnings.filterwarnings("ignore")
 
-GAP = {"sparsity": 0.7, "partitions": 2, "phase_steps": 1, "rounds": 1, "finetune_steps": 2, "init": "magnitude"}
+GAP = {"sparsity": 0.7, "partitions": 2, "phase_steps": 1, "rounds": 1, "finetune_steps": 2, "mask_init": "magnitude"}
 STEPS = 4
 
 
@@ -99,7 +99,7 @@ def run(kind: Kind, backend: str) -> dict[str, Any]:
     wrong += stable_sort({name: before[name] for name in masks}, masks, "at the start")
     last: dict[str, Tensor] = {}
     handle = engine.optimizer.register_step_post_hook(
-        lambda *_: last.update({name: piece.weight().clone() for name, piece in engine.masking.shards.items()})
+        lambda *_: last.update({name: piece.weight().clone() for name, piece in engine.mask_state.shards.items()})
     )
     boundaries = 0
     for step in range(STEPS):
@@ -112,7 +112,7 @@ def run(kind: Kind, backend: str) -> dict[str, Any]:
         if engine.phase is not phase:
             boundaries += 1
             left = [name for name, entry in entries.items() if entry.partition in phase.dense]
-            whole = observe.gather([(engine.masking.shards[name], last[name]) for name in left])
+            whole = observe.gather([(engine.mask_state.shards[name], last[name]) for name in left])
             wrong += stable_sort(dict(zip(left, whole, strict=True)), masks, f"step {step}")
         wrong += [f"step {step}: {mistake}" for mistake in observe.mistakes(engine, masks, **seen)]
     handle.remove()

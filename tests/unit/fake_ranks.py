@@ -61,7 +61,7 @@ class Rank:
             whole[start : start + numel] = part
         return whole if self.rank == 0 else None
 
-    def from_first(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         return self.exchange(value)[0]
 
     def barrier(self) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gap_ds import GaPConfig, GaPEngine, Worker
+from gap_ds import GaPConfig, GaPEngine, ParallelWorker
 from gap_ds.checkpoint import folder as checkpoint
 from gap_ds.checkpoint import portable
 from gap_ds.cli.inspect import inspect
@@ -176,7 +176,7 @@ def _configs(folder: Path) -> dict[str, Target]:
 
     written, model = folder / "config.json", Model()
     written.write_text(
-        json.dumps({**CONFIG, "distribution": {"layers.0": 0.5}, "exclude": ["layers.3"], "lr": "restart"})
+        json.dumps({**CONFIG, "distribution": {"layers.0": 0.5}, "exclude": ["layers.3"], "lr_restart": True})
     )
     as_yaml = written.with_suffix(".yaml")
     as_yaml.write_text(yaml.safe_dump(json.loads(written.read_text())))
@@ -257,7 +257,7 @@ def _exchange(folder: Path) -> dict[str, Target]:
         "finetune_steps": 1,
     }
     where = str(folder / "exchange")
-    engines = [trained(1, config, worker=Worker(i, where, timeout=0.05)) for i in (0, 1)]
+    engines = [trained(1, config, worker=ParallelWorker(i, where, timeout=0.05)) for i in (0, 1)]
 
     def items(engine: GaPEngine) -> list[Any]:
         buffers = dict(export.buffers(engine.module))
@@ -266,7 +266,7 @@ def _exchange(folder: Path) -> dict[str, Target]:
     for engine in engines:
         engine.finish()  # its partition is pruned, as at the end of a round
         assert engine._exchange is not None
-        engine._exchange.publish(0, items(engine), engine.masking.bits)
+        engine._exchange.publish(0, items(engine), engine.mask_state.bits)
     reader = engines[0]._exchange
     assert reader is not None
 

@@ -298,7 +298,7 @@ def test_another_config_cannot_resume(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"method": "parallel"}, 'method="parallel": a worker of parallel GaP is a job of its own'),
-        ({"lr": "restart"}, 'lr="restart": the scheduler that the Trainer builds covers the whole training'),
+        ({"lr_restart": True}, '"lr_restart": the scheduler that the Trainer builds covers the whole training'),
         ({"sparsity": 1.5}, "sparsity=1.5: input should be less than 1"),
     ],
 )
@@ -358,7 +358,7 @@ def accelerated(stop: int, resume: Path | None = None, save: Path | None = None,
     return accelerator.unwrap_model(net), engine
 
 
-@pytest.mark.parametrize("gap", [{}, {"lr": "restart"}, {"regrow": "last_value"}])
+@pytest.mark.parametrize("gap", [{}, {"lr_restart": True}, {"regrow": "last_value"}])
 def test_an_accelerate_loop_saves_and_resumes(tmp_path: Path, gap: dict[str, Any]) -> None:
     straight, engine = accelerated(10, save=tmp_path / "state", **gap)
     assert engine.finished and sparse(straight, engine)

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gap_ds.method.plan import clean_name
 from gap_ds.sharding.backends import Backend, Training, uncompiled
-from gap_ds.sharding.comm import Comm, why
+from gap_ds.sharding.comm import Comm, summarize_error
 from gap_ds.sharding.shard import Shard
 
 
@@ -207,7 +207,7 @@ def load_state(module: nn.Module, optimizer: torch.optim.Optimizer, folder: Path
 
 def _first_failure(path: Path, error: CheckpointException) -> ValueError:
     """What went wrong on the first of the ranks; it is raised on all, and no Exception, so nobody would expect it."""
-    return ValueError(f"{path}: {why(next(iter(error.failures.values()))[0])}")
+    return ValueError(f"{path}: {summarize_error(next(iter(error.failures.values()))[0])}")
 
 
 def initialise_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -238,7 +238,7 @@ def test_a_full_disk_on_one_rank(tmp_path: Path, tag: str, full: int) -> None:
                 if rank.rank == full:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / "part"))
 
-            checkpoint.together(rank, part)
+            checkpoint.raise_on_all_ranks(rank, part)
 
         return checkpoint.save(tmp_path, tag, rank, write)
 

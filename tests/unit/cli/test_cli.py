@@ -31,7 +31,14 @@ ROOT = Path(__file__).resolve().parents[3]
 
 CYCLIC = {"sparsity": 0.9, "partitions": 3, "phase_epochs": 1, "rounds": 2, "finetune_epochs": 2}
 STEPS = {"sparsity": 0.8, "partitions": 2, "phase_steps": 50, "rounds": 2, "finetune_steps": 100}
-LONG = {**CYCLIC, "partitions": 6, "assign": "interleaved", "phase_epochs": 0.25, "rounds": 20, "finetune_epochs": 10}
+LONG = {
+    **CYCLIC,
+    "partitions": 6,
+    "partition_assignment": "interleaved",
+    "phase_epochs": 0.25,
+    "rounds": 20,
+    "finetune_epochs": 10,
+}
 CONFIGS: dict[str, dict[str, Any]] = {
     "cyclic": CYCLIC,
     "steps": STEPS,

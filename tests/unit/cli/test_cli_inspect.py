@@ -424,9 +424,9 @@ EPOCHS = {"phase_epochs": 0.3, "rounds": 3, "finetune_epochs": 1}
     [
         *CONFIGS.values(),
         {**CYCLIC, "partitions": [["a|s:0.5", "b"], [r"c\.\d+"]], "include": ["x'|seed:1"], "exclude": ['"']},
-        {**CYCLIC, "distribution": {"layers": 0.5, "he|k:ad": 0.25}, "seed": 3, "order": "random"},
+        {**CYCLIC, "distribution": {"layers": 0.5, "he|k:ad": 0.25}, "seed": 3, "partition_order": "random"},
         {"method": "rigl", "sparsity": 0.9, "phase_epochs": 6, "finetune_epochs": 2, "update_epochs": 0.1},
-        {"method": "parallel", "sparsity": 0.8, "partitions": 3, "shared": "first", **EPOCHS},
+        {"method": "parallel", "sparsity": 0.8, "partitions": 3, "unpartitioned": "first", **EPOCHS},
         {"method": "acdc", "sparsity": 0.8, "dense_epochs": 1, **EPOCHS},
         {"method": "one_shot", "sparsity": 0.8, "phase_steps": 3, "finetune_steps": 1},
     ],

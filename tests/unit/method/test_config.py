@@ -51,19 +51,24 @@ def steps(**changes: Any) -> dict[str, Any]:
 
 def test_defaults() -> None:
     loaded = config()
-    assert (loaded.method, loaded.distribution, loaded.assign, loaded.order) == (
+    assert (loaded.method, loaded.distribution, loaded.partition_assignment, loaded.partition_order) == (
         "cyclic",
         "uniform",
         "contiguous",
         "cyclic",
     )
-    assert (loaded.init, loaded.optimizer_state, loaded.lr, loaded.seed) == (
+    assert (loaded.mask_init, loaded.optimizer_state, loaded.lr_restart, loaded.seed) == (
         "random",
         "keep_survivors",
-        "continuous",
+        False,
         0,
     )
-    assert (loaded.prune_ramp, loaded.drop_fraction, loaded.regrow, loaded.shared) == (0.0, 0.3, "zero", "average")
+    assert (loaded.prune_ramp, loaded.drop_fraction, loaded.regrow, loaded.unpartitioned) == (
+        0.0,
+        0.3,
+        "zero",
+        "average",
+    )
     assert loaded.dense_epochs is loaded.dense_steps is loaded.update_epochs is loaded.update_steps is None
     assert loaded.include == loaded.exclude == []
     assert loaded.kappa == 3 and loaded.in_epochs
@@ -251,8 +256,8 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ),
     ({"regrow": "last"}, "regrow='last': input should be 'zero' or 'last_value'. Set \"regrow\" in gap_config."),
     (
-        {"method": "parallel", "shared": "mean"},
-        "shared='mean': input should be 'average' or 'first'. Set \"shared\" in gap_config.",
+        {"method": "parallel", "unpartitioned": "mean"},
+        "unpartitioned='mean': input should be 'average' or 'first'. Set \"unpartitioned\" in gap_config.",
     ),
     *(
         (METHODS[method] | {"rounds": REMOVE}, f"\"rounds\" must be set with method='{method}' (in gap_config).")
@@ -269,30 +274,31 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"seed": -1}, 'seed=-1: input should be greater than or equal to 0. Set "seed" in gap_config.'),
     ({"seed": 0.0}, 'seed=0.0: input should be a valid integer. Set "seed" in gap_config.'),
     (
-        {"init": "zero"},
-        "init='zero': input should be 'random', 'magnitude', 'from_weights' or 'from_file'. "
-        'Set "init" in gap_config.',
+        {"mask_init": "zero"},
+        "mask_init='zero': input should be 'random', 'magnitude', 'from_weights' or 'from_file'. "
+        'Set "mask_init" in gap_config.',
     ),
     (
-        {"init": "from_weights"},
-        'init="from_weights" with method=\'cyclic\': masks that are taken over stay as they are, so set "method" to '
-        '"static" (in gap_config).',
+        {"mask_init": "from_weights"},
+        "mask_init=\"from_weights\" with method='cyclic': masks taken over stay as they are, so "
+        'set "method" to "static" (in gap_config).',
     ),
     (
-        {"method": "static", "init": "from_weights"},
-        '"sparsity" has no effect with init="from_weights", whose masks say what is kept: remove it (in gap_config).',
+        {"method": "static", "mask_init": "from_weights"},
+        '"sparsity" has no effect with mask_init="from_weights", whose masks say what is kept: '
+        "remove it (in gap_config).",
     ),
     (
-        {"method": "static", "init": "from_file", "init_file": "m", "sparsity": REMOVE, "pattern": "unstructured"},
-        '"pattern" has no effect with init="from_file", whose masks say what is kept: remove it (in gap_config).',
+        {"method": "static", "mask_init": "from_file", "mask_file": "m", "sparsity": REMOVE, "pattern": "unstructured"},
+        '"pattern" has no effect with mask_init="from_file", whose masks say what is kept: remove it (in gap_config).',
     ),
     (
-        {"method": "static", "init": "from_file", "sparsity": REMOVE},
-        '"init_file" with init="from_file": the file and "from_file" go together (in gap_config).',
+        {"method": "static", "mask_init": "from_file", "sparsity": REMOVE},
+        '"mask_file" with mask_init="from_file": the file and "from_file" go together (in gap_config).',
     ),
     (
-        {"init_file": "masks.safetensors"},
-        '"init_file" with init="random": the file and "from_file" go together (in gap_config).',
+        {"mask_file": "masks.safetensors"},
+        '"mask_file" with mask_init="random": the file and "from_file" go together (in gap_config).',
     ),
     ({"sparsty": 0.9}, 'unknown setting "sparsty" in gap_config: did you mean "sparsity"?'),
     ({"phase_epoch": 1}, 'unknown setting "phase_epoch" in gap_config: did you mean "phase_epochs"?'),
@@ -315,8 +321,9 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         "gap_config).",
     ),
     (
-        {"partitions": [["a"], ["b"]], "assign": "random"},
-        '"assign" has no effect when "partitions" lists the patterns: remove one of the two (in gap_config).',
+        {"partitions": [["a"], ["b"]], "partition_assignment": "random"},
+        '"partition_assignment" has no effect when "partitions" lists the patterns: '
+        "remove one of the two (in gap_config).",
     ),
 ]
 
@@ -381,9 +388,9 @@ def test_several_mistakes_are_told_at_once() -> None:
 
 VALUES = {
     "partitions": 2,
-    "assign": "interleaved",
-    "order": "random",
-    "init": "magnitude",
+    "partition_assignment": "interleaved",
+    "partition_order": "random",
+    "mask_init": "magnitude",
     "optimizer_state": "reset",
     "distribution": "erk",
     "pattern": "block:4x4",
@@ -395,8 +402,8 @@ VALUES = {
     "prune_ramp": 0.5,
     "drop_fraction": 0.2,
     "regrow": "last_value",
-    "shared": "first",
-    "lr": "restart",
+    "unpartitioned": "first",
+    "lr_restart": True,
 }
 
 PAIRS = [(method, setting) for method, names in _UNUSED.items() for setting in names]
@@ -507,7 +514,7 @@ SIGNATURES: list[tuple[dict[str, Any], str]] = [
         "|lr:continuous|seed:0|v:1",
     ),
     (
-        steps(sparsity=0.9, phase_steps=1234567, distribution="erk", lr="restart", order="random", seed=7),
+        steps(sparsity=0.9, phase_steps=1234567, distribution="erk", lr_restart=True, partition_order="random", seed=7),
         "gap|method:cyclic|k:3|T:1234567st|rounds:2|ft:5st|s:0.9|dist:erk|pat:unstructured|init:random"
         "|lr:restart|order:random|seed:7|v:1",
     ),
@@ -521,7 +528,7 @@ SIGNATURES: list[tuple[dict[str, Any], str]] = [
         "gap|method:dsd|k:1|T:0.25ep|rounds:2|ft:2ep|s:0.8|dist:uniform|pat:unstructured|lr:continuous|seed:0|v:1",
     ),
     (
-        data(method="static", init="magnitude", assign="random"),
+        data(method="static", mask_init="magnitude", partition_assignment="random"),
         "gap|method:static|k:3|T:1ep|rounds:2|ft:2ep|s:0.8|dist:uniform|pat:unstructured|init:magnitude"
         "|lr:continuous|assign:random|seed:0|v:1",
     ),
@@ -530,7 +537,7 @@ SIGNATURES: list[tuple[dict[str, Any], str]] = [
         "gap|method:cyclic|k:3|T:1ep|rounds:2|ft:2ep|s:0.5|dist:uniform|pat:2:4|init:random|lr:continuous|seed:0|v:1",
     ),
     (
-        data(method="static", init="from_file", init_file="masks.safetensors", sparsity=REMOVE),
+        data(method="static", mask_init="from_file", mask_file="masks.safetensors", sparsity=REMOVE),
         "gap|method:static|k:3|T:1ep|rounds:2|ft:2ep|init:from_file|lr:continuous|seed:0|v:1",
     ),
     (
@@ -538,7 +545,7 @@ SIGNATURES: list[tuple[dict[str, Any], str]] = [
         "gap|method:dense|k:3|T:1ep|rounds:2|ft:2ep|s:0|dist:uniform|pat:unstructured|lr:continuous|seed:0|v:1",
     ),
     (
-        data(method="parallel", dense_epochs=0.5, prune_ramp=0.25, update_epochs=0.125, shared="first"),
+        data(method="parallel", dense_epochs=0.5, prune_ramp=0.25, update_epochs=0.125, unpartitioned="first"),
         "gap|method:parallel|k:3|D:0.5ep|T:1ep|rounds:2|ft:2ep|s:0.8|dist:uniform|pat:unstructured|init:random"
         "|lr:continuous|every:0.125ep|ramp:0.25|shared:first|seed:0|v:1",
     ),
@@ -557,7 +564,7 @@ SIGNATURES: list[tuple[dict[str, Any], str]] = [
         "gap|method:gradual|k:1|T:10st|ft:5st|s:0.8|dist:uniform|pat:unstructured|lr:continuous|every:100st|seed:0|v:1",
     ),
     (
-        data(METHODS["rigl"], init="magnitude", distribution={"enc": 0.9, "dec": 0}, lr="restart"),
+        data(METHODS["rigl"], mask_init="magnitude", distribution={"enc": 0.9, "dec": 0}, lr_restart=True),
         'gap|method:rigl|k:1|T:1ep|ft:2ep|s:0.8|dist:{"enc": 0.9, "dec": 0.0}|pat:unstructured|init:magnitude'
         "|lr:restart|every:0.25ep|drop:0.3|seed:0|v:1",
     ),
@@ -582,16 +589,16 @@ def test_different_settings_have_different_signatures() -> None:
         data(distribution="erk"),
         data(pattern="block:4x4"),
         data(pattern="block:4x8"),
-        data(assign="interleaved"),
-        data(order="random"),
+        data(partition_assignment="interleaved"),
+        data(partition_order="random"),
         data(phase_epochs=1.0000001),
         data(rounds=3),
         data(finetune_epochs=2.5),
-        data(init="magnitude"),
+        data(mask_init="magnitude"),
         data(include=["x"]),
         data(exclude=["x"]),
         data(optimizer_state="reset"),
-        data(lr="restart"),
+        data(lr_restart=True),
         data(seed=1),
         steps(phase_steps=1, finetune_steps=2),
         steps(phase_steps=10_000_000),
@@ -608,22 +615,26 @@ def test_different_settings_have_different_signatures() -> None:
         data(prune_ramp=0.5, update_epochs=0.25),
         data(prune_ramp=0.50001, update_epochs=0.25),
         data(prune_ramp=0.5, update_epochs=0.125),
-        data(method="parallel", shared="first"),
+        data(method="parallel", unpartitioned="first"),
         data(METHODS["rigl"], drop_fraction=0.4),
         data(METHODS["rigl"], update_epochs=0.5),
-        data(METHODS["rigl"], init="magnitude"),
+        data(METHODS["rigl"], mask_init="magnitude"),
         steps(dense_steps=1),
         steps(prune_ramp=0.5, update_steps=1),
     ]
     signatures = [GaPConfig.load(variant).signature("1") for variant in variants]
     assert len(set(signatures)) == len(variants)
     # A default that is written out is no other setting.
-    assert config(assign="contiguous", seed=0, include=[], regrow="zero", prune_ramp=0).signature("1") == signatures[0]
+    assert (
+        config(partition_assignment="contiguous", seed=0, include=[], regrow="zero", prune_ramp=0).signature("1")
+        == signatures[0]
+    )
     assert config(dense_epochs=0).signature("1") == signatures[0]
 
 
 PROPERTY = settings(max_examples=300, deadline=None, derandomize=True, database=None)
 TAGS = {"s": "sparsity", "dist": "distribution", "pat": "pattern", "drop": "drop_fraction", "ramp": "prune_ramp"}
+TAGS |= {"init": "mask_init", "assign": "partition_assignment", "order": "partition_order", "shared": "unpartitioned"}
 TIMES = {"D": "dense", "T": "phase", "ft": "finetune", "every": "update"}
 
 
@@ -643,6 +654,8 @@ def parsed(signature: str) -> dict[str, Any]:
             found[f"{TIMES[key]}_{unit}"] = float(number) if unit == "epochs" else int(number)
         elif key == "k":
             found["partitions"] = value
+        elif key == "lr":
+            found["lr_restart"] = {"restart": True, "continuous": False}[text]
         elif key != "v":
             found[TAGS.get(key, key)] = value
     return {key: value for key, value in found.items() if key not in _UNUSED[found["method"]]}
@@ -668,15 +681,15 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
     budgets += [] if method in ("rigl", "set", "static") else ["global"]
     choices: dict[str, list[Any]] = {
         "distribution": budgets,
-        "assign": ["contiguous", "interleaved", "random"],
-        "order": ["cyclic", "random"],
-        "init": ["random", "magnitude"],
+        "partition_assignment": ["contiguous", "interleaved", "random"],
+        "partition_order": ["cyclic", "random"],
+        "mask_init": ["random", "magnitude"],
         "include": [[], ["x"], ["x", "y.z"]],
         "exclude": [[], ["x"]],
         "optimizer_state": ["keep_survivors", "reset"],
         "regrow": ["zero", "last_value"],
-        "shared": ["average", "first"],
-        "lr": ["continuous", "restart"],
+        "unpartitioned": ["average", "first"],
+        "lr_restart": [False, True],
         "drop_fraction": [0.3, 0.1, 0.123456789],
         "seed": [0, 1, 10**12],
         f"dense_{unit}": [0, 1, 3 if not in_epochs else 0.25],
@@ -685,7 +698,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
         if draw(one_in):
             found[key] = draw(st.sampled_from(values))
     if not isinstance(found["partitions"], int):
-        found.pop("assign", None)
+        found.pop("partition_assignment", None)
     if draw(one_in) and not moves and "prune_ramp" not in found and found.get("distribution") != "global":
         found["pattern"] = "block:4x4"
     return {key: value for key, value in found.items() if key not in _UNUSED[method]}
@@ -711,14 +724,16 @@ def test_as_dense_is_valid_for_every_config(settings: dict[str, Any]) -> None:
     for name in ("dense", "phase", "finetune"):
         for unit in ("epochs", "steps"):
             assert getattr(dense, f"{name}_{unit}") == getattr(loaded, f"{name}_{unit}")
-    assert (dense.lr, dense.seed, dense.updates) == (loaded.lr, loaded.seed, False)
+    assert (dense.lr_restart, dense.seed, dense.updates) == (loaded.lr_restart, loaded.seed, False)
     assert dense.as_dense() == dense
 
 
 def test_as_dense() -> None:
-    dense = config(lr="restart", seed=3, distribution="erk", init="magnitude", order="random").as_dense()
+    dense = config(
+        lr_restart=True, seed=3, distribution="erk", mask_init="magnitude", partition_order="random"
+    ).as_dense()
     assert (dense.method, dense.sparsity, dense.rounds, dense.kappa) == ("dense", 0.0, 6, 1)
-    assert (dense.phase_epochs, dense.finetune_epochs, dense.lr, dense.seed) == (1.0, 2.0, "restart", 3)
+    assert (dense.phase_epochs, dense.finetune_epochs, dense.lr_restart, dense.seed) == (1.0, 2.0, True, 3)
     assert dense.as_dense().signature("1") == dense.signature("1")
     assert config(method="dsd", partitions=REMOVE).as_dense().rounds == 4
     assert config(method="static").as_dense().rounds == 6

@@ -298,7 +298,7 @@ RUNS = [("2:4", 0.5), ("1:4", 0.75), ("block:4x4", 0.7), ("block:2x4", 0.5)]
 @pytest.mark.parametrize("init", ["random", "magnitude"])
 @pytest.mark.parametrize(("pattern", "sparsity"), RUNS)
 def test_masks_are_legal_and_exact_in_every_step(pattern: str, sparsity: float, init: str, tmp_path: Path) -> None:
-    engine = build(pattern, sparsity=sparsity, init=init)
+    engine = build(pattern, sparsity=sparsity, mask_init=init)
     weights = dict(engine.module.named_parameters())
     entries = {e.name: e for e in engine.plan.entries}
 
@@ -321,7 +321,7 @@ def test_masks_are_legal_and_exact_in_every_step(pattern: str, sparsity: float, 
     exported = load_file(tmp_path / "mid" / "model.safetensors")
     for name in entries:
         check(name, exported[name].flatten() != 0)
-    resumed = build(pattern, sparsity=sparsity, init=init)
+    resumed = build(pattern, sparsity=sparsity, mask_init=init)
     resumed.load_checkpoint(tmp_path / "checkpoints")
     assert resumed.applied_steps == 3
     for _ in run(resumed, 6):
@@ -338,13 +338,13 @@ def test_a_checkpoint_of_another_pattern_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_weight_that_is_nan_stops_the_boundary() -> None:
-    engine = build("2:4", init="magnitude")
+    engine = build("2:4", mask_init="magnitude")
     with torch.no_grad():
         engine.module.layers[0].fc.weight[3, 1] = float("nan")
     message = r"layers\.0\.fc\.weight: 1 weights are NaN, so their magnitudes have no order\. .*diverged"
     with pytest.raises(ValueError, match=message):
         after = engine.schedule.phases[1]
-        engine.masking.select(
+        engine.mask_state.select(
             {e: engine._rule(e, engine.phase, after, after.first_step) for e in engine.plan.entries[:6]}, 0
         )
 

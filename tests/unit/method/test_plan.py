@@ -276,12 +276,12 @@ def test_assignments() -> None:
         plan = build(Toy(6), config(partitions=3, **changes))
         return [sorted({int(name.split(".")[1]) for name in names}) for names in groups(plan)]
 
-    assert layers() == layers(assign="contiguous") == [[0, 1], [2, 3], [4, 5]]
-    assert layers(assign="interleaved") == [[0, 3], [1, 4], [2, 5]]
-    dealt = layers(assign="random", seed=1)
+    assert layers() == layers(partition_assignment="contiguous") == [[0, 1], [2, 3], [4, 5]]
+    assert layers(partition_assignment="interleaved") == [[0, 3], [1, 4], [2, 5]]
+    dealt = layers(partition_assignment="random", seed=1)
     assert sorted(itertools.chain(*dealt)) == list(range(6)) and [len(k) for k in dealt] == [2, 2, 2]
-    assert dealt == layers(assign="random", seed=1)
-    assert len({str(layers(assign="random", seed=seed)) for seed in range(5)}) > 2
+    assert dealt == layers(partition_assignment="random", seed=1)
+    assert len({str(layers(partition_assignment="random", seed=seed)) for seed in range(5)}) > 2
 
 
 def test_include_and_exclude() -> None:
@@ -412,7 +412,7 @@ def test_experts_are_entries_and_routers_are_not() -> None:
 @PROPERTY
 @given(st.randoms(use_true_random=False), st.sampled_from(["contiguous", "interleaved", "random"]))
 def test_the_order_of_the_parameters_does_not_matter(rng: random.Random, assign: str) -> None:
-    model, settings = Toy(5), config(assign=assign, partitions=3, include=["stem"])
+    model, settings = Toy(5), config(partition_assignment=assign, partitions=3, include=["stem"])
     rows = list(shapes_of(model).items())
     rng.shuffle(rows)
     plan = build(model, settings, dict(rows))
@@ -452,7 +452,7 @@ def test_fingerprint() -> None:
     others = [
         config(sparsity=0.9),
         config(partitions=3),
-        config(assign="interleaved"),
+        config(partition_assignment="interleaved"),
         config(distribution="erk"),
         config(exclude=["1.fc1"]),
         config(sparsity=0.5),
@@ -471,7 +471,7 @@ def test_sparsity_by_name_pattern() -> None:
     """Entries of 32 weights; what no pattern matches has the sparsity of the whole."""
     plan = build(Toy(3), config(distribution={"fc1": 0.5, r"layers\.2\.fc2": 0}))
     assert [entry.keep for entry in plan.entries] == [16, 6, 16, 6, 16, 32]
-    assert not plan.pooled
+    assert not plan.shared_budget
     # Included weights have names too; ratios are rounded as everywhere.
     plan = build(Toy(2), config(include=["stem"], distribution={"stem": 0.9, "layers": 0.75}))
     assert {entry.name: entry.keep for entry in plan.entries}["stem.weight"] == 2  # 1.6
@@ -524,8 +524,8 @@ def test_a_distribution_by_a_broken_pattern() -> None:
 
 def test_global_shares_the_uniform_budgets() -> None:
     uniform, pooled = build(Toy(4), config()), build(Toy(4), config(distribution="global"))
-    assert pooled.pooled and not uniform.pooled
-    assert pooled == replace(uniform, pooled=True)
+    assert pooled.shared_budget and not uniform.shared_budget
+    assert pooled == replace(uniform, shared_budget=True)
     assert pooled.fingerprint != uniform.fingerprint
     assert pooled.per_partition() == uniform.per_partition() == ([24, 24], [128, 128])
 
@@ -536,7 +536,7 @@ def test_global_shares_the_uniform_budgets() -> None:
 def homes(model: nn.Module, plan: Plan) -> dict[str, int | None]:
     """The home of every parameter and buffer."""
     names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
-    return {name: plan.home(name) for name in names}
+    return {name: plan.partition_of(name) for name in names}
 
 
 def test_a_block_goes_with_its_entries() -> None:

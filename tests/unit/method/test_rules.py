@@ -15,7 +15,17 @@ from hypothesis import strategies as st
 
 from gap_ds.method.config import GaPConfig
 from gap_ds.method.plan import Entry
-from gap_ds.method.rules import Dense, Exchange, Keep, Largest, Random, Update, needs_gradient, rule, stages
+from gap_ds.method.rules import (
+    DropAndGrow,
+    Grow,
+    Keep,
+    PruneByMagnitude,
+    PruneRandomly,
+    Update,
+    needs_gradient,
+    rule,
+    stages,
+)
 from gap_ds.method.schedule import Phase, build
 
 PROPERTY = settings(max_examples=200, deadline=None, derandomize=True, database=None)
@@ -37,12 +47,12 @@ ENTRY = Entry("fc.weight", (4, 4), partition=1, keep=4)
 @pytest.mark.parametrize(
     ("before", "after", "update"),
     [
-        ((0,), (1,), Dense()),
-        ((), (1,), Dense()),
+        ((0,), (1,), Grow()),
+        ((), (1,), Grow()),
         ((1,), (1,), Keep()),
         ((0, 1), (1, 2), Keep()),
-        ((1,), (2,), Largest(4)),
-        ((0, 1, 2), (), Largest(4)),
+        ((1,), (2,), PruneByMagnitude(4)),
+        ((0, 1, 2), (), PruneByMagnitude(4)),
         ((0,), (2,), Keep()),
         ((), (), Keep()),
     ],
@@ -52,10 +62,10 @@ def test_boundary(before: tuple[int, ...], after: tuple[int, ...], update: Updat
     assert rule(config())(ENTRY, phase(*before), other, 10) == update
 
 
-@pytest.mark.parametrize(("init", "update"), [("random", Random(4)), ("magnitude", Largest(4))])
+@pytest.mark.parametrize(("init", "update"), [("random", PruneRandomly(4)), ("magnitude", PruneByMagnitude(4))])
 def test_first_masks(init: str, update: Update) -> None:
-    assert rule(config(init=init))(ENTRY, None, phase(0), 0) == update
-    assert rule(config(init=init))(ENTRY, None, phase(1), 0) == Dense()
+    assert rule(config(mask_init=init))(ENTRY, None, phase(0), 0) == update
+    assert rule(config(mask_init=init))(ENTRY, None, phase(1), 0) == Grow()
 
 
 def updates(settings: GaPConfig, partition: int = 0) -> list[Update]:
@@ -70,7 +80,7 @@ def updates(settings: GaPConfig, partition: int = 0) -> list[Update]:
 
 
 def test_whole_runs() -> None:
-    grow, prune, keep, first = Dense(), Largest(4), Keep(), Random(4)
+    grow, prune, keep, first = Grow(), PruneByMagnitude(4), Keep(), PruneRandomly(4)
     assert updates(config(), 0) == [grow, prune, keep, grow, prune, keep, keep]
     assert updates(config(), 1) == [first, grow, prune, keep, grow, prune, keep]
     assert updates(config(), 2) == [first, keep, grow, prune, keep, grow, prune]
@@ -82,7 +92,7 @@ def test_whole_runs() -> None:
     assert updates(config(method="gradual", **ALONE, update_steps=3, dense_steps=2)) == [grow, keep, prune]
     for method in ("rigl", "set"):
         assert updates(config(method=method, **ALONE, update_steps=3)) == [first, keep]
-        assert updates(config(method=method, **ALONE, update_steps=3, init="magnitude")) == [prune, keep]
+        assert updates(config(method=method, **ALONE, update_steps=3, mask_init="magnitude")) == [prune, keep]
     assert updates(config(dense_steps=3), 0) == [grow, keep, prune, keep, grow, prune, keep, keep]
     assert updates(config(dense_steps=3), 1) == [grow, prune, grow, prune, keep, grow, prune, keep]
     assert updates(config(method="static")) == [first] + [keep] * 6
@@ -93,12 +103,12 @@ def test_whole_runs() -> None:
 
 @pytest.mark.parametrize("order", ["cyclic", "random"])
 def test_one_partition_is_pruned_and_one_grown_at_each_boundary(order: str) -> None:
-    settings = config(order=order, rounds=5, partitions=4)
+    settings = config(partition_order=order, rounds=5, partitions=4)
     columns = zip(*(updates(settings, partition) for partition in range(4)), strict=True)
     counts = [Counter(type(update) for update in column) for column in columns]
-    assert counts[0] == {Dense: 1, Random: 3}
-    assert all(count == {Largest: 1, Dense: 1, Keep: 2} for count in counts[1:-1])
-    assert counts[-1] == {Largest: 1, Keep: 3}
+    assert counts[0] == {Grow: 1, PruneRandomly: 3}
+    assert all(count == {PruneByMagnitude: 1, Grow: 1, Keep: 2} for count in counts[1:-1])
+    assert counts[-1] == {PruneByMagnitude: 1, Keep: 3}
 
 
 # -- parallel ------------------------------------------------------------------------------------------------------
@@ -116,7 +126,7 @@ def crossed(settings: GaPConfig, partition: int, worker: int) -> list[list[Updat
 
 
 def test_workers_prune_all_before_they_grow_their_own_again() -> None:
-    grow, prune, keep, first = Dense(), Largest(4), Keep(), Random(4)
+    grow, prune, keep, first = Grow(), PruneByMagnitude(4), Keep(), PruneRandomly(4)
     settings = config(method="parallel")
     for worker in range(3):
         for partition in range(3):
@@ -178,13 +188,13 @@ def test_ramp_budgets(problem: tuple[GaPConfig, Entry, int]) -> None:
     for step in phase.updates:
         update = rule(loaded)(entry, phase, phase, step)
         expected = ramp_budget(entry.numel, entry.keep, step - begin, phase.end_step - begin)
-        assert update == Largest(expected)
+        assert update == PruneByMagnitude(expected)
         assert entry.keep <= expected <= previous
         previous = expected
         # What does not leave the phase has its mask, or none, until the boundary.
         assert rule(loaded)(replace(entry, partition=1), phase, phase, step) == Keep()
     boundary = [rule(loaded)(entry, a, b, after.first_step) for a, b in stages(loaded, phase, after)]
-    assert boundary[0] == Largest(entry.keep)
+    assert boundary[0] == PruneByMagnitude(entry.keep)
 
 
 def test_a_ramp_by_hand() -> None:
@@ -194,7 +204,7 @@ def test_a_ramp_by_hand() -> None:
     entry = Entry("w", (10, 100), 0, keep=250)
     found = [rule(settings)(entry, phase, phase, step) for step in (12, 14, 16, 18)]
     assert phase.updates == (12, 14, 16, 18)
-    assert found == [Largest(634), Largest(412), Largest(298), Largest(256)]
+    assert found == [PruneByMagnitude(634), PruneByMagnitude(412), PruneByMagnitude(298), PruneByMagnitude(256)]
 
 
 # -- RigL and SET --------------------------------------------------------------------------------------------------
@@ -241,12 +251,12 @@ def test_drop_counts(method: str, numel: int, density: float, drop_fraction: flo
             replaced = int((alpha(drop_fraction, step, steps) * entry.keep).to_integral_value(ROUND_FLOOR))
         expected = min(replaced, numel - entry.keep)
         update = rule(loaded)(entry, explore, explore, step)
-        assert update == (Exchange(entry.keep, expected, by_gradient=method == "rigl") if expected else Keep())
+        assert update == (DropAndGrow(entry.keep, expected, by_gradient=method == "rigl") if expected else Keep())
         # Never more than there are others to come, nor more than alpha asks for; the mask keeps its size.
         assert 0 <= expected <= min(numel - entry.keep, drop_fraction * entry.keep)
         drops.append(expected)
     assert drops == sorted(drops, reverse=True)
-    assert rule(loaded)(entry, None, explore, 0) == Random(entry.keep)
+    assert rule(loaded)(entry, None, explore, 0) == PruneRandomly(entry.keep)
     assert rule(loaded)(entry, explore, finetune, steps) == Keep()
 
 
@@ -256,7 +266,7 @@ def test_alpha_falls_to_zero() -> None:
     explore = build(loaded).phases[0]
     entry = Entry("w", (10**4, 10**3), 0, 10**6)
     found = [rule(loaded)(entry, explore, explore, step) for step in explore.updates]
-    drops = [update.drop if isinstance(update, Exchange) else 0 for update in found]
+    drops = [update.drop if isinstance(update, DropAndGrow) else 0 for update in found]
     assert len(drops) == 999
     assert drops[0] == 299_999 and drops[499] == 150_000 and drops[-1] == 0
     assert drops[99] == int(150_000 * (1 + math.cos(math.pi / 10)))
@@ -270,7 +280,7 @@ def test_what_is_dense_by_its_budget_exchanges_nothing() -> None:
     for entry in (Entry("w", (4, 4), 0, 16), Entry("w", (4, 4), 0, 2)):
         assert {rule(loaded)(entry, explore, explore, step) for step in explore.updates} == {Keep()}
     # One weight is left out: more than one cannot come.
-    assert rule(loaded)(Entry("w", (10, 10), 0, 99), explore, explore, 1) == Exchange(99, 1, by_gradient=True)
+    assert rule(loaded)(Entry("w", (10, 10), 0, 99), explore, explore, 1) == DropAndGrow(99, 1, by_gradient=True)
 
 
 @pytest.mark.parametrize(
@@ -297,4 +307,4 @@ def test_only_rigl_looks_at_gradients(method: str, changes: dict[str, Any]) -> N
     for phase in schedule.phases:
         for step in phase.updates:
             update = rule(settings)(entry, phase, phase, step)
-            assert needs_gradient(settings, phase, step) == (isinstance(update, Exchange) and update.by_gradient)
+            assert needs_gradient(settings, phase, step) == (isinstance(update, DropAndGrow) and update.by_gradient)

@@ -75,7 +75,7 @@ def test_static_and_dense_have_the_same_boundaries_as_cyclic() -> None:
 @pytest.mark.parametrize("kappa", [2, 3, 6])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_random_order(kappa: int, seed: int) -> None:
-    settings = config(partitions=kappa, order="random", rounds=40, seed=seed)
+    settings = config(partitions=kappa, partition_order="random", rounds=40, seed=seed)
     phases = dense(build(settings))
     assert phases == dense(build(settings))
     explored = [partition for (partition,) in phases[:-1]]
@@ -84,7 +84,7 @@ def test_random_order(kappa: int, seed: int) -> None:
     assert all(a != b for a, b in itertools.pairwise(explored))
     if kappa > 2:  # with two, taking turns is all that is left
         assert phases != dense(build(config(partitions=kappa, rounds=40)))
-        assert phases != dense(build(config(partitions=kappa, order="random", rounds=40, seed=seed + 1)))
+        assert phases != dense(build(config(partitions=kappa, partition_order="random", rounds=40, seed=seed + 1)))
 
 
 def test_without_finetuning_there_is_a_last_boundary() -> None:
@@ -135,7 +135,7 @@ def test_phases_have_no_gaps(
 ) -> None:
     changes: dict[str, Any] = {"method": method, "rounds": rounds}
     changes |= {"sparsity": 0} if method == "dense" else {}
-    changes |= {"order": order} if method == "cyclic" else {}
+    changes |= {"partition_order": order} if method == "cyclic" else {}
     changes |= {"partitions": None if method == "dsd" else kappa}
     settings = epochs(phase_epochs=length, finetune_epochs=finetune, **changes)
     schedule = build(settings, steps_per_epoch=unit)

@@ -32,7 +32,7 @@ from gap_ds import GaPEngine
 from gap_ds.masks import bitmask
 from gap_ds.method import plan
 from gap_ds.method.config import GaPConfig
-from gap_ds.parallel import Exchange, Item, Received, Worker, identity, items_of
+from gap_ds.parallel import Exchange, Item, ParallelWorker, Received, identity, items_of
 from gap_ds.parallel import items as file
 from gap_ds.parallel.exchange import MAX_JSON
 from gap_ds.parallel.transport import open_folder, without_secrets
@@ -114,7 +114,7 @@ def start(folder: str, worker: int, workers: int = 2, **changes: Any) -> Exchang
     arguments = {"signature": SIGNATURE, "fingerprint": "abc", "tensors": "def"} | changes
     told = {"timeout": 60.0, "run": "", "resume": True}
     told |= {name: arguments.pop(name) for name in told.keys() & arguments.keys()}
-    return Exchange(Worker(worker, folder, **told), workers, world=ALONE, comm=ALONE, **arguments)
+    return Exchange(ParallelWorker(worker, folder, **told), workers, world=ALONE, comm=ALONE, **arguments)
 
 
 def publish_all(folder: str, workers: int = 2, round: int = 0) -> list[Exchange]:
@@ -170,7 +170,7 @@ def test_every_worker_takes_each_partition_from_its_own_worker(folder: str, work
 
 
 def test_first_takes_the_shared_tensors_from_worker_0(folder: str) -> None:
-    jobs = [start(folder, worker, shared="first") for worker in (0, 1)]
+    jobs = [start(folder, worker, unpartitioned="first") for worker in (0, 1)]
     for job in jobs:
         model = Model(job.worker.index)
         job.publish(0, model.items(), model.bits)
@@ -265,8 +265,8 @@ def test_pooled_budgets_are_those_of_the_file(folder: str) -> None:
 
     def items(first: int) -> list[Item]:
         return [
-            Item("a", (10, 1), 0, 0, 10, lambda: weights["a"], keep=first, pooled=True),
-            Item("b", (10, 1), 0, 0, 10, lambda: weights["b"], keep=5, pooled=True),
+            Item("a", (10, 1), 0, 0, 10, lambda: weights["a"], keep=first, shared_budget=True),
+            Item("b", (10, 1), 0, 0, 10, lambda: weights["b"], keep=5, shared_budget=True),
         ]
 
     bits = {name: bitmask.pack(mask) for name, mask in kept.items()}
@@ -355,7 +355,9 @@ def test_any_cut_writes_the_same_file_and_reads_its_pieces(tmp_path_factory: Any
         }
 
     def job(rank: Any, where: str) -> Exchange:
-        return Exchange(Worker(0, str(folder / where), 60.0, resume=True), 1, SIGNATURE, "abc", "def", rank, rank)
+        return Exchange(
+            ParallelWorker(0, str(folder / where), 60.0, resume=True), 1, SIGNATURE, "abc", "def", rank, rank
+        )
 
     whole = {name: [] for name in full}
     job(Ranks(1).run(lambda rank: rank)[0], "alone").publish(0, items(whole, 0), bits(whole, 0))
@@ -393,7 +395,7 @@ def test_a_rank_reads_the_bytes_of_its_pieces_alone(tmp_path: Path) -> None:
     def work(rank: Any) -> None:
         lo = 400 * rank.rank
         item = Item("w", (800, 1), 0, lo, 400, lambda: weight[lo : lo + 400], keep=200)
-        job = Exchange(Worker(0, str(tmp_path), 60.0), 1, SIGNATURE, "abc", "def", rank, rank)
+        job = Exchange(ParallelWorker(0, str(tmp_path), 60.0), 1, SIGNATURE, "abc", "def", rank, rank)
         read = job._folder.read
 
         def counting(name: str, begin: int, end: int) -> bytes:
@@ -423,7 +425,7 @@ def test_an_error_on_one_rank_is_the_same_on_all(tmp_path: Path) -> None:
     def work(rank: Any) -> None:
         lo = 4 * rank.rank
         item = Item("w", (8, 1), 0, lo, 4, lambda: weight[lo : lo + 4], keep=4)
-        job = Exchange(Worker(0, str(tmp_path), 60.0), 1, SIGNATURE, "abc", "def", rank, rank)
+        job = Exchange(ParallelWorker(0, str(tmp_path), 60.0), 1, SIGNATURE, "abc", "def", rank, rank)
         if rank.rank == 1:
 
             def broken(name: str, begin: int, end: int) -> bytes:
@@ -441,7 +443,7 @@ def test_an_error_on_one_rank_is_the_same_on_all(tmp_path: Path) -> None:
 def test_a_full_disk_on_the_writing_rank_stops_all(tmp_path: Path) -> None:
     def work(rank: Any) -> None:
         item = Item("w", (8, 1), 0, 4 * rank.rank, 4, lambda: torch.ones(4), keep=8)
-        job = Exchange(Worker(0, str(tmp_path), 60.0), 1, SIGNATURE, "abc", "def", rank, rank)
+        job = Exchange(ParallelWorker(0, str(tmp_path), 60.0), 1, SIGNATURE, "abc", "def", rank, rank)
         stream = job._folder.stream
 
         def full(name: str) -> Any:
@@ -472,7 +474,7 @@ def test_a_rank_without_memory_for_its_piece_stops_all(tmp_path: Path, monkeypat
         piece = (lambda: torch.empty(1 << 60)) if rank.rank and part != "mask" else (lambda: torch.ones(4))
         left.calls = 2 if rank.rank and part == "mask" else 1000
         item = Item("w", (8, 1), 0, 4 * rank.rank, 4, piece, None if part == "whole" else 8)
-        job = Exchange(Worker(0, str(tmp_path), 60.0), 1, SIGNATURE, "abc", "def", rank, rank)
+        job = Exchange(ParallelWorker(0, str(tmp_path), 60.0), 1, SIGNATURE, "abc", "def", rank, rank)
         job.publish(0, [item], {"w": bitmask.pack(torch.ones(4, dtype=torch.bool))})
 
     monkeypatch.setattr(bitmask, "unpack", unpack_once)
@@ -513,7 +515,7 @@ def test_a_wrong_folder_is_refused_on_all_ranks(tmp_path: Path) -> None:
     start(str(tmp_path), 0)
 
     def work(rank: Any) -> None:
-        Exchange(Worker(0, str(tmp_path), 60.0), 2, SIGNATURE, "other", "def", rank, rank)
+        Exchange(ParallelWorker(0, str(tmp_path), 60.0), 2, SIGNATURE, "other", "def", rank, rank)
 
     errors = Ranks(2).run(work)
     assert str(errors[0]) == str(errors[1]) and "plan abc (here other)" in str(errors[0])
@@ -531,7 +533,7 @@ def test_groups_that_hold_the_same_pieces_keep_step_with_the_one_that_writes(tmp
     def work(world: Any) -> list[Received]:
         comm = Rank(Ranks(1), 0) if world.rank == 0 else Other(Ranks(1), 0)
         item = Item("w", (8, 1), 0, 0, 8, lambda: weight, keep=3)
-        job = Exchange(Worker(0, str(tmp_path), 60.0), 1, SIGNATURE, "abc", "def", world, comm)
+        job = Exchange(ParallelWorker(0, str(tmp_path), 60.0), 1, SIGNATURE, "abc", "def", world, comm)
         found = list(job.combine(0, [item], {"w": bitmask.pack(kept)}))
         assert job.bytes_written == (tmp_path / "round_0" / "worker_0.safetensors").stat().st_size
         return found
@@ -694,13 +696,13 @@ def test_a_folder_without_a_start_is_given_one(folder: str) -> None:
 
 
 def test_whether_a_worker_has_published(folder: str, tmp_path: Path) -> None:
-    told = Worker(0, folder)
+    told = ParallelWorker(0, folder)
     assert not told.has_published()
     jobs = [start(folder, worker) for worker in (0, 1)]
     jobs[1].publish(0, Model(1).items(), Model(1).bits)
-    assert not told.has_published() and Worker(1, folder).has_published()
+    assert not told.has_published() and ParallelWorker(1, folder).has_published()
     (tmp_path / "file").write_text("")
-    assert not Worker(0, str(tmp_path / "file")).has_published()
+    assert not ParallelWorker(0, str(tmp_path / "file")).has_published()
 
 
 # -- jobs of a run, each an engine ---------------------------------------------------------------------------------
@@ -730,7 +732,7 @@ def engine(folder: Path, worker: int, seed: int = 0, resume: bool = False, **bui
     torch.manual_seed(seed)
     model = Layers(**built)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    told = Worker(worker, str(folder), timeout=30.0, resume=resume)
+    told = ParallelWorker(worker, str(folder), timeout=30.0, resume=resume)
     return GaPEngine(model, PARALLEL, optimizer=optimizer, worker=told)
 
 
@@ -923,20 +925,20 @@ def test_every_field_of_a_manifest_is_checked(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("worker", "sentence"),
     [
-        (Worker(2, "x"), r"worker index=2: must be a whole number from 0 to 1"),
-        (Worker(-1, "x"), r"index=-1"),
-        (Worker(True, "x"), r"index=True"),
-        (Worker("../../etc", "x"), r"index='../../etc'"),  # type: ignore[arg-type]
-        (Worker(0, ""), r"exchange='': must name the folder"),
-        (Worker(0, "x", 0.0), r"timeout=0.0: must be a number of seconds above 0"),
-        (Worker(0, "x", math.inf), r"timeout=inf"),
-        (Worker(0, "x", run=7), r"run='7': must be a text"),  # type: ignore[arg-type]
-        (Worker(0, "x", run="x" * 1001), r"at most 1000 characters, such as a hash"),
-        (Worker(0, "nosuch://x"), r"exchange='nosuch://x': cannot be opened \(ValueError: Protocol not known"),
-        (Worker(0, "nosuch://me:secret@x?sig=secret"), r"exchange='nosuch://x'"),
+        (ParallelWorker(2, "x"), r"worker index=2: must be a whole number from 0 to 1"),
+        (ParallelWorker(-1, "x"), r"index=-1"),
+        (ParallelWorker(True, "x"), r"index=True"),
+        (ParallelWorker("../../etc", "x"), r"index='../../etc'"),  # type: ignore[arg-type]
+        (ParallelWorker(0, ""), r"exchange='': must name the folder"),
+        (ParallelWorker(0, "x", 0.0), r"timeout=0.0: must be a number of seconds above 0"),
+        (ParallelWorker(0, "x", math.inf), r"timeout=inf"),
+        (ParallelWorker(0, "x", run=7), r"run='7': must be a text"),  # type: ignore[arg-type]
+        (ParallelWorker(0, "x", run="x" * 1001), r"at most 1000 characters, such as a hash"),
+        (ParallelWorker(0, "nosuch://x"), r"exchange='nosuch://x': cannot be opened \(ValueError: Protocol not known"),
+        (ParallelWorker(0, "nosuch://me:secret@x?sig=secret"), r"exchange='nosuch://x'"),
     ],
 )
-def test_impossible_workers_are_refused(worker: Worker, sentence: str) -> None:
+def test_impossible_workers_are_refused(worker: ParallelWorker, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         Exchange(worker, 2, SIGNATURE, "abc", "def", ALONE, ALONE)
 
@@ -953,7 +955,7 @@ def test_impossible_workers_are_refused(worker: Worker, sentence: str) -> None:
     ],
 )
 def test_what_is_secret_in_a_url_is_not_shown(url: str, shown: str) -> None:
-    assert without_secrets(url) == shown == Worker(0, url).shown
+    assert without_secrets(url) == shown == ParallelWorker(0, url).shown
 
 
 def test_an_error_of_a_remote_folder_does_not_tell_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1017,9 +1019,9 @@ def test_the_ranks_meet_while_they_wait(tmp_path: Path, monkeypatch: pytest.Monk
     meetings = []
 
     def work(rank: Any) -> None:
-        job = Exchange(Worker(0, str(tmp_path), 0.3), 2, SIGNATURE, "abc", "def", rank, rank)
-        from_first = rank.from_first
-        rank.from_first = lambda value: (meetings.append(rank.rank), from_first(value))[1]
+        job = Exchange(ParallelWorker(0, str(tmp_path), 0.3), 2, SIGNATURE, "abc", "def", rank, rank)
+        from_first = rank.broadcast_object
+        rank.broadcast_object = lambda value: (meetings.append(rank.rank), from_first(value))[1]
         job.wait(0)
 
     errors = Ranks(2).run(work)
@@ -1295,7 +1297,7 @@ def test_links_do_not_lead_writes_out_of_the_folder(tmp_path: Path) -> None:
     assert not (inside / "round_1" / "worker_0.safetensors").is_symlink()
 
 
-ENTRIES = [Item(name, (3, 3), 0, 0, 9, torch.Tensor, keep=4, pooled=True) for name in "ab"]
+ENTRIES = [Item(name, (3, 3), 0, 0, 9, torch.Tensor, keep=4, shared_budget=True) for name in "ab"]
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),

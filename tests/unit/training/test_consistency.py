@@ -13,7 +13,7 @@ from gap_ds.masks import bitmask
 from gap_ds.method.plan import Entry, Plan
 from gap_ds.sharding.shard import Shard
 from gap_ds.training import consistency
-from gap_ds.training.consistency import Watch
+from gap_ds.training.consistency import LossGuard
 
 
 class Rows:
@@ -157,12 +157,12 @@ def test_an_unknown_policy() -> None:
 
 
 def test_the_watch_remembers_until_it_is_asked() -> None:
-    watch = Watch("stop", Rows())  # type: ignore[arg-type]
+    watch = LossGuard("stop", Rows())  # type: ignore[arg-type]
     for value in (1.0, float("nan"), 1.0):
-        assert watch.admits(torch.tensor(value), 0)
+        assert watch.accepts(torch.tensor(value), 0)
     assert watch.take() == 1 and watch.take() == 0
 
 
 def test_loss_scaling_skips_such_steps_itself() -> None:
-    watch = Watch("stop", Rows(), harmless=True)  # type: ignore[arg-type]
-    assert watch.admits(torch.tensor(float("inf")), 0) and watch.take() == 0
+    watch = LossGuard("stop", Rows(), harmless=True)  # type: ignore[arg-type]
+    assert watch.accepts(torch.tensor(float("inf")), 0) and watch.take() == 0

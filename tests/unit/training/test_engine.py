@@ -90,7 +90,7 @@ def test_all_methods_run_to_their_end() -> None:
 def test_first_masks_by_magnitude_keep_the_largest_of_the_given_weights() -> None:
     torch.manual_seed(0)
     given = dict(Model().named_parameters())
-    engine = build({**CYCLIC, "init": "magnitude"})
+    engine = build({**CYCLIC, "mask_init": "magnitude"})
     for name in ("layers.2.fc.weight", "layers.3.fc.weight"):
         mask = engine.mask(name)
         assert mask is not None
@@ -128,15 +128,15 @@ def test_optimizer_state_reset_clears_everything_at_a_boundary() -> None:
 
 
 def test_lr_restart_repeats_the_schedule_in_every_phase() -> None:
-    rates: dict[str, list[float]] = {}
-    for lr in ("restart", "continuous"):
-        engine = build({**CYCLIC, "lr": lr}, lr=lambda step: 1 / (1 + step))
+    rates: dict[bool, list[float]] = {}
+    for lr in (True, False):
+        engine = build({**CYCLIC, "lr_restart": lr}, lr=lambda step: 1 / (1 + step))
         rates[lr] = []
         for _ in range(8):
             rates[lr].append(engine.optimizer.param_groups[0]["lr"])
             train(engine, 1)
-    assert rates["restart"] == pytest.approx([0.01, 0.005, 0.01 / 3] * 2 + [0.01, 0.005])
-    assert rates["continuous"] == pytest.approx([0.01 / (1 + step) for step in range(8)])
+    assert rates[True] == pytest.approx([0.01, 0.005, 0.01 / 3] * 2 + [0.01, 0.005])
+    assert rates[False] == pytest.approx([0.01 / (1 + step) for step in range(8)])
 
 
 def test_accumulated_micro_batches_are_one_step() -> None:
@@ -243,7 +243,7 @@ def test_attributes_reach_the_wrapped_model_and_close_takes_the_hook_off() -> No
     [
         (CYCLIC, {"optimizer": None}, "optimizer=None: must be the torch.optim.Optimizer"),
         ({**CYCLIC, "partitions": 5}, {}, "partitions=5"),
-        ({**CYCLIC, "lr": "restart"}, {}, 'lr="restart" has no effect without a learning-rate scheduler'),
+        ({**CYCLIC, "lr_restart": True}, {}, '"lr_restart" has no effect without a learning-rate scheduler'),
         ({**CYCLIC, "exclude": ["no.such"]}, {}, 'exclude: pattern "no.such" matches none of 4 weights'),
         ({**CYCLIC, "sparsity": 1.2}, {}, "sparsity=1.2"),
     ],
@@ -287,12 +287,12 @@ def test_the_engine_keeps_no_tensor_but_bits() -> None:
     engine = build()
     for _ in range(14):
         train(engine, 1)
-        attributes = [*vars(engine).values(), *vars(engine.masking).values()]
+        attributes = [*vars(engine).values(), *vars(engine.mask_state).values()]
         kept = attributes + [v for value in attributes if isinstance(value, dict) for v in value.values()]
         tensors = [value for value in kept if isinstance(value, torch.Tensor)]
         assert all(t.dtype == torch.uint8 and t.numel() == 5 for t in tensors)  # 36 bits in 5 bytes
         assert len(tensors) == sum(not row["dense"] for row in engine.stats()["entries"].values())
-        shard = engine.masking.shards["layers.0.fc.weight"]
+        shard = engine.mask_state.shards["layers.0.fc.weight"]
         assert not any(isinstance(value, torch.Tensor) for value in vars(shard).values())
 
 
@@ -320,7 +320,7 @@ def fine_tune(tmp_path: Path, config: dict[str, Any], weights_of: GaPEngine) -> 
 def test_fine_tuning_keeps_the_masks_of_a_sparse_model(tmp_path: Path, init: str) -> None:
     before = sparse_run(tmp_path)
     path = tmp_path / "end" / "gap" / "masks.safetensors"
-    config = {**INHERIT, "init": init, **({"init_file": str(path)} if init == "from_file" else {})}
+    config = {**INHERIT, "mask_init": init, **({"mask_file": str(path)} if init == "from_file" else {})}
     engine = fine_tune(tmp_path, config, before)
     assert weights(engine).keys() == weights(before).keys()
     assert all(torch.equal(weight, weights(engine)[name]) for name, weight in weights(before).items())
@@ -339,8 +339,8 @@ def test_a_kept_weight_that_is_zero_is_in_the_file_of_masks_alone(tmp_path: Path
     with torch.no_grad():
         weight.view(-1)[int(weight.flatten().nonzero()[0])] = 0.0
     path = str(tmp_path / "end" / "gap" / "masks.safetensors")
-    by_file = fine_tune(tmp_path, {**INHERIT, "init": "from_file", "init_file": path}, before)
-    by_weights = fine_tune(tmp_path, {**INHERIT, "init": "from_weights"}, before)
+    by_file = fine_tune(tmp_path, {**INHERIT, "mask_init": "from_file", "mask_file": path}, before)
+    by_weights = fine_tune(tmp_path, {**INHERIT, "mask_init": "from_weights"}, before)
     kept = [engine.stats()["entries"]["layers.1.fc.weight"]["kept"] for engine in (by_file, by_weights)]
     assert kept == [9, 8]
 
@@ -348,11 +348,11 @@ def test_a_kept_weight_that_is_zero_is_in_the_file_of_masks_alone(tmp_path: Path
 def test_masks_that_cannot_be_taken_over_are_refused(tmp_path: Path) -> None:
     before = build()
     with pytest.raises(ValueError, match=r"no entry has a pruned weight. Load the sparse weights before the engine"):
-        build({**INHERIT, "init": "from_weights"})
+        build({**INHERIT, "mask_init": "from_weights"})
     train(before, 4)  # partition 1 is dense
     before.save_checkpoint(tmp_path, "early")
     path = tmp_path / "early" / "gap" / "masks.safetensors"
-    config = {**INHERIT, "init": "from_file", "init_file": str(path)}
+    config = {**INHERIT, "mask_init": "from_file", "mask_file": str(path)}
     with pytest.raises(ValueError, match=r"layers.2.fc.weight has no mask in .* Use the last checkpoint"):
         build(config)
     with pytest.raises(ValueError, match=r"the mask of layers.0.fc.weight, which the model does not have"):
