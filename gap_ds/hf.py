@@ -14,11 +14,13 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -32,6 +34,10 @@ log = logging.getLogger("gap_ds")
 
 #: The folder inside a checkpoint of the Trainer or of Accelerate that holds the masks.
 FOLDER = "gap"
+#: Steps of a Trainer without a step of its optimizer, after which it is clear that there will be none.
+_MOST_IDLE = 3
+#: The engines that `prepare` has built for each Accelerator.
+_PREPARED: weakref.WeakKeyDictionary[Any, list[GaPEngine]] = weakref.WeakKeyDictionary()
 
 
 class GaPCallback(TrainerCallback):  # type: ignore[misc]
@@ -51,6 +57,8 @@ class GaPCallback(TrainerCallback):  # type: ignore[misc]
             earlier phase) prunes what is dense then. Without it such a model is left as it is, with a warning.
         history: whether to record in OUTPUT_DIR/gap_history.jsonl what every boundary does to the masks, for
             `gap-ds report`; costs up to a bit for each weight of the entries.
+        fresh: begin the schedule anew in a second `train()`, which goes on with the optimizer of the first; without
+            it that is refused.
     Raises:
         ValueError: a mistake in the config; when training begins: a combination that is not supported, a schedule
             longer than the training, or a checkpoint without masks; at a boundary or a checkpoint: a loss before it
@@ -58,19 +66,27 @@ class GaPCallback(TrainerCallback):  # type: ignore[misc]
     """
 
     def __init__(
-        self, config: GaPConfig | dict[str, Any] | str | Path, *, prune_at_end: bool = True, history: bool = True
+        self,
+        config: GaPConfig | dict[str, Any] | str | Path,
+        *,
+        prune_at_end: bool = True,
+        history: bool = True,
+        fresh: bool = False,
     ) -> None:
         self.config = GaPConfig.load(config)
         self.prune_at_end = prune_at_end
         self.history = history
+        self.fresh = fresh
         self.engine: GaPEngine | None = None
+        #: Steps of the Trainer in a row in which no optimizer step was seen.
+        self._idle = 0
         self._watched: tuple[Trainer, Callable[..., Tensor]] | None = None
         _refuse(self.config)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer, checkpoint = _caller(self)
         self._release()  # of a training before, or of an attempt with another batch size
-        if state.is_hyper_param_search and str(getattr(args.save_strategy, "value", args.save_strategy)) != "no":
+        if state.is_hyper_param_search and _text(args.save_strategy) != "no":
             raise ValueError(
                 f"save_strategy={args.save_strategy}: checkpoints of a hyperparameter search lie in folders that a "
                 'callback does not learn. Set save_strategy to "no".'
@@ -85,7 +101,10 @@ class GaPCallback(TrainerCallback):  # type: ignore[misc]
             steps_per_epoch=_steps_per_epoch(self.config, args, trainer.callback_handler.train_dataloader),
             masks_from=None if checkpoint is None else Path(checkpoint, FOLDER),
             history=Path(args.output_dir, history.NAME) if self.history else None,
+            fresh=self.fresh,
         )
+        if self.history or _text(args.save_strategy) != "no":
+            self.engine.require_shared(args.output_dir)
         self._check_length(self.engine, args, state)
         self._watch(trainer, self.engine)
         # First of all callbacks: what the others see and report in a step is then the state after its boundary.
@@ -95,8 +114,14 @@ class GaPCallback(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         assert self.engine is not None
         before = self.engine.phase
-        self.engine.after_step()
-        if self.engine.phase is not before and str(getattr(args.logging_strategy, "value", "")) != "no":
+        self._idle = 0 if self.engine.after_step() or self.engine.skips_overflow else self._idle + 1
+        if self._idle >= _MOST_IDLE:
+            raise ValueError(
+                f"the Trainer has made {self._idle} steps, but no step of optimizer={args.optim} was seen, so masks "
+                "are not applied: it updates the weights without its step(), as optimizers do that step inside the "
+                "backward pass. Use another one."
+            )
+        if self.engine.phase is not before and _text(args.logging_strategy) != "no":
             control.should_log = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
@@ -129,6 +154,7 @@ class GaPCallback(TrainerCallback):  # type: ignore[misc]
                 done = "it is left so (prune_at_end=False)"
             if state.is_world_process_zero:
                 log.warning(f"{what} ended at step {engine.applied_steps} in {phase}, density {density:.4f}: {done}")
+        engine.check_weights()
         self._release()
 
     def _watch(self, trainer: Trainer, engine: GaPEngine) -> None:
@@ -169,7 +195,7 @@ class GaPCallback(TrainerCallback):  # type: ignore[misc]
             )
         last, some_dense = schedule.phases[-1].first_step, any(phase.dense for phase in schedule.phases[:-1])
         if args.load_best_model_at_end and some_dense and self.config.method != "dense" and state.global_step == 0:
-            by_steps = str(getattr(args.eval_strategy, "value", args.eval_strategy)) == "steps"
+            by_steps = _text(args.eval_strategy) == "steps"
             wanted = last if by_steps else math.ceil(last * state.num_train_epochs / max(state.max_steps, 1))
             if (args.eval_delay or 0) < wanted and state.is_world_process_zero:
                 log.warning(
@@ -186,6 +212,7 @@ def prepare(
     config: GaPConfig | dict[str, Any] | str | Path,
     *,
     steps_per_epoch: int | None = None,
+    fresh: bool = False,
 ) -> GaPEngine:
     """A GaPEngine around what `accelerator.prepare` has returned, for a loop of one's own.
 
@@ -196,6 +223,7 @@ def prepare(
         model, optimizer, scheduler: as prepared; there may be no scheduler (None).
         steps_per_epoch: applied steps in an epoch, where the config counts in epochs: with gradient accumulation over
             n micro-batches len(loader) / n, rounded up.
+        fresh: begin a new schedule although the optimizer has stepped.
     Raises:
         ValueError: as GaPEngine.
     """
@@ -210,10 +238,40 @@ def prepare(
         optimizer=_innermost(model, optimizer),
         lr_scheduler=inner,
         steps_per_epoch=steps_per_epoch,
+        fresh=fresh,
     )
-    accelerator.register_save_state_pre_hook(lambda _m, _w, folder: engine.save_masks(Path(folder, FOLDER)))
-    accelerator.register_load_state_pre_hook(lambda _m, folder: engine.load_masks(Path(folder, FOLDER)))
+    others = _PREPARED.setdefault(accelerator, [])
+    masks = _MasksOfState(engine, f"{FOLDER}_{len(others)}" if others else FOLDER)
+    others.append(engine)
+    accelerator.register_save_state_pre_hook(masks.save)
+    accelerator.register_load_state_pre_hook(masks.look)
+    accelerator.register_for_checkpointing(masks)
     return engine
+
+
+class _MasksOfState:
+    """The masks in what `accelerator.save_state` writes: a folder beside the weights.
+
+    Accelerate loads weights and optimizer after its pre-hooks and before its registered objects, and masks are compared
+    with the weights that they are loaded for. So the pre-hook only notes where, and the object's turn is the time.
+    """
+
+    def __init__(self, engine: GaPEngine, name: str) -> None:
+        self._engine, self._name, self._folder = engine, name, Path()
+
+    def save(self, _models: Any, _weights: Any, folder: str) -> None:
+        self._engine.save_masks(Path(folder, self._name))
+
+    def look(self, _models: Any, folder: str) -> None:
+        self._folder = Path(folder, self._name)
+        if not (self._folder / "state.json").is_file():
+            raise ValueError(f"{self._folder}: holds no masks: it was saved before gap_ds prepared this model.")
+
+    def state_dict(self) -> dict[str, str]:
+        return {"folder": self._name}
+
+    def load_state_dict(self, state: dict[str, str]) -> None:
+        self._engine.load_masks(self._folder)
 
 
 def _refuse(config: GaPConfig) -> None:
@@ -250,10 +308,15 @@ def _innermost(model: nn.Module, optimizer: Any) -> torch.optim.Optimizer | None
     """The optimizer inside Accelerate's wrapper; None for a DeepSpeed engine, which brings its own."""
     if brings_optimizer(model):
         return None
-    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-        optimizer = inner
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
     found: torch.optim.Optimizer = optimizer
     return found
+
+
+def _text(strategy: Any) -> str:
+    """The name of a strategy that is an enum or a text."""
+    return str(getattr(strategy, "value", strategy))
 
 
 def _steps_per_epoch(config: GaPConfig, args: Any, loader: Any) -> int | None:

@@ -30,6 +30,7 @@ from torch import Tensor
 from gap_ds.checkpoint.folder import VectorFile
 from gap_ds.sharding.backends import Backend
 from gap_ds.sharding.comm import Comm, by_rank, raise_on_all_ranks
+from gap_ds.sharding.optimizers import Optimizers
 from gap_ds.sharding.shard import Shard, local
 
 FORMAT = "gap_ds.portable"
@@ -55,7 +56,7 @@ def write(folder: Path, backend: Backend, buffers: Mapping[str, Tensor], world: 
     own = [s for s, held in zip(shards, ranges, strict=True) if s.numel and _first_with(held, comm.rank) == comm.rank]
     path = folder / f"portable_{comm.rank}.safetensors"
     kept = buffers if world.rank == 0 else {}
-    raise_on_all_ranks(world, lambda: _write(path, own, backend.optimizer, kept, comm.size) if comm.writes else None)
+    raise_on_all_ranks(world, lambda: _write(path, own, backend.optimizers, kept, comm.size) if comm.writes else None)
 
 
 def _first_with(held: Sequence[Sequence[int]], rank: int) -> int:
@@ -64,17 +65,15 @@ def _first_with(held: Sequence[Sequence[int]], rank: int) -> int:
     return pieces.index(pieces[rank])
 
 
-def _write(
-    path: Path, shards: list[Shard], optimizer: torch.optim.Optimizer, buffers: Mapping[str, Tensor], files: int
-) -> None:
+def _write(path: Path, shards: list[Shard], optimizers: Optimizers, buffers: Mapping[str, Tensor], files: int) -> None:
     vectors: dict[str, Tensor] = {}
     numbers: dict[str, dict[str, float]] = {}
     for shard in shards:
         vectors[f"weight:{shard.name}"] = shard.weight()
-        state, moments = optimizer.state.get(shard.owner(), {}), dict(shard.named_moments(optimizer))
+        state, moments = optimizers.state(shard.owner()), optimizers.per_weight(shard)
         vectors |= {f"{kind}:{shard.name}": moment for kind, moment in moments.items()}
         rest = {kind: value for kind, value in state.items() if kind not in moments and value is not None}
-        numbers[shard.name] = {kind: _number(kind, value, optimizer) for kind, value in rest.items()}
+        numbers[shard.name] = {kind: _number(kind, value, optimizers.names) for kind, value in rest.items()}
     vectors |= {f"buffer:{name}": buffer.detach().reshape(-1) for name, buffer in buffers.items()}
     metadata = {
         "format": FORMAT,
@@ -82,7 +81,7 @@ def _write(
         "files": str(files),
         "pieces": json.dumps({shard.name: [shard.start, shard.numel] for shard in shards}),
         "numbers": json.dumps(numbers),
-        "groups": json.dumps([_settings(group) for group in optimizer.param_groups]),
+        "groups": json.dumps([_settings(group) for group in optimizers.groups()]),
     }
     file = VectorFile(path, metadata, {key: (vector.dtype, vector.numel()) for key, vector in vectors.items()})
     for vector in vectors.values():
@@ -90,13 +89,13 @@ def _write(
     file.close()
 
 
-def _number(kind: str, value: Any, optimizer: torch.optim.Optimizer) -> float:
+def _number(kind: str, value: Any, optimizer: str) -> float:
     if isinstance(value, Tensor) and value.numel() == 1 and not value.dim():
         return float(value)
     if isinstance(value, int | float):
         return value
     raise ValueError(
-        f"portable=True: {type(optimizer).__name__} keeps {kind}, which is neither one value per weight nor one "
+        f"portable=True: {optimizer} keeps {kind}, which is neither one value per weight nor one "
         "number, so it cannot be cut in another way. Save without portable, or use another optimizer."
     )
 
@@ -170,9 +169,9 @@ def read(folder: Path, backend: Backend, buffers: Mapping[str, Tensor], world: C
     """
     with contextlib.ExitStack() as stack:
         files = raise_on_all_ranks(world, lambda: list(_open(folder, stack)))
-        shards, optimizer = backend.shards(), backend.optimizer
-        raise_on_all_ranks(world, lambda: _check(folder, files, shards, buffers, optimizer))
-        raise_on_all_ranks(world, lambda: _restore(files, shards, buffers, optimizer))
+        shards, optimizers = backend.shards(), backend.optimizers
+        raise_on_all_ranks(world, lambda: _check(folder, files, shards, buffers, optimizers))
+        raise_on_all_ranks(world, lambda: _restore(files, shards, buffers, optimizers))
 
 
 def _open(folder: Path, stack: contextlib.ExitStack) -> Iterator[_File]:
@@ -190,7 +189,7 @@ def _check(
     files: list[_File],
     shards: list[Shard],
     buffers: Mapping[str, Tensor],
-    optimizer: torch.optim.Optimizer,
+    optimizers: Optimizers,
 ) -> None:
     """Everything that can be wrong, before anything is changed."""
     if any(file.files != len(files) for file in files):
@@ -204,10 +203,10 @@ def _check(
     for name, buffer in buffers.items():
         if files[0].lengths.get(f"buffer:{name}") != buffer.numel():
             raise ValueError(f"{folder}: its portable files do not hold the buffer {name}")
-    if len(files[0].groups) != len(optimizer.param_groups):
+    if len(files[0].groups) != len(optimizers.groups()):
         raise ValueError(
             f"{folder}: was saved with {len(files[0].groups)} parameter groups, and the optimizer now has "
-            f"{len(optimizer.param_groups)}. Build it with the same groups in the same order."
+            f"{len(optimizers.groups())}. Build it with the same groups in the same order."
         )
 
 
@@ -265,24 +264,22 @@ def _overlaps(files: list[_File], kind: str, shard: Shard) -> Iterator[tuple[_Fi
 
 
 @torch.no_grad()
-def _restore(
-    files: list[_File], shards: list[Shard], buffers: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
-) -> None:
+def _restore(files: list[_File], shards: list[Shard], buffers: Mapping[str, Tensor], optimizers: Optimizers) -> None:
     for shard in shards:
         _fill(shard.weight(), files, "weight", shard)
     for name, buffer in buffers.items():
         buffer.copy_(files[0].tensors.get_tensor(f"buffer:{name}").view(buffer.shape))
-    for group, saved in zip(optimizer.param_groups, files[0].groups, strict=True):
+    for group, saved in zip(optimizers.groups(), files[0].groups, strict=True):
         for key, value in saved.items():
             _set(group, key, value)
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    held = optimizers.held()
     owners: dict[int, tuple[Tensor, list[Shard]]] = {}
     for shard in shards:
         # An owner of which this rank has nothing still counts steps, where the optimizer holds it.
         if shard.trainable and (shard.numel or id(shard.owner()) in held):
             owners.setdefault(id(shard.owner()), (shard.owner(), []))[1].append(shard)
     for owner, own in owners.values():
-        _restore_state(files, owner, own, optimizer)
+        _restore_state(files, owner, own, optimizers.holder(owner))
 
 
 def _restore_state(files: list[_File], owner: Tensor, shards: list[Shard], optimizer: torch.optim.Optimizer) -> None:

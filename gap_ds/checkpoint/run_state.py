@@ -29,9 +29,11 @@ class State(Record):
     first_steps: Annotated[list[Count], Field(min_length=1)]
     ranks: Annotated[int, Field(ge=1, lt=2**31)]
     backend: str
+    finished_early: bool = False
+    optimizers: list[str] | None = None
     worker: Small | None = None
     entries: list[EntryRow] | None = None
-    lr_scheduler: dict[str, Any] | None = None
+    lr_scheduler: list[dict[str, Any]] | None = None
     grad_scaler: dict[str, Any] | None = None
     counters: dict[str, float] = Field(default_factory=dict)
     manifest: bool = False
@@ -64,9 +66,9 @@ class State(Record):
             )
         for what, then, current in (
             ("learning-rate scheduler", self.lr_scheduler, now.lr_scheduler),
-            ("gradient scaler", self.grad_scaler, now.grad_scaler),
+            ("gradient scaler", self.grad_scaler and [self.grad_scaler], now.grad_scaler and [now.grad_scaler]),
         ):
-            if then is not None and current is not None and then.keys() != current.keys():
+            if then and current and [state.keys() for state in then] != [state.keys() for state in current]:
                 raise ValueError(f"{path}: was written with another {what}. Build the same one, or start anew.")
 
 

@@ -78,6 +78,19 @@ def count(bits: Tensor) -> int:
     return int(unpack(bits, bits.numel() * 8).sum())
 
 
+def count_revived(piece: Tensor, bits: Tensor) -> int:
+    """Number of pruned weights of a piece (N,) that are not 0; a NaN is not 0.
+
+    >>> count_revived(torch.tensor([1.0, 2.0, 0.0]), torch.tensor([1], dtype=torch.uint8))
+    1
+    """
+    found = 0
+    for lo in range(0, piece.numel(), 8 * _CPU_BLOCK):
+        part = piece[lo : lo + 8 * _CPU_BLOCK]
+        found += count(pack(part != 0) & ~bits[lo // 8 : lo // 8 + nbytes(part.numel())])
+    return found
+
+
 def zero_pruned_(piece: Tensor, bits: Tensor) -> None:
     """Sets the pruned weights of a piece (N,) to +0.0, in place and without a full-size copy of the mask.
 

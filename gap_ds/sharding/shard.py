@@ -7,13 +7,14 @@
 In every backend a rank's piece of a parameter is one contiguous range of the flattened parameter, inside one tensor
 (the owner) that the innermost optimizer updates. So this record is the whole truth about a backend's geometry, and the
 same slice of the owner, of its gradient and of its optimizer state is the weight, the gradient and the moment.
+A library may hold the same weights a second time, such as in 16 bits for the forward pass: the shard's `copies`.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeGuard
 
@@ -30,6 +31,7 @@ class Shard:
 
     `owner` is asked afresh at every use: libraries replace tensors, and a view kept across steps may stop being the
     weight. Where this rank owns nothing of the parameter, numel is 0 and `owner` is not asked.
+    `copies` returns the other tensors (numel,) that hold the same weights between two steps.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Shard:
     offset: int
     owner: Callable[[], Tensor]
     trainable: bool = True
+    copies: Callable[[], Sequence[Tensor]] = tuple
 
     def of(self, tensor: Tensor) -> Tensor:
         """This piece (numel,) of a tensor that is laid out as the owner; a view."""
@@ -47,23 +50,6 @@ class Shard:
     def weight(self) -> Tensor:
         """The weights (numel,), as the optimizer updates them; a view."""
         return self.of(self.owner()) if self.numel else torch.empty(0)
-
-    def moments(self, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-        """The optimizer's state (numel,) for each weight, such as Adam's two moments, in alphabetical order; views."""
-        for _, moment in self.named_moments(optimizer):
-            yield moment
-
-    def named_moments(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
-        """The moments with the optimizer's names for them.
-
-        Libraries that load an optimizer's state put it back in any order, another one on every rank.
-        """
-        if self.numel == 0:
-            return
-        owner = self.owner()
-        for name, value in sorted(optimizer.state.get(owner, {}).items()):
-            if isinstance(value, Tensor) and value.dim() and local(value).numel() == local(owner).numel():
-                yield name, self.of(value)
 
     @property
     def full_numel(self) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from gap_ds.method import rules
 from gap_ds.method.schedule import Phase
 from gap_ds.sharding.comm import operation
-from gap_ds.training.optimizer_state import reset
 from gap_ds.training.run import Run
 
 
@@ -31,7 +30,7 @@ def cross(run: Run, before: Phase | None, after: Phase, step: int) -> tuple[int,
         run.agree_on_masks()
         if before is not None and before is not after:
             if run.config.optimizer_state == "reset":
-                reset(run.backend.optimizer)
+                run.backend.optimizers.reset()
             if run.config.lr_restart:
                 run.learning_rate.restart()
         for observer in run.observers:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -12,8 +14,8 @@ from gap_ds.method import plan, rules, schedule
 from gap_ds.method.config import GaPConfig
 from gap_ds.parallel import ParallelWorker
 from gap_ds.sharding.backends import Backend, Training, detect
-from gap_ds.sharding.comm import Comm
-from gap_ds.training import mask_state
+from gap_ds.sharding.comm import Comm, raise_on_all_ranks
+from gap_ds.training import mask_state, saving
 from gap_ds.training.consistency import LossGuard
 from gap_ds.training.exchanging import Exchanging
 from gap_ds.training.history import History
@@ -22,27 +24,40 @@ from gap_ds.training.mask_state import MaskState
 from gap_ds.training.observer import Observer
 from gap_ds.training.run import Run
 
+log = logging.getLogger("gap_ds")
+
 
 def build(
     model: nn.Module,
     source: GaPConfig | dict[str, Any] | str | Path,
     training: Training,
+    *,
     steps_per_epoch: int | None,
+    batches_per_epoch: int | None,
     worker: ParallelWorker | None,
     nonfinite_loss: Literal["stop", "skip"],
     masks_from: str | Path | None,
     history: str | Path | None,
+    fresh: bool,
 ) -> Run:
     """A run before its first masks; the arguments are those of GaPEngine. Changes nothing that it is given.
 
     Raises:
         ValueError: a mistake in the config, or a combination that is not supported; the message names the setting.
     """
-    config, phases = check(source, steps_per_epoch, worker)
-    scheduler = training.lr_scheduler if training.lr_scheduler is not None else getattr(model, "lr_scheduler", None)
-    _check_lr_restart(config, scheduler, masks_from)
+    config, phases = check(source, steps_per_epoch or batches_per_epoch, worker)
+    schedulers = training.schedulers() or [s for s in [getattr(model, "lr_scheduler", None)] if s is not None]
+    _check_lr_restart(config, schedulers, masks_from)
     backend, world = detect(model, training), Comm()
-    of_model = _plan(config, backend)
+    if backend.optimizers.stepped and masks_from is None and not fresh:
+        raise ValueError(
+            f"optimizer={backend.optimizers.names}: has already updated weights, and the schedule would begin at step "
+            "0. To go on with a run, pass masks_from or build everything anew and call load_checkpoint; to begin a new "
+            "schedule from these weights, pass fresh=True."
+        )
+    if config.in_epochs:
+        phases = _in_batches(config, phases, steps_per_epoch, batches_per_epoch, backend.micro_batches, worker)
+    of_model = _plan(config, backend, masks_from)
     state = MaskState(of_model, config, backend)
     guard = LossGuard(nonfinite_loss, world, harmless=backend.skips_overflow)
     run = Run(
@@ -54,11 +69,12 @@ def build(
         backend=backend,
         world=world,
         mask_state=state,
-        learning_rate=LearningRate(scheduler, backend.optimizer),
+        learning_rate=LearningRate(schedulers, backend.optimizers),
         grad_scaler=training.grad_scaler,
         guard=guard,
         observers=[],
     )
+    raise_on_all_ranks(world, lambda: _check_held(state, backend))
     run.observers.extend(_observers(run, history))
     return run
 
@@ -74,6 +90,28 @@ def check(
     config = GaPConfig.load(source)
     _check_worker(config, worker)
     return config, schedule.build(config, steps_per_epoch, worker.index if worker else 0)
+
+
+def _in_batches(
+    config: GaPConfig,
+    phases: schedule.Schedule,
+    steps: int | None,
+    batches: int | None,
+    micro_batches: int,
+    worker: ParallelWorker | None,
+) -> schedule.Schedule:
+    """The schedule for epochs counted in batches; in steps it stays, with a warning where they may be batches."""
+    if steps is not None and batches is not None:
+        raise ValueError(f"steps_per_epoch={steps} and batches_per_epoch={batches}: set one of them.")
+    if batches is not None:
+        return schedule.build(config, math.ceil(batches / micro_batches), worker.index if worker else 0)
+    if micro_batches > 1:
+        log.warning(
+            f"steps_per_epoch={steps}: counts updates, and an update has {micro_batches} micro-batches, so an epoch is "
+            f"taken to have {steps and steps * micro_batches} batches. If {steps} is len(loader), pass it as "
+            "batches_per_epoch."
+        )
+    return phases
 
 
 def _check_worker(config: GaPConfig, worker: ParallelWorker | None) -> None:
@@ -92,8 +130,21 @@ def _check_worker(config: GaPConfig, worker: ParallelWorker | None) -> None:
         )
 
 
-def _check_lr_restart(config: GaPConfig, scheduler: Any, masks_from: str | Path | None) -> None:
-    if config.lr_restart and scheduler is None:
+def _check_held(state: MaskState, backend: Backend) -> None:
+    """Checks that the optimizers update every entry of which this rank has a piece; ValueError if not."""
+    held = backend.optimizers.held()
+    missing = [name for name, shard in state.shards.items() if shard.numel and id(shard.owner()) not in held]
+    if missing:
+        raise ValueError(
+            f"optimizer={backend.optimizers.names}: does not hold {missing[0]} ({len(missing)} of {len(state.shards)} "
+            "entries are missing), so it would be pruned and not trained. Build the optimizer from the wrapped model's "
+            "parameters(), after the model is wrapped and before its first forward pass; pass all optimizers as a "
+            "list (optimizer=[muon, adamw]); or freeze what is not trained (requires_grad_(False))."
+        )
+
+
+def _check_lr_restart(config: GaPConfig, schedulers: list[Any], masks_from: str | Path | None) -> None:
+    if config.lr_restart and not schedulers:
         raise ValueError(
             '"lr_restart" has no effect without a learning-rate scheduler: pass lr_scheduler, or remove it'
         )
@@ -104,12 +155,18 @@ def _check_lr_restart(config: GaPConfig, scheduler: Any, masks_from: str | Path 
         )
 
 
-def _plan(config: GaPConfig, backend: Backend) -> plan.Plan:
-    """The plan of a backend's model, with the budgets of existing masks if the config reuses them."""
+def _plan(config: GaPConfig, backend: Backend, masks_from: str | Path | None) -> plan.Plan:
+    """The plan of a backend's model, with the budgets of existing masks if the config reuses them.
+
+    A resumed run has those that it was saved with: a kept weight may have become 0 since then.
+    """
     shards = backend.shards()
     frozen = {shard.name for shard in shards if not shard.trainable}
     shapes = {shard.name: shard.shape for shard in shards}
-    kept = mask_state.inherited(config, shards, backend.comm) if config.reuses_masks else None
+    kept = None
+    if config.reuses_masks:
+        saved = None if masks_from is None else saving.budgets(Path(masks_from))
+        kept = mask_state.inherited(config, shards, backend.comm) | (saved or {})
     return plan.build(backend.module, config, shapes, frozen, kept)
 
 

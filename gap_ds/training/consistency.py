@@ -38,7 +38,7 @@ def check_position(world: Comm, step: int, signature: str, fingerprint: str, non
             told = f": {rows[0, 0]} and {rows[others[0], 0]}" if column == 0 else f" (this rank: {own})"
             raise ValueError(
                 f"ranks 0 and {_some(others)} have different {what}{told}. Give every rank the same model, config and "
-                "checkpoint."
+                "checkpoint; stages of a pipeline and groups of ranks with models of their own are not supported."
             )
     if ranks := rows[:, 3].nonzero().view(-1).tolist():
         raise ValueError(
@@ -76,8 +76,20 @@ def check_masks(plan: Plan, bits: Mapping[str, Tensor], shards: Mapping[str, Sha
     first = int((rows != rows[0]).any(0).nonzero()[0, 0])
     others = (rows[:, first] != rows[0, first]).nonzero().view(-1).tolist()
     raise ValueError(
-        f"{names[min(first, len(names) - 1)]}: its masks differ between ranks 0 and {_some(others)}, so the run has "
-        "gone apart. Go on from the newest checkpoint; if it happens again, look at those machines."
+        f"{names[min(first, len(names) - 1)]}: its masks differ between ranks 0 and {_some(others)}, so their copies "
+        "of the weights have drifted apart. Gradients must be reduced over all ranks before every step: wrap the "
+        "model by DistributedDataParallel, and do not average weights now and then (local SGD) or keep other experts "
+        "on every rank under the same names. Else look at those machines, and go on from the newest checkpoint."
+    )
+
+
+def revived_message(name: str, found: int, place: str) -> str:
+    """The error text for pruned weights that are not 0."""
+    return (
+        f"{name}: {found} of its pruned weights are not 0 ({place}). Something changed them besides the optimizers "
+        "that the engine has: weights loaded after the engine was built (load them first, or use load_checkpoint), "
+        "weights that do not belong to these masks, another optimizer, or a copy that was written back. Nothing is "
+        "saved or pruned from them."
     )
 
 

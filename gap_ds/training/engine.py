@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,8 +24,15 @@ from gap_ds.method.schedule import Phase
 from gap_ds.parallel import ParallelWorker
 from gap_ds.sharding.backends import Training
 from gap_ds.sharding.comm import operation
-from gap_ds.training import boundary, saving
+from gap_ds.sharding.optimizers import Meaning
+from gap_ds.training import boundary, copies, saving
 from gap_ds.training.build import build, check
+from gap_ds.training.run import Place
+from gap_ds.training.updates import Updates
+
+#: Arguments of GaPEngine that are not DeepSpeed's.
+_OWN = {"steps_per_epoch", "batches_per_epoch", "worker", "nonfinite_loss", "masks_from", "history"}
+_OWN |= {"optimizer_state", "fresh"}
 
 
 class GaPEngine:
@@ -45,10 +53,12 @@ class GaPEngine:
     Args:
         model: a DeepSpeed engine, a DistributedDataParallel or FSDP module, or a plain model, on its device.
         config: a GaPConfig, a dict, the path of a JSON or YAML file, or the name of a shipped config.
-        optimizer: the optimizer, already built over the model's parameters. Not for a DeepSpeed engine.
-        lr_scheduler: stepped once per applied step. With `lr_restart` it starts again in every phase, so it should
-            cover one phase.
-        steps_per_epoch: applied optimizer steps in an epoch; required if the config counts in epochs.
+        optimizer: the optimizer, already built over the model's parameters, or a list of several, such as Muon for
+            matrices and AdamW for the rest: an update is complete when all have stepped. Not for a DeepSpeed engine.
+        lr_scheduler: one or a list, stepped once per applied step. With `lr_restart` it starts again in every phase, so
+            it should cover one phase.
+        steps_per_epoch, batches_per_epoch: updates in an epoch, or micro-batches, len(loader); one of them is required
+            if the config counts in epochs.
         nonfinite_loss: what to do about a loss that is NaN or infinite. `stop`: raise before the next boundary or
             checkpoint makes it permanent; free, and off under loss scaling, which skips such steps. `skip`: leave its
             micro-batch out on all ranks; costs a small all-reduce in every micro-batch.
@@ -59,6 +69,9 @@ class GaPEngine:
             bit per weight of the entries.
         gradient_accumulation_steps, gradient_clipping, grad_scaler: as in DeepSpeed, for other models: `step()`
             updates at every n-th call; norm to clip at (0: off); a torch.amp.GradScaler.
+        optimizer_state: what state of an optimizer means that gap_ds does not know, by its name: "moment" (one value
+            per weight, first 0), "sequence" (another sequence of the weights), "other".
+        fresh: begin a new schedule although the optimizer has stepped.
     Raises:
         ValueError: a mistake in the config, or a combination that is not supported; the message names the setting.
     """
@@ -68,9 +81,10 @@ class GaPEngine:
         model: nn.Module,
         config: GaPConfig | dict[str, Any] | str | Path,
         *,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
         lr_scheduler: Any = None,
         steps_per_epoch: int | None = None,
+        batches_per_epoch: int | None = None,
         worker: ParallelWorker | None = None,
         nonfinite_loss: Literal["stop", "skip"] = "stop",
         masks_from: str | Path | None = None,
@@ -78,20 +92,33 @@ class GaPEngine:
         gradient_accumulation_steps: int = 1,
         gradient_clipping: float = 0.0,
         grad_scaler: Any = None,
+        optimizer_state: Mapping[str, Meaning] | None = None,
+        fresh: bool = False,
     ) -> None:
-        training = Training(optimizer, lr_scheduler, gradient_accumulation_steps, gradient_clipping, grad_scaler)
-        self._run = build(model, config, training, steps_per_epoch, worker, nonfinite_loss, masks_from, history)
+        training = Training(
+            optimizer, lr_scheduler, gradient_accumulation_steps, gradient_clipping, grad_scaler, optimizer_state
+        )
+        self._run = build(
+            model,
+            config,
+            training,
+            steps_per_epoch=steps_per_epoch,
+            batches_per_epoch=batches_per_epoch,
+            worker=worker,
+            nonfinite_loss=nonfinite_loss,
+            masks_from=masks_from,
+            history=history,
+            fresh=fresh,
+        )
         self.config, self.schedule, self.plan = self._run.config, self._run.schedule, self._run.plan
         self.worker = worker
         self.mask_state = self._run.mask_state
         self._backend = self._run.backend
-        self.applied_steps = 0
-        #: True between an optimizer step and `after_step`.
-        self._updated = False
-        #: True after `finish` has ended the schedule before its last step.
-        self._over = False
+        self._place = Place()
         self.last_boundary_seconds = 0.0
-        self._hook = self._backend.optimizer.register_step_post_hook(self._after_update)
+        self._updates = Updates(
+            self._run, lambda: rules.needs_gradient(self.config, self.phase, self.applied_steps + 1)
+        )
         self._run.say(self.signature)
         if masks_from is None:
             self._enter(None, self.phase)
@@ -99,39 +126,24 @@ class GaPEngine:
             self.load_masks(masks_from)
 
     @classmethod
-    def initialize(
-        cls,
-        *,
-        model: nn.Module,
-        config: dict[str, Any] | str | Path,
-        gap_config: GaPConfig | dict[str, Any] | str | Path,
-        steps_per_epoch: int | None = None,
-        worker: ParallelWorker | None = None,
-        nonfinite_loss: Literal["stop", "skip"] = "stop",
-        history: str | Path | None = None,
-        **deepspeed_arguments: Any,
-    ) -> GaPEngine:
-        """Like `deepspeed.initialize`, which gets `model`, `config` and all further arguments; returns a GaPEngine.
+    def initialize(cls, *, model: nn.Module, config: Any, gap_config: Any, **arguments: Any) -> GaPEngine:
+        """Like `deepspeed.initialize`: returns a GaPEngine around the DeepSpeed engine.
 
         Args:
             config: the DeepSpeed config, a dict or a JSON file.
             gap_config: the GaP config; it is validated before DeepSpeed starts.
+            arguments: those of GaPEngine that a DeepSpeed engine allows, such as steps_per_epoch; all others go to
+                DeepSpeed.
         """
         from gap_ds.sharding.backends import zero
 
-        gap, _ = check(gap_config, steps_per_epoch, worker)
-        if not {"optimizer", "model_parameters"} & deepspeed_arguments.keys():
-            deepspeed_arguments["model_parameters"] = [p for p in model.parameters() if p.requires_grad]
+        own = {name: arguments.pop(name) for name in _OWN & arguments.keys()}
+        steps = own.get("steps_per_epoch") or own.get("batches_per_epoch")
+        gap, _ = check(gap_config, steps, own.get("worker"))
+        if not {"optimizer", "model_parameters"} & arguments.keys():
+            arguments["model_parameters"] = [p for p in model.parameters() if p.requires_grad]
         config = str(config) if isinstance(config, Path) else config
-        engine = zero.initialize(model=model, config=config, **deepspeed_arguments)
-        return cls(
-            engine,
-            gap,
-            steps_per_epoch=steps_per_epoch,
-            worker=worker,
-            nonfinite_loss=nonfinite_loss,
-            history=history,
-        )
+        return cls(zero.initialize(model=model, config=config, **arguments), gap, **own)
 
     # -- training --------------------------------------------------------------------------------------------------
 
@@ -164,21 +176,25 @@ class GaPEngine:
         `step` calls this. Call it yourself only where something else steps the optimizer. Returns whether there was an
         update: micro-batches that only accumulate, and steps skipped for an fp16 overflow, are none.
         """
-        if not self._updated:
+        if not self._updates.complete():
             return False
-        self._updated = False
         for observer in self._run.observers:
             observer.before_first_update()
         before = self.phase
-        self.applied_steps += 1
+        self._place = Place(self.applied_steps + 1, self._place.over)
         if self.phase is not before or self.applied_steps in before.updates:
             self._enter(before, self.phase)
         return True
 
     @property
+    def applied_steps(self) -> int:
+        """Updates applied so far, over all resumed runs."""
+        return self._place.step
+
+    @property
     def phase(self) -> Phase:
         """The phase that the next step belongs to."""
-        return self.schedule.phases[-1] if self._over else self.schedule.phase_at(self.applied_steps)
+        return self._place.phase(self.schedule)
 
     @property
     def module(self) -> nn.Module:
@@ -187,25 +203,19 @@ class GaPEngine:
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """The innermost optimizer; its `param_groups[0]["lr"]` is the learning rate of the next step."""
-        return self._backend.optimizer
+        """The innermost optimizer, of several the first; `param_groups[0]["lr"]` is its next learning rate."""
+        first: torch.optim.Optimizer = self._backend.optimizers[0]
+        return first
 
     @property
     def finished(self) -> bool:
         """True once the whole schedule has been trained. Training on stays in the last phase."""
-        return self._over or self.applied_steps >= self.schedule.total_steps
+        return self._place.over or self.applied_steps >= self.schedule.total_steps
 
     @property
     def signature(self) -> str:
         """One line with every setting of the method that changes a result."""
         return self._run.signature
-
-    def _after_update(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Post-step hook: zeroes the pruned weights that the optimizer has just changed."""
-        self._updated = True
-        self.mask_state.zero_pruned(optimizer)
-        if rules.needs_gradient(self.config, self.phase, self.applied_steps + 1):
-            self.mask_state.copy_gradients(optimizer)
 
     # -- boundaries ------------------------------------------------------------------------------------------------
 
@@ -229,7 +239,7 @@ class GaPEngine:
         """
         pruned = boundary.finish(self._run, self.phase, self.applied_steps)
         if pruned:
-            self._over = True
+            self._place = Place(self.applied_steps, over=True)
             for observer in self._run.observers:
                 observer.masks_changed(self.applied_steps, self.phase)
             self._run.say(
@@ -242,19 +252,43 @@ class GaPEngine:
     @property
     def density(self) -> float:
         """Density of all entries together in the next step, by their budgets (which every mask meets exactly)."""
-        step = max(self.applied_steps, self.schedule.total_steps) if self._over else self.applied_steps
-        return self.schedule.density_at(step, *self.plan.per_partition())
+        return self.schedule.density_at(self._place.schedule_step(self.schedule), *self.plan.per_partition())
 
     def stats(self) -> dict[str, Any]:
-        """Exact figures of the current masks, counted over all ranks; all ranks must call this.
+        """Exact figures of the current masks, which the weights were compared with; all ranks must call this.
 
         Returns:
             kept, numel: weights of the entries kept by the masks, and all; density: their ratio.
             model_sparsity: pruned weights relative to all weights of the model, embeddings and biases included.
             mask_bytes: memory of this rank's masks.
+            zeros_checked_at: the applied step at which every pruned weight was last seen to be 0: now.
             entries: per entry name: kept, numel, partition, dense.
+        Raises:
+            ValueError: as `check_weights`.
         """
-        return {"applied_steps": self.applied_steps, "phase": self.phase.index, **self.mask_state.stats()}
+        self.check_weights()
+        place = {"applied_steps": self.applied_steps, "phase": self.phase.index, "zeros_checked_at": self.applied_steps}
+        return place | self.mask_state.stats()
+
+    def check_weights(self) -> None:
+        """Checks that every pruned weight is exactly 0, in all copies that weights can come back from.
+
+        Boundaries, checkpoints, exports and `finish` do so themselves. All ranks must call this.
+
+        Raises:
+            ValueError: on all ranks, with the first entry where that is not so, and likely causes.
+        """
+        self._run.agree_on_weights(f"at step {self.applied_steps}")
+
+    def apply_to(self, module: nn.Module) -> None:
+        """Puts the masks on a copy of the model, such as a moving average, sharded as the model is, or whole.
+
+        Call it after the copy was updated and before it is evaluated or saved. All ranks must call this.
+
+        Raises:
+            ValueError: the copy lacks an entry, or has it in another shape.
+        """
+        copies.apply(self._run, module)
 
     def mask(self, name: str) -> Tensor | None:
         """This rank's piece of an entry's mask as a bool tensor; None while the entry is dense."""
@@ -268,7 +302,7 @@ class GaPEngine:
 
         All ranks must call this, between two updates. The folder is complete when it holds `state.json`.
         """
-        saving.save_masks(self._run, Path(folder), self.applied_steps, self.phase)
+        saving.save_masks(self._run, Path(folder), self._place)
 
     def load_masks(self, folder: str | Path) -> None:
         """Restores what `save_masks` saved; weights, optimizer and random state must come from the same moment.
@@ -300,11 +334,8 @@ class GaPEngine:
                 checkpoints are as they were.
         """
         tag = tag or f"step_{self.applied_steps}"
-        place = (self.applied_steps, self.phase)
         with operation(f"the checkpoint at step {self.applied_steps}"):
-            path = saving.save_checkpoint(self._run, Path(folder), tag, *place, client_state, portable, keep)
-        self._updated = False  # to have a state to save, an optimizer before its first step is stepped with lr 0
-        return path
+            return saving.save_checkpoint(self._run, Path(folder), tag, self._place, client_state, portable, keep)
 
     def load_checkpoint(self, folder: str | Path, tag: str | None = None) -> Any:
         """Restores FOLDER/TAG, or without a tag the newest whole checkpoint; returns the caller's `client_state`.
@@ -319,13 +350,14 @@ class GaPEngine:
                 it is not portable and would have to be.
         """
         with operation("the loading of a checkpoint"):
-            step, client_state, path = saving.load_checkpoint(self._run, Path(folder), tag)
-        self._go_on(step, f"resumed {path}")
+            place, client_state, path = saving.load_checkpoint(self._run, Path(folder), tag)
+        self._go_on(place, f"resumed {path}")
         return client_state
 
-    def _go_on(self, step: int, what: str) -> None:
-        self.applied_steps, self._updated, self._over = step, False, False
-        self._run.say(f"{what} at step {step}: {self.phase}")
+    def _go_on(self, place: Place, what: str) -> None:
+        self._place = place
+        self._updates.forget()
+        self._run.say(f"{what} at step {place.step}: {self.phase}")
 
     def export(
         self, folder: str | Path, *, tokenizer: Any = None, dtype: torch.dtype = torch.float32, overwrite: bool = False
@@ -342,15 +374,23 @@ class GaPEngine:
             ValueError: the folder holds something already and `overwrite` is not set, or it is no exported model; or
                 something could not be written. On all ranks alike; what was there is as it was.
         """
-        place = (self.applied_steps, self.phase)
         with operation(f"the export at step {self.applied_steps}"):
-            return saving.export(self._run, Path(folder), *place, tokenizer, dtype, overwrite)
+            return saving.export(self._run, Path(folder), self._place, tokenizer, dtype, overwrite)
+
+    def require_shared(self, folder: str | Path) -> None:
+        """Checks that a folder is one that all ranks see, as checkpoints need; ValueError on all ranks if not."""
+        saving.require_shared(self._run, Path(folder))
+
+    @property
+    def skips_overflow(self) -> bool:
+        """True if an update is left out when gradients are not finite, as loss scaling does."""
+        return self._backend.skips_overflow
 
     def close(self) -> None:
         """Takes the hook off the optimizer; the model keeps its present weights."""
         for observer in self._run.observers:
             observer.close()
-        self._hook.remove()
+        self._updates.close()
 
     def __getattr__(self, name: str) -> Any:
         # Only reached for names that the engine itself does not have.

@@ -1,48 +1,96 @@
-"""The learning-rate scheduler of a run, which can begin again in every phase."""
+"""The learning-rate schedulers of a run, which can begin again in every phase."""
 
 from __future__ import annotations
 
 import copy
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from gap_ds.sharding.optimizers import Optimizers
 
 
 class LearningRate:
-    """A scheduler, its state and its learning rates before the first step.
+    """Schedulers, their states and their learning rates before the first step.
 
     Args:
-        scheduler: anything with `state_dict` and `load_state_dict`; None if the run has none.
-        optimizer: the one whose learning rates are restored where the scheduler does not name its optimizer.
+        schedulers: anything with `state_dict` and `load_state_dict`; empty if the run has none.
+        optimizers: those whose learning rates are restored where a scheduler does not name its optimizer.
     """
 
-    def __init__(self, scheduler: Any, optimizer: torch.optim.Optimizer) -> None:
-        self.scheduler = scheduler
-        self._optimizer = optimizer
-        self._first: tuple[Any, list[Any]] | None = None
-        if scheduler is not None:
-            self._first = copy.deepcopy(scheduler.state_dict()), [group["lr"] for group in self._groups()]
+    def __init__(self, schedulers: Sequence[Any], optimizers: Optimizers) -> None:
+        self.schedulers = list(schedulers)
+        self._optimizers = optimizers
+        self._first = [(copy.deepcopy(s.state_dict()), [_number(g["lr"]) for g in self._groups(s)]) for s in schedulers]
 
-    def _groups(self) -> list[dict[str, Any]]:
-        """The parameter groups that the scheduler sets; a wrapped optimizer (OSS) may copy them to its innermost."""
-        groups: list[dict[str, Any]] = getattr(self.scheduler, "optimizer", self._optimizer).param_groups
+    def _groups(self, scheduler: Any) -> list[dict[str, Any]]:
+        """The parameter groups that a scheduler sets; a wrapped optimizer (OSS) may copy them to its innermost."""
+        optimizer = getattr(scheduler, "optimizer", None)
+        groups: list[dict[str, Any]] = self._optimizers.groups() if optimizer is None else optimizer.param_groups
         return groups
 
     def restart(self) -> None:
-        """Sets scheduler and learning rates to what they were when the engine was built."""
-        assert self._first is not None
-        state, rates = self._first
-        self.scheduler.load_state_dict(copy.deepcopy(state))
-        for group, rate in zip(self._groups(), rates, strict=True):
-            group["lr"] = rate
+        """Sets schedulers and learning rates to what they were when the engine was built."""
+        for scheduler, (state, rates) in zip(self.schedulers, self._first, strict=True):
+            scheduler.load_state_dict(copy.deepcopy(state))
+            for group, rate in zip(self._groups(scheduler), rates, strict=True):
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(rate)
+                else:
+                    group["lr"] = rate
 
-    def state(self) -> dict[str, Any] | None:
-        """The scheduler's state without its functions, which neither JSON nor `load_state_dict` needs."""
-        if self.scheduler is None:
-            return None
-        return {key: value for key, value in self.scheduler.state_dict().items() if not callable(value)}
+    def state(self) -> list[Any] | None:
+        """The schedulers' states as JSON can hold them, without their functions, which no load needs."""
+        return [_to_json(scheduler.state_dict()) for scheduler in self.schedulers] or None
 
-    def load(self, state: dict[str, Any] | None) -> None:
+    def load(self, states: list[Any] | None) -> None:
         """Restores what `state` returned; nothing where either run has no scheduler."""
-        if state is not None and self.scheduler is not None:
-            self.scheduler.load_state_dict(state)
+        if states is not None and self.schedulers:
+            for scheduler, state in zip(self.schedulers, states, strict=True):
+                scheduler.load_state_dict(_from_json(state))
+
+
+def _number(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) else value
+
+
+_ITEMS, _TENSOR, _TUPLE = "__items__", "__tensor__", "__tuple__"
+
+
+def _to_json(value: Any) -> Any:
+    """A scheduler's state for JSON: dicts with other keys than text, tensors and tuples are marked.
+
+    >>> state = {"milestones": Counter({4: 1}), "betas": (0.9, 0.95), "anneal": len}
+    >>> _from_json(_to_json(state))
+    {'milestones': Counter({4: 1}), 'betas': (0.9, 0.95)}
+    """
+    if isinstance(value, dict):
+        items = [(k, _to_json(v)) for k, v in value.items() if not callable(v)]
+        if not isinstance(value, Counter) and all(isinstance(k, str) for k, _ in items):
+            return dict(items)
+        return {_ITEMS: [list(item) for item in items], "counter": isinstance(value, Counter)}
+    if isinstance(value, list):
+        return [_to_json(v) for v in value]
+    if isinstance(value, tuple):
+        return {_TUPLE: [_to_json(v) for v in value]}
+    if isinstance(value, Tensor):
+        return {_TENSOR: value.tolist(), "dtype": str(value.dtype).removeprefix("torch.")}
+    return None if callable(value) else value
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_from_json(v) for v in value]
+    if not isinstance(value, dict):
+        return value
+    if _ITEMS in value:
+        items = {key: _from_json(v) for key, v in value[_ITEMS]}
+        return Counter(items) if value["counter"] else items
+    if _TUPLE in value:
+        return tuple(_from_json(v) for v in value[_TUPLE])
+    if _TENSOR in value:
+        return torch.tensor(value[_TENSOR], dtype=getattr(torch, value["dtype"]))
+    return {key: _from_json(v) for key, v in value.items()}

@@ -6,7 +6,7 @@ shards. E entries; a piece is this rank's part of an entry.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,32 +34,54 @@ class MaskState:
         #: in it: None means not masked.
         self.bits: dict[str, Tensor] = {}
         #: With `regrow: last_value`, the values that this rank's pruned weights had, and zeros elsewhere.
-        self._last: dict[str, Tensor] = {}
+        self.last: dict[str, Tensor] = {}
         #: This rank's gradients of the step before an update that looks at them.
         self._gradients: dict[str, Tensor] = {}
         self._plan, self._config, self._backend = plan, config, backend
 
     # -- after every optimizer step --------------------------------------------------------------------------------
 
-    def zero_pruned(self, optimizer: torch.optim.Optimizer) -> None:
-        """Zeroes the pruned weights that an optimizer step has just changed.
+    def zero_pruned(self, optimizer: torch.optim.Optimizer) -> set[str]:
+        """Zeroes the pruned weights that an optimizer step has just changed; returns the names of their entries.
 
         A sharding library may step its optimizer several times per update, with some of the weights each time; only
         those are masked.
         """
-        owners = _owners(optimizer)
-        bitmask.zero_pruned_all_(
-            (shard.of(owner), bits)
-            for name, bits in self.bits.items()
-            if (shard := self.shards[name]).numel and id(owner := shard.owner()) in owners
-        )
+        owners = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        held = [name for name, shard in self._masked() if id(shard.owner()) in owners]
+        bitmask.zero_pruned_all_((self.shards[name].weight(), self.bits[name]) for name in held)
+        if self._backend.optimizers.has_sequences:
+            for name in held:
+                self._zero_sequences(self.shards[name], self.bits[name])
+        return set(held)
+
+    def _masked(self) -> Iterator[tuple[str, Shard]]:
+        """The sparse entries of which this rank has a piece."""
+        return ((name, self.shards[name]) for name in self.bits if self.shards[name].numel)
+
+    def unmasked(self, masked: set[str]) -> list[str]:
+        """The entries that an update should have masked on this rank, without those that it has."""
+        return [name for name, _ in self._masked() if name not in masked]
 
     def copy_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         """Copies the gradients of that step, because libraries free or overwrite them before the boundary."""
-        owners = _owners(optimizer)
+        owners = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for name, shard in self.shards.items():
             if shard.numel and id(owner := shard.owner()) in owners and owner.grad is not None:
                 self._gradients[name] = shard.of(owner.grad).clone()
+
+    def revived(self) -> tuple[str, int] | None:
+        """The first entry with pruned weights on this rank that are not 0, and their number; None if all are 0.
+
+        One pass over the weights, and over all that they could come back from: the library's copies of them, and other
+        sequences of the optimizer.
+        """
+        for name, shard in self._masked():
+            bits = self.bits[name]
+            for piece in (shard.weight(), *shard.copies(), *self._backend.optimizers.sequences(shard)):
+                if found := bitmask.count_revived(piece, bits.to(piece.device)):
+                    return name, found
+        return None
 
     # -- changing masks --------------------------------------------------------------------------------------------
 
@@ -89,7 +111,11 @@ class MaskState:
             self._remember(shard, before, bits)
         if shard.numel:
             bitmask.zero_pruned_(shard.weight(), bits)
+            self._zero_sequences(shard, bits)
         self.bits[shard.name] = bits
+
+    def _zero_sequences(self, shard: Shard, bits: Tensor) -> None:
+        bitmask.zero_pruned_all_((piece, bits) for piece in self._backend.optimizers.sequences(shard))
 
     def _grow(self, shard: Shard) -> None:
         """Takes the mask off. The weights it had pruned are zero already, or get their last value; moments are zero."""
@@ -97,20 +123,24 @@ class MaskState:
         if bits is not None:
             self._forget_moments(shard, bits)
             if self._config.regrow == "last_value":
-                weight, last = shard.weight(), self._last.pop(shard.name)
-                torch.where(bitmask.unpack(bits, shard.numel), weight, last, out=weight)
+                kept, last = bitmask.unpack(bits, shard.numel), self.last.pop(shard.name)
+                for piece in (shard.weight(), *self._backend.optimizers.sequences(shard)):
+                    torch.where(kept, piece, last, out=piece)
 
     def _forget_moments(self, shard: Shard, bits: Tensor) -> None:
-        """Zeroes the moments of the weights that a mask prunes."""
-        bitmask.zero_pruned_all_((moment, bits) for moment in shard.moments(self._backend.optimizer))
+        """Gives the moments of the weights that a mask prunes their first values."""
+        for _, moment, first in self._backend.optimizers.moments(shard):
+            bitmask.zero_pruned_(moment, bits)
+            if first != 0.0:
+                moment[~bitmask.unpack(bits, shard.numel)] = first
 
     def _remember(self, shard: Shard, before: Tensor | None, bits: Tensor) -> None:
         """Keeps the values of the weights that a new mask prunes, besides those that the mask before it had pruned."""
         values = shard.weight().clone()
         if before is not None:
-            values += self._last[shard.name]  # where the one is not zero, the other is
+            values += self.last[shard.name]  # where the one is not zero, the other is
         bitmask.zero_pruned_(values, ~bits)
-        self._last[shard.name] = values
+        self.last[shard.name] = values
 
     # -- selecting -------------------------------------------------------------------------------------------------
 
@@ -224,7 +254,7 @@ class MaskState:
         comm = self._backend.comm
         checkpoint.write_masks(folder / "masks.safetensors", self._plan, self.shards, self.bits, comm, about)
         if self._config.regrow == "last_value":
-            checkpoint.write_values(folder / "pruned.safetensors", self._plan, self.shards, self._last, comm)
+            checkpoint.write_values(folder / "pruned.safetensors", self._plan, self.shards, self.last, comm)
 
     def read(self, folder: Path, sparse: set[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What `write` wrote, to be given to `restore`; ValueError if it is damaged or its entries are not `sparse`."""
@@ -236,7 +266,8 @@ class MaskState:
 
     def restore(self, bits: dict[str, Tensor], last: dict[str, Tensor]) -> None:
         """Goes on with what was read."""
-        self.bits, self._last = self.on_device(bits), self.on_device(last)
+        self.bits = self.on_device(bits)
+        self.last = {name: piece.to(self.shards[name].weight()) for name, piece in last.items()}
 
     def on_device(self, pieces: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Pieces that were read from a file, where their weights are."""
@@ -256,7 +287,3 @@ def inherited(config: GaPConfig, shards: Sequence[Shard], comm: Comm) -> dict[st
     if unknown := sorted(kept.keys() - {shard.name for shard in shards if shard.trainable}):
         raise ValueError(f"{config.mask_file}: holds the mask of {unknown[0]}, which the model does not have to train.")
     return kept
-
-
-def _owners(optimizer: torch.optim.Optimizer) -> set[int]:
-    return {id(p) for group in optimizer.param_groups for p in group["params"]}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -18,7 +18,7 @@ from gap_ds.method.plan import Entry, Plan
 from gap_ds.method.schedule import Phase, Schedule
 from gap_ds.parallel import ParallelWorker
 from gap_ds.sharding.backends import Backend
-from gap_ds.sharding.comm import Comm
+from gap_ds.sharding.comm import Comm, raise_on_all_ranks
 from gap_ds.training import consistency
 from gap_ds.training.learning_rate import LearningRate
 from gap_ds.training.mask_state import MaskState
@@ -28,10 +28,27 @@ log = logging.getLogger("gap_ds")
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a run is: before an applied step; over: `finish` has ended the schedule before its last step."""
+
+    step: int = 0
+    over: bool = False
+
+    def phase(self, schedule: Schedule) -> Phase:
+        """The phase that the next step belongs to."""
+        return schedule.phases[-1] if self.over else schedule.phase_at(self.step)
+
+    def schedule_step(self, schedule: Schedule) -> int:
+        """The step of the schedule whose masks hold in the next step."""
+        return max(self.step, schedule.total_steps) if self.over else self.step
+
+
+@dataclass(frozen=True)
 class Run:
     """What is kept (config, rule, schedule, plan), where it lies (backend), and the state that training changes.
 
     world: all ranks of the job. guard: this rank's losses. observers: optional parts, in the order they are called.
+    doubts: what this rank has seen to be wrong and all ranks will raise at the next place where they meet.
     """
 
     config: GaPConfig
@@ -46,6 +63,7 @@ class Run:
     grad_scaler: Any
     guard: consistency.LossGuard
     observers: list[Observer]
+    doubts: list[str] = field(default_factory=list)
 
     @property
     def signature(self) -> str:
@@ -57,17 +75,46 @@ class Run:
         return dict(export.buffers(self.backend.module))
 
     def agree(self, step: int, place: str) -> None:
-        """Checks that all ranks are at the same step of the same run, with finite losses and the same masks.
+        """Checks that all ranks are at the same step of the same run, with finite losses and weights that obey masks.
 
         Call it before anything that cannot be undone.
 
         Args:
             place: what comes now, for the message.
         Raises:
-            ValueError: on all ranks, with the ranks that disagree and what they disagree on.
+            ValueError: on all ranks, with the ranks that disagree and what they disagree on, or the first entry with a
+                pruned weight that is not 0.
         """
         consistency.check_position(self.world, step, self.signature, self.plan.fingerprint, self.guard.take(), place)
+        self.agree_on_weights(place)
         self.agree_on_masks()
+
+    def agree_on_weights(self, place: str) -> None:
+        """Checks on all ranks together that every pruned weight is exactly 0, and that nothing was in doubt before."""
+
+        def look() -> None:
+            self.doubt_weights(place, wait=True)
+            self.raise_doubts()
+
+        raise_on_all_ranks(self.world, look)
+
+    def doubt_weights(self, place: str, wait: bool = False) -> None:
+        """Looks for pruned weights on this rank that are not 0."""
+        if found := self.mask_state.revived():
+            self.doubt(consistency.revived_message(*found, place), wait)
+
+    def doubt(self, message: str, wait: bool = False) -> None:
+        """Raises ValueError where this rank is alone, unless it shall wait; else at the next place where ranks meet."""
+        self.doubts.append(message)
+        if self.world.size == 1 and not wait:
+            self.raise_doubts()
+
+    def raise_doubts(self) -> None:
+        """Raises ValueError with the first doubt of this rank, if there is any."""
+        if self.doubts:
+            message, *_ = self.doubts
+            self.doubts.clear()
+            raise ValueError(message)
 
     def agree_on_masks(self) -> None:
         """Checks that all copies of every mask are equal, else raises ValueError on all ranks with the first entry."""
@@ -82,10 +129,12 @@ class Run:
             if entry.partition in phase.dense and entry.keep < entry.numel
         }
 
-    def state(self, step: int, client_state: Any = None) -> State:
-        """The record of this run in a checkpoint before a step."""
+    def state(self, place: Place, client_state: Any = None) -> State:
+        """The record of this run in a checkpoint."""
         return State(
-            applied_steps=step,
+            applied_steps=place.step,
+            finished_early=place.over,
+            optimizers=[type(optimizer).__name__ for optimizer in self.backend.optimizers],
             signature=self.signature,
             plan=self.plan.fingerprint,
             entries=[(e.name, list(e.shape), e.partition, e.keep, list(e.dims)) for e in self.plan.entries],

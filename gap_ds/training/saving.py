@@ -5,6 +5,7 @@ All ranks call each function together, between two updates.
 
 from __future__ import annotations
 
+import secrets
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,69 +20,106 @@ from gap_ds.checkpoint import folder as checkpoint
 from gap_ds.checkpoint import portable as portable_files
 from gap_ds.checkpoint.run_state import RandomState, State
 from gap_ds.export import folder as export_folder
-from gap_ds.method.schedule import Phase
 from gap_ds.sharding.comm import raise_on_all_ranks, summarize_error
 from gap_ds.storage.json import read_json
-from gap_ds.training.run import Run
+from gap_ds.training.run import Place, Run
 
 
-def save_masks(run: Run, folder: Path, step: int, phase: Phase) -> None:
+def save_masks(run: Run, folder: Path, place: Place) -> None:
     """Saves masks and the place in the schedule. The folder is complete when it holds `state.json`."""
-    run.agree(step, f"the masks saved at step {step}")
+    run.agree(place.step, f"the masks saved at step {place.step}")
     if run.world.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "state.json").unlink(missing_ok=True)
     run.world.barrier()
-    raise_on_all_ranks(run.world, lambda: _write_masks(run, folder, step, phase))
+    raise_on_all_ranks(run.world, lambda: _write_masks(run, folder, place))
     if run.world.rank == 0:
-        checkpoint.write_json(folder / "state.json", run.state(step).model_dump())
+        checkpoint.write_json(folder / "state.json", run.state(place).model_dump())
     run.world.barrier()
+    raise_on_all_ranks(run.world, lambda: _check_shared(folder / "state.json"))
 
 
-def load_masks(run: Run, folder: Path) -> int:
-    """Restores what `save_masks` saved; returns the step that it was saved before.
+def budgets(folder: Path) -> dict[str, int] | None:
+    """The kept weights of each entry of the run that `save_masks` saved; None if the folder holds none."""
+    path = folder / "state.json"
+    return {row[0]: row[3] for row in read_json(path, State).entries or []} if path.is_file() else None
+
+
+def load_masks(run: Run, folder: Path) -> Place:
+    """Restores what `save_masks` saved; returns the place that it was saved at.
 
     Raises:
-        ValueError: the folder is not complete, is damaged, or belongs to another plan or schedule.
+        ValueError: the folder is not complete, is damaged, belongs to another plan or schedule, or the weights do not
+            belong to its masks. On all ranks alike; nothing was changed.
     """
-    if not (folder / "state.json").is_file():
-        raise ValueError(
-            f"{folder}: holds no masks: its checkpoint was written without gap_ds, or the run was killed before it "
-            "was complete. Use an earlier checkpoint."
-        )
-    state = read_json(folder / "state.json", State)
-    state.check(folder, run.state(0))
-    _read_masks(run, folder, state.applied_steps).restore(run)
-    return state.applied_steps
+
+    def read() -> State:
+        if not (folder / "state.json").is_file():
+            raise ValueError(
+                f"{folder}: holds no masks: its checkpoint was written without gap_ds, the run was killed before it "
+                f"was complete, or rank {run.world.rank} does not share the disk. Use an earlier checkpoint."
+            )
+        state = read_json(folder / "state.json", State)
+        state.check(folder, run.state(Place()))
+        return state
+
+    state = raise_on_all_ranks(run.world, read)
+    place = Place(state.applied_steps, state.finished_early)
+    before = dict(run.mask_state.bits), dict(run.mask_state.last)
+    masks = _read_masks(run, folder, place)
+    run.mask_state.restore(*masks.pieces)
+
+    def look() -> None:
+        if found := run.mask_state.revived():
+            raise ValueError(
+                f"{folder}: {found[1]} weights of {found[0]} that its masks prune are not 0: the weights are not those "
+                "that they were saved with. Restore both from the same checkpoint, the weights first. transformers "
+                "saves some models (mixtures of experts, ViT) under other names than their parameters have, and a "
+                "Trainer resumes without them: load such a checkpoint by from_pretrained, and pass that model."
+            )
+
+    try:
+        raise_on_all_ranks(run.world, look)
+    except ValueError:
+        run.mask_state.restore(*before)
+        raise
+    masks.restore(run)
+    return place
 
 
 def save_checkpoint(
-    run: Run, folder: Path, tag: str, step: int, phase: Phase, client_state: Any, portable: bool, keep: int | None
+    run: Run, folder: Path, tag: str, place: Place, client_state: Any, portable: bool, keep: int | None
 ) -> Path:
     """Saves everything that decides the next step to FOLDER/TAG, and returns that path."""
-    run.agree(step, f"the checkpoint at step {step}")
+    run.agree(place.step, f"the checkpoint at step {place.step}")
 
     def write(aside: Path) -> None:
         gap = aside / "gap"
         raise_on_all_ranks(run.world, lambda: run.backend.save(aside))
-        raise_on_all_ranks(run.world, lambda: _write_masks(run, gap, step, phase))
+        raise_on_all_ranks(run.world, lambda: _write_masks(run, gap, place))
         if portable:
             portable_files.write(gap, run.backend, run.buffers(), run.world)
-        raise_on_all_ranks(run.world, lambda: _write_state(run, gap, step, client_state))
+        raise_on_all_ranks(run.world, lambda: _write_state(run, gap, place, client_state))
 
     return checkpoint.save(folder, tag, run.world, write, keep)
 
 
-def load_checkpoint(run: Run, folder: Path, tag: str | None) -> tuple[int, Any, Path]:
-    """Restores FOLDER/TAG, or the newest whole one; returns its step, the caller's client state, and its path."""
+def load_checkpoint(run: Run, folder: Path, tag: str | None) -> tuple[Place, Any, Path]:
+    """Restores FOLDER/TAG, or the newest whole one; returns its place, the caller's client state, and its path."""
     path = checkpoint.find_whole(folder, tag, run.world)
-    state = read_json(path / "gap" / "state.json", State)
-    state.check(path, run.state(0))
-    masks = _read_masks(run, path / "gap", state.applied_steps)
-    same_ranks = state.ranks == run.world.size
-    random = read_json(path / "gap" / f"rng_{run.world.rank}.json", RandomState) if same_ranks else None
+
+    def read() -> tuple[State, RandomState | None]:
+        state = read_json(path / "gap" / "state.json", State)
+        state.check(path, run.state(Place()))
+        same_ranks = state.ranks == run.world.size
+        return state, read_json(path / "gap" / f"rng_{run.world.rank}.json", RandomState) if same_ranks else None
+
+    state, random = raise_on_all_ranks(run.world, read)
+    place = Place(state.applied_steps, state.finished_early)
+    masks = _read_masks(run, path / "gap", place)
     _restore_weights(run, path, state)
     masks.restore(run)
+    run.agree_on_weights(f"loading {path}")
     run.learning_rate.load(state.lr_scheduler)
     if state.grad_scaler is not None and run.grad_scaler is not None:
         run.grad_scaler.load_state_dict(state.grad_scaler)
@@ -90,13 +128,13 @@ def load_checkpoint(run: Run, folder: Path, tag: str | None) -> tuple[int, Any, 
     else:
         warnings.warn(f"saved by {state.ranks} ranks: the random state is not restored", stacklevel=4)
     run.world.barrier()  # a rank that could not restore its part has left: nobody goes on without it
-    return state.applied_steps, state.client_state, path
+    return place, state.client_state, path
 
 
-def export(
-    run: Run, folder: Path, step: int, phase: Phase, tokenizer: Any, dtype: torch.dtype, overwrite: bool
-) -> Path:
+def export(run: Run, folder: Path, place: Place, tokenizer: Any, dtype: torch.dtype, overwrite: bool) -> Path:
     """Writes the final sparse model; a partition that is dense now is pruned in the copy alone."""
+    run.agree(place.step, f"the export at step {place.step}")
+    step, phase = place.step, place.phase(run.schedule)
     target = export_folder.place(folder)
 
     def gather() -> dict[str, Tensor]:
@@ -116,12 +154,12 @@ def export(
     return target
 
 
-def _write_masks(run: Run, folder: Path, step: int, phase: Phase) -> None:
+def _write_masks(run: Run, folder: Path, place: Place) -> None:
     if run.backend.comm.writes:
         about = {
             "signature": run.signature,
-            "applied_steps": str(step),
-            "phase": str(phase.index),
+            "applied_steps": str(place.step),
+            "phase": str(place.phase(run.schedule).index),
             "gap_ds": __version__,
         }
         run.mask_state.write(folder, about)
@@ -129,18 +167,45 @@ def _write_masks(run: Run, folder: Path, step: int, phase: Phase) -> None:
             observer.write(folder)
 
 
-def _write_state(run: Run, folder: Path, step: int, client_state: Any) -> None:
+def require_shared(run: Run, folder: Path) -> None:
+    """Checks that all ranks see what rank 0 writes to a folder; ValueError on all ranks if not."""
+    probe = folder / f".gap_shared_{run.world.broadcast_object(secrets.token_hex(4))}"
+    if run.world.size == 1:
+        return
+
+    def write() -> None:
+        if run.world.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+
+    raise_on_all_ranks(run.world, write)
+    try:
+        raise_on_all_ranks(run.world, lambda: _check_shared(probe))
+    finally:
+        if run.world.rank == 0:
+            probe.unlink(missing_ok=True)
+
+
+def _check_shared(file: Path) -> None:
+    """Raises ValueError if this rank does not see a file that rank 0 has written."""
+    if not file.is_file():
+        raise ValueError(
+            f"{file.parent}: is not on a disk that all ranks share: this rank does not see what rank 0 wrote. Save to "
+            "a shared folder."
+        )
+
+
+def _write_state(run: Run, folder: Path, place: Place, client_state: Any) -> None:
     checkpoint.write_json(folder / f"rng_{run.world.rank}.json", RandomState.now().model_dump())
     if run.world.rank == 0:
-        checkpoint.write_json(folder / "state.json", run.state(step, client_state).model_dump())
+        checkpoint.write_json(folder / "state.json", run.state(place, client_state).model_dump())
 
 
 @dataclass(frozen=True)
 class _Masks:
-    """Masks before a step as a folder holds them, with what each observer read there."""
+    """Masks as a folder holds them, with what each observer read there."""
 
-    step: int
-    phase: Phase
+    place: Place
     pieces: tuple[dict[str, Tensor], dict[str, Tensor]]
     observed: tuple[Any, ...]
 
@@ -148,19 +213,24 @@ class _Masks:
         """Goes on with them."""
         run.mask_state.restore(*self.pieces)
         for observer, found in zip(run.observers, self.observed, strict=True):
-            observer.restore(found, self.step, self.phase)
+            observer.restore(found, self.place.step, self.place.phase(run.schedule))
 
 
-def _read_masks(run: Run, folder: Path, step: int) -> _Masks:
-    phase = run.schedule.phase_at(step)
+def _read_masks(run: Run, folder: Path, place: Place) -> _Masks:
+    phase, step = place.phase(run.schedule), place.schedule_step(run.schedule)
     sparse = {entry.name for entry in run.plan.entries if phase.is_masked(entry.partition, step)}
     pieces = run.mask_state.read(folder, sparse)
-    return _Masks(step, phase, pieces, tuple(observer.read(folder) for observer in run.observers))
+    return _Masks(place, pieces, tuple(observer.read(folder) for observer in run.observers))
 
 
 def _restore_weights(run: Run, path: Path, state: State) -> None:
     """Weights and optimizer state: from the library's own files if it can read them, else from portable ones."""
-    backend = run.backend
+    backend, optimizers = run.backend, run.backend.optimizers
+    if (saved := state.optimizers) is not None and not optimizers.alike(saved, state.backend == backend.name):
+        raise ValueError(
+            f"{path}: was saved with the optimizer {', '.join(saved)}, and this is {optimizers.names}. Resume with the "
+            "optimizer it was saved with."
+        )
     was, now = (f"{n} on {r} ranks" for n, r in [(state.backend, state.ranks), (backend.name, run.world.size)])
     if was != now and portable_files.exists(path / "gap"):
         portable_files.read(path / "gap", backend, run.buffers(), run.world)

@@ -20,7 +20,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("case", "sentence"),
     [
         ("other_seed", "ranks 0 and 1 have different config (this rank: gap|method:cyclic|"),
-        ("other_masks", "layers.3.fc1.weight: its masks differ between ranks 0 and 1, so the run has gone apart."),
+        ("other_masks", "layers.3.fc1.weight: its masks differ between ranks 0 and 1, so their copies of"),
         ("loss_on_one_rank", "a loss before the boundary at step 3 was NaN or infinite on rank 1: stopped"),
     ],
 )

@@ -244,9 +244,12 @@ def test_a_loss_that_is_not_finite_ends_the_training(tmp_path: Path, options: di
     assert not any(tmp_path.rglob("state.json"))
 
 
-def test_two_trainings_in_a_row(tmp_path: Path) -> None:
+def test_a_second_training_begins_anew_only_where_asked_for(tmp_path: Path) -> None:
     trainer, callback, witness = train(tmp_path)
     first = callback.engine
+    with pytest.raises(ValueError, match=r"AdamW: has already updated weights.*fresh=True"):
+        trainer.train()
+    callback.fresh = True
     trainer.train()
     assert callback.engine is not first and callback.engine.applied_steps == 10
     assert first.applied_steps == 10 and witness.wrong == []

@@ -7,7 +7,7 @@ which backend it has.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gap_ds.sharding.comm import Comm
+from gap_ds.sharding.optimizers import Meaning, Optimizers, of_user
 from gap_ds.sharding.shard import Shard
 
 
@@ -26,13 +27,14 @@ class Backend:
     name: for people: logs and results; nothing is decided by it.
     forward: what is called with a batch.
     module: the model inside, whose module tree has the names of the plan.
-    optimizer: the innermost optimizer; its post-step hook fires after the fp32 weights changed and before the library
-        copies them to low precision and spreads them.
+    optimizers: the innermost optimizers; their post-step hooks fire after the fp32 weights changed and before the
+        library copies them to low precision and spreads them.
     comm: the ranks among which the pieces of one parameter are spread.
     shards: this rank's piece of every parameter, trainable or not, in an order that is the same on all ranks.
     publish: makes a change of the fp32 pieces outside an optimizer step known to working copies and other ranks.
     skips_overflow: whether a step whose gradients are not finite is left out, as loss scaling does.
     backward, step: one micro-batch's backward pass; the update, if this micro-batch completes one.
+    micro_batches: how many micro-batches an update has.
     save, load: the library's own checkpoint of weights and optimizer, in a folder that exists on every rank.
     reshards: whether `load` reads what another number of ranks saved.
     counters: what the library counts besides, as plain numbers; `recount`: sets them, from those of any backend, after
@@ -42,7 +44,7 @@ class Backend:
     name: str
     forward: nn.Module
     module: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizers: Optimizers
     comm: Comm
     shards: Callable[[], list[Shard]]
     publish: Callable[[], None]
@@ -50,6 +52,7 @@ class Backend:
     step: Callable[[], None]
     save: Callable[[Path], None]
     load: Callable[[Path], None]
+    micro_batches: int = 1
     skips_overflow: bool = False
     reshards: bool = False
     counters: Callable[[], dict[str, float]] = dict
@@ -60,11 +63,21 @@ class Backend:
 class Training:
     """What a plain loop would do around the optimizer and a backend without an engine of its own must do itself."""
 
-    optimizer: torch.optim.Optimizer | None = None
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None
     lr_scheduler: Any = None
     gradient_accumulation_steps: int = 1
     gradient_clipping: float = 0.0
     grad_scaler: Any = None
+    optimizer_state: Mapping[str, Meaning] | None = None
+
+    def optimizers(self) -> Optimizers:
+        """The user's optimizers; ValueError if one cannot be used."""
+        return of_user(self.optimizer, self.optimizer_state)
+
+    def schedulers(self) -> list[Any]:
+        """The user's learning-rate schedulers; empty if there are none."""
+        given = self.lr_scheduler
+        return list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
 
 
 def detect(model: nn.Module, training: Training) -> Backend:

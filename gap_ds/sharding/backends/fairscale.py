@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from gap_ds.method.plan import clean_name
 from gap_ds.sharding.backends import Backend, Training, uncompiled
-from gap_ds.sharding.backends.fsdp import check_optimizer
-from gap_ds.sharding.backends.plain import Loop, NoSync, require_optimizer
+from gap_ds.sharding.backends.plain import Loop, NoSync
 from gap_ds.sharding.comm import Comm
+from gap_ds.sharding.optimizers import Optimizers
 from gap_ds.sharding.shard import Shard
 
 
@@ -77,7 +77,7 @@ def _oss(model: Any, training: Training) -> Backend:
             f"optimizer={type(oss).__name__}: with ShardedDataParallel it must be the one OSS that the model was "
             "wrapped with. Pass that OSS; several of them are not supported."
         )
-    inner: torch.optim.Optimizer = oss.optim
+    inner = Optimizers([oss.optim], meanings=training.optimizer_state)
     comm = Comm(oss.group)
 
     def shards() -> list[Shard]:
@@ -88,11 +88,12 @@ def _oss(model: Any, training: Training) -> Backend:
         spread()
 
     def spread(*_: object) -> None:
-        OSS._sync_param_groups(inner.param_groups, oss.param_groups)
+        OSS._sync_param_groups(inner.groups(), oss.param_groups)
         oss._broadcast_params()
 
     loop = Loop(
         training,
+        Optimizers([oss]),
         sync=NoSync(model),
         clip=oss.clip_grad_norm,
         # Gradients are views of the wrapper's buckets: the optimizer's own zero_grad would cut the tie.
@@ -102,7 +103,8 @@ def _oss(model: Any, training: Training) -> Backend:
         name="oss",
         forward=model,
         module=model.module,
-        optimizer=inner,
+        optimizers=inner,
+        micro_batches=training.gradient_accumulation_steps,
         comm=comm,
         shards=shards,
         publish=oss._broadcast_params,
@@ -126,7 +128,7 @@ def _owned(name: str, parameter: nn.Parameter, oss: Any) -> Shard:
 
 
 def _fsdp(root: Any, training: Training) -> Backend:
-    optimizer = require_optimizer(training)
+    optimizers = training.optimizers()
     units = [module for module in root.modules() if _fully_sharded(module)]
     comm = _comm(units)
 
@@ -143,23 +145,24 @@ def _fsdp(root: Any, training: Training) -> Backend:
 
     def load(folder: Path) -> None:
         use_shards()
-        _load(folder, root, shards(), optimizer, comm)
+        _load(folder, root, shards(), optimizers, comm)
 
-    check_optimizer(shards(), optimizer)
     # A parameter of the root without a gradient in this step is left whole: neither optimizer nor masks may see it so.
-    optimizer.register_step_pre_hook(use_shards)
-    loop = Loop(training, sync=NoSync(root), clip=root.clip_grad_norm_)
+    for optimizer in optimizers:
+        optimizer.register_step_pre_hook(use_shards)
+    loop = Loop(training, optimizers, sync=NoSync(root), clip=root.clip_grad_norm_)
     return Backend(
         name="fairscale_fsdp",
         forward=root,
         module=root.module.module,
-        optimizer=optimizer,
+        optimizers=optimizers,
+        micro_batches=training.gradient_accumulation_steps,
         comm=comm,
         shards=shards,
         publish=use_shards,
         backward=loop.backward,
         step=loop.step,
-        save=lambda folder: _save(folder, root, shards(), optimizer, comm),
+        save=lambda folder: _save(folder, root, shards(), optimizers, comm),
         load=load,
         skips_overflow=training.grad_scaler is not None,
     )
@@ -223,19 +226,19 @@ def _file(folder: Path, comm: Comm) -> Path:
     return folder / "state" / f"rank_{comm.rank}_of_{comm.size}.pt"
 
 
-def _save(folder: Path, model: nn.Module, shards: list[Shard], optimizer: torch.optim.Optimizer, comm: Comm) -> None:
+def _save(folder: Path, model: nn.Module, shards: list[Shard], optimizers: Optimizers, comm: Comm) -> None:
     """This rank's pieces, buffers and optimizer state; tensors and plain values only."""
     path = _file(folder, comm)
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {
         "weights": {shard.name: shard.weight().clone() for shard in shards},
         "buffers": {clean_name(name): buffer for name, buffer in model.named_buffers()},
-        "optimizer": optimizer.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
     }
     torch.save(state, path)
 
 
-def _load(folder: Path, model: nn.Module, shards: list[Shard], optimizer: torch.optim.Optimizer, comm: Comm) -> None:
+def _load(folder: Path, model: nn.Module, shards: list[Shard], optimizers: Optimizers, comm: Comm) -> None:
     """Reads what `_save` wrote.
 
     Raises:
@@ -255,4 +258,5 @@ def _load(folder: Path, model: nn.Module, shards: list[Shard], optimizer: torch.
                 shard.weight().copy_(state["weights"][shard.name])
         for name, buffer in model.named_buffers():
             buffer.copy_(state["buffers"][clean_name(name)])
-    optimizer.load_state_dict(state["optimizer"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)

@@ -9,11 +9,10 @@ Where every group of ranks holds the same pieces (hybrid sharding), each group d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
@@ -22,7 +21,7 @@ from torch.distributed.tensor.placement_types import Shard as ShardPlacement
 
 from gap_ds.method.plan import clean_name
 from gap_ds.sharding.backends import Backend, Training, uncompiled
-from gap_ds.sharding.backends.plain import Loop, NoSync, load_state, require_optimizer, save_state
+from gap_ds.sharding.backends.plain import Loop, NoSync, load_state, require_world, save_state
 from gap_ds.sharding.comm import Comm
 from gap_ds.sharding.shard import Shard
 
@@ -50,22 +49,22 @@ def build(model: nn.Module, training: Training) -> Backend:
 
 
 def _backend(name: str, model: nn.Module, root: nn.Module, training: Training, loop: Loop, **rest: Any) -> Backend:
-    optimizer = require_optimizer(training)
     publish: Callable[[], None] = rest["publish"]
-    check_optimizer(rest["shards"](), optimizer)
+    optimizers = loop.optimizers
 
     def save(folder: Path) -> None:
         publish()  # whole parameters that a forward pass has left are not those of the optimizer
-        save_state(root, optimizer, folder)
+        save_state(root, optimizers, folder)
 
     def load(folder: Path) -> None:
         publish()
-        load_state(root, optimizer, folder)
+        load_state(root, optimizers, folder)
 
     return Backend(
         name=name,
         forward=model,
-        optimizer=optimizer,
+        optimizers=optimizers,
+        micro_batches=training.gradient_accumulation_steps,
         backward=loop.backward,
         step=loop.step,
         save=save,
@@ -74,23 +73,6 @@ def _backend(name: str, model: nn.Module, root: nn.Module, training: Training, l
         reshards=True,
         **rest,
     )
-
-
-def check_optimizer(shards: Iterable[Shard], optimizer: torch.optim.Optimizer) -> None:
-    """Refuses an optimizer over other tensors than the wrapped model's, where neither training nor masks would work.
-
-    Raises:
-        ValueError: the optimizer lacks a trained parameter and holds a tensor that is none.
-    """
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    owners = {id(shard.owner()): shard for shard in shards}
-    missing = [shard.name for owner, shard in owners.items() if shard.trainable and owner not in held]
-    if missing and not held <= owners.keys():
-        raise ValueError(
-            f"optimizer={type(optimizer).__name__}: holds tensors that are no parameters of the wrapped model, and "
-            f"{len(missing)} that are, for example {missing[0]}, are missing. Build the optimizer from the wrapped "
-            "model's parameters(), after the model is wrapped and before its first forward pass."
-        )
 
 
 def _unsharded(name: str, parameter: Tensor) -> Shard:
@@ -112,7 +94,7 @@ def _unsharded(name: str, parameter: Tensor) -> Shard:
 
 def _fsdp2(model: nn.Module, root: FSDPModule, training: Training) -> Backend:
     assert isinstance(root, nn.Module)
-    require_optimizer(training)
+    optimizers = training.optimizers()
 
     def reshard() -> None:
         """Registers the sharded parameters again where a forward pass has left whole ones, stale from now on."""
@@ -125,7 +107,7 @@ def _fsdp2(model: nn.Module, root: FSDPModule, training: Training) -> Backend:
         return [_rows(clean_name(name), parameter) for name, parameter in root.named_parameters()]
 
     reshard()
-    loop = Loop(training, sync=root.set_requires_gradient_sync)
+    loop = Loop(training, optimizers, sync=root.set_requires_gradient_sync)
     return _backend(
         "fsdp2",
         model,
@@ -188,6 +170,10 @@ def _mesh_comm(parameters: dict[str, nn.Parameter]) -> Comm:
         ValueError: not all are spread over the same ranks.
     """
     groups: dict[tuple[int, ...], tuple[str, dist.ProcessGroup]] = {}
+    for parameter in parameters.values():
+        if isinstance(parameter, DTensor):
+            require_world(parameter.device_mesh.size())
+            break
     for name, parameter in parameters.items():
         if isinstance(parameter, DTensor) and (dim := _sharded_dim(clean_name(name), parameter)) is not None:
             group = parameter.device_mesh.get_group(dim)
@@ -210,7 +196,7 @@ def _one_comm(groups: dict[tuple[int, ...], tuple[str, dist.ProcessGroup]]) -> C
 
 def _fsdp1(model: nn.Module, root: FullyShardedDataParallel, training: Training) -> Backend:
     _refuse_fsdp1(model, root)
-    require_optimizer(training)
+    optimizers = training.optimizers()
 
     def reshard() -> None:
         """Frees the whole parameters that the root keeps after a forward pass without a backward pass."""
@@ -222,7 +208,7 @@ def _fsdp1(model: nn.Module, root: FullyShardedDataParallel, training: Training)
         return list(_flat_pieces(root))
 
     reshard()
-    loop = Loop(training, sync=NoSync(root), clip=root.clip_grad_norm_)
+    loop = Loop(training, optimizers, sync=NoSync(root), clip=root.clip_grad_norm_)
     return _backend(
         "fsdp1",
         model,

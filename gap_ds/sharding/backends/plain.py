@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.state_dict import (
-    get_optimizer_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 from torch.distributed.tensor import DTensor
@@ -24,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gap_ds.method.plan import clean_name
 from gap_ds.sharding.backends import Backend, Training, uncompiled
 from gap_ds.sharding.comm import Comm, summarize_error
+from gap_ds.sharding.optimizers import Optimizers
 from gap_ds.sharding.shard import Shard
 
 
@@ -41,49 +40,47 @@ def build(model: nn.Module, training: Training) -> Backend:
     wrapper = uncompiled(model)
     ddp = isinstance(wrapper, DistributedDataParallel)
     module = uncompiled(wrapper.module) if isinstance(wrapper, DistributedDataParallel) else wrapper
-    optimizer = require_optimizer(training)
+    if isinstance(wrapper, DistributedDataParallel):
+        require_world(dist.get_world_size(wrapper.process_group))
+    optimizers = training.optimizers()
     for name, parameter in module.named_parameters():
         if isinstance(parameter, DTensor):
             raise ValueError(
                 f"{clean_name(name)}: is sharded ({parameter.placements}), but the model is not wrapped by "
                 "fully_shard: tensor parallelism alone is not supported. Shard the model by fully_shard."
             )
-    loop = Loop(training, sync=NoSync(wrapper) if isinstance(wrapper, DistributedDataParallel) else None)
+    sync = NoSync(wrapper) if isinstance(wrapper, DistributedDataParallel) else None
+    loop = Loop(training, optimizers, sync=sync)
     return Backend(
         name="ddp" if ddp else "plain",
         forward=model,
         module=module,
-        optimizer=optimizer,
+        optimizers=optimizers,
         comm=Comm(single=True),
         shards=lambda: whole_shards(module),
         publish=lambda: None,
         backward=loop.backward,
         step=loop.step,
-        save=lambda folder: save_state(module, optimizer, folder),
-        load=lambda folder: load_state(module, optimizer, folder),
+        micro_batches=training.gradient_accumulation_steps,
+        save=lambda folder: save_state(module, optimizers, folder),
+        load=lambda folder: load_state(module, optimizers, folder),
         skips_overflow=training.grad_scaler is not None,
         reshards=True,
     )
 
 
-def require_optimizer(training: Training) -> torch.optim.Optimizer:
-    """The optimizer of a user's own loop.
+def require_world(ranks: int) -> None:
+    """Checks that a model is trained by all ranks of the job.
 
     Raises:
-        ValueError: there is none, or it only wraps the one that updates the weights.
+        ValueError: it is trained by fewer, as an expert or a stage of a pipeline is.
     """
-    if not isinstance(training.optimizer, torch.optim.Optimizer):
+    if ranks != dist.get_world_size():
         raise ValueError(
-            f"optimizer={training.optimizer!r}: must be the torch.optim.Optimizer of the model's parameters, unless "
-            "the model is a DeepSpeed engine, which brings its own."
+            f"the model is wrapped for {ranks} of the job's {dist.get_world_size()} ranks: all ranks must train the "
+            "same model. Wrap it for all of them; models of groups of ranks (stages of a pipeline, experts, two models "
+            "at once) are not supported."
         )
-    if isinstance(getattr(training.optimizer, "optim", None), torch.optim.Optimizer):
-        raise ValueError(
-            f"optimizer={type(training.optimizer).__name__}: shards the optimizer of an unsharded model, so that its "
-            "state would be out of reach. Wrap the model by fairscale's ShardedDataParallel (with OSS), or by "
-            "fully_shard and use a plain torch optimizer."
-        )
-    return training.optimizer
 
 
 def whole_shards(module: nn.Module) -> list[Shard]:
@@ -129,15 +126,15 @@ class Loop:
     def __init__(
         self,
         training: Training,
+        optimizers: Optimizers,
         *,
         sync: Callable[[bool], None] | None = None,
         clip: Callable[[float], Any] | None = None,
         clear: Callable[[], None] | None = None,
     ) -> None:
-        assert training.optimizer is not None
-        self.training, self.optimizer = training, training.optimizer
+        self.training, self.optimizers, self.schedulers = training, optimizers, training.schedulers()
         self.sync, self.clip = sync, clip or self._clip_whole
-        self.clear = clear or self.optimizer.zero_grad
+        self.clear = clear or self._clear
         self.micro_step = 0
         self._announce()
 
@@ -146,8 +143,12 @@ class Loop:
             self.sync((self.micro_step + 1) % self.training.gradient_accumulation_steps == 0)
 
     def _clip_whole(self, norm: float) -> None:
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        parameters = [p for group in self.optimizers.groups() for p in group["params"]]
         torch.nn.utils.clip_grad_norm_(parameters, norm)
+
+    def _clear(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
 
     def backward(self, loss: Tensor) -> None:
         loss = loss / self.training.gradient_accumulation_steps
@@ -163,66 +164,93 @@ class Loop:
         training, scaler = self.training, self.training.grad_scaler
         before = scaler.get_scale() if scaler else None
         if training.gradient_clipping > 0:
-            if scaler:
-                scaler.unscale_(self.optimizer)
+            for optimizer in self.optimizers if scaler else ():
+                scaler.unscale_(optimizer)
             self.clip(training.gradient_clipping)
+        for optimizer in self.optimizers:
+            scaler.step(optimizer) if scaler else optimizer.step()
         if scaler:
-            scaler.step(self.optimizer)
             scaler.update()
-        else:
-            self.optimizer.step()
-        skipped = scaler is not None and scaler.get_scale() < before
-        if training.lr_scheduler is not None and not skipped:
-            training.lr_scheduler.step()
+        if scaler is None or scaler.get_scale() >= before:  # else the update was left out
+            for scheduler in self.schedulers:
+                scheduler.step()
         self.clear()
 
 
-def save_state(module: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+def save_state(module: nn.Module, optimizers: Optimizers, folder: Path) -> None:
     """Weights and optimizer state by torch.distributed.checkpoint, which also reshards them."""
-    initialise_state(module, optimizer)
-    model_state, optimizer_state = get_state_dict(module, optimizer)
-    alone = not torch.distributed.is_initialized()
-    state = {"model": model_state, "optimizer": optimizer_state}
-    try:
-        save_distributed(state, checkpoint_id=folder / "state", no_dist=alone)
-    except CheckpointException as error:
-        raise _first_failure(folder / "state", error) from error
+    with optimizers.aside():
+        stepped = optimizers.stepped
+        model, optimizer = get_state_dict(module, list(optimizers))
+        state = {"model": model, "optimizer": optimizer, "stepped": stepped}
+        try:
+            save_distributed(state, checkpoint_id=folder / "state", no_dist=not dist.is_initialized())
+        except CheckpointException as error:
+            raise _first_failure(folder / "state", error) from error
 
 
-def load_state(module: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Reads what `save_state` wrote, into the same module and optimizer. ValueError if it cannot be read."""
-    initialise_state(module, optimizer)
-    forget_state(optimizer)  # a parameter that had no state when it was saved has none in the file
-    model_state, optimizer_state = get_state_dict(module, optimizer)
-    model: dict[str, Any] = {"model": model_state}
-    state: dict[str, Any] = {"optimizer": optimizer_state}
-    path, alone = folder / "state", not torch.distributed.is_initialized()
-    try:
-        load_distributed(model, checkpoint_id=path, no_dist=alone)
-        load_distributed(state, checkpoint_id=path, no_dist=alone, planner=DefaultLoadPlanner(allow_partial_load=True))
-    except CheckpointException as error:
-        raise _first_failure(path, error) from error
-    set_state_dict(module, optimizer, model_state_dict=model["model"], optim_state_dict=state["optimizer"])
+def load_state(module: nn.Module, optimizers: Optimizers, folder: Path) -> None:
+    """Reads what `save_state` wrote into the same module and optimizers. State that was not saved is cleared.
+
+    Raises:
+        ValueError: it cannot be read, or another optimizer's state was saved; nothing was changed.
+    """
+    path, alone = folder / "state", not dist.is_initialized()
+    with optimizers.aside() as aside:  # torch makes the state that is filled by a step, which must not count
+        for optimizer in optimizers:
+            optimizer.state.clear()
+        model_state, optimizer_state = get_state_dict(module, list(optimizers))
+        by_name = cast(dict[str, dict[str, Any]], optimizer_state["state"])
+        made = {name: set(state) for name, state in by_name.items()}
+        state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
+        facts: dict[str, Any] = {"stepped": True}
+        partly = DefaultLoadPlanner(allow_partial_load=True)  # settings of a group, and parameters without a gradient
+        try:
+            load_distributed(facts, checkpoint_id=path, no_dist=alone)
+            saved = _saved_state(path, made)
+            _check_state(path, saved, made, facts["stepped"], optimizers.names)
+            load_distributed({"model": model_state}, checkpoint_id=path, no_dist=alone)
+            load_distributed(state, checkpoint_id=path, no_dist=alone, planner=partly)
+        except CheckpointException as error:
+            raise _first_failure(path, error) from error
+        set_state_dict(module, list(optimizers), model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        for name, parameter in module.named_parameters():
+            if clean_name(name) in made.keys() - saved.keys():
+                optimizers.holder(parameter).state.pop(parameter, None)
+        optimizers.used = facts["stepped"]
+        if not optimizers.used:
+            optimizers.reset()
+        aside.keep()
+
+
+def _saved_state(path: Path, known: Iterable[str]) -> dict[str, set[str]]:
+    """The names of the optimizer state that a checkpoint holds of each parameter, without reading any of it."""
+    saved: dict[str, set[str]] = {}
+    for key in FileSystemReader(path).read_metadata().state_dict_metadata:
+        if key.startswith("optimizer.state."):
+            rest = key.removeprefix("optimizer.state.")
+            name = next((name for name in known if rest.startswith(f"{name}.")), rest.rpartition(".")[0])
+            saved.setdefault(name, set()).add(rest.removeprefix(f"{name}.").partition(".")[0])
+    return saved
+
+
+def _check_state(
+    path: Path, saved: Mapping[str, set[str]], made: Mapping[str, set[str]], stepped: bool, optimizer: str
+) -> None:
+    """Checks that saved optimizer state is of the kind that the optimizer makes; ValueError if it is not."""
+    for name, kinds in saved.items():
+        if kinds != made.get(name, set()):
+            raise ValueError(
+                f"{path}: holds the optimizer state {', '.join(sorted(kinds))} of {name}, and {optimizer} has "
+                f"{', '.join(sorted(made.get(name, set()))) or 'none'}. Resume with the optimizer it was saved with."
+            )
+    if stepped and made and not saved:
+        raise ValueError(
+            f"{path}: was saved by an optimizer without state, and {optimizer} has "
+            f"{', '.join(sorted(next(iter(made.values()))))}. Resume with the optimizer it was saved with."
+        )
 
 
 def _first_failure(path: Path, error: CheckpointException) -> ValueError:
     """What went wrong on the first of the ranks; it is raised on all, and no Exception, so nobody would expect it."""
     return ValueError(f"{path}: {summarize_error(next(iter(error.failures.values()))[0])}")
-
-
-def initialise_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Gives an optimizer that has not stepped yet the state that it has just before its first step.
-
-    torch.distributed.checkpoint gives it one by a step with zero gradients and learning rate, which it counts.
-    """
-    if not optimizer.state:
-        get_optimizer_state_dict(module, optimizer)
-        forget_state(optimizer)
-
-
-def forget_state(optimizer: torch.optim.Optimizer) -> None:
-    """Sets all optimizer state, step counts included, to what it is before the first step."""
-    for state in optimizer.state.values():
-        for value in state.values():
-            if isinstance(value, Tensor):
-                value.zero_()

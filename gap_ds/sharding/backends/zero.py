@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from gap_ds.method.plan import clean_name
 from gap_ds.sharding.backends import Backend, Training
 from gap_ds.sharding.comm import Comm
+from gap_ds.sharding.optimizers import Optimizers
 from gap_ds.sharding.shard import Shard
 
 
@@ -67,13 +68,16 @@ def build(engine: Any, training: Training) -> Backend:
     stage: int = engine.zero_optimization_stage()
     layout, comm, publish = _layout(engine, stage)
     module: nn.Module = engine.module
+    # What is frozen later keeps its fragment and its place in the optimizer's buffers.
+    trained = {p for p in module.parameters() if p.requires_grad}
     return Backend(
         name=f"zero{stage}",
         forward=engine,
         module=module,
-        optimizer=_innermost(engine.optimizer),
+        optimizers=_optimizers(engine, stage, training),
+        micro_batches=engine.gradient_accumulation_steps(),
         comm=comm,
-        shards=lambda: [_shard(name, p, layout) for name, p in module.named_parameters()],
+        shards=lambda: [_shard(name, p, layout, p in trained) for name, p in module.named_parameters()],
         publish=publish,
         backward=engine.backward,
         step=engine.step,
@@ -104,6 +108,13 @@ def _refuse(engine: Any, training: Training) -> None:
         offload = getattr(zero, part)
         if offload is not None and str(getattr(offload.device, "value", offload.device)) == "nvme":
             _refuse_nvme(part)
+        if getattr(offload, "ratio", 1.0) != 1.0:
+            _refuse_value(
+                f"zero_optimization.{part}.ratio",
+                offload.ratio,
+                "a part of the weights is then updated by a second optimizer that DeepSpeed keeps to itself",
+                "Set it to 1.0.",
+            )
         if getattr(offload, "super_offload", False):
             _refuse_value(
                 f"zero_optimization.{part}.super_offload",
@@ -158,22 +169,58 @@ def _refuse_value(setting: str, value: object, reason: str, change: str) -> NoRe
     raise ValueError(f"DeepSpeed config: {setting}={value!r} is not supported: {reason}. {change}")
 
 
+def _optimizers(engine: Any, stage: int, training: Training) -> Optimizers:
+    """The innermost optimizer. Stage 3 lists its tensors only while it steps a sub-group."""
+    flat = (lambda: {id(p) for p in engine.optimizer.fp32_partitioned_groups_flat}) if stage == 3 else None
+    return Optimizers(
+        [_innermost(engine.optimizer)],
+        held=flat,
+        stepped=lambda: engine.global_steps > 0,
+        meanings=training.optimizer_state,
+    )
+
+
 def _innermost(optimizer: Any) -> torch.optim.Optimizer:
     while not isinstance(optimizer, torch.optim.Optimizer):
         optimizer = optimizer.optimizer
     return optimizer
 
 
-#: (start, numel, offset, owner) of this rank's piece of a parameter
+#: (start, numel, offset, owner) of this rank's piece of a parameter that is trained
 _Place = tuple[int, int, int, Callable[[], Tensor]]
+_Layout = Callable[[nn.Parameter], _Place]
 
 
-def _shard(name: str, parameter: nn.Parameter, layout: Callable[[nn.Parameter], _Place]) -> Shard:
-    shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-    return Shard(clean_name(name), shape, *layout(parameter), trainable=parameter.requires_grad)
+def _shard(name: str, parameter: Any, layout: _Layout, trained: bool) -> Shard:
+    name, shape = clean_name(name), tuple(getattr(parameter, "ds_shape", parameter.shape))
+    if not trained:
+        return Shard(name, shape, *_untrained_place(parameter), trainable=False)
+    try:
+        start, numel, offset, owner = layout(parameter)
+    except (AttributeError, KeyError):
+        raise ValueError(
+            f"{name}: is not among the parameters of the DeepSpeed engine's optimizer, though it requires a gradient. "
+            "Build the optimizer over it, or freeze it (requires_grad_(False)) before deepspeed.initialize."
+        ) from None
+
+    def copies() -> tuple[Tensor, ...]:
+        """The piece of what the forward pass reads, where that is another tensor."""
+        held = getattr(parameter, "ds_tensor", parameter).detach().view(-1)
+        first = 0 if hasattr(parameter, "ds_tensor") else start
+        return () if not numel or owner() is parameter else (held[first : first + numel],)
+
+    return Shard(name, shape, start, numel, offset, owner, copies=copies)
 
 
-def _layout(engine: Any, stage: int) -> tuple[Callable[[nn.Parameter], _Place], Comm, Callable[[], None]]:
+def _untrained_place(parameter: Any) -> _Place:
+    if not hasattr(parameter, "ds_tensor"):
+        return _whole_place(parameter)
+    n = parameter.ds_tensor.ds_numel
+    start = min(torch.distributed.get_rank(getattr(parameter, "ds_process_group", None)) * n, parameter.ds_numel)
+    return start, min(n, parameter.ds_numel - start), 0, lambda: parameter.ds_tensor
+
+
+def _layout(engine: Any, stage: int) -> tuple[_Layout, Comm, Callable[[], None]]:
     """Where pieces lie, who shares them, and how changes are made known, for the optimizer that DeepSpeed built."""
     optimizer = engine.optimizer
     if stage == 3:
@@ -189,14 +236,12 @@ def _whole_place(parameter: nn.Parameter) -> _Place:
     return 0, parameter.numel(), 0, lambda: parameter
 
 
-def _fragment_place(optimizer: Any) -> Callable[[nn.Parameter], _Place]:
+def _fragment_place(optimizer: Any) -> _Layout:
     """Stages 1 and 2: a fragment of the parameter in its group's flat fp32 partition."""
     name = "single_partition_of_fp32_groups"  # of the ZeRO optimizer; BF16_Optimizer has another word for it
     name = name if hasattr(optimizer, name) else "fp32_groups_flat_partition"
 
     def place(parameter: Any) -> _Place:
-        if not parameter.requires_grad:
-            return _whole_place(parameter)
         mapping = parameter._hp_mapping
         if mapping is None:
             return 0, 0, 0, lambda: parameter
@@ -206,17 +251,14 @@ def _fragment_place(optimizer: Any) -> Callable[[nn.Parameter], _Place]:
     return place
 
 
-def _stage3_place(optimizer: Any) -> Callable[[nn.Parameter], _Place]:
+def _stage3_place(optimizer: Any) -> _Layout:
     """Stage 3: rank r owns elements [r * n, (r + 1) * n) of each parameter; the end of the last piece is padding."""
 
     def place(parameter: Any) -> _Place:
-        if not parameter.requires_grad:
-            n, offset, owner = parameter.ds_tensor.ds_numel, 0, lambda: parameter.ds_tensor
-        else:
-            group, offset, n = optimizer.grad_position[optimizer.get_param_id(parameter)]
-            owner = lambda: optimizer.fp32_partitioned_groups_flat[group]  # noqa: E731
+        group, offset, n = optimizer.grad_position[optimizer.get_param_id(parameter)]
         start = min(torch.distributed.get_rank(optimizer.dp_process_group) * n, parameter.ds_numel)
-        return start, min(n, parameter.ds_numel - start), offset, owner
+        numel = min(n, parameter.ds_numel - start)
+        return start, numel, offset, lambda: optimizer.fp32_partitioned_groups_flat[group]
 
     return place
 
@@ -226,11 +268,13 @@ def _publish_stage3(optimizer: Any) -> None:
     optimizer._partition_all_parameters()
     for group in range(len(optimizer.fp16_groups)):
         optimizer._reassign_or_swap_out_partitioned_parameters(group)
+    if optimizer.zero_hpz_partition_size > 1:
+        optimizer.invalidate_secondary_tensor()  # else the next forward pass gathers the weights from before
     if optimizer.persistent_parameters:
         optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
 
-def _copied_place(optimizer: Any) -> Callable[[nn.Parameter], _Place]:
+def _copied_place(optimizer: Any) -> _Layout:
     """Stage 0 in 16 bits: whole fp32 copies, in one flat tensor per group or one tensor per parameter."""
     flat = hasattr(optimizer, "fp32_groups_flat")
     places: dict[int, _Place] = {}
@@ -239,7 +283,7 @@ def _copied_place(optimizer: Any) -> Callable[[nn.Parameter], _Place]:
         for i, parameter in enumerate(group):
             places[id(parameter)] = (0, parameter.numel(), offset if flat else 0, partial(_copy, optimizer, g, i))
             offset += parameter.numel()
-    return lambda parameter: places.get(id(parameter)) or _whole_place(parameter)
+    return lambda parameter: places[id(parameter)]
 
 
 def _copy(optimizer: Any, group: int, index: int) -> Tensor:

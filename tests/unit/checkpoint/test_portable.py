@@ -454,7 +454,7 @@ class Portable:
         for step in (1, 2):
             for parameter in backend.module.parameters():
                 parameter.grad = torch.full_like(parameter, step)
-            backend.optimizer.step()
+            backend.optimizers[0].step()
         portable.write(folder, backend, buffers, ALONE)
         self.content = self.path.read_bytes()
 
@@ -471,7 +471,7 @@ class Portable:
             portable.read(self.folder, backend, buffers, ALONE)
         except ValueError:
             assert all(torch.equal(p, before[name]) for name, p in backend.module.named_parameters())
-            assert not backend.optimizer.state
+            assert not backend.optimizers[0].state
             return False
         return True
 

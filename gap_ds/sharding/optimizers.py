@@ -1,0 +1,358 @@
+"""The optimizers of a run: which tensors they update, and what their state means.
+
+What a state tensor means cannot be seen from its shape: a preconditioner may be as large as the weight, and zero is not
+every state's first value. So the meaning comes from a table, by the optimizer's class and its name for the tensor:
+
+    moment     one value per weight, such as Adam's exp_avg; a regrown weight starts with the moment's first value
+    sequence   other values of the weights themselves, such as schedule-free's z; pruned like the weights
+    other      anything else; left alone
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from gap_ds.sharding.shard import Shard, local
+
+#: A moment's first value, or how it follows from the settings of its parameter group.
+First: TypeAlias = float | Callable[[Mapping[str, Any]], float]
+Meaning: TypeAlias = Literal["moment", "sequence", "other"]
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """What an optimizer's state means: first values of its moments, names of its sequences and of the rest."""
+
+    moments: Mapping[str, First] = field(default_factory=dict)
+    sequences: tuple[str, ...] = ()
+    other: tuple[str, ...] = ()
+
+    def of(self, name: str) -> Meaning | None:
+        """The meaning of a state tensor; None if it is not known."""
+        if name in self.moments:
+            return "moment"
+        if name in self.sequences:
+            return "sequence"
+        return "other" if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.other) else None
+
+
+_ADAM = Kinds({"exp_avg": 0.0, "exp_avg_sq": 0.0, "max_exp_avg_sq": 0.0})
+_FREE = Kinds({"exp_avg_sq": 0.0, "max_exp_avg_sq": 0.0}, sequences=("z",))
+#: Shampoo and SOAP keep statistics of rows and columns; SOAP's second moment is in their eigenbasis, not per weight.
+_SHAMPOO = Kinds({"momentum_buffer": 0.0, "momentum": 0.0}, other=("pre_cond_*", "inv_pre_cond_*"))
+_SOAP = Kinds({"exp_avg": 0.0}, other=("exp_avg_sq", "GG", "Q"))
+
+#: By class name. Sources: torch/optim, deepspeed/ops, transformers, and the published code of each optimizer.
+KNOWN: Mapping[str, Kinds] = {
+    **dict.fromkeys(("Adam", "AdamW", "NAdam", "RAdam", "FusedAdam", "DeepSpeedCPUAdam", "FusedLamb", "Lamb"), _ADAM),
+    "Adamax": Kinds({"exp_avg": 0.0, "exp_inf": 0.0}),
+    "Adadelta": Kinds({"square_avg": 0.0, "acc_delta": 0.0}),
+    "Adagrad": Kinds({"sum": lambda group: float(group.get("initial_accumulator_value", 0.0))}),
+    "DeepSpeedCPUAdagrad": Kinds({"exp_avg_sq": 0.0}),
+    "Adafactor": Kinds(
+        {"variance": 0.0, "exp_avg": 0.0, "exp_avg_sq": 0.0},
+        other=("row_var", "col_var", "exp_avg_sq_row", "exp_avg_sq_col"),
+    ),
+    "ASGD": Kinds(sequences=("ax",)),
+    "Rprop": Kinds({"prev": 0.0, "step_size": lambda group: float(group["lr"])}),
+    "RMSprop": Kinds({"square_avg": 0.0, "momentum_buffer": 0.0, "grad_avg": 0.0}),
+    **dict.fromkeys(("SGD", "Muon"), Kinds({"momentum_buffer": 0.0})),
+    "MuonWithAuxAdam": Kinds({"momentum_buffer": 0.0, "exp_avg": 0.0, "exp_avg_sq": 0.0}),
+    **dict.fromkeys(("Lion", "FusedLion", "DeepSpeedCPULion"), Kinds({"exp_avg": 0.0})),
+    **dict.fromkeys(("AdamWScheduleFree", "SGDScheduleFree", "RAdamScheduleFree"), _FREE),
+    **dict.fromkeys(("AdamWScheduleFreeClosure", "SGDScheduleFreeClosure", "RAdamScheduleFreeClosure"), _FREE),
+    **dict.fromkeys(("ScheduleFreeAdamW", "ScheduleFreeSGD", "ScheduleFreeRAdam"), _FREE),
+    "Shampoo": _SHAMPOO,
+    "SOAP": _SOAP,
+}
+#: Of a class that the table does not have: names that optimizers give to moments which start at zero.
+_USUAL = Kinds({"exp_avg": 0.0, "exp_avg_sq": 0.0, "max_exp_avg_sq": 0.0, "momentum_buffer": 0.0})
+#: Where optimizers count in a parameter group: steps, and schedule-free's sums of its averaging.
+_COUNTERS = ("step", "k", "weight_sum", "lr_max")
+
+
+class Optimizers(Sequence[torch.optim.Optimizer]):
+    """The innermost optimizers of a run, in the order given. An update is complete when each of them has stepped.
+
+    Args:
+        members: those whose `step` changes the weights.
+        held: ids of the tensors that they update, where their parameter groups do not list them between steps.
+        stepped: whether training has begun, where the state of the members does not tell.
+        meanings: by state name, for optimizers that the table does not know.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[torch.optim.Optimizer],
+        *,
+        held: Callable[[], set[int]] | None = None,
+        stepped: Callable[[], bool] | None = None,
+        meanings: Mapping[str, Meaning] | None = None,
+    ) -> None:
+        self._members = tuple(members)
+        self._held, self._stepped = held, stepped
+        given = dict(meanings or {})
+        if unknown := sorted({str(v) for v in given.values()} - {"moment", "sequence", "other"}):
+            raise ValueError(f"optimizer_state={unknown[0]!r}: must be moment, sequence or other.")
+        self._given = Kinds(
+            {name: 0.0 for name, meaning in given.items() if meaning == "moment"},
+            tuple(name for name, meaning in given.items() if meaning == "sequence"),
+            tuple(name for name, meaning in given.items() if meaning == "other"),
+        )
+        #: True while a step is none of the training's: hooks ignore it.
+        self.quiet = False
+        #: True once a step was seen, or state of a run that had stepped was loaded.
+        self.used = False
+        self._first_counters = [{k: group[k] for k in _COUNTERS if k in group} for group in self.groups()]
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._members[index]
+
+    def groups(self) -> list[dict[str, Any]]:
+        """The parameter groups of all members."""
+        return [group for optimizer in self for group in optimizer.param_groups]
+
+    def held(self) -> set[int]:
+        """The ids of all tensors that some member updates."""
+        if self._held is not None:
+            return self._held()
+        return {id(p) for group in self.groups() for p in group["params"]}
+
+    @property
+    def names(self) -> str:
+        """The class names of the members, for messages."""
+        return ", ".join(type(optimizer).__name__ for optimizer in self)
+
+    @property
+    def has_sequences(self) -> bool:
+        """True if a member keeps another sequence of the weights, which must be masked after each update, too."""
+        return any(self._kinds(optimizer).sequences for optimizer in self)
+
+    @property
+    def stepped(self) -> bool:
+        """True once an optimizer has updated weights, here or before its state was loaded."""
+        if self._stepped is not None:
+            return self._stepped()
+        return self.used or any(_has_stepped(state) for optimizer in self for state in optimizer.state.values())
+
+    def alike(self, names: Sequence[str], same_class: bool) -> bool:
+        """True if optimizers of other class names have state of the same meaning, in the same order.
+
+        Args:
+            same_class: the class names must be the same; else a library's own variant will do (AdamW, FusedAdam).
+        """
+        own = [type(optimizer).__name__ for optimizer in self]
+        pairs = list(zip(own, names, strict=False))
+        equal = all(a == b or (not same_class and KNOWN.get(a, a) is KNOWN.get(b, b)) for a, b in pairs)
+        return equal and len(own) == len(names)
+
+    # -- state of one tensor ---------------------------------------------------------------------------------------
+
+    def holder(self, owner: Tensor) -> torch.optim.Optimizer:
+        """The member that has state for a tensor, or else lists it, or else the first."""
+        for optimizer in self:
+            if optimizer.state.get(owner):
+                return optimizer
+        listed = (o for o in self for group in o.param_groups if any(p is owner for p in group["params"]))
+        found: torch.optim.Optimizer = next(listed, self[0])
+        return found
+
+    def state(self, owner: Tensor) -> dict[str, Any]:
+        """The state that the members have for a tensor; empty before its first step."""
+        for optimizer in self:
+            if found := optimizer.state.get(owner):
+                return dict(found)
+        return {}
+
+    def per_weight(self, shard: Shard) -> dict[str, Tensor]:
+        """This rank's piece (numel,) of all state with one value per weight, by name, as views."""
+        return {name: piece for name, piece, _ in self._per_weight(shard)}
+
+    def moments(self, shard: Shard) -> Iterator[tuple[str, Tensor, float]]:
+        """The name, this rank's piece (numel,) as a view, and the first value of each moment, sorted by name.
+
+        Libraries that load an optimizer's state put it back in any order, another one on every rank.
+        """
+        for name, piece, kinds in self._per_weight(shard):
+            if (first := kinds.moments.get(name)) is not None:
+                yield name, piece, first(self._group(shard.owner())) if callable(first) else first
+
+    def sequences(self, shard: Shard) -> Iterator[Tensor]:
+        """This rank's piece (numel,) of every other sequence of the weights; views."""
+        return (piece for name, piece, kinds in self._per_weight(shard) if name in kinds.sequences)
+
+    def _per_weight(self, shard: Shard) -> Iterator[tuple[str, Tensor, Kinds]]:
+        if shard.numel == 0:
+            return
+        owner = shard.owner()
+        kinds = self._kinds(self.holder(owner))
+        for name, value in sorted(self.state(owner).items()):
+            if _as_large(value, owner) and kinds.of(name) in ("moment", "sequence"):
+                yield name, shard.of(value), kinds
+
+    def _kinds(self, optimizer: torch.optim.Optimizer) -> Kinds:
+        """What the state of a member means: by the user's word, else by the first of its classes in the table."""
+        names = [cls.__name__ for cls in type(optimizer).__mro__]
+        table = next((KNOWN[name] for name in names if name in KNOWN), _USUAL)
+        return Kinds(
+            {**table.moments, **self._given.moments},
+            table.sequences + self._given.sequences,
+            table.other + self._given.other,
+        )
+
+    def _group(self, owner: Tensor) -> Mapping[str, Any]:
+        groups = self.holder(owner).param_groups
+        return next((group for group in groups if any(p is owner for p in group["params"])), groups[0])
+
+    def check_state(self, shard: Shard) -> None:
+        """Checks that the meaning of all state of a tensor is known; call it once there is state.
+
+        Raises:
+            ValueError: a state tensor that may be per weight is not in the table, or is quantized.
+        """
+        owner = shard.owner()
+        optimizer = self.holder(owner)
+        kinds = self._kinds(optimizer)
+        for name, value in self.state(owner).items():
+            parts = value if isinstance(value, list | tuple) else value.values() if isinstance(value, dict) else [value]
+            if kinds.of(name) == "other" or not any(_as_large(part, owner) for part in parts):
+                continue
+            where = f"optimizer={type(optimizer).__name__}: its state {name!r} of {shard.name}"
+            if not isinstance(value, Tensor) or not _plain(value):
+                raise ValueError(
+                    f"{where} is quantized or of a kind of its own ({_describe(value)}), where the value of one weight "
+                    "cannot be cleared. Use an optimizer with 16- or 32-bit state."
+                )
+            if kinds.of(name) is None:
+                raise ValueError(
+                    f"{where} is as large as the weights, and its meaning is not known. Pass optimizer_state="
+                    f'{{"{name}": "moment"}} if it has one value per weight that starts at 0, "sequence" if it is '
+                    'another sequence of the weights, or "other" if it is neither.'
+                )
+
+    # -- all state -------------------------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Makes all state, step counts included, what it is before the first step."""
+        for optimizer in self:
+            made = type(optimizer).__name__ == "Adagrad"  # the one of torch's that makes its state when it is built
+            for owner, state in list(optimizer.state.items()) if made else []:
+                state["step"] = torch.zeros_like(state["step"])
+                state["sum"].fill_(self._group(owner).get("initial_accumulator_value", 0.0))
+            if not made:
+                optimizer.state.clear()
+        for group, first in zip(self.groups(), self._first_counters, strict=False):
+            group.update(first)
+            if "step" in group:  # DeepSpeed's fused optimizers count here
+                group["step"] = 0
+
+    @contextmanager
+    def aside(self) -> Iterator[Aside]:
+        """Puts state, settings and gradients aside while torch makes first state by a step with learning rate 0.
+
+        Inside, there are no gradients, and no entry of the state is empty: either would keep torch from making any. At
+        the end everything is put back, but for state and settings if `keep` was called.
+        """
+        saved = Aside(
+            [{owner: dict(state) for owner, state in optimizer.state.items()} for optimizer in self],
+            [{k: v for k, v in group.items() if k != "params"} for group in self.groups()],
+        )
+        gradients = [(p, p.grad) for group in self.groups() for p in group["params"] if p.grad is not None]
+        for parameter, _ in gradients:
+            parameter.grad = None
+        for optimizer in self:
+            for owner in [owner for owner, state in optimizer.state.items() if not state]:
+                del optimizer.state[owner]
+        self.quiet = True
+        try:
+            yield saved
+        finally:
+            self.quiet = False
+            if not saved.kept:
+                for optimizer, state in zip(self, saved.states, strict=True):
+                    optimizer.state.clear()
+                    optimizer.state.update(state)
+                for group, settings in zip(self.groups(), saved.settings, strict=True):
+                    group.update(settings)
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+
+
+@dataclass
+class Aside:
+    """What `Optimizers.aside` has put aside."""
+
+    states: list[dict[Any, dict[str, Any]]]
+    settings: list[dict[str, Any]]
+    kept: bool = False
+
+    def keep(self) -> None:
+        """Goes on with the state and the settings that were made or loaded meanwhile."""
+        self.kept = True
+
+
+def of_user(given: Any, meanings: Mapping[str, Meaning] | None = None) -> Optimizers:
+    """The optimizers of a user's own loop: one, or a list of several.
+
+    Raises:
+        ValueError: one is none, runs no hooks, or only wraps the one that updates the weights.
+    """
+    members = list(given) if isinstance(given, list | tuple) else [given]
+    for optimizer in members:
+        name = type(optimizer).__name__
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise ValueError(
+                f"optimizer={optimizer!r}: must be the torch.optim.Optimizer of the model's parameters or a list of "
+                "them, unless the model is a DeepSpeed engine, which brings its own."
+            )
+        if isinstance(getattr(optimizer, "optim", None), torch.optim.Optimizer):
+            raise ValueError(
+                f"optimizer={name}: shards the optimizer of an unsharded model, so that its state would be out of "
+                "reach. Wrap the model by fairscale's ShardedDataParallel (with OSS), or by fully_shard and use a "
+                "plain torch optimizer."
+            )
+        if isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+            raise ValueError(
+                f"optimizer={name}: wraps another optimizer and may change the weights after its step, where masks "
+                f"would not hold. Pass the {type(inner).__name__} inside, and use it without the wrapper."
+            )
+        if not hasattr(optimizer, "_optimizer_step_post_hooks") or not getattr(type(optimizer).step, "hooked", False):
+            raise ValueError(
+                f"optimizer={name}: its step() runs no hooks, because its class does not call "
+                "torch.optim.Optimizer.__init__, so masks cannot be applied. Use an optimizer that does."
+            )
+    if len({id(optimizer) for optimizer in members}) < len(members) or not members:
+        raise ValueError("optimizer: the list is empty, or holds an optimizer twice. Pass each optimizer once.")
+    return Optimizers(members, meanings=meanings)
+
+
+def _has_stepped(state: Mapping[str, Any]) -> bool:
+    steps = state.get("step")
+    return bool(state) if steps is None else float(steps) > 0
+
+
+def _as_large(value: Any, owner: Tensor) -> bool:
+    """True if a state value has as many elements as the tensor it belongs to, or a part of it as large."""
+    if not isinstance(value, Tensor) or not value.dim():
+        return False
+    return local(value).numel() == local(owner).numel()
+
+
+def _plain(value: Tensor) -> bool:
+    """True for floating-point values, one for each weight; the dtype of a quantized tensor subclass lies."""
+    inner = local(value)
+    return type(inner) in (Tensor, torch.nn.Parameter) and inner.is_floating_point() and inner.element_size() > 1
+
+
+def _describe(value: Any) -> str:
+    return f"{type(value).__name__}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__

@@ -1,0 +1,53 @@
+"""Masks on a copy of the model, such as an averaged one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from gap_ds.masks import bitmask
+from gap_ds.method.plan import clean_name
+from gap_ds.sharding.shard import local
+from gap_ds.training.run import Run
+
+
+@torch.no_grad()
+def apply(run: Run, module: nn.Module) -> None:
+    """Zeroes the pruned weights of a copy, whose parameters are sharded as the model's, or whole on every rank.
+
+    The copy may be wrapped, as by torch.optim.swa_utils.AveragedModel: names are compared from their ends.
+
+    Raises:
+        ValueError: the copy lacks an entry, or has it in another shape.
+    """
+    found = _by_entry([entry.name for entry in run.plan.entries], module)
+    for entry in run.plan.entries:
+        bits, shard = run.mask_state.bits.get(entry.name), run.mask_state.shards[entry.name]
+        if bits is None:
+            continue
+        held = local(found[entry.name]).detach()
+        if held.numel() == entry.numel:
+            kept = bitmask.unpack(bits, shard.numel).to(torch.uint8)
+            whole = run.backend.comm.assemble_everywhere(kept, shard.start, entry.numel)
+            held.view(-1)[(whole == 0).to(held.device)] = 0
+        elif held.numel() == shard.numel:
+            bitmask.zero_pruned_(held.view(-1), bits.to(held.device))
+        else:
+            raise ValueError(
+                f"{entry.name}: the copy has {held.numel()} weights of it on this rank, and the model {shard.numel} of "
+                f"{entry.numel}. Make the copy of the wrapped model, or of the whole one."
+            )
+
+
+def _by_entry(names: list[str], module: nn.Module) -> dict[str, Tensor]:
+    """The parameters of a copy by the entries' names, without the prefix that a wrapper adds."""
+    parameters = {clean_name(name): parameter for name, parameter in module.named_parameters()}
+    if not names:
+        return {}
+    prefixes = [name.removesuffix(names[0]) for name in parameters if name == names[0] or name.endswith(f".{names[0]}")]
+    for prefix in sorted(prefixes, key=len):
+        if all(f"{prefix}{name}" in parameters for name in names):
+            return {name: parameters[f"{prefix}{name}"] for name in names}
+    raise ValueError(
+        f"{names[0]}: is no parameter of {type(module).__name__}. Pass a copy of the model that is trained."
+    )

@@ -1,0 +1,143 @@
+"""Masks inside every optimizer step, and when an update is complete: the one place where training meets the masks."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from gap_ds.sharding.comm import raise_on_all_ranks
+from gap_ds.sharding.shard import local
+from gap_ds.training.run import Run
+
+#: Calls of `complete` in a row in which weights changed without a step, after which it is no coincidence.
+_UNSEEN = 3
+#: Steps of one optimizer while another has not stepped, after which that one is no longer used.
+_ALONE = 32
+#: The optimizers that some engine has hooked.
+_HOOKED: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+
+
+class Updates:
+    """Hooks of all optimizers of a run. An update is complete when each of them has stepped.
+
+    Args:
+        wants_gradient: asked in every step whether its gradients are kept for the boundary after it.
+    Raises:
+        ValueError: another engine has hooked one of the optimizers.
+    """
+
+    def __init__(self, run: Run, wants_gradient: Callable[[], bool]) -> None:
+        self._run, self._wants_gradient = run, wants_gradient
+        #: Steps of each optimizer since the last complete update.
+        self._stepped: Counter[int] = Counter()
+        self._masked: set[str] = set()
+        #: False until the first update after masks came from elsewhere, such as when the engine was built.
+        self._checked = False
+        self._unseen, self._version = 0, self._read_version()
+        self._handles = []
+        for optimizer in run.backend.optimizers:
+            if optimizer in _HOOKED:
+                raise ValueError(
+                    f"optimizer={type(optimizer).__name__}: another GaPEngine masks its steps. Call close() on that "
+                    "engine first, or build another optimizer."
+                )
+        for optimizer in run.backend.optimizers:
+            _HOOKED.add(optimizer)
+            self._handles.append(optimizer.register_step_pre_hook(self._before))
+            self._handles.append(optimizer.register_step_post_hook(self._after))
+
+    def close(self) -> None:
+        """Takes the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        for optimizer in self._run.backend.optimizers:
+            _HOOKED.discard(optimizer)
+
+    def forget(self) -> None:
+        """Forgets steps that are not counted yet; the next update begins with the weights as they are now."""
+        self._stepped.clear()
+        self._masked.clear()
+        self._checked = False
+        self._unseen, self._version = 0, self._read_version()
+
+    def complete(self) -> bool:
+        """True if an update was applied since the last call. All ranks must call this after the same steps.
+
+        Raises:
+            ValueError: weights change in steps that the hooks do not see, or, at the first update, pruned weights were
+                not 0 before it or the optimizer's state has an unknown meaning.
+        """
+        if len(self._stepped) < len(self._run.backend.optimizers):
+            self._look_for_unseen_steps()
+            return False
+        masked, first = self._masked, not self._checked
+        self._stepped, self._masked, self._checked = Counter(), set(), True
+        self._unseen, self._version = 0, self._read_version()
+        if missing := self._run.mask_state.unmasked(masked):
+            self._run.doubt(
+                f"{missing[0]}: was not masked in an update ({len(missing)} entries were not). The optimizer no longer "
+                "holds its weights: its parameter groups were changed, or parameters were replaced."
+            )
+        if first:
+            raise_on_all_ranks(self._run.world, self._check_first)
+        return True
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled step calls the hook and does not trace it
+    def _before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                f"optimizer={type(optimizer).__name__}: its step is captured into a CUDA graph, whose replays run no "
+                "hooks, so masks would not be applied. Leave the optimizer step out of the graph."
+            )
+        if not self._checked and not self._stepped and not self._run.backend.optimizers.quiet:
+            self._run.doubt_weights("before the first update")
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _after(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Zeroes the pruned weights that the optimizer has just changed."""
+        if self._run.backend.optimizers.quiet:
+            return
+        self._masked |= self._run.mask_state.zero_pruned(optimizer)
+        # A fused optimizer is stepped by a gradient scaler on overflow, too, and leaves all weights as they are.
+        if (overflow := getattr(optimizer, "found_inf", None)) is not None and bool(overflow):
+            self._version = self._read_version()
+            return
+        self._stepped[id(optimizer)] += 1
+        self._run.backend.optimizers.used = True
+        if self._wants_gradient():
+            self._run.mask_state.copy_gradients(optimizer)
+
+    def _check_first(self) -> None:
+        self._run.raise_doubts()
+        for shard in self._run.mask_state.shards.values():
+            if shard.numel:
+                self._run.backend.optimizers.check_state(shard)
+
+    def _read_version(self) -> int:
+        """PyTorch's count of in-place changes of the first entry of which this rank has a piece."""
+        shards = self._run.mask_state.shards.values()
+        return next((local(shard.owner())._version for shard in shards if shard.numel), 0)
+
+    def _look_for_unseen_steps(self) -> None:
+        optimizers = self._run.backend.optimizers
+        if self._stepped:
+            idle = [type(o).__name__ for o in optimizers if not self._stepped[id(o)]]
+            if max(self._stepped.values()) >= _ALONE:
+                raise ValueError(
+                    f"optimizer={idle[0]}: has not stepped while another one did {_ALONE} times. An update is complete "
+                    "when all optimizers have stepped: step each of them, or pass only those that are."
+                )
+            return
+        version = self._read_version()
+        self._unseen, self._version = self._unseen + 1 if version != self._version else 0, version
+        if self._unseen >= _UNSEEN:
+            raise ValueError(
+                f"{next(iter(self._run.mask_state.shards))}: weights change, but no step of "
+                f"optimizer={optimizers.names} is seen, so masks are not applied. Pass the optimizer that is stepped: "
+                "it may have been built anew, or update weights without its step(), as optimizers that step inside "
+                "the backward pass do."
+            )
