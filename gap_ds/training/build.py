@@ -55,13 +55,15 @@ def build(
             "0. To go on with a run, pass masks_from or build everything anew and call load_checkpoint; to begin a new "
             "schedule from these weights, pass fresh=True."
         )
-    if config.in_epochs:
-        phases = _in_batches(config, phases, steps_per_epoch, batches_per_epoch, backend.micro_batches, worker)
+    steps = _steps(steps_per_epoch, batches_per_epoch, backend.micro_batches) if config.in_epochs else None
+    if steps != (steps_per_epoch or batches_per_epoch):
+        phases = schedule.build(config, steps, worker.index if worker else 0)
     of_model = _plan(config, backend, masks_from)
     state = MaskState(of_model, config, backend)
     guard = LossGuard(nonfinite_loss, world, harmless=backend.skips_overflow)
     run = Run(
         config=config,
+        steps_per_epoch=steps,
         rule=rules.rule(config),
         schedule=phases,
         plan=of_model,
@@ -92,26 +94,18 @@ def check(
     return config, schedule.build(config, steps_per_epoch, worker.index if worker else 0)
 
 
-def _in_batches(
-    config: GaPConfig,
-    phases: schedule.Schedule,
-    steps: int | None,
-    batches: int | None,
-    micro_batches: int,
-    worker: ParallelWorker | None,
-) -> schedule.Schedule:
-    """The schedule for epochs counted in batches; in steps it stays, with a warning where they may be batches."""
+def _steps(steps: int | None, batches: int | None, micro_batches: int) -> int | None:
+    """Updates in an epoch, from those or from its batches; warns where the one may have been taken for the other."""
     if steps is not None and batches is not None:
         raise ValueError(f"steps_per_epoch={steps} and batches_per_epoch={batches}: set one of them.")
     if batches is not None:
-        return schedule.build(config, math.ceil(batches / micro_batches), worker.index if worker else 0)
-    if micro_batches > 1:
+        return math.ceil(batches / micro_batches)
+    if steps is not None and micro_batches > 1:
         log.warning(
             f"steps_per_epoch={steps}: counts updates, and an update has {micro_batches} micro-batches, so an epoch is "
-            f"taken to have {steps and steps * micro_batches} batches. If {steps} is len(loader), pass it as "
-            "batches_per_epoch."
+            f"taken to have {steps * micro_batches} batches. If {steps} is len(loader), pass it as batches_per_epoch."
         )
-    return phases
+    return steps
 
 
 def _check_worker(config: GaPConfig, worker: ParallelWorker | None) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from gap_ds import export
 from gap_ds._version import __version__
 from gap_ds.checkpoint.run_state import State
-from gap_ds.export import folder as export
 from gap_ds.method import rules
 from gap_ds.method.config import GaPConfig
 from gap_ds.method.plan import Entry, Plan
@@ -47,11 +47,13 @@ class Place:
 class Run:
     """What is kept (config, rule, schedule, plan), where it lies (backend), and the state that training changes.
 
-    world: all ranks of the job. guard: this rank's losses. observers: optional parts, in the order they are called.
+    steps_per_epoch: updates in an epoch, of a config in epochs. world: all ranks of the job. guard: this rank's losses.
+    observers: optional parts, in the order they are called.
     doubts: what this rank has seen to be wrong and all ranks will raise at the next place where they meet.
     """
 
     config: GaPConfig
+    steps_per_epoch: int | None
     rule: rules.Rule
     schedule: Schedule
     plan: Plan
@@ -136,6 +138,8 @@ class Run:
             finished_early=place.over,
             optimizers=[type(optimizer).__name__ for optimizer in self.backend.optimizers],
             signature=self.signature,
+            config=self.config,
+            steps_per_epoch=self.steps_per_epoch,
             plan=self.plan.fingerprint,
             entries=[(e.name, list(e.shape), e.partition, e.keep, list(e.dims)) for e in self.plan.entries],
             worker=None if self.worker is None else self.worker.index,
@@ -145,7 +149,6 @@ class Run:
             lr_scheduler=self.learning_rate.state(),
             grad_scaler=None if self.grad_scaler is None else self.grad_scaler.state_dict(),
             counters=self.backend.counters(),
-            manifest=True,
             client_state=client_state,
         )
 

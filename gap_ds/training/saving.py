@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gap_ds import checkpoint
+from gap_ds import export as exports
 from gap_ds._version import __version__
-from gap_ds.checkpoint import folder as checkpoint
 from gap_ds.checkpoint import portable as portable_files
 from gap_ds.checkpoint.run_state import RandomState, State
-from gap_ds.export import folder as export_folder
-from gap_ds.sharding.comm import raise_on_all_ranks, summarize_error
-from gap_ds.storage.json import read_json
+from gap_ds.sharding.comm import raise_on_all_ranks
+from gap_ds.storage.errors import summarize_error
+from gap_ds.storage.json import read_json, write_json
 from gap_ds.training.run import Place, Run
 
 
@@ -34,7 +35,7 @@ def save_masks(run: Run, folder: Path, place: Place) -> None:
     run.world.barrier()
     raise_on_all_ranks(run.world, lambda: _write_masks(run, folder, place))
     if run.world.rank == 0:
-        checkpoint.write_json(folder / "state.json", run.state(place).model_dump())
+        write_json(folder / "state.json", run.state(place))
     run.world.barrier()
     raise_on_all_ranks(run.world, lambda: _check_shared(folder / "state.json"))
 
@@ -42,7 +43,7 @@ def save_masks(run: Run, folder: Path, place: Place) -> None:
 def budgets(folder: Path) -> dict[str, int] | None:
     """The kept weights of each entry of the run that `save_masks` saved; None if the folder holds none."""
     path = folder / "state.json"
-    return {row[0]: row[3] for row in read_json(path, State).entries or []} if path.is_file() else None
+    return {row[0]: row[3] for row in read_json(path, State).entries} if path.is_file() else None
 
 
 def load_masks(run: Run, folder: Path) -> Place:
@@ -135,20 +136,20 @@ def export(run: Run, folder: Path, place: Place, tokenizer: Any, dtype: torch.dt
     """Writes the final sparse model; a partition that is dense now is pruned in the copy alone."""
     run.agree(place.step, f"the export at step {place.step}")
     step, phase = place.step, place.phase(run.schedule)
-    target = export_folder.place(folder)
+    target = exports.place(folder)
 
     def gather() -> dict[str, Tensor]:
         bits = {**run.mask_state.bits, **run.mask_state.select(run.to_prune(phase), step)}
         if not run.backend.comm.writes:
             return {}
-        return export_folder.full_weights(run.backend.module, run.backend.shards(), bits, run.backend.comm, dtype)
+        return exports.full_weights(run.backend.module, run.backend.shards(), bits, run.backend.comm, dtype)
 
-    def about(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    def about(weights: Mapping[str, Tensor]) -> exports.ExportInfo:
         nonzero = {entry.name: int(weights[entry.name].count_nonzero()) for entry in run.plan.entries}
-        info = export_folder.info(run.plan, run.schedule, run.signature, step, nonzero)
-        return {**info, "training_flops": run.plan.training_flops(info["mean_density"])}
+        info = exports.ExportInfo.of(run.plan, run.schedule, run.config, run.signature, step, nonzero)
+        return info.model_copy(update={"training_flops": run.plan.training_flops(info.mean_density)})
 
-    export_folder.save(
+    exports.save(
         target, run.backend.module, gather, about, run.world, tokenizer=tokenizer, dtype=dtype, overwrite=overwrite
     )
     return target
@@ -196,9 +197,9 @@ def _check_shared(file: Path) -> None:
 
 
 def _write_state(run: Run, folder: Path, place: Place, client_state: Any) -> None:
-    checkpoint.write_json(folder / f"rng_{run.world.rank}.json", RandomState.now().model_dump())
+    write_json(folder / f"rng_{run.world.rank}.json", RandomState.now())
     if run.world.rank == 0:
-        checkpoint.write_json(folder / "state.json", run.state(place, client_state).model_dump())
+        write_json(folder / "state.json", run.state(place, client_state))
 
 
 @dataclass(frozen=True)

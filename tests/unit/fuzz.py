@@ -22,12 +22,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from gap_ds import GaPConfig, GaPEngine, ParallelWorker
-from gap_ds.checkpoint import folder as checkpoint
+from gap_ds import GaPConfig, GaPEngine, ParallelWorker, checkpoint, export
 from gap_ds.checkpoint import portable
 from gap_ds.cli.inspect import inspect
-from gap_ds.export import compact
-from gap_ds.export import folder as export
+from gap_ds.export import compact, compact_file
 from gap_ds.method import plan, schedule
 from gap_ds.parallel import exchange as exchange_worker
 from gap_ds.report import runs as report_runs
@@ -226,9 +224,9 @@ def _exports(folder: Path) -> dict[str, Target]:
     engine = trained(8, CONFIG)
     dense, small = folder / "dense", folder / "small"
     engine.export(dense)
-    compact.compact(dense, small)
+    compact(dense, small)
     return {
-        "compact": Target(small / compact.FILE, lambda: list(compact.read(small))),
+        "compact": Target(small / compact_file.FILE, lambda: list(compact_file.read(small))),
         "export/gap.json": Target(dense / export.INFO, lambda: inspect(dense, lambda *_: None)),
         "export/weights": Target(dense / "model.safetensors", lambda: inspect(dense, lambda *_: None)),
     }
@@ -241,7 +239,8 @@ def _runs(folder: Path) -> dict[str, Target]:
     signature = json.loads((run / "gap_history.jsonl").read_text().splitlines()[0])["signature"]
     lines = [{"kind": "train", "step": i, "epoch": 0, "loss": 2.5, "density": 0.5} for i in range(1, 9)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (run / "results.json").write_text(json.dumps({"bleu": 1.0, "signature": signature, "steps": 8}))
+    results = {"bleu": 1.0, "signature": signature, "config": CONFIG, "applied_steps": 8}
+    (run / "results.json").write_text(json.dumps(results))
     names = ("gap_history.jsonl", "metrics.jsonl", "results.json")
     return {f"run/{name}": Target(run / name, lambda: report_runs.load(run, "run")) for name in names}
 

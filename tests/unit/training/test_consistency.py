@@ -81,7 +81,7 @@ def test_a_mask_that_differs_names_the_first_entry() -> None:
     def other(row: Tensor) -> Tensor:
         return seen[0] if row.numel() == 1 else rows
 
-    with pytest.raises(ValueError, match=r"layers.1.weight: its masks differ between ranks 0 and 1, so their copies of"):
+    with pytest.raises(ValueError, match=r"layers.1.weight: its masks differ between ranks 0 and 1, so their copies"):
         consistency.check_masks(*mine, Rows(), Rows(other))
 
 
