@@ -21,7 +21,8 @@ import gap_ds
 from gap_ds import hf
 from gap_ds.cli.app import app
 from gap_ds.export import compact
-from gap_ds.method.config import _UNUSED, GaPConfig
+from gap_ds.method.config import GaPConfig
+from gap_ds.method.methods import METHODS
 
 PAGE = Path(__file__).with_name("reference.md")
 #: Public objects by the module that they are imported from.
@@ -94,7 +95,7 @@ def _commands() -> Iterator[str]:
 def _settings() -> str:
     rows = ["| setting | values | default | meaning | not read by |", "|---|---|---|---|---|"]
     for name, field in GaPConfig.model_fields.items():
-        unread = ", ".join(method for method, settings in _UNUSED.items() if name in settings)
+        unread = ", ".join(method.name for method in METHODS.values() if not method.reads_setting(name))
         default = field.get_default(call_default_factory=True)
         shown = "" if default is None else f"`{default}`"
         cells = [f"`{name}`", _values(field), shown, field.description or "", unread]

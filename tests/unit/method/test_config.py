@@ -16,8 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from gap_ds.method.config import _UNUSED, GaPConfig
+from gap_ds.method.config import GaPConfig
+from gap_ds.method.methods import METHODS as RECORDS
 
+#: Settings that a method does not read.
+UNREAD = {
+    name: tuple(setting for setting in GaPConfig.model_fields if not record.reads_setting(setting))
+    for name, record in RECORDS.items()
+}
 BASE: dict[str, Any] = {"sparsity": 0.8, "partitions": 3, "phase_epochs": 1.0, "rounds": 2, "finetune_epochs": 2.0}
 REMOVE = object()
 
@@ -97,7 +103,7 @@ def test_every_method(method: str) -> None:
 
 
 def test_every_method_is_tried() -> None:
-    assert set(METHODS) == set(_UNUSED) == set(GaPConfig.model_json_schema()["properties"]["method"]["enum"])
+    assert set(METHODS) == set(UNREAD) == set(GaPConfig.model_json_schema()["properties"]["method"]["enum"])
 
 
 def test_it_does_not_change() -> None:
@@ -406,7 +412,7 @@ VALUES = {
     "lr_restart": True,
 }
 
-PAIRS = [(method, setting) for method, names in _UNUSED.items() for setting in names]
+PAIRS = [(method, setting) for method, names in UNREAD.items() for setting in names]
 
 
 def in_steps(changes: dict[str, Any]) -> dict[str, Any]:
@@ -435,7 +441,7 @@ def test_a_setting_without_effect_is_refused(method: str, setting: str) -> None:
 #: The settings that a method reads, but for those that another one must go with.
 READ = [
     (method, setting)
-    for method, names in _UNUSED.items()
+    for method, names in UNREAD.items()
     for setting in VALUES
     if setting not in names and not setting.startswith("update")
 ]
@@ -658,7 +664,7 @@ def parsed(signature: str) -> dict[str, Any]:
             found["lr_restart"] = {"restart": True, "continuous": False}[text]
         elif key != "v":
             found[TAGS.get(key, key)] = value
-    return {key: value for key, value in found.items() if key not in _UNUSED[found["method"]]}
+    return {key: value for key, value in found.items() if key not in UNREAD[found["method"]]}
 
 
 @st.composite
@@ -675,7 +681,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
     moves = method in ("gradual", "rigl", "set")
     if not moves and draw(st.booleans()):
         found["prune_ramp"] = draw(st.floats(0.001, 1.0))
-    if moves or ("prune_ramp" in found and "prune_ramp" not in _UNUSED[method]):
+    if moves or ("prune_ramp" in found and "prune_ramp" not in UNREAD[method]):
         found[f"update_{unit}"] = draw(length)
     budgets: list[Any] = ["uniform", "erk", {"a": 0.5}, {"a": 0.5, "b": 0.999}]
     budgets += [] if method in ("rigl", "set", "static") else ["global"]
@@ -701,7 +707,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
         found.pop("partition_assignment", None)
     if draw(one_in) and not moves and "prune_ramp" not in found and found.get("distribution") != "global":
         found["pattern"] = "block:4x4"
-    return {key: value for key, value in found.items() if key not in _UNUSED[method]}
+    return {key: value for key, value in found.items() if key not in UNREAD[method]}
 
 
 @PROPERTY
