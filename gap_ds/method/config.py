@@ -71,8 +71,9 @@ class GaPConfig(BaseModel):
     )
     distribution: DistributionName | dict[str, float] = Field(
         "uniform",
-        description="How the sparsity is spread: the same for every entry; Erdos-Renyi-Kernel; one budget and one "
-        "threshold for each partition (global); or a sparsity by name pattern, for the entries that match it.",
+        description="How the sparsity is spread over the entries. "
+        + " ".join(f"{name}: {(f.__doc__ or '').partition(chr(10))[0]}" for name, f in DISTRIBUTIONS.items())
+        + " An object: name patterns, and the sparsity of the entries that match each.",
     )
     pattern: str = Field(
         "unstructured",

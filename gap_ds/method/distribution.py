@@ -1,7 +1,7 @@
 """Distributions: how one target sparsity becomes an integer budget `keep` for every entry.
 
-A distribution is a function (shapes of E entries, sparsity) -> E budgets. It is handed over as a value; nothing is
-registered. Ratios end here: everything after this module handles integers.
+A distribution is a function (shapes of E entries, sparsity) -> E budgets. The first line of its docstring is its
+documentation. Ratios end here: everything after this module handles integers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ Distribution = Callable[[Sequence[Sequence[int]], float], list[int]]
 
 
 def round_half_up(amount: Fraction) -> int:
-    """The nearest whole number, the upper of two, at least 1: the project's one rounding rule.
+    """Return the nearest whole number, the upper of two, at least 1. Every budget is rounded by this function.
 
     >>> round_half_up(Fraction(5, 2)), round_half_up(Fraction(1, 9))
     (3, 1)
@@ -23,9 +23,9 @@ def round_half_up(amount: Fraction) -> int:
 
 
 def keep_count(numel: int, sparsity: float) -> int:
-    """Weights kept out of `numel` at `sparsity`, rounded half up, at least 1.
+    """Return the weights kept out of `numel` at `sparsity`, rounded half up, at least 1.
 
-    The sparsity is taken as the decimal number that was written down, so that 0.9 of 1000 leaves exactly 100.
+    The sparsity is taken as its decimal representation, so that 0.9 of 1000 leaves exactly 100.
 
     >>> keep_count(1000, 0.9), keep_count(10, 0.75), keep_count(7, 0.0), keep_count(5, 0.99)
     (100, 3, 7, 1)
@@ -83,5 +83,10 @@ def erk(shapes: Sequence[Sequence[int]], sparsity: float) -> list[int]:
     return keep
 
 
-#: `global` shares the sum of the uniform budgets by one threshold, when there are weights to compare.
-DISTRIBUTIONS: dict[str, Distribution] = {"uniform": uniform, "erk": erk, "global": uniform}
+def shared(shapes: Sequence[Sequence[int]], sparsity: float) -> list[int]:
+    """One budget and one threshold for each partition: the sum of its uniform budgets, shared by magnitude."""
+    return uniform(shapes, sparsity)
+
+
+#: To add a distribution, append it here: the config's names and the documentation are derived from this table.
+DISTRIBUTIONS: dict[str, Distribution] = {"uniform": uniform, "erk": erk, "global": shared}

@@ -1,4 +1,36 @@
-"""The shipped methods, one record each. To add one, append its record to `METHODS`; nothing else knows their names."""
+"""The shipped methods, one record each. To add one, append its record to `METHODS`; no other list has their names.
+
+>>> from gap_ds.method.config import GaPConfig
+>>> from gap_ds.method.schedule import build
+>>> def show(method, worker=0, **settings):  # (steps, dense partitions) of each phase
+...     times = {"phase_steps": 4, "finetune_steps": 2}
+...     config = GaPConfig.load({"method": method, "sparsity": 0.8, **times, **settings})
+...     print(f"{method:8}", *((phase.steps, sorted(phase.dense)) for phase in build(config, worker=worker).phases))
+>>> show("cyclic", partitions=3, rounds=1)
+cyclic   (4, [0]) (4, [1]) (4, [2]) (2, [])
+>>> show("cyclic", partitions=3, rounds=2, partition_order="random")
+cyclic   (4, [0]) (4, [2]) (4, [0]) (4, [1]) (4, [2]) (4, [1]) (2, [])
+>>> show("parallel", partitions=3, rounds=2)
+parallel (4, [0]) (4, [0]) (2, [])
+>>> show("parallel", partitions=3, rounds=2, worker=1)
+parallel (4, [1]) (4, [1]) (0, [])
+>>> show("dsd", rounds=2)
+dsd      (4, [0]) (4, []) (4, [0]) (4, []) (2, [])
+>>> show("acdc", rounds=2, phase_steps=1, dense_steps=3)
+acdc     (3, [0]) (1, [0]) (1, []) (1, [0]) (1, []) (2, [])
+>>> show("one_shot")
+one_shot (4, [0]) (2, [])
+>>> show("gradual", update_steps=1)
+gradual  (4, [0]) (2, [])
+>>> show("rigl", update_steps=1)
+rigl     (4, []) (2, [])
+>>> show("set", update_steps=1)
+set      (4, []) (2, [])
+>>> show("static", partitions=3, rounds=1)
+static   (4, []) (4, []) (4, []) (2, [])
+>>> show("dense", partitions=3, rounds=1, sparsity=0.0)
+dense    (4, [0, 1, 2]) (4, [0, 1, 2]) (4, [0, 1, 2]) (2, [0, 1, 2])
+"""
 
 from __future__ import annotations
 
@@ -66,7 +98,7 @@ _BUDGETS = frozenset({"distribution", "pattern"})
 
 CYCLIC = Method(
     name="cyclic",
-    summary="C-GaP: every partition is dense in turn",
+    summary="cyclic GaP (C-GaP): the partitions take turns being dense",
     source="Ma et al., Effective Model Sparsification by Scheduled Grow-and-Prune Methods, ICLR 2022, "
     "arXiv 2106.09857, section 3.1",
     reads=_BUDGETS
@@ -82,7 +114,7 @@ CYCLIC = Method(
 PARALLEL = replace(
     CYCLIC,
     name="parallel",
-    summary="P-GaP: every partition is dense in a worker of its own number, and the workers exchange them",
+    summary="parallel GaP (P-GaP): worker I trains with partition I dense, and the workers exchange partitions",
     source="Ma et al., ICLR 2022, arXiv 2106.09857, section 3.2",
     # Not "regrow": a worker grows at once what it has pruned and published, so last values would undo the pruning.
     reads=CYCLIC.reads - {"partition_order", "regrow"} | {"unpartitioned"},
@@ -93,7 +125,7 @@ PARALLEL = replace(
 
 DSD = Method(
     name="dsd",
-    summary="a dense and a sparse phase in each round: C-GaP with one partition",
+    summary="C-GaP with one partition: a dense and a sparse phase in each round",
     source="Han et al., DSD: Dense-Sparse-Dense Training for Deep Neural Networks, ICLR 2017, arXiv 1607.04381; "
     "its last phase is dense, here it is sparse",
     reads=_BUDGETS | set("rounds dense update prune_ramp optimizer_state regrow lr_restart".split()),
@@ -106,7 +138,7 @@ DSD = Method(
 ACDC = replace(
     DSD,
     name="acdc",
-    summary="the same in short phases",
+    summary="like dsd, with short phases",
     source="Peste et al., AC/DC: Alternating Compressed/DeCompressed Training of Deep Neural Networks, NeurIPS 2021, "
     "arXiv 2106.12379",
     reads=DSD.reads - {"lr_restart"},

@@ -42,38 +42,6 @@ def build(config: GaPConfig, steps_per_epoch: int | None = None, worker: int = 0
         ValueError: times are in epochs and `steps_per_epoch` is not given, a phase would have no step, the method needs
             updates and none falls inside a phase, or there is no such worker.
 
-    >>> from gap_ds.method.config import GaPConfig
-    >>> def show(method, worker=0, **settings):  # (steps, dense partitions) of each phase
-    ...     times = {"phase_steps": 4, "finetune_steps": 2}
-    ...     config = GaPConfig.load({"method": method, "sparsity": 0.8, **times, **settings})
-    ...     print(f"{method:8}", *((phase.steps, sorted(phase.dense)) for phase in build(config, worker=worker).phases))
-    >>> show("cyclic", partitions=3, rounds=1)
-    cyclic   (4, [0]) (4, [1]) (4, [2]) (2, [])
-    >>> show("cyclic", partitions=3, rounds=2, partition_order="random")
-    cyclic   (4, [0]) (4, [2]) (4, [0]) (4, [1]) (4, [2]) (4, [1]) (2, [])
-    >>> show("parallel", partitions=3, rounds=2)
-    parallel (4, [0]) (4, [0]) (2, [])
-    >>> show("parallel", partitions=3, rounds=2, worker=1)
-    parallel (4, [1]) (4, [1]) (0, [])
-    >>> show("dsd", rounds=2)
-    dsd      (4, [0]) (4, []) (4, [0]) (4, []) (2, [])
-    >>> show("acdc", rounds=2, phase_steps=1, dense_steps=3)
-    acdc     (3, [0]) (1, [0]) (1, []) (1, [0]) (1, []) (2, [])
-    >>> show("one_shot")
-    one_shot (4, [0]) (2, [])
-    >>> show("gradual", update_steps=1)
-    gradual  (4, [0]) (2, [])
-    >>> show("rigl", update_steps=1)
-    rigl     (4, []) (2, [])
-    >>> show("set", update_steps=1)
-    set      (4, []) (2, [])
-    >>> show("static", partitions=3, rounds=1)
-    static   (4, []) (4, []) (4, []) (2, [])
-    >>> show("dense", partitions=3, rounds=1, sparsity=0.0)
-    dense    (4, [0, 1, 2]) (4, [0, 1, 2]) (4, [0, 1, 2]) (2, [0, 1, 2])
-
-    Updates inside a phase, and the densities of gradual pruning; fractions of an epoch:
-
     >>> config = GaPConfig(method="rigl", sparsity=0.8, phase_steps=8, update_steps=3, finetune_steps=4)
     >>> [(phase.updates, phase.steps) for phase in build(config).phases]
     [((3, 6), 8), ((), 4)]

@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from gap_ds.method.config import GaPConfig
+from gap_ds.method.config_file import SHIPPED
+from gap_ds.method.distribution import DISTRIBUTIONS
 from gap_ds.method.methods import METHODS as RECORDS
 
 #: Settings that a method does not read.
@@ -29,18 +31,14 @@ REMOVE = object()
 
 #: What turns BASE into a valid config of each method.
 METHODS: dict[str, dict[str, Any]] = {
-    "cyclic": {},
-    "parallel": {},
-    "dsd": {"partitions": REMOVE},
-    "acdc": {"partitions": REMOVE},
-    "one_shot": {"partitions": REMOVE, "rounds": REMOVE},
-    "gradual": {"partitions": REMOVE, "rounds": REMOVE, "update_epochs": 0.25},
-    "rigl": {"partitions": REMOVE, "rounds": REMOVE, "update_epochs": 0.25},
-    "set": {"partitions": REMOVE, "rounds": REMOVE, "update_epochs": 0.25},
-    "static": {},
-    "dense": {"sparsity": 0},
+    name: {
+        "method": name,
+        **{setting: REMOVE for setting in ("partitions", "rounds") if not record.reads_setting(setting)},
+        **({"update_epochs": 0.25} if record.updates else {}),
+        **({} if record.prunes else {"sparsity": 0}),
+    }
+    for name, record in RECORDS.items()
 }
-METHODS = {method: {"method": method, **changes} for method, changes in METHODS.items()}
 
 
 def data(several: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
@@ -87,23 +85,28 @@ def test_whole_numbers_are_numbers() -> None:
     assert whole == config(dense_epochs=3.0, update_epochs=1.0, prune_ramp=1.0, distribution={"a": 0.0})
 
 
+EXPLORING = {"cyclic": 6, "parallel": 2, "dsd": 4, "acdc": 4, "static": 6, "dense": 6}
+EXPLORING |= dict.fromkeys(("one_shot", "gradual", "rigl", "set"), 1)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method(method: str) -> None:
     loaded = config(**METHODS[method])
-    assert loaded.method == method
-    assert (
-        loaded.exploring
-        == {
-            **{"cyclic": 6, "parallel": 2, "dsd": 4, "acdc": 4, "static": 6, "dense": 6},
-            **dict.fromkeys(("one_shot", "gradual", "rigl", "set"), 1),
-        }[method]
-    )
-    assert loaded.updates == (method in ("gradual", "rigl", "set"))
+    assert (loaded.method, loaded.record) == (method, RECORDS[method])
+    assert loaded.exploring == EXPLORING.get(method, loaded.exploring)
+    assert loaded.updates == RECORDS[method].updates
     assert GaPConfig.load(json.loads(loaded.model_dump_json(exclude_unset=True))) == loaded
 
 
-def test_every_method_is_tried() -> None:
-    assert set(METHODS) == set(UNREAD) == set(GaPConfig.model_json_schema()["properties"]["method"]["enum"])
+def test_the_names_of_methods_and_distributions_are_those_of_their_tables() -> None:
+    settings = GaPConfig.model_json_schema()["properties"]
+    assert settings["method"]["enum"] == list(RECORDS) and set(EXPLORING) <= set(RECORDS)
+    assert settings["distribution"]["anyOf"][0]["enum"] == list(DISTRIBUTIONS)
+    assert {name for name, record in RECORDS.items() if record.updates} >= {"gradual", "rigl", "set"}
+    # A setting that no method reads would be dead, and a record cannot read one that does not exist.
+    read = set().union(*(record.reads for record in RECORDS.values()))
+    assert read <= {name.removesuffix("_epochs").removesuffix("_steps") for name in GaPConfig.model_fields}
+    assert not set.intersection(*(set(names) for names in UNREAD.values()))
 
 
 def test_it_does_not_change() -> None:
@@ -760,9 +763,32 @@ def test_the_schema_is_printed() -> None:
     assert all("description" in entry for entry in schema["properties"].values())
 
 
-CONFIGS = sorted((Path(__file__).resolve().parents[3] / "configs" / "gap").glob("*.json"))
+# -- shipped configs -----------------------------------------------------------------------------------------------
+
+CONFIGS = sorted(SHIPPED.glob("*.json"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configs(path: Path) -> None:
-    assert GaPConfig.load(path).signature("1").startswith("gap|method:")
+    loaded = GaPConfig.load(path)
+    assert loaded.signature("1").startswith("gap|method:")
+    assert GaPConfig.load(path.stem) == GaPConfig.load(Path(path.stem)) == loaded
+
+
+def test_an_unknown_name_lists_the_shipped_configs() -> None:
+    with pytest.raises(ValueError) as error:
+        GaPConfig.load("cyclic_91")
+    names = ", ".join(path.stem for path in CONFIGS)
+    assert str(error.value) == f"cyclic_91: is neither a file nor a shipped config. Shipped are {names}."
+
+
+def test_a_file_comes_before_a_shipped_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("cyclic_90").mkdir()  # a folder of that name, such as a run's, is no config
+    assert GaPConfig.load("cyclic_90").sparsity == 0.9
+    Path("cyclic_80").write_text(json.dumps(data(sparsity=0.5)))
+    assert GaPConfig.load("cyclic_80").sparsity == 0.5
+
+
+def test_the_old_folder_of_configs_leads_to_the_shipped_ones() -> None:
+    assert (Path(__file__).resolve().parents[3] / "configs" / "gap").resolve() == SHIPPED

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
+from gap_ds.method import methods
 from gap_ds.method.config import GaPConfig
 from gap_ds.method.methods import METHODS
 from gap_ds.method.schedule import Phase, Schedule, build
@@ -196,10 +197,10 @@ ALONE: dict[str, Any] = {"partitions": None, "rounds": None}
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_docstring_has_the_phases_of_every_method_and_its_record_the_source(method: str) -> None:
-    assert re.search(rf"\n    {method} +\(\d, \[", build.__doc__ or "")
+def test_every_record_has_a_source_and_an_example_of_its_phases(method: str) -> None:
     assert METHODS[method].name == method and METHODS[method].summary
     assert re.search(r"(19|20)\d\d", METHODS[method].source) or method in ("static", "dense")
+    assert re.search(rf"\n{method} +\(\d, \[", methods.__doc__ or "")
 
 
 def test_acdc_is_dsd_in_short_phases() -> None:
