@@ -1,7 +1,4 @@
-"""The config: one validated, immutable `GaPConfig`, read from JSON, YAML, a dict, or the name of a shipped config.
-
-`python -m gap_ds.method.config` prints the JSON schema, with which editors check a config while you type.
-"""
+"""The config: one validated, immutable `GaPConfig`, from JSON, YAML, a dict, or the name of a shipped config."""
 
 from __future__ import annotations
 
@@ -58,7 +55,7 @@ class GaPConfig(BaseModel):
 
     Raises:
         pydantic.ValidationError: (a ValueError) for unknown keys, wrong types, values out of range and settings that
-            would have no effect. `GaPConfig.load` turns it into one readable sentence per mistake.
+            would have no effect. `GaPConfig.load` raises a ValueError with one sentence per mistake instead.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
@@ -67,7 +64,10 @@ class GaPConfig(BaseModel):
         "cyclic", description=" ".join(f"{method.name}: {method.summary}." for method in METHODS.values())
     )
     sparsity: float = Field(
-        0.0, ge=0.0, lt=1.0, description="Fraction of the entries' weights that the final model drops; must be set."
+        0.0,
+        ge=0.0,
+        lt=1.0,
+        description="Fraction of the entries' weights that are zero in the final model; must be set.",
     )
     distribution: DistributionName | dict[str, float] = Field(
         "uniform",
@@ -77,55 +77,66 @@ class GaPConfig(BaseModel):
     )
     pattern: str = Field(
         "unstructured",
-        description="Which weights may be kept together: unstructured, N:M (2:4) of every M inputs, or block:HxW "
+        description="Legal sets of kept weights: unstructured, N:M (2:4) of every M inputs, or block:HxW "
         "(block:4x4) of outputs x inputs.",
     )
     partitions: int | list[list[str]] = Field(
         1, description="Number of partitions (kappa), or the partitions written out as lists of name patterns."
     )
     partition_assignment: Literal["contiguous", "interleaved", "random"] = Field(
-        "contiguous", description="How blocks are dealt to the partitions when only their number is given."
+        "contiguous", description="How blocks are assigned to partitions if only their number is given."
     )
     partition_order: Literal["cyclic", "random"] = Field(
         "cyclic", description="Order in which the partitions become dense."
     )
-    dense_epochs: float | None = Field(None, ge=0, description="Length of a first phase with all dense, in epochs.")
-    dense_steps: int | None = Field(None, ge=0, description="Length of a first phase with all dense, in steps.")
+    dense_epochs: float | None = Field(
+        None, ge=0, description="Length of a first phase with all partitions dense, in epochs."
+    )
+    dense_steps: int | None = Field(
+        None, ge=0, description="Length of a first phase with all partitions dense, in steps."
+    )
     phase_epochs: float | None = Field(None, gt=0, description="T, the length of a phase, in epochs.")
     phase_steps: int | None = Field(None, gt=0, description="T, the length of a phase, in applied optimizer steps.")
     rounds: int = Field(1, ge=0, description="Number of rounds; a round makes every partition dense once.")
     prune_ramp: float = Field(
-        0.0, ge=0, le=1, description="Last part of a phase in which what it leaves is pruned gradually; 0: at once."
+        0.0,
+        ge=0,
+        le=1,
+        description="Fraction of a phase, at its end, in which the outgoing partition is pruned gradually; 0: at once.",
     )
     update_epochs: float | None = Field(None, gt=0, description="Epochs between two updates of masks inside a phase.")
     update_steps: int | None = Field(None, gt=0, description="Steps between two updates of masks inside a phase.")
     drop_fraction: float = Field(
-        0.3, gt=0, lt=1, description="Fraction of the kept weights that the first update of rigl and set replaces."
+        0.3, gt=0, lt=1, description="Fraction of the kept weights that the first drop-and-grow update replaces."
     )
-    finetune_epochs: float | None = Field(None, ge=0, description="Length of the final phase with fixed masks, epochs.")
-    finetune_steps: int | None = Field(None, ge=0, description="Length of the final phase with fixed masks, steps.")
+    finetune_epochs: float | None = Field(
+        None, ge=0, description="Length of the final phase with fixed masks, in epochs."
+    )
+    finetune_steps: int | None = Field(None, ge=0, description="Length of the final phase with fixed masks, in steps.")
     mask_init: Literal["random", "magnitude", "from_weights", "from_file"] = Field(
         "random",
         description="First masks: random (fresh weights) or by magnitude (pretrained weights). With static also those "
-        "of a sparse model: where its weights are not zero, or as a file of masks has them.",
+        "of a sparse model: its nonzero weights, or the content of a file of masks.",
     )
     mask_file: str | None = Field(
         None,
-        description="With mask_init from_file: the masks.safetensors of a checkpoint, all of whose entries are sparse.",
+        description="With mask_init from_file: the masks.safetensors of a checkpoint in which all entries are sparse.",
     )
-    include: list[str] = Field(default=[], description="Patterns of further weights to make entries.")
-    exclude: list[str] = Field(default=[], description="Patterns of weights that must stay dense.")
+    include: list[str] = Field(default=[], description="Name patterns of further weights to prune.")
+    exclude: list[str] = Field(default=[], description="Name patterns of weights that stay dense.")
     optimizer_state: Literal["keep_survivors", "reset"] = Field(
-        "keep_survivors", description="At a boundary: keep the moments of weights that stay, or clear all of them."
+        "keep_survivors", description="At a boundary: keep the moments of kept weights, or clear all moments."
     )
     regrow: Literal["zero", "last_value"] = Field(
-        "zero", description="Where a grown weight starts: at zero, or at the value it had when it was pruned."
+        "zero", description="Value of a grown weight: zero, or its value when it was pruned."
     )
     unpartitioned: Literal["average", "first"] = Field(
-        "average", description="Parallel GaP: what becomes of weights in no partition: averaged, or worker 0's."
+        "average",
+        description="Parallel GaP, weights in no partition: the average over the workers, or those of worker 0.",
     )
     lr_restart: bool = Field(
-        False, description="Whether the learning-rate schedule starts anew in every phase; else one covers the run."
+        False,
+        description="True: the learning-rate schedule restarts in every phase. False: one schedule covers the run.",
     )
     seed: int = Field(0, ge=0, description="Seed of random masks, random growth, random order and random assignment.")
 
@@ -164,6 +175,8 @@ class GaPConfig(BaseModel):
         known = {setting.removesuffix("_epochs").removesuffix("_steps") for setting in cls.model_fields}
         if unknown := sorted(value.reads - known):
             raise ValueError(f'its record reads "{unknown[0]}", which is no setting')
+        if value.updates and "update" not in value.reads:
+            raise ValueError('its record has updates=True, so its reads must contain "update"')
         return value.name
 
     @field_validator("distribution", mode="before")
@@ -225,13 +238,13 @@ class GaPConfig(BaseModel):
     def _check_init(self, given: set[str]) -> None:
         if self.reuses_masks and not self.record.inherits_masks:
             raise ValueError(
-                f'mask_init="{self.mask_init}" with method={self.method!r}: masks taken over stay as they are, so '
+                f'mask_init="{self.mask_init}" with method={self.method!r}: inherited masks do not change, so '
                 'set "method" to "static"'
             )
         for key in ("sparsity", "distribution", "pattern"):
             if self.reuses_masks and key in given:
                 raise ValueError(
-                    f'"{key}" has no effect with mask_init="{self.mask_init}", whose masks say what is kept: remove it'
+                    f'"{key}" has no effect with mask_init="{self.mask_init}", whose masks are the budget: remove it'
                 )
         if (self.mask_init == "from_file") != (self.mask_file is not None):
             raise ValueError(f'"mask_file" with mask_init="{self.mask_init}": the file and "from_file" go together')
@@ -289,7 +302,7 @@ class GaPConfig(BaseModel):
 
     @property
     def reuses_masks(self) -> bool:
-        """Whether masks and budgets are those of a model that is sparse already."""
+        """True if masks and budgets come from a model that is sparse already."""
         return self.mask_init in ("from_weights", "from_file")
 
     @property
@@ -314,18 +327,18 @@ class GaPConfig(BaseModel):
 
     @property
     def updates(self) -> bool:
-        """Whether masks change inside phases too, and not at their boundaries alone."""
+        """True if masks also change inside phases."""
         return self.prune_ramp > 0 or self.record.updates
 
     def as_dense(self) -> GaPConfig:
-        """The dense run to compare with: of the same length, with the same learning-rate restarts."""
+        """Return the dense run to compare with: equally long, with the same learning-rate restarts."""
         times = [f"{name}_{unit}" for name in ("dense", *_TIMES) for unit in ("epochs", "steps")]
         data = {key: getattr(self, key) for key in (*times, "lr_restart", "seed") if key in self.model_fields_set}
         return GaPConfig.model_validate({**data, "method": "dense", "sparsity": 0.0, "rounds": self.exploring})
 
     @property
     def in_epochs(self) -> bool:
-        """Whether times are in epochs; then the schedule needs the number of steps in an epoch."""
+        """True if times are in epochs; the schedule then needs the number of steps in an epoch."""
         return self.phase_epochs is not None
 
     @classmethod
@@ -349,7 +362,7 @@ class GaPConfig(BaseModel):
             raise ValueError(explain(error, origin, list(cls.model_fields))) from None
 
     def signature(self, version: str) -> str:
-        """One pasteable line with everything that changes a result and nothing else, as sacreBLEU has it.
+        """Return one line with everything that changes a result and nothing else, like the signature of sacreBLEU.
 
         >>> config = GaPConfig(sparsity=0.8, partitions=3, phase_epochs=1.0, rounds=2, finetune_epochs=2.0)
         >>> config.signature("0.1.0")
@@ -383,7 +396,7 @@ class GaPConfig(BaseModel):
         return "|".join(["gap", *(f"{key}:{value}" for key, value in parts.items())])
 
     def _length(self, name: str) -> str:
-        """A length with its unit; empty if it is not set or 0."""
+        """Return a length with its unit; the empty string for dense_epochs or dense_steps of 0."""
         epochs, steps = getattr(self, f"{name}_epochs"), getattr(self, f"{name}_steps")
         length = epochs if epochs is not None else steps
         return f"{_exact(length)}{'ep' if epochs is not None else 'st'}" if length or name != "dense" else ""
@@ -396,7 +409,3 @@ def _exact(number: float | None) -> str:
     ('10', '0.8', '1234567')
     """
     return str(number).removesuffix(".0")
-
-
-if __name__ == "__main__":
-    print(json.dumps(GaPConfig.model_json_schema(), indent=2))

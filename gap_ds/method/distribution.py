@@ -49,7 +49,7 @@ def erk(shapes: Sequence[Sequence[int]], sparsity: float) -> list[int]:
 
     Entries whose density would exceed 1 stay dense, and the rest share what is left of the budget. The sum of the
     budgets equals `keep_count` of all weights together; the remainders go to the largest fractions, ties to the first.
-    No entry is cut off: each keeps at least 1, at the expense of the largest (or of the total, if that is less than E).
+    Each entry keeps at least 1, at the expense of the largest (or of the total, if that is less than E).
 
     Source: Evci et al., "Rigging the Lottery", arXiv 1911.11134, section 3.
 

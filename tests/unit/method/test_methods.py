@@ -94,6 +94,11 @@ def test_a_record_is_a_value_of_the_config() -> None:
             {},
             'its record reads "drop_fractions", which is no setting',
         ),
+        (
+            replace(METHODS["set"], name="mine", reads=frozenset({"drop_fraction"})),
+            {},
+            'its record has updates=True, so its reads must contain "update"',
+        ),
         (replace(METHODS["set"], name="mine"), {"rounds": 2}, "\"rounds\" has no effect with method='mine': remove it"),
         (replace(METHODS["set"], name="mine"), {"distribution": "global"}, "its budgets are fixed before there are"),
         (replace(METHODS["dsd"], name="mine"), {}, "\"drop_fraction\" has no effect with method='mine': remove it"),
