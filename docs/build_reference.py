@@ -41,10 +41,13 @@ def build() -> str:
     parts = [
         "# Reference",
         "Written by `python docs/build_reference.py` from the code: change it there.",
-        "- [Commands](#commands)\n- [Settings](#settings)\n"
+        "- [Commands](#commands)\n- [Methods](#methods)\n- [Settings](#settings)\n"
         + "\n".join(f"- [{module}](#{anchor(module)})" for module in PUBLIC),
         "## Commands",
         *_commands(),
+        "## Methods",
+        "Values of the setting `method`. The record of each is in `gap_ds/method/methods.py`.",
+        _methods(),
         "## Settings",
         "Of the GaP config, JSON or YAML. `gap-ds schema` prints them as a JSON schema. Setting what a method never "
         "reads is an error.",
@@ -87,6 +90,14 @@ def _commands() -> Iterator[str]:
     for command in commands():
         yield f"### gap-ds {command}"
         yield _block(help_text(command))
+
+
+# -- methods -----------------------------------------------------------------------------------------------------------
+
+
+def _methods() -> str:
+    rows = ["| method | is | source |", "|---|---|---|"]
+    return "\n".join([*rows, *(f"| `{m.name}` | {m.summary} | {m.source} |" for m in METHODS.values())])
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------
