@@ -13,8 +13,10 @@ from pydantic import (
     Field,
     ModelWrapValidatorHandler,
     PrivateAttr,
+    TypeAdapter,
     ValidationError,
     ValidatorFunctionWrapHandler,
+    field_serializer,
     field_validator,
     model_validator,
 )
@@ -157,8 +159,11 @@ class GaPConfig(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _checked(cls, data: Any, fields: ModelWrapValidatorHandler[GaPConfig]) -> GaPConfig:
-        config = fields(data)
         method = data.get("method") if isinstance(data, dict) else None
+        if isinstance(method, dict):
+            method = _restored(method)
+            data = {**data, "method": method}
+        config = fields(data)
         if isinstance(method, Method):
             config._given_method = method
         if config is not data:
@@ -178,6 +183,14 @@ class GaPConfig(BaseModel):
         if value.updates and "update" not in value.reads:
             raise ValueError('its record has updates=True, so its reads must contain "update"')
         return value.name
+
+    @field_serializer("method")
+    def _stored(self, name: str) -> Any:
+        # A checkpoint keeps a record of the user without its functions: enough to read the config again.
+        if self._given_method is None:
+            return name
+        data = _RECORD.dump_python(self._given_method, exclude={"dense", "rule"})
+        return {**data, "reads": sorted(data["reads"])}
 
     @field_validator("distribution", mode="before")
     @classmethod
@@ -400,6 +413,22 @@ class GaPConfig(BaseModel):
         epochs, steps = getattr(self, f"{name}_epochs"), getattr(self, f"{name}_steps")
         length = epochs if epochs is not None else steps
         return f"{_exact(length)}{'ep' if epochs is not None else 'st'}" if length or name != "dense" else ""
+
+
+_RECORD = TypeAdapter(Method)
+
+
+def _restored(data: dict[str, Any]) -> Method:
+    """Return a stored record; its functions raise a ValueError."""
+
+    def absent(*_: Any) -> Any:
+        raise ValueError(f'method={data["name"]!r}: its functions are in no file. Pass its record as "method".')
+
+    try:
+        return _RECORD.validate_python({**data, "dense": absent, "rule": absent})
+    except ValidationError as error:
+        key = error.errors()[0]["loc"][0]
+        raise ValueError(f'method: is neither a name nor a record, because "{key}" is missing or wrong') from None
 
 
 def _exact(number: float | None) -> str:

@@ -18,6 +18,7 @@ from torch import nn
 from gap_ds import GaPConfig, GaPEngine
 from gap_ds.method.methods import METHODS
 from gap_ds.method.rules import Method
+from gap_ds.method.schedule import build
 
 PAGE = Path(__file__).resolve().parents[3] / "CONTRIBUTING.md"
 RUN = {"sparsity": 0.75, "phase_steps": 6, "update_steps": 2, "finetune_steps": 3, "drop_fraction": 0.5}
@@ -79,10 +80,46 @@ def test_a_record_is_a_value_of_the_config() -> None:
     assert (config.method, config.record) == ("mine", mine)
     assert config == GaPConfig(method=mine, **RUN) != GaPConfig.load({"method": "set", **RUN})  # type: ignore[arg-type]
     assert config.signature("1") == GaPConfig.load({"method": "set", **RUN}).signature("1").replace("set", "mine", 1)
-    assert json.loads(config.model_dump_json(exclude_unset=True))["method"] == "mine"
     assert config.as_dense().method == "dense"
     assert pickle.loads(pickle.dumps(config)).record == copy.deepcopy(config).record == mine
     assert GaPConfig.load(config) is config
+
+
+def test_a_stored_config_is_read_again_without_the_functions_of_its_record() -> None:
+    config = GaPConfig.load({"method": replace(METHODS["set"], name="mine"), **RUN})
+    for stored in (json.loads(config.model_dump_json(exclude_unset=True)), config.model_dump(exclude_unset=True)):
+        again = GaPConfig.load(stored)
+        assert again.signature("1") == config.signature("1") and again.exploring == 1
+        assert again.model_dump(exclude_unset=True) == config.model_dump(exclude_unset=True)
+        with pytest.raises(
+            ValueError, match=r"method='mine': its functions are in no file. Pass its record as \"method\""
+        ):
+            build(again)
+    with pytest.raises(
+        ValueError, match=r'^method: is neither a name nor a record, because "reads" is missing or wrong'
+    ):
+        GaPConfig.load({**RUN, "method": {"name": "mine", "summary": "", "source": ""}})
+
+
+def test_a_run_with_a_record_is_resumed(tmp_path: Path) -> None:
+    def engine() -> GaPEngine:
+        model = Model()
+        config = {"method": replace(METHODS["set"], name="mine"), **RUN}
+        return GaPEngine(model, config, optimizer=torch.optim.Adam(model.parameters(), lr=0.01))
+
+    def train(engine: GaPEngine, steps: int) -> None:
+        for _ in range(steps):
+            engine.backward(engine(torch.ones(2, 8) * engine.applied_steps))
+            engine.step()
+
+    whole, first, second = engine(), engine(), engine()
+    train(whole, 9)
+    train(first, 3)
+    first.save_checkpoint(tmp_path)
+    second.load_checkpoint(tmp_path)
+    train(second, 6)
+    for one, other in zip(whole.module.parameters(), second.module.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize(
