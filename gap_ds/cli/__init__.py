@@ -1,8 +1,8 @@
 """The command line `gap-ds`: a run before it begins (plan), while it runs (inspect) and after it (report, export).
 
 Here live the commands with their options, the figures of `gap-ds plan` and `gap-ds doctor`, and the tables that print
-figures. A command is thin: it gets plain data from one function and prints it as text, or as JSON with `--json`. What
-another part of gap_ds could use does not belong here; nothing outside imports this folder. typer and rich are optional
+figures. A command is thin: it gets plain data from one function and prints it as text, or as JSON with `--json`. Code
+that another part of gap_ds could use does not belong here; nothing outside imports this folder. typer and rich are optional
 dependencies, so `main` imports them, not this package. matplotlib is imported by `gap-ds report` alone, transformers by
 `gap-ds plan`.
 

@@ -185,7 +185,7 @@ def export(
         ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
-    form: Annotated[Literal["compact", "dense"], typer.Option("--format", help="What to write.")] = "compact",
+    form: Annotated[Literal["compact", "dense"], typer.Option("--format", help="Format to write.")] = "compact",
     model: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="For a checkpoint: folder of the model's config.json and tokenizer."),

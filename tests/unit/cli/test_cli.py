@@ -359,7 +359,7 @@ def test_code_of_a_model_is_never_run(run: Run) -> None:
         ("plam", "No such command 'plam'."),
     ],
 )
-def test_mistakes_are_told_in_a_sentence(run: Run, argv: str, message: str) -> None:
+def test_mistakes_are_one_sentence(run: Run, argv: str, message: str) -> None:
     write(Path("llama") / "config.json", TINY_LLAMA)
     write(Path("bad") / "config.json", {**TINY_LLAMA, "hidden_size": -64, "head_dim": 16})
     code, out, err = run(*argv.split())

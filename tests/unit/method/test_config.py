@@ -1,4 +1,4 @@
-"""The config: what is accepted, and that every mistake is told with its value, what is allowed and what to change."""
+"""The config: accepted settings, and the sentence for each mistake: the value, what is allowed, what to change."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ UNREAD = {
 BASE: dict[str, Any] = {"sparsity": 0.8, "partitions": 3, "phase_epochs": 1.0, "rounds": 2, "finetune_epochs": 2.0}
 REMOVE = object()
 
-#: What turns BASE into a valid config of each method.
+#: Changes that turn BASE into a valid config of each method.
 METHODS: dict[str, dict[str, Any]] = {
     name: {
         "method": name,
@@ -354,7 +354,7 @@ def test_a_name_pattern_is_a_string() -> None:
     assert str(error.value) == f'distribution={{0: 0.5}}: {DISTRIBUTION}. Set "distribution" in gap_config.'
 
 
-def test_a_run_in_steps_asks_for_steps() -> None:
+def test_a_run_in_steps_requires_steps() -> None:
     same = 'and "phase_steps" must have the same unit: set'
     for changes, message in (
         ({"dense_epochs": 1}, f'"dense_epochs" {same} "dense_steps" instead (in gap_config).'),
@@ -387,7 +387,7 @@ def test_an_unknown_setting_like_no_other_lists_all() -> None:
     assert all(name in str(error.value) for name in GaPConfig.model_fields)
 
 
-def test_several_mistakes_are_told_at_once() -> None:
+def test_several_mistakes_are_reported_at_once() -> None:
     with pytest.raises(ValueError) as error:
         config(sparsity=2, seed="x", sparsty=1)
     assert len(str(error.value).splitlines()) == 3
@@ -646,7 +646,7 @@ TIMES = {"D": "dense", "T": "phase", "ft": "finetune", "every": "update"}
 
 
 def parsed(signature: str) -> dict[str, Any]:
-    """The settings that a signature tells; its own reader, written from the format alone."""
+    """The settings in a signature, read by an independent reader, written from the format alone."""
     first, *parts = signature.split("|")
     assert first == "gap"
     found: dict[str, Any] = {}
@@ -713,7 +713,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
 
 @PROPERTY
 @given(configs())
-def test_a_signature_tells_all_that_decides_a_run(settings: dict[str, Any]) -> None:
+def test_a_signature_has_every_setting_that_changes_a_run(settings: dict[str, Any]) -> None:
     """The config can be had back from it, so that no two configs share one."""
     loaded = GaPConfig.load(settings)
     again = GaPConfig.load(parsed(loaded.signature("1")))

@@ -1,4 +1,4 @@
-"""Phases, their boundaries and densities, against figures worked out by hand."""
+"""Phases, their boundaries and densities, against figures computed by hand."""
 
 from __future__ import annotations
 
@@ -405,7 +405,7 @@ def sizes(kappa: int) -> tuple[list[int], list[int]]:
 
 
 def built(settings: dict[str, Any], unit: int, worker: int = 0) -> Schedule:
-    """The schedule; not of a run that asks for updates and has none, which must be refused."""
+    """The schedule. A run that requires updates and has none must be refused."""
     loaded = GaPConfig.load(settings)
     spans = simulated(settings, unit, worker)
     if loaded.updates and len(spans) > 1 and not any(span.updates for span in spans):
@@ -512,7 +512,7 @@ def test_the_dense_twin_of_every_method_has_its_boundaries(run: tuple[dict[str, 
 
 @EVERY_RUN
 @given(runs(), st.integers(0, 3))
-def test_steps_and_epochs_say_the_same(run: tuple[dict[str, Any], int], worker: int) -> None:
+def test_steps_and_epochs_give_the_same_schedule(run: tuple[dict[str, Any], int], worker: int) -> None:
     """With a hundred steps, or a multiple of it, to an epoch, two decimals of an epoch are whole steps."""
     settings, unit = run
     unit = 100 * -(-unit // 100)
