@@ -2,9 +2,9 @@
 
 Here live the commands with their options, the figures of `gap-ds plan` and `gap-ds doctor`, and the tables that print
 figures. A command is thin: it gets plain data from one function and prints it as text, or as JSON with `--json`. Code
-that another part of gap_ds could use does not belong here; nothing outside imports this folder. typer and rich are optional
-dependencies, so `main` imports them, not this package. matplotlib is imported by `gap-ds report` alone, transformers by
-`gap-ds plan`.
+that another part of gap_ds could use does not belong here; no other folder imports this one. typer and rich are
+optional, so `main` imports them, not this package. Only `gap-ds report` imports matplotlib, only `gap-ds plan`
+transformers.
 
 Read app.py first, then plan.py and tables.py.
 """
