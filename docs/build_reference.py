@@ -21,7 +21,8 @@ import gap_ds
 from gap_ds import hf
 from gap_ds.cli.app import app
 from gap_ds.export import compact, expand
-from gap_ds.method.config import _UNUSED, GaPConfig
+from gap_ds.method.config import GaPConfig
+from gap_ds.method.methods import METHODS
 
 PAGE = Path(__file__).with_name("reference.md")
 #: Public objects by the module that they are imported from.
@@ -40,10 +41,13 @@ def build() -> str:
     parts = [
         "# Reference",
         "Written by `python docs/build_reference.py` from the code: change it there.",
-        "- [Commands](#commands)\n- [Settings](#settings)\n"
+        "- [Commands](#commands)\n- [Methods](#methods)\n- [Settings](#settings)\n"
         + "\n".join(f"- [{module}](#{anchor(module)})" for module in PUBLIC),
         "## Commands",
         *_commands(),
+        "## Methods",
+        "Values of the setting `method`. The record of each is in `gap_ds/method/methods.py`.",
+        _methods(),
         "## Settings",
         "Of the GaP config, JSON or YAML. `gap-ds schema` prints them as a JSON schema. Setting what a method never "
         "reads is an error.",
@@ -88,13 +92,21 @@ def _commands() -> Iterator[str]:
         yield _block(help_text(command))
 
 
+# -- methods -----------------------------------------------------------------------------------------------------------
+
+
+def _methods() -> str:
+    rows = ["| method | is | source |", "|---|---|---|"]
+    return "\n".join([*rows, *(f"| `{m.name}` | {m.summary} | {m.source} |" for m in METHODS.values())])
+
+
 # -- settings ----------------------------------------------------------------------------------------------------------
 
 
 def _settings() -> str:
     rows = ["| setting | values | default | meaning | not read by |", "|---|---|---|---|---|"]
     for name, field in GaPConfig.model_fields.items():
-        unread = ", ".join(method for method, settings in _UNUSED.items() if name in settings)
+        unread = ", ".join(method.name for method in METHODS.values() if not method.reads_setting(name))
         default = field.get_default(call_default_factory=True)
         shown = "" if default is None else f"`{default}`"
         cells = [f"`{name}`", _values(field), shown, field.description or "", unread]

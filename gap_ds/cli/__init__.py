@@ -1,16 +1,12 @@
-"""The command line `gap-ds`: what a run will be, before it is one, and what it has been.
+"""The command line `gap-ds`: a run before it begins (plan), while it runs (inspect) and after it (report, export).
 
-    app        the commands and their options (typer)
-    models     a model without weights, from a preset, a config or a hub id
-    forecast   all figures of a model, a config and a number of ranks, as plain data
-    launch     the workers of parallel GaP, started on one machine
-    inspect    what a checkpoint or an export holds, and what is wrong with it (inspect_*: its parts)
-    report     pictures of runs on one HTML page (report_*: its parts; gap_ds.report.plots draws)
-    doctor     what this machine has, and what will and will not work here
-    show       tables and the timeline (rich)
+Here live the commands with their options, the figures of `gap-ds plan` and `gap-ds doctor`, and the tables that print
+figures. A command is thin: it gets plain data from one function and prints it as text, or as JSON with `--json`. Code
+that another part of gap_ds could use does not belong here; no other folder imports this one. typer and rich are
+optional, so `main` imports them, not this package. Only `gap-ds report` imports matplotlib, only `gap-ds plan`
+transformers.
 
-Every command prints text for people, or with `--json` the same figures for programs. typer and rich are optional
-dependencies, so they are imported by `main` and not with this package; matplotlib is imported by `report` alone.
+Read app.py first, then plan.py and tables.py.
 """
 
 from __future__ import annotations
@@ -20,10 +16,10 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs a command and exits: 0 on success, 2 after a mistake of the user's, told on stderr in a sentence.
+    """Run a command and exit: status 0 after success; 2 after a mistake of the user, with one sentence on stderr.
 
     Args:
-        argv: arguments, without the program's name; those of the process if not given.
+        argv: arguments without the program's name; None: those of the process.
     """
     try:
         from gap_ds.cli import app
@@ -34,10 +30,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         _fail(f'{library} is not installed: the command line needs it. Run pip install "gap_ds[cli]".')
     try:
         code = app.app(argv, prog_name="gap-ds", standalone_mode=False)
-    except ValueError as error:  # by convention the library's way to tell the user of a mistake
+    except ValueError as error:  # gap_ds raises it for mistakes of the user
         _fail(str(error))
     except Exception as error:
-        # Wrong options: errors of click, which typer keeps in different places in different versions.
+        # Wrong options raise errors of click, which versions of typer keep in different places.
         if not hasattr(error, "format_message"):
             raise
         _fail(f"{error.format_message().rstrip('.')}. See {_help(error)}.")
@@ -45,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _help(error: object) -> str:
-    """The command line that explains the command in which the error occurred."""
+    """Return the command line that prints the help of the command in which the error occurred."""
     context = getattr(error, "ctx", None)
     return f"{getattr(context, 'command_path', 'gap-ds')} --help"
 

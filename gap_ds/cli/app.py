@@ -1,4 +1,4 @@
-"""The commands of `gap-ds`. Each gets plain data from another module and prints it as text or as JSON."""
+"""The commands of `gap-ds`. Each one gets plain data from another module and prints it as text or as JSON."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from gap_ds._version import __version__
 from gap_ds.cli import doctor as doctor_
 from gap_ds.cli import inspect as inspect_
 from gap_ds.cli import models, tables
-from gap_ds.cli import plan as forecast
+from gap_ds.cli.plan import forecast
 from gap_ds.cli.presets import PRESETS, VOCAB_SIZE
 from gap_ds.method.config import GaPConfig
 from gap_ds.parallel import launch
 
 app = typer.Typer(
-    help="Scheduled grow-and-prune (GaP): look at sparse training before, during and after a run.",
+    help="Scheduled grow-and-prune (GaP): inspect sparse training before, during and after a run.",
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,  # plain text: boxes leave too little of 80 columns
     pretty_exceptions_enable=False,
@@ -59,27 +59,35 @@ def plan(
             "folder, or a hub id.",
         ),
     ],
-    gap_config: Annotated[Path, typer.Option("--gap-config", "-g", metavar="FILE", help="GaP config, JSON or YAML.")],
+    gap_config: Annotated[
+        str,
+        typer.Option(
+            "--gap-config",
+            "-g",
+            metavar="CONFIG",
+            help="GaP config: a JSON or YAML file, or the name of a shipped one.",
+        ),
+    ],
     steps_per_epoch: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Optimizer steps in an epoch: shows steps instead of epochs."),
+        typer.Option(min=1, metavar="N", help="Optimizer steps in an epoch; times are then shown in steps."),
     ] = None,
     vocab_size: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help=f"Vocabulary of a preset; {VOCAB_SIZE:,} if not given.")
+        int | None, typer.Option(min=1, metavar="N", help=f"Vocabulary size of a preset (default {VOCAB_SIZE:,}).")
     ] = None,
     world_size: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Number of ranks: adds what each holds and sends."),
+        typer.Option(min=1, metavar="N", help="Number of ranks; adds the bytes that each one stores and sends."),
     ] = None,
     entries: Annotated[bool, typer.Option("--entries", help="List every entry with its budget.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show a run's partitions, phases, density and cost.
+    """Show the partitions, phases, density and cost of a run.
 
-    Works on shapes alone: no weight is allocated, and nothing of the hub but a config is read.
+    No weights are allocated, and of the hub only a config is read.
     """
     config = GaPConfig.load(gap_config)
-    figures = forecast.forecast(
+    figures = forecast(
         models.meta_model(model, vocab_size),
         config,
         steps_per_epoch=steps_per_epoch,
@@ -94,26 +102,27 @@ def plan(
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 def parallel(
-    script: Annotated[list[str], typer.Argument(metavar="-- SCRIPT [ARGUMENT]...", help="What each worker runs.")],
+    script: Annotated[
+        list[str], typer.Argument(metavar="-- SCRIPT [ARGUMENT]...", help="Script that each worker runs.")
+    ],
     workers: Annotated[int, typer.Option(min=2, metavar="N", help="Number of workers, one for each partition.")],
     ranks_per_worker: Annotated[int, typer.Option(min=1, metavar="N", help="Processes of each worker.")] = 1,
     exchange: Annotated[
-        str | None, typer.Option(metavar="URL", help="Exchange folder (any fsspec URL), passed on as --exchange.")
+        str | None,
+        typer.Option(metavar="URL", help="Exchange folder (any fsspec URL), passed to the script as --exchange."),
     ] = None,
     launcher: Annotated[
         Literal["torchrun", "deepspeed"] | None,
         typer.Option(
-            help="Default: deepspeed where the arguments have a DeepSpeed config, else torchrun; for one rank none."
+            help="Default: deepspeed if the arguments have a DeepSpeed config, else torchrun; none for one rank."
         ),
     ] = None,
-    restarts: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Start a failed worker again, N times at most.")
-    ] = 0,
+    restarts: Annotated[int, typer.Option(min=0, metavar="N", help="Restart failed workers, at most N times.")] = 0,
 ) -> None:
     """Start the workers of parallel GaP on this machine.
 
-    Each runs the script with --gap-worker I appended, on devices and a port of its own. One that fails ends all. On
-    several machines, start the same script yourself with --gap-worker I and one --exchange that all can reach.
+    Worker I runs the script with --gap-worker I appended, on separate devices and a separate port. If one fails, all
+    end. On several machines, start the script yourself with --gap-worker I and an --exchange that all can reach.
     """
     extra = [] if exchange is None else ["--exchange", exchange]
     code = launch.run(
@@ -124,14 +133,16 @@ def parallel(
 
 @app.command()
 def inspect(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="An exported model, a checkpoint, or its folder.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="An exported model, a checkpoint, or a folder of checkpoints.")
+    ],
     entries: Annotated[bool, typer.Option("--entries", help="List every entry with its counts.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Count and check what a checkpoint or an export holds.
+    """Count and check the kept weights of a checkpoint or export.
 
-    Counts are compared with the file's own, with the budgets and with the pattern. Reads a piece of a tensor at a
-    time. Exit status: 0 nothing is wrong, 1 something is, 2 it cannot be read.
+    The counts are compared with those in the file, with the budgets and with the pattern. Tensors are read piece by
+    piece. Exit status: 0 if nothing is wrong, 1 if something is, 2 if a file cannot be read.
     """
     with _progress("counting") as progress:
         figures = inspect_.inspect(folder, progress)
@@ -150,15 +161,15 @@ def report(
     ),
     as_json: AsJson = False,
 ) -> None:
-    """Draw runs and compare them: one HTML page, and its PNG files.
+    """Draw and compare runs: one HTML page, and PNG files.
 
     The page needs no network and no script. Pictures: schedule and losses, density, layers, changes of masks,
-    magnitudes; of several runs also curves, scores and cost side by side.
+    magnitudes; for several runs also curves, scores and cost side by side.
     """
-    from gap_ds.report import build as report_  # its pictures need matplotlib, which no other command does
+    from gap_ds.report import build  # needs matplotlib, which no other command does
 
     with _progress("drawing") as progress:
-        figures = report_.report(runs, output, progress)
+        figures = build.report(runs, output, progress)
     if as_json:
         _print_json(figures)
     else:
@@ -168,10 +179,13 @@ def report(
 @app.command()
 def export(
     source: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A checkpoint, its folder, or an exported model, dense or compact.")
+        Path,
+        typer.Argument(
+            metavar="DIR", help="A checkpoint, a folder of checkpoints, or an exported model, dense or compact."
+        ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
-    form: Annotated[Literal["compact", "dense"], typer.Option("--format", help="What to write.")] = "compact",
+    form: Annotated[Literal["compact", "dense"], typer.Option("--format", help="Format to write.")] = "compact",
     model: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="For a checkpoint: folder of the model's config.json and tokenizer."),
@@ -183,10 +197,10 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the exported model that OUT holds.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a checkpoint's final model, or convert an exported one.
+    """Write a checkpoint's final model, or convert an exported model.
 
-    Of a checkpoint, entries that are dense at that step are pruned in the copy; it may be of any number of ranks. An
-    exported model's weights stay the same, bit for bit.
+    Entries that are dense at the checkpoint's step are pruned in the copy. The checkpoint may be of any number of
+    ranks. Conversion keeps the weights of an exported model bit for bit.
     """
     from gap_ds.cli import export as export_
 
@@ -203,7 +217,7 @@ def schema() -> None:
 
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
-    """Show what works on this machine, and why not."""
+    """Show what works on this machine, and the reasons."""
     report = doctor_.report()
     if as_json:
         _print_json(report)
@@ -221,7 +235,7 @@ def _print_json(data: Any) -> None:
 
 @contextlib.contextmanager
 def _progress(what: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on stderr, if that is a terminal; yields what moves it: (name, done, total)."""
+    """Show a bar on stderr if that is a terminal; yield a function (name, done, total) that moves it."""
     console = Console(stderr=True, highlight=False, emoji=False, markup=False)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:

@@ -1,13 +1,12 @@
-"""What this machine has, and what of gap_ds will and will not work on it.
+"""Report of a machine: its facts, and which parts of gap_ds work on it.
 
-Looking and judging are apart: `look` collects facts without importing any of the libraries but torch, `judge` is pure.
+`look` collects the facts, importing torch alone. `judge` is a pure function of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import re
@@ -23,11 +22,10 @@ import torch
 from gap_ds._version import __version__
 from gap_ds.masks import cpu
 
-#: The oldest DeepSpeed whose private names the backend was tested with.
+#: The oldest version of DeepSpeed that the backend was tested with; it reads private names.
 _DEEPSPEED = "0.19.8"
 _PACKAGES = ("torch", "deepspeed", "transformers", "fairscale", "accelerate")
 _EXAMPLE = ("transformers", "datasets", "tokenizers", "sacrebleu")
-_BACKENDS = ("plain", "zero", "fsdp", "fairscale")
 _LAUNCHERS = ("deepspeed", "torchrun", "accelerate")
 
 Status = Literal["yes", "limited", "no"]
@@ -35,12 +33,11 @@ Status = Literal["yes", "limited", "no"]
 
 @dataclass(frozen=True)
 class Facts:
-    """What there is. A package or tool that is missing is not in its dict.
+    """Facts of a machine and its environment. Missing packages and launchers are absent from their dicts.
 
-    packages: versions by name. launchers: paths by name. backends: those that this version of gap_ds has.
-    accelerators: names of the GPUs that torch can use. cuda_build: CUDA or ROCm version of the torch build.
-    nvidia_driver: whether nvidia-smi is here. compiler, ninja, headers: what DeepSpeed compiles extensions with.
-    loops: whether gap_ds can compile its loops for a CPU.
+    packages: versions by name. launchers: paths by name. accelerators: names of the GPUs that torch can use.
+    cuda_build: CUDA or ROCm version of the torch build. nvidia_driver: True if nvidia-smi is installed. compiler,
+    ninja, headers: the tools with which DeepSpeed compiles extensions. loops: True if gap_ds can compile its C loops.
     """
 
     python: str
@@ -48,7 +45,6 @@ class Facts:
     cores: int
     packages: dict[str, str]
     launchers: dict[str, str]
-    backends: tuple[str, ...]
     accelerators: tuple[str, ...]
     cuda_build: str | None
     bf16: bool
@@ -61,7 +57,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Finding:
-    """Whether something works here, and the reason or what to do about it."""
+    """One part of gap_ds: if it works here, and the reason or the remedy."""
 
     what: str
     works: Status
@@ -69,7 +65,7 @@ class Finding:
 
 
 def look() -> Facts:
-    """The facts of this machine and environment."""
+    """Return the facts of this machine and environment."""
     has_cuda = torch.cuda.is_available()
     packages = {name: version for name in {*_PACKAGES, *_EXAMPLE, "pyyaml"} if (version := _version(name))}
     return Facts(
@@ -78,7 +74,6 @@ def look() -> Facts:
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         packages=dict(sorted(packages.items())),
         launchers={name: path for name in _LAUNCHERS if (path := _find(name))},
-        backends=tuple(name for name in _BACKENDS if importlib.util.find_spec(f"gap_ds.sharding.backends.{name}")),
         accelerators=tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) if has_cuda else (),
         cuda_build=torch.version.cuda or torch.version.hip,
         bf16=torch.cuda.is_bf16_supported() if has_cuda else True,
@@ -91,7 +86,7 @@ def look() -> Facts:
 
 
 def judge(facts: Facts) -> list[Finding]:
-    """What will and will not work, given the facts."""
+    """Return one finding for each part of gap_ds."""
     return [
         _gpu(facts),
         _ddp(facts),
@@ -104,7 +99,7 @@ def judge(facts: Facts) -> list[Finding]:
 
 
 def report() -> dict[str, Any]:
-    """Facts and findings for JSON."""
+    """Return facts and findings for JSON."""
     facts = look()
     return {
         "gap_ds": __version__,
@@ -117,10 +112,12 @@ def _gpu(facts: Facts) -> Finding:
     if facts.accelerators:
         return Finding("GPU", "yes", f"{len(facts.accelerators)} x {facts.accelerators[0]}")
     if facts.nvidia_driver and facts.cuda_build is None:
-        return Finding("GPU", "no", "nvidia-smi is here, but torch is a build for CPUs: install one for CUDA")
+        return Finding("GPU", "no", "nvidia-smi is installed, but torch is a build for CPUs: install one for CUDA")
     if facts.cuda_build is not None:
-        return Finding("GPU", "no", f"torch, built for {facts.cuda_build}, finds none: see nvidia-smi or rocm-smi")
-    return Finding("GPU", "no", f"none found: all runs on {facts.cores} CPU cores; take the presets tiny and small")
+        return Finding("GPU", "no", f"torch, built for {facts.cuda_build}, finds none: run nvidia-smi or rocm-smi")
+    return Finding(
+        "GPU", "no", f"none found: everything runs on {facts.cores} CPU cores; use the presets tiny and small"
+    )
 
 
 def _ddp(facts: Facts) -> Finding:
@@ -158,30 +155,26 @@ def _deepspeed(facts: Facts) -> Finding:
 
 
 def _sharding(facts: Facts) -> list[Finding]:
-    findings = []
-    for backend, what in (("fsdp", "FSDP"), ("fairscale", "fairscale")):
-        if backend not in facts.backends:
-            findings.append(Finding(what, "no", f"gap_ds {__version__} has no backend for it"))
-        elif backend == "fairscale" and "fairscale" not in facts.packages:
-            findings.append(Finding(what, "no", 'fairscale is not installed: pip install "gap_ds[fairscale]"'))
-        elif backend == "fairscale" and not facts.accelerators:
-            findings.append(Finding(what, "limited", "its OSS and DDP run on CPUs, its FSDP needs a GPU"))
-        else:
-            findings.append(Finding(what, "yes", "start with torchrun --nproc-per-node N"))
-    return findings
+    start = "start with torchrun --nproc-per-node N"
+    fairscale = Finding("fairscale", "yes", start)
+    if "fairscale" not in facts.packages:
+        fairscale = Finding("fairscale", "no", 'fairscale is not installed: pip install "gap_ds[fairscale]"')
+    elif not facts.accelerators:
+        fairscale = Finding("fairscale", "limited", "its OSS and DDP run on CPUs, its FSDP needs a GPU")
+    return [Finding("FSDP", "yes", start), fairscale]
 
 
 def _bf16(facts: Facts) -> Finding:
     if not facts.bf16:
         return Finding("bf16", "limited", f"{facts.accelerators[0]} emulates it: fp16 is faster")
-    return Finding("bf16", "yes", "on the GPU" if facts.accelerators else "on CPUs; fast only on those with AMX")
+    return Finding("bf16", "yes", "on the GPU" if facts.accelerators else "on CPUs; fast only with AMX")
 
 
 def _loops(facts: Facts) -> Finding:
     if facts.loops:
         return Finding("loops in C", "yes", "for masks and sparse layers on CPUs")
-    why = "NumPy, PyTorch and MKL take about twice as long: install gcc, or set CC, and see that GAP_DS_NATIVE is not 0"
-    return Finding("loops in C", "limited", f"no C compiler is used; on CPUs {why}")
+    why = "masks and sparse layers take about twice as long: install gcc, or set CC, and do not set GAP_DS_NATIVE to 0"
+    return Finding("loops in C", "limited", f"no C compiler is used, so on CPUs {why}")
 
 
 def _extras(facts: Facts) -> list[Finding]:
@@ -192,7 +185,7 @@ def _extras(facts: Facts) -> list[Finding]:
         else Finding("translation example", "yes", "see examples/translation/README.md")
     )
     plan = (
-        Finding("gap-ds plan", "yes", "presets and configs; hub ids where there is a network")
+        Finding("gap-ds plan", "yes", "presets and configs; hub ids if there is a network")
         if "transformers" in facts.packages
         else Finding("gap-ds plan", "no", "transformers is not installed: pip install transformers")
     )
@@ -212,12 +205,12 @@ def _version(package: str) -> str | None:
 
 
 def _find(tool: str) -> str | None:
-    """The path of a tool: on PATH, or beside the running python, as in an environment that is not activated."""
+    """Return the path of a tool, on PATH or beside the running python (in an environment that is not activated)."""
     return shutil.which(tool) or shutil.which(tool, path=str(Path(sys.executable).parent))
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """The release of a version as numbers, as far as it is numbers.
+    """Return the leading numbers of a version.
 
     >>> _numbers("0.19.8+cpu") < _numbers("0.20.0rc1")
     True

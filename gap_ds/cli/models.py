@@ -1,4 +1,4 @@
-"""A model without weights: the module tree and the shapes on the meta device, from a preset, a config or a hub id."""
+"""Models without weights, on the meta device: from a preset, a config or a hub id."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import nn
 
 from gap_ds.cli.presets import PRESETS, VOCAB_SIZE
 
-#: Tried in this order where a config does not say, or says in vain, which class it is for.
+#: Tried in this order if a config names no class, or one that transformers does not have.
 _AUTO = ("AutoModelForSeq2SeqLM", "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForImageClassification")
 
 
 def meta_model(name: str, vocab_size: int | None = None) -> nn.Module:
-    """A model whose parameters have shapes and no values; code that comes with a model is never run.
+    """Return a model on the meta device. Code that comes with a model is never run.
 
     Args:
-        name: a preset; else a Hugging Face config.json or the folder of one; else a hub id. A preset comes first
-            (write ./big for a folder of that name), and what is there as a file or folder is not looked up on the hub.
-        vocab_size: of a preset, which knows no vocabulary.
+        name: a preset, else a Hugging Face config.json or its folder, else a hub id. Write ./big for a folder with the
+            name of a preset. An existing file or folder is not looked up on the hub.
+        vocab_size: vocabulary size of a preset.
     Raises:
         ValueError: there is no such model, or transformers cannot build it.
     """
@@ -52,7 +52,7 @@ def _read_config(name: str, transformers: Any) -> Any:
         return transformers.AutoConfig.from_pretrained(
             str(path) if is_here else name, trust_remote_code=False, local_files_only=is_here
         )
-    except Exception as error:  # of the hub, the network, the JSON or the model: all mean the same to the user
+    except Exception as error:  # of the hub, the network, the JSON or the model; one sentence fits all
         if is_here:
             raise ValueError(
                 f"--model {name}: is no config of a model that transformers knows ({_reason(error)})."
@@ -60,13 +60,13 @@ def _read_config(name: str, transformers: Any) -> Any:
         near = difflib.get_close_matches(name, PRESETS, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise ValueError(
-            f"--model {name}: is neither a preset ({', '.join(PRESETS)}) nor a file or folder, and from the hub it "
-            f"could not be had ({_reason(error)}).{hint}"
+            f"--model {name}: is neither a preset ({', '.join(PRESETS)}) nor a file or folder, and the hub "
+            f"does not deliver it ({_reason(error)}).{hint}"
         ) from error
 
 
 def _build(name: str, config: Any, transformers: Any) -> nn.Module:
-    """The model of a config: of the class it names first, else of the first Auto class that takes it."""
+    """Return the model of a config: of the first class that it names, else of the first Auto class that accepts it."""
     try:
         for architecture in config.architectures or ():
             cls = getattr(transformers, architecture, None)
@@ -81,16 +81,16 @@ def _build(name: str, config: Any, transformers: Any) -> nn.Module:
                 continue
         model = transformers.AutoModel.from_config(config, trust_remote_code=False)
         return model
-    except Exception as error:  # whatever a model's constructor makes of an impossible config
+    except Exception as error:  # constructors fail in many ways on an impossible config
         raise ValueError(
             f"--model {name}: transformers cannot build a {type(config).__name__} model from it ({_reason(error)})."
         ) from error
 
 
 def _reason(error: Exception) -> str:
-    """The first line of a foreign error."""
+    """Return the first line of an error of another library."""
     text = str(error).strip()
     if "trust_remote_code" in text:
-        return "it needs code of its own, which gap-ds never runs"
+        return "it needs custom code, which gap-ds never runs"
     first = text.partition("\n")[0].rstrip(" .:")
     return first or type(error).__name__

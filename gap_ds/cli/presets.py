@@ -1,4 +1,4 @@
-"""Sizes of the paper's Transformer, without building it: four presets of one pre-norm encoder-decoder.
+"""Presets: four sizes of the paper's Transformer, a pre-norm encoder-decoder.
 
 They are sizes of transformers' M2M100: layer norms before the blocks, sinusoidal positions, and one embedding shared
 by encoder, decoder and output. `big`, with a vocabulary of 33,712, is the Transformer-big of the GaP paper
@@ -15,7 +15,7 @@ VOCAB_SIZE = 33_712
 
 @dataclass(frozen=True)
 class Preset:
-    """Size of a model: widths, attention heads, and layers on each side."""
+    """Size of an encoder-decoder: widths, attention heads, and layers on each side."""
 
     d_model: int
     ffn: int

@@ -1,8 +1,9 @@
-"""Tables and pictures of the figures, for a terminal of any width. K partitions."""
+"""Tables and timelines of figures, for terminals of any width. K partitions."""
 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,10 +12,9 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from gap_ds.cli import plan as forecast
 from gap_ds.storage.errors import printable
 
-#: Above this many phases the table shows the first and the last ones only; the timeline shows all.
+#: With more phases, the table shows only the first and the last ones; the timeline shows all.
 _MAX_PHASES = 24
 _SHOWN = (12, 8)
 _LABEL = 4  # columns left of the timeline
@@ -22,7 +22,7 @@ _MAX_PROBLEMS = 20
 
 
 def plan(console: Console, name: str, figures: dict[str, Any]) -> None:
-    """Prints everything that `gap-ds plan` knows."""
+    """Print the figures of `gap-ds plan`."""
     model = figures["model"]
     console.print(Text(figures["signature"], style="dim"), soft_wrap=True)
     counts = f"{model['weights']:,} weights, {figures['weights']:,} prunable"
@@ -39,7 +39,7 @@ def plan(console: Console, name: str, figures: dict[str, Any]) -> None:
 
 
 def doctor(console: Console, report: dict[str, Any]) -> None:
-    """Prints what there is and what works."""
+    """Print the facts and findings of `gap-ds doctor`."""
     facts = _grid()
     facts.add_row("gap_ds", report["gap_ds"])
     facts.add_row("Python", f"{report['python']}, {report['system']}, {report['cores']} CPU cores")
@@ -58,7 +58,7 @@ def doctor(console: Console, report: dict[str, Any]) -> None:
 
 
 def inspection(console: Console, figures: dict[str, Any], with_entries: bool) -> None:
-    """Prints everything that `gap-ds inspect` has found."""
+    """Print the figures and problems of `gap-ds inspect`."""
     console.print(Text(printable(figures["signature"], None), style="dim"), soft_wrap=True)
     of = _of_export(figures) if figures["kind"] == "export" else _of_checkpoint(figures)
     console.print(Text(printable(figures["path"], None), style="bold"), soft_wrap=True)
@@ -85,7 +85,7 @@ def inspection(console: Console, figures: dict[str, Any], with_entries: bool) ->
 
 
 def report(console: Console, figures: dict[str, Any]) -> None:
-    """Prints the figures of each run of `gap-ds report`, and where the page is."""
+    """Print the figures of each run of `gap-ds report`, and the path of the page."""
     columns = [(heading, "right") for heading in ("steps", "density", "FLOPs", "loss", *figures["scores"].values())]
     table = _table(("run", "left"), *columns)
     for run in figures["runs"]:
@@ -112,7 +112,7 @@ def report(console: Console, figures: dict[str, Any]) -> None:
 
 
 def size(count: float) -> str:
-    """A number of bytes with its unit.
+    """Return a number of bytes with its unit.
 
     >>> size(0), size(1023), size(1536), size(5 * 2**30)
     ('0 B', '1023 B', '1.50 KiB', '5.00 GiB')
@@ -123,6 +123,29 @@ def size(count: float) -> str:
     return f"{count} B" if units[0] == "B" else f"{count:.2f} {units[0]}"
 
 
+def abbreviate(blocks: Sequence[str]) -> list[str]:
+    """Return block names with their numbers joined to ranges.
+
+    >>> abbreviate(["h.0", "h.1", "h.2", "h.5", "decoder.0", "fc"])
+    ['h.0-2,5', 'decoder.0', 'fc']
+    """
+    stacks: dict[str, list[int]] = {}
+    for block in blocks:
+        match = re.fullmatch(r"(.*?)\.?(\d+)", block)
+        stacks.setdefault(match[1] if match else block, []).extend([int(match[2])] if match else [])
+    return [f"{stack}.{_runs(numbers)}".lstrip(".") if numbers else stack for stack, numbers in stacks.items()]
+
+
+def _runs(numbers: Sequence[int]) -> str:
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
 def _section(console: Console, title: str, body: RenderableType) -> None:
     console.print()
     console.print(Text(title, style="bold"))
@@ -130,7 +153,7 @@ def _section(console: Console, title: str, body: RenderableType) -> None:
 
 
 def _table(*columns: tuple[str, str]) -> Table:
-    """An empty table with columns of a heading and a side to align to."""
+    """Return an empty table; a column is (heading, side to align to)."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     for heading, side in columns:
         table.add_column(heading, justify="right" if side == "right" else "left", overflow="fold")
@@ -149,8 +172,8 @@ def _partitions(figures: dict[str, Any]) -> Table:
     table = _table(("", "right"), ("blocks", "left"), *right)
     for row in figures["partitions"]:
         split = set(row["split_blocks"])
-        blocks = forecast.abbreviate([block for block in row["blocks"] if block not in split])
-        blocks += [f"part of {block}" for block in forecast.abbreviate([b for b in row["blocks"] if b in split])]
+        blocks = abbreviate([block for block in row["blocks"] if block not in split])
+        blocks += [f"part of {block}" for block in abbreviate([b for b in row["blocks"] if b in split])]
         counts = (f"{row[key]:,}" for key in ("entries", "weights", "kept"))
         table.add_row(str(row["partition"]), "\n".join(blocks), *counts, f"{row['share']:.1%}")
     entries = sum(row["entries"] for row in figures["partitions"])
@@ -197,7 +220,7 @@ def _phase(phase: dict[str, Any], unit: str) -> tuple[str, ...]:
 
 
 def _timeline(figures: dict[str, Any], width: int, ascii_only: bool) -> Text:
-    """Which partitions are dense when: a line per partition, to scale where every phase has a column of its own."""
+    """Return a line for each partition that shows when it is dense, to scale if every phase gets a column."""
     unit, phases = figures["unit"], figures["phases"]
     width = max(20, min(width, 100) - _LABEL - 1)
     starts = [phase[f"first_{unit}"] for phase in phases] + [figures["length"]]
@@ -215,7 +238,7 @@ def _timeline(figures: dict[str, Any], width: int, ascii_only: bool) -> Text:
     ]
     marks = _marks(phases, widths)
     scale = "to scale" if is_to_scale else "a column per phase"
-    whose = "; worker 0's, worker I has partition I dense" if "workers" in figures else ""
+    whose = "; of worker 0 (worker I has partition I dense)" if "workers" in figures else ""
     text = Text(f"{full} dense, {empty} sparse, r round, ft fine-tuning; {scale}{whose}\n")
     for start in range(0, sum(widths), width):
         end = start + width if start + width < sum(widths) else len(marks)
@@ -227,7 +250,7 @@ def _timeline(figures: dict[str, Any], width: int, ascii_only: bool) -> Text:
 
 
 def _marks(phases: Sequence[dict[str, Any]], widths: Sequence[int]) -> str:
-    """Above the timeline: where rounds and the fine-tuning begin, as far as there is room."""
+    """Return the line above the timeline: the beginnings of rounds and of fine-tuning that there is room for."""
     line, position, seen = "", 0, set()
     for phase, w in zip(phases, widths, strict=True):
         mark = "ft" if phase["kind"] == "finetune" else f"r{phase['round']}"
@@ -246,13 +269,13 @@ def _summary(figures: dict[str, Any]) -> Table:
     grid.add_row("sparsity of the whole model", f"{figures['model_sparsity']:.2%}: {pruned:,} of {of_model:,}")
     grid.add_row("mean density of the entries", f"{figures['mean_density']:.4f} over all {figures['unit']}s")
     counted = figures["training_flops_counted"]
-    grid.add_row("training FLOPs", f"{figures['training_flops']:.4f} of dense training's (counted: {counted})")
+    grid.add_row("training FLOPs", f"{figures['training_flops']:.4f} of dense training (counted: {counted})")
     if workers := figures.get("workers"):
         n, least, most = workers["workers"], min(workers["exchange_bytes"]), max(workers["exchange_bytes"])
-        grid.add_row("", f"{workers['training_flops']:.4f} by all {n} workers together; the above is worker 0's")
+        grid.add_row("", f"{workers['training_flops']:.4f} by all {n} workers together; the line above is for worker 0")
         sizes = size(least) if least == most else f"{size(least)} to {size(most)}"
         grid.add_row(
-            "exchanged", f"{sizes} a worker at the end of each round, besides norms, biases and what is shared"
+            "exchanged", f"{sizes} a worker at the end of each round, besides norms, biases and shared weights"
         )
     return grid
 
@@ -262,9 +285,9 @@ def _ranks(ranks: dict[str, Any]) -> Table:
     if ranks["world_size"] == 1:
         grid.add_row("masks", size(ranks["mask_bytes"]))
         return grid
-    grid.add_row("masks", f"{size(ranks['mask_bytes'])}, where each entry is split (ZeRO-3, FSDP)")
-    grid.add_row("", f"at most {size(ranks['mask_bytes_flat_buffer'])}, where a flat buffer is cut (ZeRO-1, -2)")
-    grid.add_row("", f"{size(ranks['mask_bytes_unsharded'])}, where each rank has all (DDP, ZeRO-0)")
+    grid.add_row("masks", f"{size(ranks['mask_bytes'])}, if each entry is split (ZeRO-3, FSDP)")
+    grid.add_row("", f"at most {size(ranks['mask_bytes_flat_buffer'])}, if a flat buffer is split (ZeRO-1, -2)")
+    grid.add_row("", f"{size(ranks['mask_bytes_unsharded'])}, if each rank has all weights (DDP, ZeRO-0)")
     grid.add_row("sent at a boundary", f"at most {size(ranks['boundary_bytes'])} of {ranks['sent']}, all-reduced")
     grid.add_row("sent at the start", f"{size(ranks['start_bytes'])} of {ranks['sent']}, all-reduced")
     return grid
@@ -294,7 +317,7 @@ def _of_checkpoint(figures: dict[str, Any]) -> str:
 
 
 def _counted(figures: dict[str, Any]) -> Table:
-    """Exact counts of each partition; `kept` is counted, `budget` is what the plan says."""
+    """Return the counts of each partition: `kept` is counted, `budget` is planned."""
     counted = "nonzero" if figures["kind"] == "export" else "kept"
     right = [(heading, "right") for heading in ("entries", "weights", "budget", counted, "density")]
     table = _table(("", "right"), *right, ("", "left"))

@@ -1,7 +1,7 @@
 """Distributions: how one target sparsity becomes an integer budget `keep` for every entry.
 
-A distribution is a function (shapes of E entries, sparsity) -> E budgets. It is handed over as a value; nothing is
-registered. Ratios end here: everything after this module handles integers.
+A distribution is a function (shapes of E entries, sparsity) -> E budgets. The first line of its docstring is its
+documentation. Ratios end here: everything after this module handles integers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ Distribution = Callable[[Sequence[Sequence[int]], float], list[int]]
 
 
 def round_half_up(amount: Fraction) -> int:
-    """The nearest whole number, the upper of two, at least 1: the project's one rounding rule.
+    """Return the nearest whole number, the upper of two, at least 1. Every budget is rounded by this function.
 
     >>> round_half_up(Fraction(5, 2)), round_half_up(Fraction(1, 9))
     (3, 1)
@@ -23,9 +23,9 @@ def round_half_up(amount: Fraction) -> int:
 
 
 def keep_count(numel: int, sparsity: float) -> int:
-    """Weights kept out of `numel` at `sparsity`, rounded half up, at least 1.
+    """Return the weights kept out of `numel` at `sparsity`, rounded half up, at least 1.
 
-    The sparsity is taken as the decimal number that was written down, so that 0.9 of 1000 leaves exactly 100.
+    The sparsity is taken as its decimal representation, so that 0.9 of 1000 leaves exactly 100.
 
     >>> keep_count(1000, 0.9), keep_count(10, 0.75), keep_count(7, 0.0), keep_count(5, 0.99)
     (100, 3, 7, 1)
@@ -49,7 +49,7 @@ def erk(shapes: Sequence[Sequence[int]], sparsity: float) -> list[int]:
 
     Entries whose density would exceed 1 stay dense, and the rest share what is left of the budget. The sum of the
     budgets equals `keep_count` of all weights together; the remainders go to the largest fractions, ties to the first.
-    No entry is cut off: each keeps at least 1, at the expense of the largest (or of the total, if that is less than E).
+    Each entry keeps at least 1, at the expense of the largest (or of the total, if that is less than E).
 
     Source: Evci et al., "Rigging the Lottery", arXiv 1911.11134, section 3.
 
@@ -83,5 +83,10 @@ def erk(shapes: Sequence[Sequence[int]], sparsity: float) -> list[int]:
     return keep
 
 
-#: `global` shares the sum of the uniform budgets by one threshold, when there are weights to compare.
-DISTRIBUTIONS: dict[str, Distribution] = {"uniform": uniform, "erk": erk, "global": uniform}
+def shared(shapes: Sequence[Sequence[int]], sparsity: float) -> list[int]:
+    """One budget and one threshold for each partition: the sum of its uniform budgets, shared by magnitude."""
+    return uniform(shapes, sparsity)
+
+
+#: To add a distribution, append it here: the config's names and the documentation are derived from this table.
+DISTRIBUTIONS: dict[str, Distribution] = {"uniform": uniform, "erk": erk, "global": shared}

@@ -1,14 +1,14 @@
-"""Patterns: which sets of kept weights are legal. Unstructured, N of every M along the input dimension, whole blocks.
+"""Patterns: the legal sets of kept weights. Unstructured, N of every M along the input dimension, whole blocks.
 
-A pattern is plain data with three pure functions: `misfit` (does it go with this shape), `budget` (the legal budget for
-a wanted one) and `mask` (scores of a whole entry, and a budget, to a mask). Of equal scores the lowest flat index wins.
+A pattern is plain data with three pure functions: `misfit` (why a shape does not fit), `budget` (the legal budget for a
+wanted one) and `mask` (the mask for scores of a whole entry and a budget). Of equal scores the lowest flat index wins.
 
     2:4, Linear (2, 8)         block:1x4, Linear (2, 8)
     | x . x . | . . x x |      | x x x x | . . . . |
     | . x x . | x . . x |      | . . . . | x x x x |
 
 `dims` are an entry's output and input dimension. A dimension before both holds one matrix each (experts); dimensions
-after both are positions of a convolution's kernel: N:M takes each position for itself, a block covers the whole kernel.
+after both are positions of a convolution's kernel: N:M applies at each position, a block covers the whole kernel.
 """
 
 from __future__ import annotations
@@ -25,33 +25,33 @@ from torch import Tensor
 
 from gap_ds.method.distribution import round_half_up
 
-#: Longest group of an N:M pattern; hardware and literature know up to 16.
+#: Longest group of an N:M pattern; hardware and literature use up to 16.
 MAX_GROUP = 32
 
 
 @dataclass(frozen=True)
 class Unstructured:
-    """Any set is legal. It needs no whole entry: `gap_ds.masks.selection` finds the same masks over shards."""
+    """Any set is legal. `gap_ds.masks.selection` finds the same masks over shards, without a whole entry."""
 
     def __str__(self) -> str:
         return "unstructured"
 
     def misfit(self, shape: Sequence[int], dims: tuple[int, int]) -> str | None:
-        """None: it goes with every shape."""
+        """Return None: every shape fits."""
         return None
 
     def budget(self, shape: Sequence[int], keep: int, dims: tuple[int, int]) -> int:
-        """Any budget is legal."""
+        """Return `keep`: any budget is legal."""
         return keep
 
     def mask(self, scores: Tensor, keep: int, dims: tuple[int, int]) -> Tensor:
-        """The `keep` largest scores."""
+        """Return the mask of the `keep` largest scores."""
         return _largest(scores, keep)
 
 
 @dataclass(frozen=True)
 class NofM:
-    """N of every M consecutive weights along the input dimension, as sparse tensor cores have it (2:4).
+    """N of every M consecutive weights along the input dimension, as sparse tensor cores require (2:4).
 
     Source: Mishra et al., "Accelerating Sparse Deep Neural Networks", arXiv 2104.08378, section 3.
     """
@@ -72,16 +72,16 @@ class NofM:
         return (self.m - self.n) / self.m
 
     def misfit(self, shape: Sequence[int], dims: tuple[int, int]) -> str | None:
-        """Why an entry of this shape has no such pattern; None if it has."""
+        """Return why this shape does not fit, or None."""
         size = shape[dims[1]]
         return f"its input dimension is {size}, which is no multiple of {self.m}" if size % self.m else None
 
     def budget(self, shape: Sequence[int], keep: int, dims: tuple[int, int]) -> int:
-        """The only legal budget: `keep` has no say."""
+        """Return the only legal budget; `keep` is ignored."""
         return math.prod(shape) // self.m * self.n
 
     def mask(self, scores: Tensor, keep: int, dims: tuple[int, int]) -> Tensor:
-        """The N largest scores of each group.
+        """Return the mask of the N largest scores of each group.
 
         >>> NofM(2, 4).mask(torch.tensor([[3, 1, 3, 3, 0, 0, 0, 0]]), 4, (0, 1)).int().tolist()
         [[1, 0, 1, 0, 1, 1, 0, 0]]
@@ -89,7 +89,7 @@ class NofM:
         assert keep == self.budget(scores.shape, keep, dims)
         along = dims[1] + 1
         groups = torch.unflatten(scores, dims[1], (-1, self.m))
-        # How many members of its group are ahead of each score: greater, or as great and before it.
+        # Counts the members of the group ahead of each score: greater, or equal and before it.
         ahead = torch.zeros_like(groups, dtype=torch.uint8)
         for j in range(self.m):
             rival = groups.narrow(along, j, 1)
@@ -112,7 +112,7 @@ class Block:
         return f"block:{self.height}x{self.width}"
 
     def misfit(self, shape: Sequence[int], dims: tuple[int, int]) -> str | None:
-        """Why an entry of this shape cannot be cut into such blocks; None if it can."""
+        """Return why this shape cannot be cut into such blocks, or None."""
         rows, columns = (shape[dim] for dim in dims)
         if rows % self.height or columns % self.width:
             return (
@@ -122,7 +122,7 @@ class Block:
         return None
 
     def budget(self, shape: Sequence[int], keep: int, dims: tuple[int, int]) -> int:
-        """The budget in whole blocks, rounded half up, at least one.
+        """Return the budget in whole blocks, rounded half up, at least one block.
 
         >>> Block(4, 4).budget((8, 12), 40, (0, 1)), Block(4, 4).budget((8, 4, 3, 3), 1, (0, 1))
         (48, 144)
@@ -131,7 +131,7 @@ class Block:
         return round_half_up(Fraction(keep, size)) * size
 
     def mask(self, scores: Tensor, keep: int, dims: tuple[int, int]) -> Tensor:
-        """The blocks of largest sum; of equal ones that with the lowest first flat index.
+        """Return the mask of the blocks of largest sum; of equal sums the block with the lowest flat index wins.
 
         >>> Block(1, 2).mask(torch.tensor([[9, 0, 5, 5], [5, 5, 9, 9]]), 4, (0, 1)).int().tolist()
         [[0, 0, 1, 1], [0, 0, 1, 1]]
@@ -152,7 +152,7 @@ class Block:
         return kept[:, :, None, :, None, None].expand(cells.shape).reshape(scores.shape)
 
     def _size(self, shape: Sequence[int], dims: tuple[int, int]) -> int:
-        """Weights of a block."""
+        """Return the number of weights in a block."""
         return self.height * self.width * math.prod(shape[max(dims) + 1 :])
 
 
@@ -160,13 +160,13 @@ Pattern = Unstructured | NofM | Block
 
 
 def parse(text: str) -> Pattern:
-    """The pattern that a config names.
+    """Return the pattern of a config's setting.
 
     >>> parse("unstructured"), parse("2:4"), parse("block:4x8")
     (Unstructured(), NofM(n=2, m=4), Block(height=4, width=8))
 
     Raises:
-        ValueError: it names none.
+        ValueError: the text is no pattern.
     """
     if text == "unstructured":
         return Unstructured()
@@ -185,7 +185,7 @@ def parse(text: str) -> Pattern:
 
 
 def _largest(scores: Tensor, keep: int) -> Tensor:
-    """Mask of the `keep` largest scores; of equal ones the first."""
+    """Return the mask of the `keep` largest scores; of equal scores the first wins."""
     order = torch.sort(scores.flatten(), descending=True, stable=True).indices
     mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
     mask[order[:keep]] = True

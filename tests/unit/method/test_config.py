@@ -1,4 +1,4 @@
-"""The config: what is accepted, and that every mistake is told with its value, what is allowed and what to change."""
+"""The config: accepted settings, and the sentence for each mistake: the value, what is allowed, what to change."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import ast
 import contextlib
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +14,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from gap_ds.method.config import _UNUSED, GaPConfig
+from gap_ds.method.config import GaPConfig
+from gap_ds.method.config_file import SHIPPED
+from gap_ds.method.distribution import DISTRIBUTIONS
+from gap_ds.method.methods import METHODS as RECORDS
 
+#: Settings that a method does not read.
+UNREAD = {
+    name: tuple(setting for setting in GaPConfig.model_fields if not record.reads_setting(setting))
+    for name, record in RECORDS.items()
+}
 BASE: dict[str, Any] = {"sparsity": 0.8, "partitions": 3, "phase_epochs": 1.0, "rounds": 2, "finetune_epochs": 2.0}
 REMOVE = object()
 
-#: What turns BASE into a valid config of each method.
+#: Changes that turn BASE into a valid config of each method.
 METHODS: dict[str, dict[str, Any]] = {
-    "cyclic": {},
-    "parallel": {},
-    "dsd": {"partitions": REMOVE},
-    "acdc": {"partitions": REMOVE},
-    "one_shot": {"partitions": REMOVE, "rounds": REMOVE},
-    "gradual": {"partitions": REMOVE, "rounds": REMOVE, "update_epochs": 0.25},
-    "rigl": {"partitions": REMOVE, "rounds": REMOVE, "update_epochs": 0.25},
-    "set": {"partitions": REMOVE, "rounds": REMOVE, "update_epochs": 0.25},
-    "static": {},
-    "dense": {"sparsity": 0},
+    name: {
+        "method": name,
+        **{setting: REMOVE for setting in ("partitions", "rounds") if not record.reads_setting(setting)},
+        **({"update_epochs": 0.25} if record.updates else {}),
+        **({} if record.prunes else {"sparsity": 0}),
+    }
+    for name, record in RECORDS.items()
 }
-METHODS = {method: {"method": method, **changes} for method, changes in METHODS.items()}
 
 
 def data(several: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
@@ -81,23 +83,28 @@ def test_whole_numbers_are_numbers() -> None:
     assert whole == config(dense_epochs=3.0, update_epochs=1.0, prune_ramp=1.0, distribution={"a": 0.0})
 
 
+EXPLORING = {"cyclic": 6, "parallel": 2, "dsd": 4, "acdc": 4, "static": 6, "dense": 6}
+EXPLORING |= dict.fromkeys(("one_shot", "gradual", "rigl", "set"), 1)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method(method: str) -> None:
     loaded = config(**METHODS[method])
-    assert loaded.method == method
-    assert (
-        loaded.exploring
-        == {
-            **{"cyclic": 6, "parallel": 2, "dsd": 4, "acdc": 4, "static": 6, "dense": 6},
-            **dict.fromkeys(("one_shot", "gradual", "rigl", "set"), 1),
-        }[method]
-    )
-    assert loaded.updates == (method in ("gradual", "rigl", "set"))
+    assert (loaded.method, loaded.record) == (method, RECORDS[method])
+    assert loaded.exploring == EXPLORING.get(method, loaded.exploring)
+    assert loaded.updates == RECORDS[method].updates
     assert GaPConfig.load(json.loads(loaded.model_dump_json(exclude_unset=True))) == loaded
 
 
-def test_every_method_is_tried() -> None:
-    assert set(METHODS) == set(_UNUSED) == set(GaPConfig.model_json_schema()["properties"]["method"]["enum"])
+def test_the_names_of_methods_and_distributions_are_those_of_their_tables() -> None:
+    settings = GaPConfig.model_json_schema()["properties"]
+    assert settings["method"]["enum"] == list(RECORDS) and set(EXPLORING) <= set(RECORDS)
+    assert settings["distribution"]["anyOf"][0]["enum"] == list(DISTRIBUTIONS)
+    assert {name for name, record in RECORDS.items() if record.updates} >= {"gradual", "rigl", "set"}
+    # A setting that no method reads would be dead, and a record cannot read one that does not exist.
+    read = set().union(*(record.reads for record in RECORDS.values()))
+    assert read <= {name.removesuffix("_epochs").removesuffix("_steps") for name in GaPConfig.model_fields}
+    assert not set.intersection(*(set(names) for names in UNREAD.values()))
 
 
 def test_it_does_not_change() -> None:
@@ -280,17 +287,17 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"mask_init": "from_weights"},
-        "mask_init=\"from_weights\" with method='cyclic': masks taken over stay as they are, so "
+        "mask_init=\"from_weights\" with method='cyclic': inherited masks do not change, so "
         'set "method" to "static" (in gap_config).',
     ),
     (
         {"method": "static", "mask_init": "from_weights"},
-        '"sparsity" has no effect with mask_init="from_weights", whose masks say what is kept: '
+        '"sparsity" has no effect with mask_init="from_weights", whose masks are the budget: '
         "remove it (in gap_config).",
     ),
     (
         {"method": "static", "mask_init": "from_file", "mask_file": "m", "sparsity": REMOVE, "pattern": "unstructured"},
-        '"pattern" has no effect with mask_init="from_file", whose masks say what is kept: remove it (in gap_config).',
+        '"pattern" has no effect with mask_init="from_file", whose masks are the budget: remove it (in gap_config).',
     ),
     (
         {"method": "static", "mask_init": "from_file", "sparsity": REMOVE},
@@ -347,7 +354,7 @@ def test_a_name_pattern_is_a_string() -> None:
     assert str(error.value) == f'distribution={{0: 0.5}}: {DISTRIBUTION}. Set "distribution" in gap_config.'
 
 
-def test_a_run_in_steps_asks_for_steps() -> None:
+def test_a_run_in_steps_requires_steps() -> None:
     same = 'and "phase_steps" must have the same unit: set'
     for changes, message in (
         ({"dense_epochs": 1}, f'"dense_epochs" {same} "dense_steps" instead (in gap_config).'),
@@ -380,7 +387,7 @@ def test_an_unknown_setting_like_no_other_lists_all() -> None:
     assert all(name in str(error.value) for name in GaPConfig.model_fields)
 
 
-def test_several_mistakes_are_told_at_once() -> None:
+def test_several_mistakes_are_reported_at_once() -> None:
     with pytest.raises(ValueError) as error:
         config(sparsity=2, seed="x", sparsty=1)
     assert len(str(error.value).splitlines()) == 3
@@ -406,7 +413,7 @@ VALUES = {
     "lr_restart": True,
 }
 
-PAIRS = [(method, setting) for method, names in _UNUSED.items() for setting in names]
+PAIRS = [(method, setting) for method, names in UNREAD.items() for setting in names]
 
 
 def in_steps(changes: dict[str, Any]) -> dict[str, Any]:
@@ -435,7 +442,7 @@ def test_a_setting_without_effect_is_refused(method: str, setting: str) -> None:
 #: The settings that a method reads, but for those that another one must go with.
 READ = [
     (method, setting)
-    for method, names in _UNUSED.items()
+    for method, names in UNREAD.items()
     for setting in VALUES
     if setting not in names and not setting.startswith("update")
 ]
@@ -639,7 +646,7 @@ TIMES = {"D": "dense", "T": "phase", "ft": "finetune", "every": "update"}
 
 
 def parsed(signature: str) -> dict[str, Any]:
-    """The settings that a signature tells; its own reader, written from the format alone."""
+    """The settings in a signature, read by an independent reader, written from the format alone."""
     first, *parts = signature.split("|")
     assert first == "gap"
     found: dict[str, Any] = {}
@@ -658,7 +665,7 @@ def parsed(signature: str) -> dict[str, Any]:
             found["lr_restart"] = {"restart": True, "continuous": False}[text]
         elif key != "v":
             found[TAGS.get(key, key)] = value
-    return {key: value for key, value in found.items() if key not in _UNUSED[found["method"]]}
+    return {key: value for key, value in found.items() if key not in UNREAD[found["method"]]}
 
 
 @st.composite
@@ -675,7 +682,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
     moves = method in ("gradual", "rigl", "set")
     if not moves and draw(st.booleans()):
         found["prune_ramp"] = draw(st.floats(0.001, 1.0))
-    if moves or ("prune_ramp" in found and "prune_ramp" not in _UNUSED[method]):
+    if moves or ("prune_ramp" in found and "prune_ramp" not in UNREAD[method]):
         found[f"update_{unit}"] = draw(length)
     budgets: list[Any] = ["uniform", "erk", {"a": 0.5}, {"a": 0.5, "b": 0.999}]
     budgets += [] if method in ("rigl", "set", "static") else ["global"]
@@ -701,12 +708,12 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
         found.pop("partition_assignment", None)
     if draw(one_in) and not moves and "prune_ramp" not in found and found.get("distribution") != "global":
         found["pattern"] = "block:4x4"
-    return {key: value for key, value in found.items() if key not in _UNUSED[method]}
+    return {key: value for key, value in found.items() if key not in UNREAD[method]}
 
 
 @PROPERTY
 @given(configs())
-def test_a_signature_tells_all_that_decides_a_run(settings: dict[str, Any]) -> None:
+def test_a_signature_has_every_setting_that_changes_a_run(settings: dict[str, Any]) -> None:
     """The config can be had back from it, so that no two configs share one."""
     loaded = GaPConfig.load(settings)
     again = GaPConfig.load(parsed(loaded.signature("1")))
@@ -744,19 +751,39 @@ def test_as_dense() -> None:
     assert {method: config(**METHODS[method]).as_dense().rounds for method in rounds} == rounds
 
 
-def test_the_schema_is_printed() -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "gap_ds.method.config"], capture_output=True, text=True, timeout=120, check=True
-    )
-    schema = json.loads(result.stdout)
+def test_the_schema_describes_every_setting() -> None:
+    schema = GaPConfig.model_json_schema()
     assert schema["properties"].keys() == GaPConfig.model_fields.keys()
     assert schema["additionalProperties"] is False
     assert all("description" in entry for entry in schema["properties"].values())
 
 
-CONFIGS = sorted((Path(__file__).resolve().parents[3] / "configs" / "gap").glob("*.json"))
+# -- shipped configs -----------------------------------------------------------------------------------------------
+
+CONFIGS = sorted(SHIPPED.glob("*.json"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configs(path: Path) -> None:
-    assert GaPConfig.load(path).signature("1").startswith("gap|method:")
+    loaded = GaPConfig.load(path)
+    assert loaded.signature("1").startswith("gap|method:")
+    assert GaPConfig.load(path.stem) == GaPConfig.load(Path(path.stem)) == loaded
+
+
+def test_an_unknown_name_lists_the_shipped_configs() -> None:
+    with pytest.raises(ValueError) as error:
+        GaPConfig.load("cyclic_91")
+    names = ", ".join(path.stem for path in CONFIGS)
+    assert str(error.value) == f"cyclic_91: is neither a file nor a shipped config. Shipped are {names}."
+
+
+def test_a_file_comes_before_a_shipped_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("cyclic_90").mkdir()  # a folder of that name, such as a run's, is no config
+    assert GaPConfig.load("cyclic_90").sparsity == 0.9
+    Path("cyclic_80").write_text(json.dumps(data(sparsity=0.5)))
+    assert GaPConfig.load("cyclic_80").sparsity == 0.5
+
+
+def test_the_old_folder_of_configs_leads_to_the_shipped_ones() -> None:
+    assert (Path(__file__).resolve().parents[3] / "configs" / "gap").resolve() == SHIPPED

@@ -1,4 +1,4 @@
-"""What happens to an entry's mask: every transition at a boundary, every update inside a phase."""
+"""Rules: the update of an entry at every kind of boundary, and at every update inside a phase."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_first_masks(init: str, update: Update) -> None:
 
 
 def updates(settings: GaPConfig, partition: int = 0) -> list[Update]:
-    """What happens to an entry over a whole run."""
+    """The updates of an entry over a whole run."""
     entry = Entry("fc.weight", (4, 4), partition, keep=4)
     phases: list[Phase | None] = [None, *build(settings).phases]
     return [
@@ -115,7 +115,7 @@ def test_one_partition_is_pruned_and_one_grown_at_each_boundary(order: str) -> N
 
 
 def crossed(settings: GaPConfig, partition: int, worker: int) -> list[list[Update]]:
-    """What happens to an entry at each boundary of a worker, one stage after the other."""
+    """The updates of an entry at each boundary of a worker, one stage after the other."""
     entry = Entry("fc.weight", (4, 4), partition, keep=4)
     phases: list[Phase | None] = [None, *build(settings, worker=worker).phases]
     return [
@@ -191,7 +191,7 @@ def test_ramp_budgets(problem: tuple[GaPConfig, Entry, int]) -> None:
         assert update == PruneByMagnitude(expected)
         assert entry.keep <= expected <= previous
         previous = expected
-        # What does not leave the phase has its mask, or none, until the boundary.
+        # An entry that does not leave the phase keeps its mask, or has none, until the boundary.
         assert rule(loaded)(replace(entry, partition=1), phase, phase, step) == Keep()
     boundary = [rule(loaded)(entry, a, b, after.first_step) for a, b in stages(loaded, phase, after)]
     assert boundary[0] == PruneByMagnitude(entry.keep)
@@ -252,7 +252,7 @@ def test_drop_counts(method: str, numel: int, density: float, drop_fraction: flo
         expected = min(replaced, numel - entry.keep)
         update = rule(loaded)(entry, explore, explore, step)
         assert update == (DropAndGrow(entry.keep, expected, by_gradient=method == "rigl") if expected else Keep())
-        # Never more than there are others to come, nor more than alpha asks for; the mask keeps its size.
+        # Never more than there are others to come, nor more than alpha allows; the mask keeps its size.
         assert 0 <= expected <= min(numel - entry.keep, drop_fraction * entry.keep)
         drops.append(expected)
     assert drops == sorted(drops, reverse=True)

@@ -1,0 +1,124 @@
+"""Phases of a run as plain values: which partitions are dense in which steps, and the densities that follow.
+
+K partitions, numbered from 0. Steps are applied optimizer steps, numbered from 0: a phase covers the steps
+[first_step, first_step + steps), and its boundary lies before its first step. Some methods also change masks inside a
+phase, before the steps of its `updates`.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+Kind = Literal["dense", "explore", "finetune"]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """An interval of applied steps with one set of dense partitions.
+
+    leaving: partitions that are pruned when the phase ends. updates: steps inside the phase before which masks change,
+    all after `update_from`, the step from which progress is counted.
+    """
+
+    index: int
+    round: int
+    first_step: int
+    steps: int
+    dense: frozenset[int]
+    kind: Kind
+    leaving: frozenset[int] = frozenset()
+    update_from: int = 0
+    updates: tuple[int, ...] = ()
+
+    @property
+    def end_step(self) -> int:
+        """First step after this phase."""
+        return self.first_step + self.steps
+
+    def progress(self, step: int) -> Fraction:
+        """Progress of the updates before a step: 0 at `update_from`, 1 at the end of the phase."""
+        return Fraction(step - self.update_from, self.end_step - self.update_from)
+
+    def is_masked(self, partition: int, step: int) -> bool:
+        """True if a partition has masks in a step of this phase: it is sparse, or its gradual pruning has begun."""
+        leaves = partition in self.leaving and bool(self.updates) and step >= self.updates[0]
+        return partition not in self.dense or leaves
+
+    def density(self, step: int, keep: Sequence[int], numel: Sequence[int]) -> float:
+        """Density in the steps that follow the boundary or update before `step`."""
+        active = Fraction(0)
+        for k, (s, n) in enumerate(zip(keep, numel, strict=True)):
+            if k not in self.dense:
+                active += s
+            else:
+                active += n - (ramp(self.progress(step)) * (n - s) if self.is_masked(k, step) else 0)
+        return float(active / sum(numel))
+
+    def mean_density(self, keep: Sequence[int], numel: Sequence[int]) -> float:
+        """Density averaged over the steps of this phase."""
+        if not self.steps:
+            return self.density(self.first_step, keep, numel)
+        spans = itertools.pairwise((self.first_step, *self.updates, self.end_step))
+        return sum(self.density(lo, keep, numel) * (hi - lo) for lo, hi in spans) / self.steps
+
+    def __str__(self) -> str:
+        names = ",".join(str(k) for k in sorted(self.dense)) or "none"
+        return f"phase {self.index} ({self.kind}, round {self.round}, dense {names})"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """All phases of a run, without gaps. The last phase is open: further steps belong to it.
+
+    `keep` and `numel` below are the kept weights and the weights of each partition (K values each).
+    """
+
+    phases: tuple[Phase, ...]
+
+    @property
+    def total_steps(self) -> int:
+        """Applied steps of the whole run."""
+        return self.phases[-1].end_step
+
+    def phase_at(self, step: int) -> Phase:
+        """Return the phase of the `step`-th applied step.
+
+        >>> first, last = Phase(0, 0, 0, 10, frozenset({0}), "explore"), Phase(1, 1, 10, 5, frozenset(), "finetune")
+        >>> [Schedule((first, last)).phase_at(step).index for step in (0, 9, 10, 14, 999)]
+        [0, 0, 1, 1, 1]
+        """
+        assert step >= 0
+        return self.phases[bisect.bisect_right([phase.first_step for phase in self.phases], step) - 1]
+
+    def density_at(self, step: int, keep: Sequence[int], numel: Sequence[int]) -> float:
+        """Density of all entries together in a step."""
+        phase = self.phase_at(step)
+        done = [update for update in phase.updates if update <= step]
+        return phase.density(done[-1] if done else phase.first_step, keep, numel)
+
+    def density(self, keep: Sequence[int], numel: Sequence[int]) -> list[float]:
+        """Density of all entries together in each phase, averaged over its steps."""
+        return [phase.mean_density(keep, numel) for phase in self.phases]
+
+    def mean_density(self, keep: Sequence[int], numel: Sequence[int]) -> float:
+        """Density averaged over the applied steps of the run."""
+        densities = self.density(keep, numel)
+        if not self.total_steps:
+            return densities[-1]
+        return sum(d * phase.steps for d, phase in zip(densities, self.phases, strict=True)) / self.total_steps
+
+
+def ramp(progress: Fraction) -> Fraction:
+    """Return the pruned part of the weights to prune, by the cubic schedule of gradual pruning: fast at first.
+
+    Source: Zhu and Gupta, "To prune, or not to prune", arXiv 1710.01878, equation 1.
+
+    >>> [str(ramp(Fraction(i, 4))) for i in range(5)]
+    ['0', '37/64', '7/8', '63/64', '1']
+    """
+    return 1 - (1 - progress) ** 3
