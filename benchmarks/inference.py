@@ -1,7 +1,7 @@
 """What other forms of the weights gain on this machine: the same translations in each form, in turns.
 
-    OMP_NUM_THREADS=1 python benchmarks/tuning.py --threads 1 --presets small base big --tokens 8  # the whole table
-    python benchmarks/tuning.py --quick --out /tmp/tuning.json
+    OMP_NUM_THREADS=1 python benchmarks/inference.py --threads 1 --presets small base big --tokens 8  # the whole table
+    python benchmarks/inference.py --quick --out /tmp/inference.json
 
 Four models take turns, so that whatever else the machine does falls on all alike:
 
@@ -55,7 +55,7 @@ from gap_ds.export.compact import FILE, compact
 from gap_ds.inference import timing, tuning
 from gap_ds.inference.tuning import Choice
 
-OUT = measure.RESULTS / "tuning.json"
+OUT = measure.RESULTS / "inference.json"
 VERSION = 2  # of the file: rows of another are measured anew
 SOURCE = 24  # tokens of a source sentence
 KEY = ("preset", "sparsity", "dtype", "threads", "batch", "beams", "tokens")

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("native.c")
+SOURCE = Path(__file__).with_name("cpu.c")
 #: Rows of activations that are multiplied at once: each weight is read for all of them, and meets a row of x^T, which
 #: has to come from a near cache. As many as fit these bytes, but no fewer nor more than these.
 _CACHED, _ROWS = 2**18, (32, 64)

@@ -545,7 +545,7 @@ def test_random_keys_differ_by_seed_name_and_high_index() -> None:
 MEMORY = """
 import resource
 import torch
-from gap_ds import selection
+from gap_ds.masks import selection
 
 def run(n):
     weights = torch.empty(n).uniform_(-1, 1)  # nothing is freed, so the peak is what is held

@@ -104,7 +104,7 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from gap_ds import kernels
+from gap_ds.masks import triton as kernels
 
 arguments = {"table": "*i64", "pieces": "i32", "halvings": "i32", "word": "constexpr", "block": "constexpr"}
 for word in kernels._WORD.values():
