@@ -16,7 +16,8 @@ import pytest
 INTERPRETED = """
 import warnings
 import torch
-from gap_ds import GaPConfig, GaPEngine, kernels, masks
+from gap_ds import GaPConfig, GaPEngine
+from gap_ds.masks import bitmask as masks, triton as kernels
 
 words = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 block = kernels._BLOCK
