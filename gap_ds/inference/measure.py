@@ -1,6 +1,6 @@
-"""How long linear layers take in each layout that they can have, measured on this machine, layers alone.
+"""Seconds of linear layers in each layout that they can have, measured alone on this machine.
 
-The layers of a group take turns, so that one layer's weights do not stay in the cache, as they do not in a model.
+The layers of a group are called in turn, so that no layer's weights stay in the cache, as in a model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gap_ds.inference.usage import Group
 #: (the same layers in each layout, rows R) -> seconds of one call in each layout.
 Measure: TypeAlias = Callable[[Mapping[Layout, Sequence[nn.Module]], int], Mapping[Layout, float]]
 
-#: Layers that take turns; calls in each layout at most; seconds after which three calls are enough.
+#: Layers that are called in turn; calls in each layout at most; seconds after which three calls are enough.
 _LAYERS, _CALLS, _SECONDS = 12, 60, 0.5
 
 #: Results of `measure_layers`, kept for the life of the process. Clear it to measure again.
@@ -72,7 +72,7 @@ def time_group(
     """Times the candidates with the rows that the group sees.
 
     Args:
-        made: what `candidates` returned, with at least one layout beside "dense".
+        made: a result of `candidates` with at least one layout besides "dense".
         inference: the layers are called in inference mode; part of the key in `MEASURED`.
         measure: used in place of `measure_layers`; its results are not kept.
     """
@@ -141,7 +141,7 @@ def _measured(
 
 
 def measure_layers(made: Mapping[Layout, Sequence[nn.Module]], rows: int) -> dict[Layout, float]:
-    """Median seconds of a call with `rows` rows, by layout. Layouts alternate, so that other load hits all alike."""
+    """Median seconds of a call with `rows` rows, by layout. Layouts alternate, so that other load affects all alike."""
     weight = next(iter(made.values()))[0].weight
     assert isinstance(weight, Tensor)
     # Not torch's global generator: a seeded run must not depend on what was measured before it.

@@ -1,4 +1,4 @@
-"""What a model does with its linear layers: which may be replaced, how many rows each sees, and which are alike."""
+"""Use of linear layers in a model: those that may be replaced, the rows that each sees, and groups that are alike."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SIZES = 8
 
 @dataclass(frozen=True)
 class Usage:
-    """What a run shows.
+    """Calls of linear layers in one run.
 
     rows: for each layer, its calls by their number of rows R.
     shared: names of layers of one parent that were always called one after the other with the same tensor.
@@ -37,7 +37,7 @@ class Usage:
 
 
 class Kind(NamedTuple):
-    """What the layers of a group have in common; part of the key of a measurement. density: rounded to a hundredth."""
+    """Properties shared by the layers of a group; part of the key of a measurement. density: to two decimals."""
 
     outputs: int
     inputs: int
@@ -93,9 +93,7 @@ def observe(model: nn.Module, layers: Mapping[str, nn.Linear], run: Callable[[nn
     """Runs the model once and records the calls of these layers."""
     recorder = _Recorder(layers)
     begin = time.perf_counter()
-    hooks = [
-        layer.register_forward_pre_hook(recorder.hook(name), with_kwargs=True) for name, layer in layers.items()
-    ]
+    hooks = [layer.register_forward_pre_hook(recorder.hook(name), with_kwargs=True) for name, layer in layers.items()]
     try:
         with torch.no_grad():  # as `generate` does; a run may enter inference mode itself
             run(model)

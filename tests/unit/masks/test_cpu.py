@@ -28,10 +28,19 @@ def loops() -> cpu.Library:
 
 @pytest.fixture
 def anew() -> Iterator[None]:
-    """`library` looks again, and again afterwards."""
+    """`library` looks again in this test, and again after it."""
     cpu.library.cache_clear()
     yield
     cpu.library.cache_clear()
+
+
+@pytest.fixture
+def empty_cache(anew: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The folder where compiled loops will be kept; there is none yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("GAP_DS_NATIVE", raising=False)
+    monkeypatch.setattr(cpu, "_FLAGS", [*cpu._FLAGS, "-O0"])  # compiles ten times as fast
+    return tmp_path / "cache" / "gap_ds"
 
 
 def sparse(outputs: int, inputs: int, density: float, seed: int, bias: bool = True) -> nn.Linear:
@@ -285,19 +294,18 @@ def compiler(folder: Path, script: str) -> str:
 
 
 @needs_compiler
-@pytest.mark.usefixtures("anew")
+@pytest.mark.usefixtures("empty_cache")
 @pytest.mark.parametrize(
     ("script", "said"),
     [
         ("echo 'unknown machine' >&2; exit 1", "unknown machine"),
-        ('while [ "$1" != -o ]; do shift; done; echo nonsense > $2', "cpu.so"),
+        ('case "$*" in *-dM*) exit;; esac; while [ "$1" != -o ]; do shift; done; echo nonsense > $2', "too short"),
     ],
 )
 def test_a_compiler_that_fails_is_passed_over(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, script: str, said: str
 ) -> None:
     monkeypatch.setenv("CC", compiler(tmp_path, script))
-    monkeypatch.delenv("GAP_DS_NATIVE", raising=False)
     with caplog.at_level("INFO", logger="gap_ds.masks.cpu"):
         assert cpu.library() is None and cpu.library() is None
     (line,) = [record.getMessage() for record in caplog.records]
@@ -307,16 +315,16 @@ def test_a_compiler_that_fails_is_passed_over(
 
 
 @needs_compiler
-@pytest.mark.usefixtures("anew")
+@pytest.mark.usefixtures("empty_cache")
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (r"s/\*eight &=/*eight |=/", "zeroes other words of 2 bytes"),
-        (r"s/0x7F800000 ? -1/0x7F800000 ? 0/", "keys of magnitudes"),
-        (r"s/- base\]++/- base] += 2/", "counts of keys"),
-        (r"s/return many/return 0/", "other keys of a prefix"),
-        (r"s/(int32_t)limit) <</(int32_t)limit + 1) <</", "keys above a limit"),
-        (r"s/+= values\[k + i\]/-= values[k + i]/", "product with 4 rows"),
+        (r"s/\*eight &=/*eight |=/", "zero_pruned is wrong for words of 2 bytes"),
+        (r"s/0x7F800000 ? -1/0x7F800000 ? 0/", "magnitude_keys is wrong"),
+        (r"s/- base\]++/- base] += 2/", "count_keys is wrong"),
+        (r"s/return many/return 0/", "keys_with is wrong"),
+        (r"s/(int32_t)limit) <</(int32_t)limit + 1) <</", "pack_above is wrong"),
+        (r"s/+= values\[k + i\]/-= values[k + i]/", "multiply is wrong for 4 rows"),
     ],
 )
 def test_a_loop_that_computes_something_else_is_found_out(
@@ -330,7 +338,7 @@ def test_a_loop_that_computes_something_else_is_found_out(
     assert said in caplog.text
 
 
-@pytest.mark.usefixtures("anew")
+@pytest.mark.usefixtures("empty_cache")
 @pytest.mark.parametrize("setting", [{"GAP_DS_NATIVE": "0"}, {"CC": "", "PATH": ""}])
 def test_no_loops_are_asked_for_or_possible(monkeypatch: pytest.MonkeyPatch, setting: dict[str, str]) -> None:
     for name, value in setting.items():
@@ -339,9 +347,53 @@ def test_no_loops_are_asked_for_or_possible(monkeypatch: pytest.MonkeyPatch, set
 
 
 @needs_compiler
-@pytest.mark.usefixtures("anew")
+@pytest.mark.usefixtures("empty_cache")
 def test_compilers_that_do_not_know_this_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """They compile for processors in general."""
     script = 'for word; do case "$word" in -march*) exit 1;; esac; done; exec cc "$@"'
     monkeypatch.setenv("CC", compiler(tmp_path, script))
     assert cpu.library() is not None
+
+
+# -- the cache ---------------------------------------------------------------------------------------------------------
+
+
+@needs_compiler
+def test_the_loops_are_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, empty_cache: Path) -> None:
+    log = tmp_path / "log"
+    script = f'case "$*" in *-dM*) ;; *) echo compiled >> {log};; esac; exec cc "$@"'
+    monkeypatch.setenv("CC", compiler(tmp_path, script))
+
+    def compilations() -> int:
+        cpu.library.cache_clear()
+        assert cpu.library() is not None
+        return log.read_text().count("compiled")
+
+    assert compilations() == 1
+    (kept,) = empty_cache.iterdir()
+    kept.unlink()
+    kept.write_bytes(b"damaged")
+    assert compilations() == 2
+    assert compilations() == 2 and list(empty_cache.iterdir()) == [kept] and kept.stat().st_size > 1000
+    monkeypatch.setattr(cpu, "_FLAGS", [*cpu._FLAGS, "-g"])
+    assert compilations() == 3 and len(list(empty_cache.iterdir())) == 2
+
+
+@needs_compiler
+@pytest.mark.usefixtures("empty_cache")
+def test_a_cache_that_cannot_be_written_does_no_harm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert cpu.library() is not None
+
+
+@needs_compiler
+def test_processes_that_start_at_once_share_one_file(empty_cache: Path) -> None:
+    children = []
+    for _ in range(4):
+        children.append(os.fork())
+        if children[-1] == 0:
+            os._exit(0 if cpu.library() is not None else 1)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+    (kept,) = empty_cache.iterdir()
+    assert kept.suffix == ".so"
