@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -54,7 +54,7 @@ class CSRLinear(nn.Module):
     """An `nn.Linear` with its weight in compressed rows: x (..., I) -> (..., O), contiguous, in the dtype of x.
 
     It can be moved, cast, copied and pickled like any module. Its state dict holds the dense weight, with pruned
-    weights at +0.0.
+    weights at +0.0, and it loads a dense weight with any zeros.
     """
 
     crow: Tensor  # (O + 1,) int32
@@ -64,13 +64,16 @@ class CSRLinear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
+        self._fill(linear.weight.detach())
+        self.bias: nn.Parameter | None = linear.bias
+        self._build()
+
+    def _fill(self, weight: Tensor) -> None:
         with _no_beta_warning():
-            matrix = linear.weight.detach().to_sparse_csr()
+            matrix = weight.to_sparse_csr()
         self.register_buffer("crow", matrix.crow_indices().int(), persistent=False)
         self.register_buffer("col", matrix.col_indices().int(), persistent=False)
         self.register_buffer("values", matrix.values(), persistent=False)
-        self.bias: nn.Parameter | None = linear.bias
-        self._build()
 
     @property
     def weight(self) -> Tensor:
@@ -110,6 +113,28 @@ class CSRLinear(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         destination[prefix + "weight"] = self.weight.to_dense()
         super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        name, shape = prefix + "weight", (self.out_features, self.in_features)
+        weight = state_dict.get(name)
+        if weight is None:
+            missing_keys += [name] if strict else []
+        elif weight.shape != shape:
+            error_msgs.append(f"size mismatch for {name}: {tuple(weight.shape)} in the file, {shape} in the model.")
+        else:
+            self._fill(weight.detach().to(self.values.device, self.values.dtype))
+        others = {key: value for key, value in state_dict.items() if key != name}
+        super()._load_from_state_dict(others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        self._build()
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, kept={self.values.numel()}"
@@ -309,7 +334,8 @@ def joined(layers: Sequence[CSRLinear]) -> list[JoinedLinear]:
 class PackedLinear(nn.Module):
     """An `nn.Linear` with a second copy of its weight, in the blocked layout that oneDNN multiplies fastest.
 
-    The weight itself stays, for the state dict and for tied weights. Under autocast it acts as an `nn.Linear`.
+    The weight itself stays, for the state dict and for tied weights; when it changes, it is packed again. Changes that
+    torch does not count, by `.data` or NumPy, go unseen. Under autocast the layer acts as an `nn.Linear`.
 
     Args:
         rows: rows of activations that it usually gets at once. Others give correct results, too.
@@ -319,9 +345,15 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self._rows = linear.in_features, linear.out_features, rows
         self.weight, self.bias = linear.weight, linear.bias
+        self.register_load_state_dict_post_hook(_repack)  # type: ignore[no-untyped-call]
         self._build()
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # it cannot lower the packed product, and packs frozen weights itself
+            return nn.functional.linear(x, self.weight, self.bias)
+        source, version = self._source
+        if self.weight is not source or _version(self.weight) != version:
+            self._build()
         packed = self._packed
         if packed is None or x.dtype != packed.dtype or x.numel() == 0 or torch.is_autocast_enabled(x.device.type):
             return nn.functional.linear(x, self.weight, self.bias)
@@ -331,6 +363,7 @@ class PackedLinear(nn.Module):
 
     def _build(self) -> None:
         self._packed: Tensor | None = None
+        self._source = self.weight, _version(self.weight)
         if self.weight.device.type != "cpu" or self.weight.dtype not in (torch.float32, torch.bfloat16):
             return
         with torch.no_grad(), torch.inference_mode(False):  # oneDNN refuses inference tensors
@@ -343,7 +376,7 @@ class PackedLinear(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_packed"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_packed", "_source")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -351,6 +384,16 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def _version(weight: Tensor) -> int | None:
+    """Number of changes in place; torch does not count those of inference tensors."""
+    return None if weight.is_inference() else weight._version
+
+
+def _repack(layer: PackedLinear, incompatible_keys: object) -> None:
+    """A hook for `load_state_dict`, because the versions of inference tensors do not change."""
+    layer._build()
 
 
 def packed(linear: nn.Linear, rows: int) -> nn.Module | None:

@@ -268,3 +268,62 @@ def test_no_warning_of_torch_is_passed_on() -> None:
         model = network()
         sparsify_for_inference(model, layout="csr")
         model(torch.ones(2, 32))
+
+
+# ------------------------------------------------------------------------------------------------------- other weights
+
+
+@pytest.mark.parametrize("layout", ["packed", "csr", "joined"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_other_weights_with_other_masks_are_loaded(layout: Any, dtype: torch.dtype, mode: Any) -> None:
+    model, x = Attention(density=0.2).to(dtype), torch.randn(3, 16).to(dtype)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.copy_(torch.randn(weight.shape) * (torch.rand(weight.shape) < 0.4))
+    with mode():
+        sparsify_for_inference(model, lambda model: model(x), layout=layout)
+        if layout in layouts(model):  # else this torch or CPU has no packed product
+            assert not torch.allclose(model(x), other(x))
+        model.load_state_dict(other.state_dict())
+        torch.testing.assert_close(model(x), other(x), rtol=2e-2, atol=2e-2)
+        assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("layout", ["packed", "csr", "joined"])
+def test_weights_that_do_not_fit_are_refused_as_usual(layout: Any) -> None:
+    model = Attention()
+    state = model.state_dict()
+    sparsify_for_inference(model, lambda model: model(torch.ones(1, 16)), layout=layout)
+    del state["k.weight"]
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "k.weight"'):
+        model.load_state_dict(state)
+    assert model.load_state_dict(state, strict=False).missing_keys == ["k.weight"]
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "q.mask"'):
+        model.load_state_dict({**Attention().state_dict(), "q.mask": torch.ones(1)})
+    with pytest.raises(RuntimeError, match=r"size mismatch for k\.weight"):
+        model.load_state_dict({**Attention().state_dict(), "k.weight": torch.ones(16, 8)})
+
+
+def test_packed_follows_its_weight() -> None:
+    """Changed in place, replaced, assigned by load_state_dict, or tied to another layer that loads."""
+    embedding, x = nn.Embedding(48, 32), torch.randn(4, 32)
+    layer = nn.Linear(32, 48)
+    layer.weight = embedding.weight
+    model = nn.ModuleDict({"out": packed(layer), "embedding": embedding}).requires_grad_(False)
+    made = model["out"]
+
+    def check() -> None:
+        torch.testing.assert_close(made(x), nn.functional.linear(x, made.weight, made.bias))
+
+    check()
+    made.weight.mul_(2)
+    check()
+    model.load_state_dict({"embedding.weight": torch.randn(48, 32)}, strict=False)
+    check()
+    for _ in range(2):
+        made.weight = nn.Parameter(torch.randn(48, 32), requires_grad=False)
+    check()
+    model.load_state_dict({"out.weight": torch.randn(48, 32), "out.bias": torch.ones(48)}, strict=False, assign=True)
+    check()
