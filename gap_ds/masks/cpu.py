@@ -17,7 +17,6 @@ import hashlib
 import logging
 import os
 import platform
-import secrets
 import shlex
 import shutil
 import subprocess
@@ -31,6 +30,8 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
+
+from gap_ds.storage import atomic
 
 SOURCE = Path(__file__).with_name("cpu.c")
 #: Rows of activations are multiplied in blocks, so that each weight is read once for a block and x^T stays in a near
@@ -86,11 +87,10 @@ def _load(words: Sequence[str]) -> Library:
         made = Path(folder) / "cpu.so"
         _run([*words, str(SOURCE), "-o", str(made)])
         loops = _checked(made)
-        with contextlib.suppress(OSError):  # a full or read-only cache: the next process compiles again
+        with contextlib.suppress(OSError):  # a full or read-only cache, or another process has just stored the same file
             kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            aside = kept.with_name(f"{kept.name}.{secrets.token_hex(8)}.partial")
-            shutil.copyfile(made, aside)
-            aside.replace(kept)
+            with atomic.replacing(kept) as aside:
+                shutil.copyfile(made, aside)
     return loops
 
 

@@ -19,13 +19,15 @@ import torch
 from torch import Tensor
 
 from gap_ds.masks import bitmask
+from gap_ds.masks.codec import spread
 from gap_ds.parallel import identity
 from gap_ds.parallel import items as file
-from gap_ds.parallel.items import FORMAT, VERSION, Item, Received, Slot, printable
+from gap_ds.parallel.items import FORMAT, VERSION, Item, Received, Slot
 from gap_ds.parallel.ranks import on_rank_zero
 from gap_ds.parallel.transport import Writing, open_folder, without_secrets
-from gap_ds.sharding.comm import Comm, by_rank, error_text, raise_on_all_ranks, summarize_error
+from gap_ds.sharding.comm import Comm, by_rank, raise_on_all_ranks
 from gap_ds.storage import safetensors as tensorfile
+from gap_ds.storage.errors import error_text, printable, summarize_error
 
 log = logging.getLogger("gap_ds")
 T = TypeVar("T")
@@ -420,7 +422,7 @@ class Exchange:
     def _read_weights(self, source: _Verified, item: Item, bits: Tensor, before: int) -> Tensor:
         begin = source.where[f"{item.name}.values"][0] + 4 * before
         data = self._fetch(source.path, begin, begin + 4 * bitmask.count(bits))
-        return file.spread(tensorfile.decode(data, torch.float32), bits, item.numel)
+        return spread(tensorfile.decode(data, torch.float32), bits, item.numel)
 
     def _read_whole(self, source: _Verified, item: Item) -> Tensor:
         width = item.dtype.itemsize

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gap_ds.parallel.items import Item, printable
+from gap_ds.parallel.items import Item
 from gap_ds.sharding.comm import Comm
 from gap_ds.sharding.shard import Shard
+from gap_ds.storage.errors import printable
 from gap_ds.storage.safetensors import NAMES
 
 #: Weights of a piece that are looked at together.

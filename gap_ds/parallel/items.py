@@ -15,7 +15,9 @@ from torch import Tensor
 from gap_ds.masks import bitmask
 from gap_ds.method.plan import Plan
 from gap_ds.sharding.shard import Shard
-from gap_ds.storage.safetensors import NAMES, load_json, table
+from gap_ds.storage import safetensors as tensorfile
+from gap_ds.storage.errors import printable
+from gap_ds.storage.json import parse_table
 
 FORMAT = "gap_ds.exchange"
 VERSION = 2
@@ -203,7 +205,7 @@ def layout(items: Sequence[Item], kept: Mapping[str, int]) -> list[Slot]:
 
 def header(slots: Sequence[Slot], metadata: Mapping[str, str]) -> dict[str, Any]:
     """The header of a file, as JSON has it."""
-    return table(((slot.name, NAMES[slot.dtype], slot.shape, (slot.begin, slot.end)) for slot in slots), metadata)
+    return tensorfile.header_table({slot.name: (slot.dtype, slot.shape) for slot in slots}, metadata)
 
 
 def accept(text: bytes, area: int, items: Sequence[Item], metadata: Mapping[str, str]) -> list[Slot]:
@@ -215,7 +217,7 @@ def accept(text: bytes, area: int, items: Sequence[Item], metadata: Mapping[str,
     Raises:
         ValueError: the header is no JSON, a tensor is missing or unknown, or is described in another way.
     """
-    found = load_json(text)
+    found = parse_table(text)
     kept = budgets(items)
     for item in items:
         match found.get(f"{item.name}.values"):
@@ -244,22 +246,6 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(printable(name) for name in names[:3]) + more
 
 
-def printable(text: str) -> str:
-    """What a file said, for a message: not endless, and without control characters."""
-    return text[:200].encode("unicode_escape").decode()
-
-
-def spread(values: Tensor, bits: Tensor, numel: int) -> Tensor:
-    """The weights (N,) of a piece from its kept ones and its mask; the pruned ones are +0.0.
-
-    >>> spread(torch.tensor([7.0, 8.0]), torch.tensor([0b1010], dtype=torch.uint8), 5).tolist()
-    [0.0, 7.0, 0.0, 8.0, 0.0]
-    """
-    piece = torch.zeros(numel, dtype=values.dtype)
-    piece[bitmask.unpack(bits, numel)] = values
-    return piece
-
-
 # -- JSON -----------------------------------------------------------------------------------------------------------
 
 
@@ -269,7 +255,7 @@ def load_record(text: bytes, types: Mapping[str, type]) -> dict[str, Any]:
     Raises:
         ValueError: it is none.
     """
-    table = load_json(text)
+    table = parse_table(text)
     if table.get("format") != FORMAT:
         raise ValueError(f'has not the format "{FORMAT}"')
     if table.get("version") != VERSION:

@@ -6,7 +6,8 @@ import time
 from collections.abc import Generator
 from typing import Any, TypeVar
 
-from gap_ds.sharding.comm import Comm, summarize_error
+from gap_ds.sharding.comm import Comm
+from gap_ds.storage.errors import summarize_error
 
 #: Seconds after which the ranks meet while one of them works alone.
 _MEET = 5.0

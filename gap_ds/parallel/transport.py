@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from gap_ds.sharding.comm import summarize_error
+from gap_ds.storage.errors import summarize_error
 
 
 class Writing(Protocol):

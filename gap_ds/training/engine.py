@@ -20,19 +20,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from gap_ds import checkpoint, export
 from gap_ds._version import __version__
-from gap_ds.checkpoint import folder as checkpoint
 from gap_ds.checkpoint import portable as portable_files
 from gap_ds.checkpoint.run_state import RandomState, State
-from gap_ds.export import folder as export
 from gap_ds.masks import bitmask
 from gap_ds.method import plan, rules, schedule
 from gap_ds.method.config import GaPConfig
 from gap_ds.method.schedule import Phase
 from gap_ds.parallel import Exchange, ParallelWorker, identity, items_of
 from gap_ds.sharding.backends import Training, detect
-from gap_ds.sharding.comm import Comm, operation, raise_on_all_ranks, summarize_error
-from gap_ds.storage.json import read_json
+from gap_ds.sharding.comm import Comm, operation, raise_on_all_ranks
+from gap_ds.storage.errors import summarize_error
+from gap_ds.storage.json import read_json, write_json
 from gap_ds.training import consistency, mask_state
 from gap_ds.training.consistency import LossGuard
 from gap_ds.training.history import History
@@ -95,6 +95,7 @@ class GaPEngine:
     ) -> None:
         self.config = GaPConfig.load(config)
         self.worker = _check_worker(self.config, worker)
+        self._steps_per_epoch = steps_per_epoch
         self.schedule = schedule.build(self.config, steps_per_epoch, worker.index if worker else 0)
         training = Training(optimizer, lr_scheduler, gradient_accumulation_steps, gradient_clipping, grad_scaler)
         self._backend = detect(model, training)
@@ -421,7 +422,7 @@ class GaPEngine:
         self._world.barrier()
         raise_on_all_ranks(self._world, lambda: self._write_masks(folder))
         if self._world.rank == 0:
-            checkpoint.write_json(folder / "state.json", self._state().model_dump())
+            write_json(folder / "state.json", self._state())
         self._world.barrier()
 
     def load_masks(self, folder: str | Path) -> None:
@@ -491,9 +492,9 @@ class GaPEngine:
                 self._history.write(folder)
 
     def _write_state(self, folder: Path, client_state: Any) -> None:
-        checkpoint.write_json(folder / f"rng_{self._world.rank}.json", RandomState.now().model_dump())
+        write_json(folder / f"rng_{self._world.rank}.json", RandomState.now())
         if self._world.rank == 0:
-            checkpoint.write_json(folder / "state.json", self._state(client_state).model_dump())
+            write_json(folder / "state.json", self._state(client_state))
 
     def load_checkpoint(self, folder: str | Path, tag: str | None = None) -> Any:
         """Restores FOLDER/TAG; without a tag the newest that is whole. Returns the caller's `client_state`.
@@ -575,6 +576,8 @@ class GaPEngine:
         return State(
             applied_steps=self.applied_steps,
             signature=self.signature,
+            config=self.config,
+            steps_per_epoch=self._steps_per_epoch if self.config.in_epochs else None,
             plan=self.plan.fingerprint,
             entries=[(e.name, list(e.shape), e.partition, e.keep, list(e.dims)) for e in self.plan.entries],
             worker=None if self.worker is None else self.worker.index,
@@ -584,7 +587,6 @@ class GaPEngine:
             lr_scheduler=None if self._lr_scheduler is None else _plain(self._lr_scheduler.state_dict()),
             grad_scaler=None if self._grad_scaler is None else self._grad_scaler.state_dict(),
             counters=self._backend.counters(),
-            manifest=True,
             client_state=client_state,
         )
 
@@ -612,10 +614,12 @@ class GaPEngine:
             shards, comm = self._backend.shards(), self._backend.comm
             return export.full_weights(self._backend.module, shards, bits, comm, dtype)
 
-        def about(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+        def about(weights: Mapping[str, Tensor]) -> export.ExportInfo:
             nonzero = {entry.name: int(weights[entry.name].count_nonzero()) for entry in self.plan.entries}
-            info = export.info(self.plan, self.schedule, self.signature, self.applied_steps, nonzero)
-            return {**info, "training_flops": self.plan.training_flops(info["mean_density"])}
+            info = export.ExportInfo.of(
+                self.plan, self.schedule, self.config, self.signature, self.applied_steps, nonzero
+            )
+            return info.model_copy(update={"training_flops": self.plan.training_flops(info.mean_density)})
 
         with operation(f"the export at step {self.applied_steps}"):
             export.save(
