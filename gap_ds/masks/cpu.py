@@ -87,7 +87,7 @@ def _load(words: Sequence[str]) -> Library:
         made = Path(folder) / "cpu.so"
         _run([*words, str(SOURCE), "-o", str(made)])
         loops = _checked(made)
-        with contextlib.suppress(OSError):  # a full or read-only cache, or another process has just stored the same file
+        with contextlib.suppress(OSError):  # full, read-only, or just stored by another process
             kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with atomic.replacing(kept) as aside:
                 shutil.copyfile(made, aside)

@@ -226,7 +226,7 @@ def do_not_compile(pieces: Sequence[tuple[Tensor, Tensor]]) -> None:
     ("kernel", "complaint"),
     [
         (write_zeros, None),
-        (write_too_much, "it writes other words than PyTorch"),
+        (write_too_much, "its results differ from PyTorch's"),
         (do_not_compile, "ptxas is not there"),
         (None, "ImportError|ModuleNotFoundError"),
     ],
