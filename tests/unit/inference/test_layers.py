@@ -18,6 +18,8 @@ from gap_ds import sparsify_for_inference
 from gap_ds.inference import layers as linears
 from gap_ds.inference.layers import CSRLinear
 
+# ------------------------------------------------------------------------------------------------------------------ csr
+
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(1,), (32,), (1, 32), (7, 32), (3, 1, 32), (2, 5, 32), (0, 32)])
@@ -36,7 +38,7 @@ def test_csr_of_empty_and_full_weights(density: float) -> None:
     torch.testing.assert_close(CSRLinear(layer)(torch.ones(3, 7)), layer(torch.ones(3, 7)).detach())
 
 
-def test_nan_and_infinity_are_weights_like_any_other() -> None:
+def test_nan_and_infinity_are_kept_weights() -> None:
     layer = linear(8, 8, 0.2)
     with torch.no_grad():
         layer.weight[0, 0], layer.weight[1, 0] = float("nan"), float("inf")
@@ -62,7 +64,7 @@ def test_under_autocast() -> None:
         torch.testing.assert_close(sparse(x), layer.float()(x).float(), rtol=3e-2, atol=3e-2)
 
 
-def test_it_is_moved_copied_pickled_and_saved_as_other_modules_are() -> None:
+def test_csr_is_moved_copied_pickled_and_saved_like_any_module() -> None:
     layer, x = linear(48, 32, 0.2), torch.randn(4, 32)
     sparse = CSRLinear(layer)
     wanted = sparse(x)
@@ -87,6 +89,9 @@ def test_made_in_inference_mode_or_not() -> None:
         assert torch.equal(model(torch.ones(2, 32)), inside)
 
 
+# --------------------------------------------------------------------------------------------------------------- joined
+
+
 def joined(bias: bool = True, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     dense = Attention(bias=bias).to(dtype)
     model = copy.deepcopy(dense)
@@ -101,7 +106,7 @@ def joined(bias: bool = True, dtype: torch.dtype = torch.float32) -> tuple[Any, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(16,), (1, 16), (5, 16), (2, 3, 16), (0, 16)])
-def test_joined_layers_give_what_separate_ones_give(shape: tuple[int, ...], bias: bool, dtype: torch.dtype) -> None:
+def test_joined_layers_equal_separate_ones(shape: tuple[int, ...], bias: bool, dtype: torch.dtype) -> None:
     dense, model = joined(bias, dtype)
     close = {"rtol": 3e-2, "atol": 3e-2} if dtype == torch.bfloat16 else {}
     separate = {name: CSRLinear(getattr(dense, name)) for name in "qkv"}
@@ -116,7 +121,7 @@ def test_joined_layers_give_what_separate_ones_give(shape: tuple[int, ...], bias
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_one_product_serves_all_that_have_the_same_input(monkeypatch: pytest.MonkeyPatch, mode: Any) -> None:
+def test_layers_with_the_same_input_share_one_product(monkeypatch: pytest.MonkeyPatch, mode: Any) -> None:
     sizes: list[int] = []
     real = linears._product
     monkeypatch.setattr(linears, "_product", lambda w, *rest: (sizes.append(w.shape[0]), real(w, *rest))[1])
@@ -125,14 +130,14 @@ def test_one_product_serves_all_that_have_the_same_input(monkeypatch: pytest.Mon
         x = torch.randn(3, 16)
         sizes.clear()
         model(x)
-        assert sizes == [40, 16] and model.q._join._held is None  # nothing stays behind
+        assert sizes == [40, 16] and model.q._join._held is None  # no part is left
         model(x, torch.randn(3, 16))
         assert sizes[2:] == [40, 8, 8, 16]
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_joined_layers_in_any_use(mode: Any) -> None:
-    """Other orders, some of them, other inputs, inputs and results that are changed in place, memory used again."""
+    """Any order and subset of calls, other inputs, inputs and results changed in place, memory used again."""
     dense, model = joined()
     rng = random.Random(0)
     with mode():
@@ -146,7 +151,7 @@ def test_joined_layers_in_any_use(mode: Any) -> None:
             if rng.random() < 0.3:
                 t.mul_(1.5).clamp_(-9, 9)
         nan = torch.full((2, 16), float("nan"))
-        for name in "qkv":  # equal to itself; an output that has no weights does not see it
+        for name in "qkv":  # NaN in, NaN out, except for outputs without weights
             layer = CSRLinear(getattr(dense, name))
             torch.testing.assert_close(getattr(model, name)(nan), layer(nan), equal_nan=True)
     x = torch.randn(3, 16)
@@ -177,7 +182,7 @@ def test_joined_layers_from_several_threads() -> None:
     assert len(wrong) == 1200 and max(wrong) < 1e-4
 
 
-def test_joined_layers_are_moved_copied_pickled_and_saved_as_other_modules_are() -> None:
+def test_joined_layers_are_moved_copied_pickled_and_saved_like_any_module() -> None:
     dense, model = joined()
     x = torch.randn(3, 16)
     with torch.no_grad():
@@ -189,12 +194,12 @@ def test_joined_layers_are_moved_copied_pickled_and_saved_as_other_modules_are()
             assert torch.equal(twin(x), wanted) and twin.q._join is twin.k._join is not model.q._join
             assert twin.q._join.layers == [twin.q, twin.k, twin.v]
             data = {layer.values.untyped_storage().data_ptr() for layer in (twin.q, twin.k, twin.v)}
-            assert len(data) == 1  # the rows lie in memory once
+            assert len(data) == 1  # the weights are stored once
         alone = copy.deepcopy(model.k)
         torch.testing.assert_close(alone(x), dense.k(x))
         double = copy.deepcopy(model).double()
         torch.testing.assert_close(double(x.double()).float(), wanted)
-        model.k.double()  # one alone: no product for all any more
+        model.k.double()  # one layer alone: they no longer share a product
         torch.testing.assert_close(model.q(x), dense.q(x))
         torch.testing.assert_close(model.k(x), dense.k(x))
         torch.testing.assert_close(model.v(x), dense.v(x))
@@ -207,6 +212,9 @@ def test_layers_that_cannot_be_joined() -> None:
     for other in (linear(8, 12, 0.2), linear(8, 16, 0.2, bias=False), linear(8, 16, 0.2).double()):
         with pytest.raises(ValueError, match="that are joined"):
             linears.joined([layer, CSRLinear(other)])
+
+
+# --------------------------------------------------------------------------------------------------------------- packed
 
 
 def packed(layer: nn.Linear, rows: int = 4) -> Any:
@@ -226,7 +234,7 @@ def test_packed_equals_dense(shape: tuple[int, ...], bias: bool) -> None:
         assert y.is_contiguous()
 
 
-def test_packed_is_moved_copied_pickled_and_saved_as_other_modules_are() -> None:
+def test_packed_is_moved_copied_pickled_and_saved_like_any_module() -> None:
     layer, x = linear(48, 32, 1.0), torch.randn(4, 32)
     made = packed(layer)
     buffer = io.BytesIO()
@@ -234,10 +242,10 @@ def test_packed_is_moved_copied_pickled_and_saved_as_other_modules_are() -> None
     buffer.seek(0)
     for twin in (copy.deepcopy(made), torch.load(buffer, weights_only=False)):
         assert torch.equal(twin(x), made(x)) and twin.state_dict().keys() == layer.state_dict().keys()
-    assert made.weight is layer.weight  # what is tied to it stays tied
+    assert made.weight is layer.weight  # tied weights stay tied
     half = copy.deepcopy(made).to(torch.bfloat16)
     torch.testing.assert_close(half(x.bfloat16()).float(), made(x), rtol=3e-2, atol=3e-2)
-    double = copy.deepcopy(made).double()  # for which there is no packed product
+    double = copy.deepcopy(made).double()  # there is no packed product in fp64
     torch.testing.assert_close(double(x.double()).float(), made(x))
     with torch.autocast("cpu", torch.bfloat16):
         assert made(x).dtype == torch.bfloat16
@@ -262,7 +270,7 @@ def test_two_of_four() -> None:
     assert not linears.is_2_of_4(torch.zeros(3, 6))
 
 
-def test_no_warning_of_torch_is_passed_on() -> None:
+def test_torch_does_not_warn() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = network()

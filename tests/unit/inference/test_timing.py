@@ -1,4 +1,4 @@
-"""The verdict on two variants of a run."""
+"""The verdict on two variants of a run, by simulation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gap_ds.inference import timing
 
 
 def test_the_verdict_by_simulation() -> None:
-    """As stated beside `timing.LOOKS`: runs that vary by a fifth, 1,000 tries; and an early end where it is quiet."""
+    """The figures beside `timing.LOOKS`, from 1,000 tries each; and an early verdict without much noise."""
 
     def outcome(ratio: float, noise: float, tries: int = 1000) -> tuple[float, float]:
         accepted = pairs = 0

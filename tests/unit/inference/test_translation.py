@@ -73,9 +73,8 @@ def test_generate_in_a_requested_layout(translator: Any, layout: Any, beams: int
 
     table = sparsify_for_inference(model, run, layout=layout)
     count = Counter(name for choice in table for name in [choice.layout] * len(choice.names))
-    if (
-        layout == "joined"
-    ):  # q, k, v of 4 self-attentions; k, v of 2 cross-attentions; all others; the output projection
+    if layout == "joined":
+        # q, k, v of 4 self-attentions; k, v of 2 cross-attentions; the other layers; the output projection
         assert count == {"joined": 4 * 3 + 2 * 2, "csr": 2 * 6 + 2 * 10 - 16, "dense": 1}
     elif count.get("dense"):
         pytest.skip("this torch or CPU has no packed product")
@@ -88,7 +87,7 @@ def test_generate_in_a_requested_layout(translator: Any, layout: Any, beams: int
 
 @pytest.mark.parametrize("layout", ["packed", "csr", "joined"])
 def test_generate_in_bf16(translator: Any, layout: Any) -> None:
-    """Products are rounded no worse than dense ones: what is written scores as well under the exact model."""
+    """Rounding is no worse than in dense bf16, and the translations score as well under the exact model."""
     dense = copy.deepcopy(translator).to(torch.bfloat16)
     model = copy.deepcopy(dense)
 
@@ -105,9 +104,9 @@ def test_generate_in_bf16(translator: Any, layout: Any) -> None:
         exact = translator(**inputs).logits
         errors = [(m(**inputs).logits.float() - exact).abs().mean().item() for m in (model, dense)]
     assert errors[0] <= 1.2 * errors[1]
-    written, wanted = run(model), run(dense)
-    assert written.shape == wanted.shape
-    scores = [likelihood(translator, source(8), tokens) for tokens in (written, wanted)]
+    found, wanted = run(model), run(dense)
+    assert found.shape == wanted.shape
+    scores = [likelihood(translator, source(8), tokens) for tokens in (found, wanted)]
     assert abs(scores[0] - scores[1]) < 0.05
 
 

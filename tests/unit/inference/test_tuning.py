@@ -40,7 +40,7 @@ def test_the_measurement_decides() -> None:
 
 
 def test_a_small_gain_is_not_taken() -> None:
-    """With a number of rows no run can tell whether the model gains: the layers must promise more."""
+    """Without a run to test, the layers must be faster by a larger margin."""
     model = network()
     choice = sparsify_for_inference(model, measure=times(dense=1.15, csr=1.0))[0]
     assert (choice.layout, choice.best, choice.reason) == ("dense", "csr", "not faster by the margin")
@@ -57,15 +57,15 @@ def test_layers_that_are_not_sparse_get_no_sparse_layout() -> None:
 
 
 def test_a_layout_can_be_requested() -> None:
-    # Not on a GPU: 2:4 stays dense.
+    # 2:4 requires a GPU.
     for layout, wanted in (("csr", "csr"), ("packed", "packed"), ("dense", "dense"), ("2:4", "dense")):
         model = network()
         table = sparsify_for_inference(model, layout=layout, measure=times())  # type: ignore[arg-type]
         assert layouts(model)[:2] == [wanted, wanted] and table[0].ratio is None
 
 
-def test_rows_that_a_run_has_shown_weigh_as_often_as_they_came(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sparse wins for few rows and loses for many: the layer that mostly sees few becomes sparse."""
+def test_rows_are_weighted_by_their_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """csr is faster for few rows and slower for many: the layer that mostly sees few becomes csr."""
 
     class Two(nn.Module):
         def __init__(self) -> None:
@@ -108,7 +108,7 @@ def test_many_row_counts_are_rounded() -> None:
 
 
 def chain(layers: int = 1) -> nn.Module:
-    """Every layer is a group of its own: no two have the same shape."""
+    """Layers of different shapes, each a separate group."""
     return nn.Sequential(*(linear(8 * (i + 2), 8 * (i + 1), 0.1, seed=i) for i in range(layers)))
 
 
@@ -119,7 +119,7 @@ def chosen(model: nn.Module, monkeypatch: pytest.MonkeyPatch, seconds: Any, meas
 
 @pytest.mark.parametrize(("ratio", "least", "most"), [(0.9, 0, 2), (0.94, 0, 2), (1.5, 195, 200)])
 def test_noise_does_not_decide(monkeypatch: pytest.MonkeyPatch, ratio: float, least: int, most: int) -> None:
-    """The layers promise the twofold; runs that vary by a fifth tell what becomes of it, in 200 tries."""
+    """Layers alone are twice as fast; 200 tries with runs that vary by 20 % decide by the ratio of whole runs."""
     accepted = 0
     for seed in range(200):
         model = chain()
@@ -146,7 +146,7 @@ def test_no_run_begins_after_the_deadline() -> None:
 
 
 def test_the_group_that_saves_least_goes_back_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cost that the layers alone do not show: with the smallest group in csr, nothing is gained."""
+    """With the smallest group in csr nothing is gained, although it is faster alone."""
 
     def cost(module: nn.Module) -> float:
         if isinstance(module, CSRLinear):
@@ -170,7 +170,7 @@ def test_the_group_that_saves_least_goes_back_first(monkeypatch: pytest.MonkeyPa
     }
 
 
-def test_what_saves_too_little_of_the_run_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_that_save_too_little_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     def measure(layers: Mapping[Layout, Sequence[nn.Module]], rows: int) -> dict[Layout, float]:
         small = layers["dense"][0].in_features == 8
         return {"dense": 0.5, "csr": 0.1, "packed": 9.0} if small else {"dense": 50.0, "csr": 10.0, "packed": 90.0}
@@ -201,7 +201,7 @@ def test_a_run_that_fails_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyP
     assert all(a is b for a, b in zip(model.modules(), before, strict=True))
 
 
-def test_only_layers_that_always_have_one_input_are_joined() -> None:
+def test_only_layers_that_always_share_an_input_are_joined() -> None:
     def crossed(model: Any) -> None:
         model(torch.ones(3, 16), torch.ones(3, 16))
 
@@ -228,10 +228,10 @@ def test_layers_are_joined_where_it_is_faster(monkeypatch: pytest.MonkeyPatch, g
     rows = {name: choice for choice in table for name in choice.names}
     assert rows["q"].layout == wanted and rows["out"].layout == "csr"
     assert rows["q"].ratio == pytest.approx(10 / (2 * gain if wanted == "joined" else 2))
-    assert rows["k"].seconds["dense"] == 20.0  # of both: k and v are alike
+    assert rows["k"].seconds["dense"] == 20.0  # of k and v, which are alike
 
 
-def test_real_measurements_are_kept_for_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measurements_are_kept_for_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     real = measurement.measure_layers
 
