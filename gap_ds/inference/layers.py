@@ -15,10 +15,10 @@ I input dimension, O output dimension, R rows of activations. `tuning` chooses t
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -42,7 +42,7 @@ def layout_of(layer: nn.Module) -> Layout:
     return "2:4" if isinstance(layer.weight, torch.sparse.SparseSemiStructuredTensor) else "dense"
 
 
-@contextmanager
+@contextlib.contextmanager
 def _no_beta_warning() -> Iterator[None]:
     """Hides the warning that torch's CSR tensors are in beta; our tests cover the operations used here."""
     with warnings.catch_warnings():
@@ -366,7 +366,8 @@ class PackedLinear(nn.Module):
         self._source = self.weight, _version(self.weight)
         if self.weight.device.type != "cpu" or self.weight.dtype not in (torch.float32, torch.bfloat16):
             return
-        with torch.no_grad(), torch.inference_mode(False):  # oneDNN refuses inference tensors
+        refused = contextlib.suppress(RuntimeError)  # bf16 on a CPU without such products: the layer stays dense
+        with refused, torch.no_grad(), torch.inference_mode(False):  # oneDNN takes no inference tensors
             weight = self.weight.clone() if self.weight.is_inference() else self.weight.detach()
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, self._rows)
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from sparse_layers import Attention, layouts, linear, network
-from torch import nn
+from torch import Tensor, nn
 
 from gap_ds import sparsify_for_inference
 from gap_ds.inference import layers as linears
@@ -335,3 +335,16 @@ def test_packed_follows_its_weight() -> None:
     check()
     model.load_state_dict({"out.weight": torch.randn(48, 32), "out.bias": torch.ones(48)}, strict=False, assign=True)
     check()
+
+
+def test_packed_where_the_product_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a CPU without products in bf16, to which a packed fp32 layer is cast, or on which it is unpickled."""
+    made, x = packed(linear(48, 32, 1.0)), torch.randn(4, 32)
+
+    def refuse(*arguments: Any) -> Tensor:
+        raise RuntimeError("needs the cpu support")
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", refuse)
+    half = copy.deepcopy(made).to(torch.bfloat16)
+    assert half._packed is None
+    torch.testing.assert_close(half(x.bfloat16()).float(), made(x), rtol=3e-2, atol=3e-2)
