@@ -51,16 +51,11 @@ import model as models
 
 from gap_ds import sparsify_for_inference
 from gap_ds.cli.presets import VOCAB_SIZE
-<<<<<<< HEAD
-from gap_ds.export.compact import FILE, compact
+from gap_ds.export import compact
+from gap_ds.export.compact_file import FILE
 from gap_ds.inference import timing
 from gap_ds.inference.layers import LAYOUTS
 from gap_ds.inference.measure import MEASURED
-=======
-from gap_ds.export import compact
-from gap_ds.export.compact_file import FILE
-from gap_ds.inference import timing, tuning
->>>>>>> w1
 from gap_ds.inference.tuning import Choice
 
 OUT = measure.RESULTS / "inference.json"

@@ -110,9 +110,7 @@ def check(arguments: argparse.Namespace) -> None:
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')}={value}: must be at least 1.")
     if not arguments.choose > 0:
-        raise ValueError(
-            f"--choose={arguments.choose}: must be above 0 seconds. Set --dense for dense layers."
-        )
+        raise ValueError(f"--choose={arguments.choose}: must be above 0 seconds. Set --dense for dense layers.")
     output: Path | None = arguments.output
     if output is not None and (output.is_dir() or not os.access(output.absolute().parent, os.W_OK)):
         raise ValueError(f"--output={str(output)!r}: must be a file in a folder that exists and may be written to.")
