@@ -29,8 +29,8 @@ def replacing(path: Path) -> Iterator[Path]:
     aside = path.with_name(f"{path.name}.{secrets.token_hex(8)}{PARTIAL}")
     try:
         yield aside
-        sync(aside)
         try:
+            sync(aside)
             aside.replace(path)
         except FileNotFoundError:
             raise OSError(f"{path}: another process has written it in the meantime") from None
