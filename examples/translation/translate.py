@@ -31,6 +31,7 @@ from transformers.utils.logging import disable_progress_bar
 from gap_ds import sparsify_for_inference
 from gap_ds.export import compact_file, load_compact
 from gap_ds.inference.tuning import Choice
+from gap_ds.storage import atomic
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -242,12 +243,8 @@ def read_lines(path: Path | None) -> list[str]:
 def write_lines(path: Path | None, lines: Sequence[str]) -> None:
     data = "".join(line + "\n" for line in lines).encode("utf-8")
     if path is not None:
-        partial = path.with_name(path.name + ".partial")
-        try:
-            partial.write_bytes(data)
-            partial.replace(path)  # a reader finds the old file or the whole new one
-        finally:
-            partial.unlink(missing_ok=True)
+        with atomic.replacing(path) as aside:  # a reader finds the old file or the whole new one
+            aside.write_bytes(data)
         return
     sys.stdout.buffer.write(data)
     sys.stdout.flush()
