@@ -63,10 +63,10 @@ def forms(path: Path, sources: list[str], references: list[str], args: argparse.
     tokenizer = translate.load(path, torch.float32)[1]
     tables = {
         "sparse": translate.sparsify(models["sparse"], tokenizer, sources, args.beams, 2048),
-        "csr": sparsify_for_inference(models["csr"], form="csr"),
+        "csr": sparsify_for_inference(models["csr"], layout="csr"),
     }
     changed = {
-        form: sum(len(choice.names) for choice in table if choice.form != "dense") for form, table in tables.items()
+        form: sum(len(choice.names) for choice in table if choice.layout != "dense") for form, table in tables.items()
     }
     info = json.loads((path / INFO).read_text(encoding="utf-8"))
     found: dict[str, list[str]] = {}

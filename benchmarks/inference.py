@@ -1,7 +1,7 @@
 """What other forms of the weights gain on this machine: the same translations in each form, in turns.
 
-    OMP_NUM_THREADS=1 python benchmarks/tuning.py --threads 1 --presets small base big --tokens 8  # the whole table
-    python benchmarks/tuning.py --quick --out /tmp/tuning.json
+    OMP_NUM_THREADS=1 python benchmarks/inference.py --threads 1 --presets small base big --tokens 8  # the whole table
+    python benchmarks/inference.py --quick --out /tmp/inference.json
 
 Four models take turns, so that whatever else the machine does falls on all alike:
 
@@ -53,10 +53,12 @@ from gap_ds import sparsify_for_inference
 from gap_ds.cli.presets import VOCAB_SIZE
 from gap_ds.export import compact
 from gap_ds.export.compact_file import FILE
-from gap_ds.inference import timing, tuning
+from gap_ds.inference import timing
+from gap_ds.inference.layers import LAYOUTS
+from gap_ds.inference.measure import MEASURED
 from gap_ds.inference.tuning import Choice
 
-OUT = measure.RESULTS / "tuning.json"
+OUT = measure.RESULTS / "inference.json"
 VERSION = 2  # of the file: rows of another are measured anew
 SOURCE = 24  # tokens of a source sentence
 KEY = ("preset", "sparsity", "dtype", "threads", "batch", "beams", "tokens")
@@ -187,12 +189,12 @@ def compare(dense: Any, row: dict[str, Any], args: argparse.Namespace) -> dict[s
     begin = time.perf_counter()
     outputs = {"dense": run(dense)}
     once = time.perf_counter() - begin
-    tuning.MEASURED.clear()  # the load of another row's minutes is not to choose for this one
+    MEASURED.clear()  # the load of another row's minutes is not to choose for this one
     sparse, begin = copy.deepcopy(dense), time.perf_counter()
     table = sparsify_for_inference(sparse, run, seconds=max(60.0, 10 * once))
     choosing = time.perf_counter() - begin
     packed = copy.deepcopy(dense)
-    sparsify_for_inference(packed, batch * beams, form="packed")
+    sparsify_for_inference(packed, batch * beams, layout="packed")
     forms = {"dense": dense, "again": copy.deepcopy(dense), "packed": packed, "sparse": sparse}
     needs: dict[str, int | None] = {}
     seconds: dict[str, list[float]] = {name: [] for name in forms}
@@ -241,11 +243,9 @@ def ratio(name: str, old: list[float], new: list[float]) -> dict[str, Any]:
 
 def in_words(table: list[Choice]) -> str:
     """How many layers have which form; `dense` alone if none was changed."""
-    count = Counter(name for choice in table for name in [choice.form] * len(choice.names))
+    count = Counter(name for choice in table for name in [choice.layout] * len(choice.names))
     return (
-        "dense"
-        if set(count) == {"dense"}
-        else ", ".join(f"{form} {count[form]}" for form in tuning.FORMS if form in count)
+        "dense" if set(count) == {"dense"} else ", ".join(f"{form} {count[form]}" for form in LAYOUTS if form in count)
     )
 
 
@@ -315,7 +315,7 @@ def peak(args: argparse.Namespace) -> dict[str, int]:
     ids = source(args.batches[0], args.vocab_size)
     beams, tokens = args.beams[0], args.tokens
     if args.one_form == "packed":
-        sparsify_for_inference(model, args.batches[0] * beams, form="packed")
+        sparsify_for_inference(model, args.batches[0] * beams, layout="packed")
     elif args.one_form == "sparse":
         sparsify_for_inference(model, lambda model: translate(model, ids, beams, tokens), seconds=600)
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # what was freed is the system's again, not a reserve

@@ -4,8 +4,8 @@
     python translate.py out/compact --input input.en --output output.de --threads 4 --beams 1
 
 Translations come in the order of the input, one a line; an empty line stays empty. With --sparse (the default) layers
-get the form that is fastest for the batches of this input: layers are measured, then whole translations of one batch
-confirm the choice, within --choose seconds and the time of two such translations; --dense leaves all as it is.
+get the layout that is fastest for the batches of this input: layers are measured, then whole translations of one batch
+confirm the choice, within --choose seconds and the time of two such translations. --dense leaves all layers dense.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ from transformers.utils.logging import disable_progress_bar
 from gap_ds import sparsify_for_inference
 from gap_ds.export import compact_file, load_compact
 from gap_ds.inference.tuning import Choice
+from gap_ds.storage import atomic
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0, or 2 with one sentence on stderr."""
+    """Return the exit status: 0, or 2 after one line on stderr."""
     arguments = parse(argv)
     try:
         run(arguments)
@@ -48,7 +49,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model_dir", type=Path, metavar="MODEL_DIR", help="exported model, dense or compact")
     parser.add_argument("--input", type=Path, metavar="FILE", help="sentences, one a line; default: stdin")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="where to; default: stdout")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="translations; default: stdout")
     parser.add_argument("--beams", type=int, default=4, metavar="N", help="width of the beam; 1 is greedy search")
     parser.add_argument("--batch-tokens", type=int, default=2048, metavar="N", help="source tokens in a batch")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
@@ -56,16 +57,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--device", metavar="NAME", help="such as cpu, cuda or cuda:1; default: cuda where there is one"
     )
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--sparse", action="store_true", default=True, help="sparse layers where they are faster")
-    form.add_argument("--dense", action="store_false", dest="sparse", help="all layers dense")
-    parser.add_argument("--choose", type=float, default=60, metavar="SECONDS", help="to choose the forms in")
-    parser.add_argument("--table", action="store_true", help="print on stderr what was chosen for which layers")
+    layout = parser.add_mutually_exclusive_group()
+    layout.add_argument("--sparse", action="store_true", default=True, help="sparse layers where they are faster")
+    layout.add_argument("--dense", action="store_false", dest="sparse", help="all layers dense")
+    parser.add_argument("--choose", type=float, default=60, metavar="SECONDS", help="time limit for --sparse")
+    parser.add_argument("--table", action="store_true", help="print the chosen layouts on stderr")
     return parser.parse_args(argv)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """What the command line does. ValueError for settings or files that do not fit together."""
+    """Translate as the arguments say; ValueError if settings or files do not fit together."""
     check(arguments)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
@@ -80,7 +81,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.sparse and sentences:
         start = time.perf_counter()
         table = sparsify(model, tokenizer, sentences, arguments.beams, arguments.batch_tokens, arguments.choose)
-        chosen = f"; choosing the forms took {time.perf_counter() - start:.1f} s before"
+        chosen = f"; choosing the layouts took {time.perf_counter() - start:.1f} s before"
         for choice in table if arguments.table else ():
             console.print(describe(choice), soft_wrap=True)
 
@@ -104,20 +105,20 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """ValueError for what would fail only after the work."""
+    """Raise ValueError for settings that would fail only after the work is done."""
     for name in ("beams", "batch_tokens", "threads"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')}={value}: must be at least 1.")
     if not arguments.choose > 0:
-        raise ValueError(f"--choose={arguments.choose}: must be above 0 seconds. Leave the layers alone with --dense.")
+        raise ValueError(f"--choose={arguments.choose}: must be above 0 seconds. Set --dense for dense layers.")
     output: Path | None = arguments.output
     if output is not None and (output.is_dir() or not os.access(output.absolute().parent, os.W_OK)):
         raise ValueError(f"--output={str(output)!r}: must be a file in a folder that exists and may be written to.")
 
 
 def find_device(name: str | None) -> torch.device:
-    """The device of that name; ValueError if there is no such thing here."""
+    """Return the device of this name; ValueError if it is not available."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -131,10 +132,13 @@ def find_device(name: str | None) -> torch.device:
 
 
 def load(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer of an exported folder, dense or compact.
+    """Return model and tokenizer of an exported folder, dense or compact.
 
-    Code that comes with a model is never run, and nobody is asked whether it may: the answer would be read from stdin,
-    where the text to translate comes from. ValueError, with one sentence, if the folder holds no whole model.
+    Code that comes with a model is never run. transformers must not ask for permission either: it would read the answer
+    from stdin, which holds the text to translate.
+
+    Raises:
+        ValueError: the folder holds no complete translation model.
     """
     if not folder.is_dir():
         raise ValueError(f"model_dir={str(folder)!r}: must be a folder with an exported model. Set MODEL_DIR.")
@@ -150,12 +154,10 @@ def load(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedT
         raise ValueError(f"model_dir={str(folder)!r}: holds no model that translates. Set MODEL_DIR.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # of many kinds, some by Rust
+    except Exception as error:  # tokenizers raises many kinds, some from Rust
         raise ValueError(f"model_dir={str(folder)!r}: its tokenizer cannot be loaded ({first_line(error)}).") from None
     if not tokenizer or not len(tokenizer):
-        raise ValueError(
-            f"model_dir={str(folder)!r}: holds no tokenizer. Copy that of the training beside the weights."
-        )
+        raise ValueError(f"model_dir={str(folder)!r}: holds no tokenizer. Copy the one used in training into it.")
     return model, tokenizer
 
 
@@ -172,10 +174,10 @@ def sparsify(
     batch_tokens: int,
     seconds: float = 60.0,
 ) -> list[Choice]:
-    """Gives the layers their form, chosen with the middle one of the batches that will be translated.
+    """Choose the layouts of the layers by translating the middle one of the batches of these sentences.
 
-    Its translations are as long as its longest sentence, or shorter if whole ones would take more than a twentieth of
-    the seconds: in every step the decoder's layers see the same number of rows, so that some tell nearly as much.
+    Translations are as long as the longest sentence of the batch, or shorter if that would take more than a twentieth
+    of the seconds: the decoder's layers see the same number of rows in every step, so a few steps show nearly as much.
     """
     positions = getattr(model.config, "max_position_embeddings", None)
     cut = {"truncation": True, "max_length": positions} if positions else {}
@@ -186,7 +188,7 @@ def sparsify(
     most = max(2, min(inputs["input_ids"].shape[1], (positions or math.inf) - 1))
 
     def steps(model: Any, n: int) -> None:
-        # In inference mode, as evaluate.translate does it.
+        # evaluate.translate uses inference mode, too.
         with torch.inference_mode():
             model.generate(
                 **inputs, num_beams=beams, do_sample=False, min_new_tokens=n, max_new_tokens=n, max_length=None
@@ -204,7 +206,7 @@ def sparsify(
 
 
 def one_line(text: str) -> str:
-    """A translation without line breaks: a line of the output is one of the input.
+    """Return a translation without line breaks, so that lines of output and input correspond.
 
     >>> one_line("a\\r\\nb"), one_line("a b")
     ('a b', 'a b')
@@ -213,26 +215,26 @@ def one_line(text: str) -> str:
 
 
 def describe(choice: Choice) -> str:
-    """A line of the table."""
+    """Return a line of the table."""
     rows = ", ".join(f"{rows} rows x {calls}" for rows, calls in choice.batch) or "no rows"
-    told = [choice.why]
+    notes = [choice.reason]
     if choice.ratio is not None:
-        told.insert(0, f"measured alone, {choice.best} is {choice.ratio:.2f} times as fast")
+        notes.insert(0, f"measured alone, {choice.best} is {choice.ratio:.2f} times as fast")
     if choice.run is not None:
-        told.append(f"whole run: {choice.run:.2f} times as fast")
+        notes.append(f"whole run: {choice.run:.2f} times as fast")
     return (
         f"{len(choice.names):3} layers {choice.shape[0]} x {choice.shape[1]}, density {choice.density:.2f}, {rows}: "
-        f"{choice.form} ({'; '.join(told)})"
+        f"{choice.layout} ({'; '.join(notes)})"
     )
 
 
 def read_lines(path: Path | None) -> list[str]:
-    # Not str.splitlines: text holds U+2028 and the like inside a sentence.
+    # Not str.splitlines: sentences may contain U+2028 and similar characters.
     data = sys.stdin.buffer.read() if path is None else path.read_bytes()
     try:
         lines = data.decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path or 'stdin'}: is no UTF-8 (byte {error.start}). Set --input.") from None
+        raise ValueError(f"{path or 'stdin'}: is not UTF-8 (byte {error.start}). Set --input.") from None
     if lines[-1] == "":
         lines.pop()
     return [line.strip() for line in lines]
@@ -241,12 +243,8 @@ def read_lines(path: Path | None) -> list[str]:
 def write_lines(path: Path | None, lines: Sequence[str]) -> None:
     data = "".join(line + "\n" for line in lines).encode("utf-8")
     if path is not None:
-        partial = path.with_name(path.name + ".partial")
-        try:
-            partial.write_bytes(data)
-            partial.replace(path)  # a reader finds the old file or the whole new one
-        finally:
-            partial.unlink(missing_ok=True)
+        with atomic.replacing(path) as aside:  # a reader finds the old file or the whole new one
+            aside.write_bytes(data)
         return
     sys.stdout.buffer.write(data)
     sys.stdout.flush()

@@ -1,46 +1,60 @@
-"""The forms of a linear layer for inference: modules that take the place of an `nn.Linear`.
+"""The layouts of a linear layer for inference: modules that replace an `nn.Linear`.
 
-    csr     on a CPU: compressed rows with 32-bit indices, multiplied in fp32 or fp64 (bf16 and fp16 in fp32)
-    packed  on a CPU: dense in the blocked layout of oneDNN, as torch.compile packs the weights of a frozen model; also
-            for layers that are not sparse, such as the output projection
-    2:4     on an NVIDIA GPU of capability 8.0 or later: semi-structured, for weights that have the pattern
+    csr     CPU: compressed rows with 32-bit indices, multiplied in fp32 or fp64 (bf16 and fp16 weights in fp32)
+    joined  CPU: csr layers that are called one after the other with one input (q, k and v) share one product
+    packed  CPU: dense in the blocked layout of oneDNN, as torch.compile packs the weights of a frozen model; useful
+            for layers that are not sparse, too, such as the output projection
+    2:4     NVIDIA GPU of capability 8.0 or later: semi-structured, for weights that have the pattern
 
-The product of csr is W @ x^T with x^T laid out by rows: a weight meets neighbours in memory, the same column of all
-rows. Many rows are multiplied a few at a time, so that x^T stays in the cache. In fp32 the loops of gap_ds/cpu.c do
-it, where there is a compiler; else MKL does. Layers of compressed rows that are called one after the other with the
-same input, such as those of q, k and v, can be joined: the first call computes all of them.
+csr computes W @ x^T with x^T stored by rows, so that each weight multiplies a contiguous row: the same column of all
+rows of x. Large inputs are multiplied a few rows at a time, so that x^T stays in the cache. In fp32 the loops of
+gap_ds/masks/cpu.c do it where a compiler is found, otherwise MKL does.
 
-Which form is fastest is the matter of gap_ds/inference/tuning.py.
+I input dimension, O output dimension, R rows of activations. `tuning` chooses the fastest layout.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from gap_ds.masks import cpu
 
+Layout = Literal["dense", "packed", "csr", "joined", "2:4"]
+LAYOUTS: tuple[Layout, ...] = ("dense", "packed", "csr", "joined", "2:4")
 
-@contextmanager
+
+def layout_of(layer: nn.Module) -> Layout:
+    """The layout of a linear layer or of its replacement."""
+    if isinstance(layer, JoinedLinear):
+        return "joined"
+    if isinstance(layer, CSRLinear):
+        return "csr"
+    if isinstance(layer, PackedLinear):
+        return "packed"
+    return "2:4" if isinstance(layer.weight, torch.sparse.SparseSemiStructuredTensor) else "dense"
+
+
+@contextlib.contextmanager
 def _no_beta_warning() -> Iterator[None]:
-    """torch warns of its CSR tensors once in a process; what is used of them here is tested here."""
+    """Hides the warning that torch's CSR tensors are in beta; our tests cover the operations used here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
         yield
 
 
 class CSRLinear(nn.Module):
-    """An `nn.Linear` whose weight is held by compressed rows: x (..., I) -> (..., O), contiguous, in the dtype of x.
+    """An `nn.Linear` with its weight in compressed rows: x (..., I) -> (..., O), contiguous, in the dtype of x.
 
-    Moves between devices and dtypes, is copied and pickled as other modules are. In its state dict is the dense weight,
-    with pruned weights at +0.0.
+    It can be moved, cast, copied and pickled like any module. Its state dict holds the dense weight, with pruned
+    weights at +0.0, and it loads a dense weight with any zeros.
     """
 
     crow: Tensor  # (O + 1,) int32
@@ -50,28 +64,31 @@ class CSRLinear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        with _no_beta_warning():
-            matrix = linear.weight.detach().to_sparse_csr()
-        self.register_buffer("crow", matrix.crow_indices().int(), persistent=False)
-        self.register_buffer("col", matrix.col_indices().int(), persistent=False)
-        self.register_buffer("values", matrix.values(), persistent=False)
+        self._fill(linear.weight.detach())
         self.bias: nn.Parameter | None = linear.bias
         self._build()
 
+    def _fill(self, weight: Tensor) -> None:
+        with _no_beta_warning():
+            matrix = weight.to_sparse_csr()
+        self.register_buffer("crow", matrix.crow_indices().int(), persistent=False)
+        self.register_buffer("col", matrix.col_indices().int(), persistent=False)
+        self.register_buffer("values", matrix.values(), persistent=False)
+
     @property
     def weight(self) -> Tensor:
-        """(O, I) in CSR layout, for code that asks for its dtype or device."""
+        """(O, I) as a CSR tensor, for code that reads its dtype or device."""
         return self._csr(self.values)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):  # would cast the operands to a dtype that has no such product
+        if torch.is_autocast_enabled(x.device.type):  # it would cast to a dtype that has no CSR product
             with torch.autocast(x.device.type, enabled=False):
                 return self.forward(x)
         (y,) = _product(self._matrix, self._bias, x, [self.out_features])
         return _shaped(y, x)
 
     def _build(self) -> None:
-        # There is no product in a smaller dtype than fp32; for fp32 these are no copies.
+        # No CSR product takes a dtype smaller than fp32. For fp32 and fp64 these are no copies.
         dtype = torch.float64 if self.values.dtype == torch.float64 else torch.float32
         self._matrix = self._csr(self.values.to(dtype))
         self._bias = None if self.bias is None else self.bias.detach().to(dtype).contiguous()
@@ -97,14 +114,37 @@ class CSRLinear(nn.Module):
         destination[prefix + "weight"] = self.weight.to_dense()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        name, shape = prefix + "weight", (self.out_features, self.in_features)
+        weight = state_dict.get(name)
+        if weight is None:
+            missing_keys += [name] if strict else []
+        elif weight.shape != shape:
+            error_msgs.append(f"size mismatch for {name}: {tuple(weight.shape)} in the file, {shape} in the model.")
+        else:
+            self._fill(weight.detach().to(self.values.device, self.values.dtype))
+        others = {key: value for key, value in state_dict.items() if key != name}
+        super()._load_from_state_dict(others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        self._build()
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, kept={self.values.numel()}"
 
 
 def _product(matrix: Tensor, bias: Tensor | None, x: Tensor, outputs: Sequence[int]) -> tuple[Tensor, ...]:
-    """matrix (O, I) times x (..., I), R rows of it, in the dtype of the matrix: (R, o), contiguous, for o in outputs.
+    """matrix (O, I) times x (..., I), in the dtype of the matrix: a contiguous part (R, o) for each o in outputs.
 
-    outputs: how many rows of the matrix, one after the other, belong to each part.
+    Args:
+        outputs: rows of the matrix in each part, in order; they sum to O.
     """
     rows = x.reshape(-1, matrix.shape[1]).to(matrix.dtype)
     has_loops = matrix.dtype == torch.float32 and matrix.device.type == "cpu" and not _is_traced(rows)
@@ -127,38 +167,38 @@ def _product(matrix: Tensor, bias: Tensor | None, x: Tensor, outputs: Sequence[i
 
 
 def _is_traced(x: Tensor) -> bool:
-    """Whether more is wanted of a product than its numbers: a history, or operators that a compiler sees."""
+    """True if the product needs autograd or a compiler to see it, or is not on a CPU: the loops in C offer neither."""
     return (x.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling() or x.device.type != "cpu"
 
 
 def _shaped(y: Tensor, x: Tensor) -> Tensor:
-    """A product (R, O) as the layer returns it: (..., O), contiguous, since callers of nn.Linear rely on it."""
+    """Reshapes a product (R, O) to (..., O), contiguous because callers of nn.Linear rely on that."""
     return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
 
 
 def csr(linear: nn.Linear) -> CSRLinear | None:
-    """The layer by compressed rows; None where torch cannot multiply them."""
+    """The layer in compressed rows; None where torch cannot multiply them."""
     weight = linear.weight
     if weight.device.type != "cpu" or not weight.is_floating_point() or weight.numel() >= 2**31:
         return None
     try:
         with torch.no_grad():
             made = CSRLinear(linear)
-            made(weight.new_zeros(2, linear.in_features))  # without loops, a torch without MKL says so here
+            made(weight.new_zeros(2, linear.in_features))  # without the loops, a torch without MKL fails here
         return made
     except (RuntimeError, NotImplementedError):
         return None
 
 
 class JoinedLinear(CSRLinear):
-    """A layer by compressed rows that gets the same input as others, which are called right after one another.
+    """A `CSRLinear` that shares one product with other layers that are called right after it with the same input.
 
-    The first of them multiplies the rows of all, and each of the others fetches its part. It does so once, and only if
-    its input is the tensor that was multiplied, not changed since (in inference mode, where changes are not counted: if
-    it has equal values); otherwise it computes its own product. So any order of calls, other inputs, inputs changed in
-    place and calls from several threads give what separate layers give. Only changes that torch does not count, by
-    `.data` or NumPy and between two of the layers, would go unseen. What is held lives until all parts are fetched, or
-    the first layer is called again.
+    The first layer multiplies the rows of all layers, and each other layer fetches its part. It does so once, and only
+    if its input is the tensor that was multiplied, unchanged since (in inference mode, where torch counts no changes:
+    if it has equal values). Otherwise it computes its own product. So results equal those of separate layers for any
+    order of calls, other inputs, inputs changed in place and calls from several threads. The one exception: a change
+    that torch does not count, by `.data` or NumPy, between two of the calls goes unseen. The product is held until all
+    parts are fetched or the first layer is called again.
     """
 
     def __init__(self, layer: nn.Linear | CSRLinear, join: _Join, place: int) -> None:
@@ -175,7 +215,7 @@ class JoinedLinear(CSRLinear):
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
                 return self.forward(x)
-        # A copy has no history, and a compiler would take what is held for a constant.
+        # A held product has no autograd history, and a compiler would treat it as a constant.
         if _is_traced(x):
             return super().forward(x)
         y = self._join.fetch(self._place, x) if self._place else self._join.multiply(x)
@@ -187,19 +227,19 @@ class JoinedLinear(CSRLinear):
 
 
 class _Join:
-    """What joined layers have in common: their rows one below the other, and the parts that are not yet fetched."""
+    """State shared by joined layers: their rows stacked in one matrix, and the parts not fetched yet."""
 
     def __init__(self) -> None:
         self.layers: list[JoinedLinear] = []
         self.reset()
 
     def reset(self) -> None:
-        """Forgets what was made of the layers; the next product makes it anew."""
+        """Drops the stacked matrix; the next product builds it again."""
         self._stack: tuple[Tensor, Tensor | None] | None = None
         self._held: _Held | None = None
 
     def multiply(self, x: Tensor) -> Tensor | None:
-        """The first layer's part of the product; the others' are held. None if the layers have drifted apart."""
+        """Returns the first layer's part and holds the others. None if dtypes, devices or biases no longer agree."""
         stack = self._stack or self._build()
         if stack is None:
             return None
@@ -209,7 +249,8 @@ class _Join:
         return first
 
     def fetch(self, place: int, x: Tensor) -> Tensor | None:
-        held = self._held  # read once: another thread may put another there
+        """The held part of the layer at this place; None if it was fetched or made from another input."""
+        held = self._held  # read once: another thread may replace it
         if held is None or not held.is_of(x):
             return None
         y = held.left.pop(place, None)
@@ -232,7 +273,7 @@ class _Join:
             with _no_beta_warning():
                 matrix = torch.sparse_csr_tensor(torch.cat(crows), col, values, size, check_invariants=False)
             for layer, own_col, own in zip(layers, torch.split(col, kept), torch.split(values, kept), strict=True):
-                layer.col = own_col  # a view: the layers hold nothing twice
+                layer.col = own_col  # a view, so that no weight is stored twice
                 layer.values = own if layer.values.dtype == own.dtype else layer.values
                 layer._matrix = layer._csr(own)
             biases = [layer._bias for layer in layers if layer._bias is not None]
@@ -249,13 +290,13 @@ class _Join:
 
 @dataclass(frozen=True)
 class _Held:
-    """A product of all.
+    """The product of all joined layers.
 
-    x: what was multiplied, held so that no other tensor can be taken for it; if it was made in inference mode and so
-        has no version, a copy.
-    version: of x then, which torch counts up when it is changed in place.
-    inference: whether the product was made in inference mode.
-    left: the part of each place that has not fetched it.
+    x: the input that was multiplied, kept alive so that no other tensor gets its identity. A copy if it is an
+        inference tensor, which has no version.
+    version: version counter of x at the product; torch increments it at each change in place. None with a copy.
+    inference: True if the product was made in inference mode.
+    left: the parts not fetched yet, by place.
     """
 
     x: Tensor
@@ -275,9 +316,10 @@ _BUILDING = threading.Lock()
 
 
 def joined(layers: Sequence[CSRLinear]) -> list[JoinedLinear]:
-    """The layers as one product, to be called in this order; ValueError if that cannot be.
+    """Layers that share one product, to be called in this order. They share their weights with the given ones.
 
-    They hold the same weights as those given, and those hold them as before.
+    Raises:
+        ValueError: the layers differ in input dimension, dtype or use of a bias, or hold 2^31 weights or more.
     """
     first = layers[0]
     if any((layer.in_features, layer.values.dtype) != (first.in_features, first.values.dtype) for layer in layers):
@@ -290,21 +332,28 @@ def joined(layers: Sequence[CSRLinear]) -> list[JoinedLinear]:
 
 
 class PackedLinear(nn.Module):
-    """An `nn.Linear` with a second copy of its weight, in the layout that oneDNN multiplies fastest.
+    """An `nn.Linear` with a second copy of its weight, in the blocked layout that oneDNN multiplies fastest.
 
-    The weight stays for the state dict and for those that it is tied to. Under autocast it is an `nn.Linear`.
+    The weight itself stays, for the state dict and for tied weights; when it changes, it is packed again. Changes that
+    torch does not count, by `.data` or NumPy, go unseen. Under autocast the layer acts as an `nn.Linear`.
 
     Args:
-        rows: of activations that it mostly sees at once; any number is right.
+        rows: rows of activations that it usually gets at once. Others give correct results, too.
     """
 
     def __init__(self, linear: nn.Linear, rows: int = 1) -> None:
         super().__init__()
         self.in_features, self.out_features, self._rows = linear.in_features, linear.out_features, rows
         self.weight, self.bias = linear.weight, linear.bias
+        self.register_load_state_dict_post_hook(_repack)  # type: ignore[no-untyped-call]
         self._build()
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # it cannot lower the packed product, and packs frozen weights itself
+            return nn.functional.linear(x, self.weight, self.bias)
+        source, version = self._source
+        if self.weight is not source or _version(self.weight) != version:
+            self._build()
         packed = self._packed
         if packed is None or x.dtype != packed.dtype or x.numel() == 0 or torch.is_autocast_enabled(x.device.type):
             return nn.functional.linear(x, self.weight, self.bias)
@@ -314,9 +363,11 @@ class PackedLinear(nn.Module):
 
     def _build(self) -> None:
         self._packed: Tensor | None = None
+        self._source = self.weight, _version(self.weight)
         if self.weight.device.type != "cpu" or self.weight.dtype not in (torch.float32, torch.bfloat16):
             return
-        with torch.no_grad(), torch.inference_mode(False):  # oneDNN takes no tensors that inference mode has made
+        refused = contextlib.suppress(RuntimeError)  # bf16 on a CPU without such products: the layer stays dense
+        with refused, torch.no_grad(), torch.inference_mode(False):  # oneDNN takes no inference tensors
             weight = self.weight.clone() if self.weight.is_inference() else self.weight.detach()
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, self._rows)
 
@@ -326,7 +377,7 @@ class PackedLinear(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_packed"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_packed", "_source")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -334,6 +385,16 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def _version(weight: Tensor) -> int | None:
+    """Number of changes in place; torch does not count those of inference tensors."""
+    return None if weight.is_inference() else weight._version
+
+
+def _repack(layer: PackedLinear, incompatible_keys: object) -> None:
+    """A hook for `load_state_dict`, because the versions of inference tensors do not change."""
+    layer._build()
 
 
 def packed(linear: nn.Linear, rows: int) -> nn.Module | None:
@@ -345,19 +406,19 @@ def packed(linear: nn.Linear, rows: int) -> nn.Module | None:
         with torch.inference_mode():
             made(linear.weight.new_zeros(2, linear.in_features))
         return made if made._packed is not None else None
-    except (RuntimeError, AttributeError, NotImplementedError):  # the operators are torch's own, not its interface
+    except (RuntimeError, AttributeError, NotImplementedError):  # private operators of torch
         return None
 
 
 def is_2_of_4(weight: Tensor) -> bool:
-    """Whether of every 4 neighbours along the input dimension at most 2 are not zero; weight (O, I)."""
+    """True if at most 2 of every 4 neighbours along the input dimension of a weight (O, I) are nonzero."""
     if weight.dim() != 2 or weight.shape[1] % 4:
         return False
     return not bool(((weight != 0).reshape(-1, 4).sum(dim=1) > 2).any())
 
 
 def semi_structured(linear: nn.Linear) -> nn.Module | None:
-    """The layer with a 2:4 weight; None where the pattern, the dtype, the sizes or the device do not allow it."""
+    """The layer with a semi-structured weight; None if its pattern, dtype, sizes or device do not allow it."""
     weight = linear.weight.detach()
     if not weight.is_cuda or torch.version.cuda is None or torch.cuda.get_device_capability(weight.device) < (8, 0):
         return None
@@ -369,5 +430,5 @@ def semi_structured(linear: nn.Linear) -> nn.Module | None:
         made.bias = linear.bias
         made.eval()(weight.new_zeros(2, linear.in_features))
         return made
-    except (RuntimeError, NotImplementedError, ValueError):  # torch names no other way to ask for the sizes it takes
+    except (RuntimeError, NotImplementedError, ValueError):  # the only way to ask torch which sizes it takes
         return None

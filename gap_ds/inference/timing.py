@@ -1,8 +1,8 @@
-"""Timing two ways of doing the same in turns, until it is sure which is faster.
+"""Times two variants of a run in pairs until it is certain which one is faster.
 
-Other processes slow a run down by a tenth or by half, and not evenly. So runs are compared in pairs, the order within a
-pair changes, and the verdict waits until it is sure. With one thread the clock counts what the process has computed,
-which leaves out the time that others had the core; that they have filled the caches it cannot leave out.
+Other processes slow runs down by a tenth or a half, and unevenly. So runs are compared in pairs, the order alternates,
+and there is no verdict before it is certain. With one thread the clock counts CPU time of this process, which excludes
+the time that others used the core, but not their effect on the caches.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from typing import Any
 
 import torch
 
-#: Pairs of runs after which it is decided -> quantiles of Student's t for as many, at 0.998 to accept and at 0.95 to
-#: give up. In quiet 3 or 4 pairs do. By simulation (test_tuning.py), with 20 % lognormal noise on every run: a
-#: ratio of 0.94 is accepted in less than 0.5 % of the cases, one of 1.5 in 99.7 %; with 3 % noise, 1.08 in 98 %.
+#: Number of pairs after which a verdict is tried -> quantiles of Student's t for this number, at 0.998 to accept and at
+#: 0.95 to give up. On a quiet machine 3 or 4 pairs suffice. By simulation (test_timing.py) with 20 % lognormal noise on
+#: every run, a ratio of 0.94 is accepted in less than 0.5 % of the cases, one of 1.5 in 99.7 %; with 3 % noise, 1.08 in
+#: 98 %.
 LOOKS = {
     3: (15.8, 2.9), 4: (8.1, 2.4), 5: (6.0, 2.1), 7: (4.5, 1.9),
     9: (4.0, 1.9), 12: (3.6, 1.8), 15: (3.4, 1.8), 20: (3.3, 1.7),
 }  # fmt: skip
-#: Standard deviation of a pair's log ratio that is assumed at the least: three pairs may agree by chance.
+#: Lower bound on the standard deviation of a pair's log ratio, because three pairs may agree by chance.
 NOISE = 0.005
 
 
 def seconds(call: Callable[[Any], object], x: Any, device: torch.device) -> float:
-    """Of one call; with one thread on a CPU those that the process has computed, otherwise those that passed."""
+    """Return the seconds of call(x): CPU time of the process with one thread on a CPU, otherwise wall time."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
@@ -39,11 +40,13 @@ def seconds(call: Callable[[Any], object], x: Any, device: torch.device) -> floa
 
 
 def gains(timed: Callable[[bool], float], margin: float, deadline: float) -> tuple[bool | None, float | None]:
-    """Whether the new way is at least `margin` times as fast (None: not known in time), and how many times it is.
+    """Return whether the new variant is faster by the margin (None: not certain in time), and the median speed-up.
 
     Args:
-        timed: seconds of a run, told whether it is to go the new way; called as old, new, new, old, old, new, ...
-        deadline: of time.perf_counter, after which no pair is begun.
+        timed: returns the seconds of a run, of the new variant if its argument is True. Called as old, new, new, old,
+            old, new, ...
+        margin: required speed-up, at least 1.
+        deadline: in time.perf_counter; no pair begins after it.
     """
     ratios: list[float] = []
     while len(ratios) < max(LOOKS) and time.perf_counter() < deadline:
@@ -57,9 +60,9 @@ def gains(timed: Callable[[bool], float], margin: float, deadline: float) -> tup
 
 
 def decision(ratios: Sequence[float], margin: float) -> bool | None:
-    """True if the median reaches the margin and surely nothing is lost, False if it is unlikely to reach the margin.
+    """Return True if the median reaches the margin and a loss is ruled out, False if the margin is out of reach.
 
-    None where more pairs must tell. ratios: seconds of the old way over those of the new one, above 0.
+    None if more pairs are needed. ratios: seconds of the old variant over those of the new one, above 0, by pair.
 
     >>> decision([1.4, 1.41, 1.38], 1.05), decision([0.97, 0.99, 0.98], 1.05), decision([1.4, 0.9, 1.2], 1.05)
     (True, False, None)

@@ -1,8 +1,8 @@
 """Masks as bits: one bit per weight of a sparse entry's local piece, none for a dense entry.
 
-Bit i of a mask (bit i % 8 of byte i // 8, least significant first) says whether weight i of the piece is kept. N is the
-number of weights of a piece; its mask is a uint8 tensor of (N + 7) // 8 bytes on the device of the weights, with the
-unused bits of the last byte at zero.
+Bit i of a mask (bit i % 8 of byte i // 8, least significant first) is 1 if weight i of the piece is kept. The mask of a
+piece of N weights is a uint8 tensor of (N + 7) // 8 bytes on the device of the weights. Unused bits of the last byte
+are 0.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from gap_ds.masks import cpu
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-#: Bytes of weights handled at a time on a CPU. The 1 MiB of words to which their mask is expanded stays in the caches;
-#: smaller blocks are slower, because memory is read fastest in long stretches.
+#: Bytes of weights that NumPy masks at a time. Their expanded mask of 1 MiB stays in the caches; smaller blocks are
+#: slower, because memory is read fastest in long stretches.
 _CPU_BLOCK = 1 << 20
-#: Words of a piece on a CPU from which on it is worth compiling a loop, once in a process.
+#: Words of a piece on a CPU from which on the loops in C are used: smaller ones are not worth loading them.
 COMPILED = 1 << 16
-#: Mask bytes handled at a time by PyTorch on an accelerator: larger blocks amortise the launches; the scratch is eight
-#: words per mask byte, and its index.
+#: Mask bytes that PyTorch handles at a time on an accelerator: larger blocks amortise the launches; the scratch memory
+#: is eight words and an index per mask byte.
 _DEVICE_BLOCK = 1 << 22
 
-#: Zeroes the pruned words of pieces (N,) on one device, all of one size, each with its mask.
+#: Sets the pruned words of (piece (N,), mask) pairs to 0; all pieces are on one device and have one word size.
 Way: TypeAlias = Callable[[Sequence[tuple[Tensor, Tensor]]], None]
 
 
 def nbytes(numel: int) -> int:
-    """Bytes of the mask of `numel` weights."""
+    """Return the bytes of a mask of `numel` weights."""
     return (numel + 7) // 8
 
 
 def pack(kept: Tensor) -> Tensor:
-    """Bits of a bool tensor (N,).
+    """Return the bits of a bool tensor (N,).
 
     >>> pack(torch.tensor([True, False, False, False, False, False, False, True, True])).tolist()
     [129, 1]
@@ -56,7 +56,7 @@ def pack(kept: Tensor) -> Tensor:
 
 
 def unpack(bits: Tensor, numel: int, start: int = 0) -> Tensor:
-    """Bool tensor (numel,) of the bits start, start + 1, ...
+    """Return the bits start, start + 1, ... as a bool tensor (numel,).
 
     >>> unpack(torch.tensor([129, 1], dtype=torch.uint8), 3, start=6).tolist()
     [False, True, True]
@@ -72,7 +72,7 @@ def unpack(bits: Tensor, numel: int, start: int = 0) -> Tensor:
 
 
 def count(bits: Tensor) -> int:
-    """Number of kept weights."""
+    """Return the number of kept weights."""
     if bits.device.type == "cpu":
         return int(np.bitwise_count(bits.numpy()).sum(dtype=np.int64))
     return int(unpack(bits, bits.numel() * 8).sum())
@@ -92,20 +92,20 @@ def count_revived(piece: Tensor, bits: Tensor) -> int:
 
 
 def zero_pruned_(piece: Tensor, bits: Tensor) -> None:
-    """Sets the pruned weights of a piece (N,) to +0.0, in place and without a full-size copy of the mask.
+    """Set the pruned weights of a piece (N,) to +0.0, in place and without a full-size copy of the mask.
 
-    Kept weights do not change in any bit, and a pruned weight is exactly +0.0 even if it was infinite, NaN or negative.
+    Kept weights keep every bit. A pruned weight becomes exactly +0.0 even if it was infinite, NaN or negative.
     """
     zero_pruned_all_([(piece, bits)])
 
 
 def zero_pruned_all_(pieces: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Does `zero_pruned_` to many pieces, each with its mask.
+    """Apply `zero_pruned_` to many pieces, each with its mask.
 
-    A mask is expanded block by block into words of all ones or all zeros and combined by a bitwise and: on a CPU in
-    registers, where there is a compiler (cpu.py), else in the cache. On a GPU with triton one kernel for all
-    pieces writes the zeros and leaves all else alone (triton.py). Nothing waits for the device, but that the
-    kernel is tried out at the first call.
+    On a CPU a mask is expanded into words of all ones or all zeros, which are combined with the weights by a bitwise
+    and: in registers if there is a compiler (`cpu`), otherwise block by block in the cache. On a GPU with triton one
+    kernel for all pieces writes the zeros and touches nothing else (`triton`). The host never waits for the device,
+    except at the first call, which tests the kernel.
     """
     alike: dict[tuple[torch.device, int], list[tuple[Tensor, Tensor]]] = {}
     for piece, bits in pieces:
@@ -119,7 +119,7 @@ def zero_pruned_all_(pieces: Iterable[tuple[Tensor, Tensor]]) -> None:
 
 @functools.cache
 def _way(device: torch.device, element_size: int) -> Way:
-    """How words of this size are zeroed on this device: by NumPy, by triton's kernel or by PyTorch, all alike."""
+    """The implementation for words of this size on this device. All give the same bits."""
     if device.type == "cpu":
         return _one_by_one(_on_cpu)
     if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
@@ -136,7 +136,6 @@ def _one_by_one(zero: Callable[[Tensor, Tensor], None]) -> Way:
 
 
 def _on_cpu(words: Tensor, bits: Tensor) -> None:
-    # Small pieces are not worth a compiler's half second.
     if words.numel() >= COMPILED and (loops := cpu.library()) is not None:
         loops.zero_pruned_(words, bits)
     else:
@@ -155,7 +154,7 @@ def _by_numpy(words: Tensor, bits: Tensor) -> None:
         if len(block) < len(index):
             index, expanded, copied = index[: len(block)], expanded[: len(block)], copied[: len(block)]
         index[:] = mask[lo : lo + len(block)]
-        # Every index is in the table. Only with a mode other than "raise" does NumPy write straight into `out`.
+        # No index is outside the table. With the mode "raise" NumPy would not write straight to `out`.
         items.take(index, out=copied, mode="clip")
         np.bitwise_and(block, expanded, out=block)
     if len(rest := flat[8 * whole :]):
@@ -173,7 +172,7 @@ def _by_pytorch(words: Tensor, bits: Tensor) -> None:
 
 
 def _kernel(device: torch.device, element_size: int) -> Way | None:
-    """Triton's kernel, if it compiles and does on this device what PyTorch does; else None, with a warning."""
+    """Triton's kernel if it compiles and agrees with PyTorch on this device; otherwise None, with a warning."""
     try:
         kernels = importlib.import_module("gap_ds.masks.triton")
         words = torch.arange(1, 20_001, dtype=_WORD[element_size], device=device)
@@ -185,21 +184,21 @@ def _kernel(device: torch.device, element_size: int) -> Way | None:
         way: Way = kernels.zero_pruned_
         way([(words[part], mask) for part, mask in zip(parts, bits, strict=True)])
         if not torch.equal(words, expected):
-            raise RuntimeError("it writes other words than PyTorch")
-    except Exception as error:  # compilers fail in many ways, and PyTorch does the same
+            raise RuntimeError("its results differ from PyTorch's")
+    except Exception as error:  # compilers fail in many ways, and PyTorch can take over
         warnings.warn(f"triton's kernel is not used on {device}: {type(error).__name__}: {error}", stacklevel=2)
         return None
     return way
 
 
 class _Scratch(threading.local):
-    """What `_by_numpy` expands masks into, kept by each thread: memory that is new at every call is slow to write."""
+    """Scratch memory of `_by_numpy`, one per thread, kept between calls because fresh memory is slow to write."""
 
     def __init__(self) -> None:
         self._of: dict[int, tuple[NDArray[Any], NDArray[Any], NDArray[Any]]] = {}
 
     def room(self, element_size: int, block: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-        """For at least `block` mask bytes: an index, words (block, 8), and these again with each row as one item."""
+        """For at least `block` mask bytes: an index, words (block, 8), and their view with each row as one item."""
         kept = self._of.get(element_size)
         if kept is None or len(kept[0]) < block:
             words = np.empty((block, 8), dtype=f"i{element_size}")
@@ -215,13 +214,13 @@ _WORD = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @functools.cache
 def _host_table(element_size: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The table for NumPy, and again with the eight words of a mask byte as one item, which NumPy copies whole."""
+    """The table for NumPy, and a view of it with each row as one item, which NumPy copies at once."""
     table = _table(element_size, torch.device("cpu")).numpy()
     return table, table.view(f"V{8 * element_size}")[:, 0]
 
 
 @functools.cache
 def _table(element_size: int, device: torch.device) -> Tensor:
-    """(256, 8): for each mask byte, a word per weight: -1 (all ones) where the weight is kept, 0 elsewhere."""
+    """(256, 8): for each mask byte a word per weight, -1 (all ones) if the weight is kept, else 0."""
     kept = (torch.arange(256)[:, None] >> torch.arange(8)) & 1
     return (-kept).to(_WORD[element_size]).contiguous().to(device)

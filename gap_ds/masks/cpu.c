@@ -1,11 +1,11 @@
-/* The inner loops of masks, of the selection and of sparse inference on a CPU. gap_ds/masks/cpu.py compiles this file for the
-   machine it runs on; vectors are those of GCC and Clang, which split them where the processor has shorter ones. */
+/* Inner loops of masks, selection and sparse inference on CPUs. gap_ds/masks/cpu.py compiles this file for the machine
+   it runs on. Vectors use the extension of GCC and Clang, which split them where the processor has shorter ones. */
 
 #include <stdint.h>
 
-/* -- masks: of a piece the words whose bit is 0 become 0, in place ------------------------------------------------- */
+/* -- masks: words whose bit is 0 become 0, in place ---------------------------------------------------------------- */
 
-/* Eight weights share a byte, so a vector of eight words is compared with the eight bits, all of them at once. */
+/* Eight weights share a byte of the mask, so eight words are combined with eight bits at once. */
 #define ZERO_PRUNED(BITS)                                                                                             \
     typedef uint##BITS##_t words##BITS __attribute__((vector_size(BITS), aligned(BITS / 8), may_alias));              \
     void zero_pruned_##BITS(uint##BITS##_t *words, const uint8_t *mask, int64_t count) {                              \
@@ -24,7 +24,7 @@ ZERO_PRUNED(64)
 
 /* -- selection: passes over the keys of a piece's weights ---------------------------------------------------------- */
 
-/* Bits of fp32 numbers without their sign, which have the order of the magnitudes; -1 for a NaN. */
+/* The bits of fp32 numbers without the sign, which have the order of the magnitudes; -1 for a NaN. */
 void magnitude_keys(const int32_t *bits, int64_t count, int32_t *keys) {
     for (int64_t i = 0; i < count; i++) {
         int32_t magnitude = bits[i] & 0x7FFFFFFF;
@@ -37,8 +37,8 @@ void count_keys(const int32_t *keys, int64_t count, int64_t shift, int64_t base,
     for (int64_t i = 0; i < count; i++) counts[(keys[i] >> shift) - base]++;
 }
 
-/* How many keys have the prefix (key >> shift); `found`, with room for all keys, begins with them in their order. Few do,
-   so sixteen keys are looked at together, and one by one only if one of them does. */
+/* Copies the keys with this prefix (key >> shift) to `found`, which has room for all, and returns their number. Few
+   have it, so sixteen keys are tested together, and one by one only if one of them has it. */
 int64_t keys_with(const int32_t *keys, int64_t count, int64_t shift, int64_t prefix, int32_t *found) {
     int64_t many = 0, i = 0;
     for (; i + 16 <= count; i += 16) {
@@ -56,7 +56,7 @@ int64_t keys_with(const int32_t *keys, int64_t count, int64_t shift, int64_t pre
     return many;
 }
 
-/* Bits of the keys above the limit. */
+/* Bit i is 1 if key i is above the limit. */
 void pack_above(const int32_t *keys, int64_t count, int64_t limit, uint8_t *bits) {
     for (int64_t i = 0; i < count / 8; i++) {
         uint8_t byte = 0;
@@ -69,7 +69,7 @@ void pack_above(const int32_t *keys, int64_t count, int64_t limit, uint8_t *bits
 
 /* -- compressed rows (W: outputs x inputs) times activations (x: rows x inputs) ------------------------------------ */
 
-/* x^T, `width` columns wide: those beyond the rows are 0. Sixteen inputs at a time are one cache line of x. */
+/* x^T with `width` columns; columns beyond the rows are 0. Sixteen inputs at a time are one cache line of x. */
 void transpose(const float *x, int64_t rows, int64_t inputs, int64_t width, float *xt) {
     for (int64_t first = 0; first < inputs; first += 16) {
         int64_t count = inputs - first < 16 ? inputs - first : 16;
@@ -84,9 +84,9 @@ typedef float four __attribute__((vector_size(16), aligned(4), may_alias));
 typedef float eight __attribute__((vector_size(32), aligned(4), may_alias));
 typedef float sixteen __attribute__((vector_size(64), aligned(4), may_alias));
 
-/* y[r, o - from] = bias[o] + sum over the weights k of row o: values[k] * x[r, col[k]], for outputs from <= o < to. The
-   sums of one output and all rows stay in registers, in as many chains as it takes not to wait for the last addition.
-   Sixteen outputs are turned into lines of y together. */
+/* y[r, o - from] = bias[o] + sum over the weights k of row o of values[k] * x[r, col[k]], for outputs from <= o < to.
+   The sums of one output for all rows stay in registers, in as many chains as hide the latency of an addition. Sixteen
+   outputs are transposed into lines of y together. */
 #define MULTIPLY(VECTOR, COUNT, CHAINS)                                                                               \
     static void multiply_##VECTOR##_##COUNT(                                                                          \
         const int32_t *crow, const int32_t *col, const float *values, const float *bias, const float *xt,             \
@@ -134,7 +134,7 @@ static void multiply_one(const int32_t *crow, const int32_t *col, const float *v
     }
 }
 
-/* xt is what `transpose` made, of one of these widths; stride: from one row of y to the next. */
+/* xt: a result of `transpose` with one of these widths; stride: distance of the rows of y. */
 void multiply(const int32_t *crow, const int32_t *col, const float *values, const float *bias, const float *xt,
               int64_t width, int64_t rows, int64_t from, int64_t to, float *y, int64_t stride) {
     switch (width) {

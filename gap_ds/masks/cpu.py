@@ -1,15 +1,19 @@
-"""Loops in C for a CPU, compiled at their first use: masks, the passes of a selection, and sparse products.
+"""Loops in C for CPUs: masking, the passes of a selection, sparse products. Compiled once, kept in the user's cache.
 
-`library()` has them, or is None where there is no compiler (`CC`, or cc, gcc, clang), where what it made does not
-compute what PyTorch computes, or where the environment says `GAP_DS_NATIVE=0`. Whoever calls it has a way without:
-NumPy for masks, PyTorch for selections, MKL for products. Compiling takes half a second and leaves nothing behind:
-what is loaded is made for this very processor, so another machine must not find it.
+`library()` returns them. It returns None if there is no compiler (`CC`, else cc, gcc or clang), if the compiled loops
+do not compute what PyTorch computes, or if the environment sets `GAP_DS_NATIVE=0`. Every caller has another way: NumPy
+for masks, PyTorch for selections, MKL for products.
+
+The cache is `$XDG_CACHE_HOME/gap_ds` or `~/.cache/gap_ds`. Files are named after the source, the compiler and the
+processor, so that machines that share a home folder never load each other's code. The loops are checked at each load.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import hashlib
 import logging
 import os
 import platform
@@ -27,13 +31,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("native.c")
-#: Rows of activations that are multiplied at once: each weight is read for all of them, and meets a row of x^T, which
-#: has to come from a near cache. As many as fit these bytes, but no fewer nor more than these.
+from gap_ds.storage import atomic
+
+SOURCE = Path(__file__).with_name("cpu.c")
+#: Rows of activations are multiplied in blocks, so that each weight is read once for a block and x^T stays in a near
+#: cache: as many rows as fit these bytes, within these limits.
 _CACHED, _ROWS = 2**18, (32, 64)
-#: Multiplications, or words of a mask, from which on work is worth other threads.
+#: Multiplications, or words of a mask, from which on several threads are worth starting.
 _SHARED = 2**20
 _FLAGS = ["-O3", "-fopenmp-simd", "-shared", "-fPIC", "-std=gnu11"]
+#: For this processor. Compilers that refuse these flags compile for processors in general.
+_NATIVE = ["-march=native", *(["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else [])]
+#: Row counts for which cpu.c has a product; blocks of other sizes are padded to the next one.
 _WIDTHS = (1, 4, 8, 16, 32, 48, 64)
 
 _log = logging.getLogger(__name__)
@@ -41,45 +50,66 @@ _log = logging.getLogger(__name__)
 
 @functools.cache
 def library() -> Library | None:
-    """The compiled loops; None, once and for all in this process, where they cannot be had."""
+    """The compiled loops; None if they cannot be used. The answer holds for the life of the process."""
     if os.environ.get("GAP_DS_NATIVE") == "0":
         return None
     command = shlex.split(os.environ.get("CC", "")) or [c for c in ("cc", "gcc", "clang") if shutil.which(c)][:1]
     if not command:
-        _log.info("no C compiler (CC): masks, selections and sparse products take NumPy, PyTorch and MKL.")
+        _log.info("no C compiler (CC): masks, selections and sparse products use NumPy, PyTorch and MKL.")
         return None
     try:
-        made = Library(_compile(command))
-        _check(made)
+        try:
+            return _load([*command, *_FLAGS, *_NATIVE])
+        except subprocess.CalledProcessError:
+            return _load([*command, *_FLAGS])
     except (OSError, subprocess.SubprocessError, RuntimeError) as error:
-        reason = getattr(error, "stderr", None) or str(error)
+        reason = (getattr(error, "stderr", None) or str(error)).strip()
         _log.info(
-            "%s: cannot be used (%s): masks, selections and sparse products take NumPy, PyTorch and MKL.",
-            SOURCE.name,
-            reason.strip(),
+            "cpu.so cannot be used (%s): masks, selections and sparse products use NumPy, PyTorch and MKL.", reason
         )
         return None
-    return made
 
 
-def _compile(command: Sequence[str]) -> ctypes.CDLL:
-    """The source compiled for this processor, or in general where the compiler does not know how to ask for that."""
-    own = ["-march=native", *(["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else [])]
+def _load(words: Sequence[str]) -> Library:
+    """Loads the loops from the cache. If they are absent or damaged there, compiles them and stores them.
+
+    Args:
+        words: the compiler with its flags.
+    """
+    # The predefined macros name the compiler's version and the features of the processor.
+    macros = _run([*words, "-dM", "-E", "-x", "c", os.devnull])
+    key = hashlib.sha256("\0".join([*words, macros, SOURCE.read_text("utf-8")]).encode()).hexdigest()
+    kept = _cache() / f"cpu-{key[:32]}.so"
+    if kept.is_file():
+        with contextlib.suppress(OSError, RuntimeError):
+            return _checked(kept)
     with tempfile.TemporaryDirectory(prefix="gap_ds_") as folder:
-        target = Path(folder) / "native.so"
-        for flags in (own, []):
-            words = [*command, *_FLAGS, *flags, str(SOURCE), "-o", str(target)]
-            try:
-                subprocess.run(words, capture_output=True, text=True, check=True, timeout=120)
-                break
-            except subprocess.CalledProcessError:
-                if not flags:
-                    raise
-        return ctypes.CDLL(str(target))
+        made = Path(folder) / "cpu.so"
+        _run([*words, str(SOURCE), "-o", str(made)])
+        loops = _checked(made)
+        with contextlib.suppress(OSError):  # full, read-only, or just stored by another process
+            kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with atomic.replacing(kept) as aside:
+                shutil.copyfile(made, aside)
+    return loops
+
+
+def _run(words: Sequence[str]) -> str:
+    return subprocess.run(words, capture_output=True, text=True, check=True, timeout=120).stdout
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "gap_ds"
+
+
+def _checked(path: Path) -> Library:
+    loops = Library(ctypes.CDLL(str(path)))
+    _check(loops)
+    return loops
 
 
 class Library:
-    """The loops. Tensors are contiguous and on the CPU, and indices lie within bounds: nothing is checked here."""
+    """The loops. Nothing is checked: tensors must be contiguous and on the CPU, and indices within bounds."""
 
     def __init__(self, loaded: ctypes.CDLL) -> None:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
@@ -99,7 +129,7 @@ class Library:
         self._scratch = threading.local()
 
     def zero_pruned_(self, words: Tensor, bits: Tensor) -> None:
-        """Sets the words (N,) of 2, 4 or 8 bytes to 0 whose bit is 0; bits as `bitmask.pack` makes them."""
+        """Sets words (N,) of 2, 4 or 8 bytes to 0 where the bit is 0. bits: as `bitmask.pack` returns them."""
         size, first, mask = words.element_size(), words.data_ptr(), bits.data_ptr()
         threads = _threads(words.numel())
         shares = _shares(words.numel(), threads)
@@ -107,22 +137,22 @@ class Library:
         _call(self._zero_pruned[size], work, threads)
 
     def magnitude_keys(self, weights: Tensor) -> Tensor:
-        """Keys (N,) in int32 that have the order of the magnitudes of weights in fp32; -1 for a NaN."""
+        """Keys (N,) int32 in the order of the magnitudes of fp32 weights (N,); -1 for a NaN."""
         keys = torch.empty_like(weights, dtype=torch.int32)
         self._magnitude_keys(weights.data_ptr(), weights.numel(), keys.data_ptr())
         return keys
 
     def count_keys_(self, counts: Tensor, keys: Tensor, shift: int, base: int) -> None:
-        """Adds to counts (int64) at (key >> shift) - base the number of keys (N,) in int32 for which it is that."""
+        """Adds 1 to counts[(key >> shift) - base] for each key. counts: int64; keys: (N,) int32."""
         self._count_keys(keys.data_ptr(), keys.numel(), shift, base, counts.data_ptr())
 
     def keys_with(self, keys: Tensor, shift: int, prefix: int) -> Tensor:
-        """The keys (N,) in int32 for which key >> shift is the prefix, in their order."""
+        """The keys, of (N,) int32, for which key >> shift equals the prefix, in their order."""
         found = torch.empty_like(keys)
         return found[: self._keys_with(keys.data_ptr(), keys.numel(), shift, prefix, found.data_ptr())]
 
     def pack_above(self, keys: Tensor, limit: int) -> Tensor:
-        """Bits, as `bitmask.pack` makes them, of the keys (N,) in int32 that are larger than the limit."""
+        """Bits, as `bitmask.pack` returns them, of `keys > limit`. keys: (N,) int32."""
         bits = torch.empty(-(-keys.numel() // 8), dtype=torch.uint8, device="cpu")
         self._pack_above(keys.data_ptr(), keys.numel(), limit, bits.data_ptr())
         return bits
@@ -130,9 +160,10 @@ class Library:
     def multiply(
         self, crow: Tensor, col: Tensor, values: Tensor, bias: Tensor | None, x: Tensor, outputs: Sequence[int]
     ) -> tuple[Tensor, ...]:
-        """x (R, I) @ W^T + bias in fp32, of W (O, I) by compressed rows with int32 indices, in parts (R, o).
+        """x (R, I) @ W^T + bias in fp32, for W (O, I) in compressed rows with int32 indices, in parts (R, o).
 
-        outputs: how many rows of W, one after the other, belong to each part.
+        Args:
+            outputs: rows of W in each part, in order; they sum to O.
         """
         weights = [t.data_ptr() for t in (crow, col, values)] + [0 if bias is None else bias.data_ptr()]
         rows, inputs = x.shape
@@ -154,7 +185,7 @@ class Library:
         return parts
 
     def _room(self, floats: int) -> Tensor:
-        """Memory of this thread for x^T, kept: what is new at every call is slow to write."""
+        """Memory of this thread for x^T, kept between calls: fresh memory is slow to write."""
         kept = getattr(self._scratch, "kept", None)
         if kept is None or kept.numel() < floats:
             kept = self._scratch.kept = torch.empty(floats, dtype=torch.float32, device="cpu")
@@ -162,7 +193,7 @@ class Library:
 
 
 def row_blocks(rows: int, inputs: int, element_size: int = 4) -> list[tuple[int, int]]:
-    """Rows (from, to) that are multiplied at once: blocks as even as can be."""
+    """Blocks (from, to) of rows that are multiplied at once, as even as possible."""
     most = min(max(_CACHED // max(1, inputs * element_size), _ROWS[0]), _ROWS[1])
     count = -(-rows // most)
     return [(rows * i // count, rows * (i + 1) // count) for i in range(count)]
@@ -177,13 +208,13 @@ def _threads(work: int) -> int:
 
 
 def _shares(count: int, threads: int) -> list[tuple[int, int]]:
-    """What each thread does of `count` (from, to), in whole sixteens."""
+    """Ranges (from, to) of `count` items, one for each thread; all but the last are multiples of 16."""
     step = max(16, -(-count // (16 * threads)) * 16)
     return [(low, min(low + step, count)) for low in range(0, count, step)]
 
 
 def _call(function: Callable[..., None], work: Sequence[tuple[int, ...]], threads: int) -> None:
-    """Calls the function with each of the arguments, in several threads at once: ctypes frees the GIL."""
+    """Calls the function with each tuple of arguments, in parallel threads: ctypes releases the GIL."""
     if threads == 1:
         for arguments in work:
             function(*arguments)
@@ -197,12 +228,12 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads are not forked
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a fork copies the pool but not its threads
 
 
 def _check(made: Library) -> None:
-    """RuntimeError if a loop computes something else than PyTorch, on this machine, for small numbers."""
-    # Made by NumPy: whoever calls may have set a default dtype or device of torch.
+    """Compares every loop with PyTorch or NumPy on small inputs; RuntimeError if one differs."""
+    # Inputs come from NumPy, because the caller may have set a default dtype or device of torch.
     random = np.random.default_rng(0)
     kept = torch.from_numpy(random.random(29) < 0.5)
     bits = torch.from_numpy(np.packbits(kept.numpy(), bitorder="little"))
@@ -211,23 +242,23 @@ def _check(made: Library) -> None:
         expected = words * kept
         made.zero_pruned_(words, bits)
         if not torch.equal(words, expected):
-            raise RuntimeError(f"it zeroes other words of {words.element_size()} bytes than it should")
+            raise RuntimeError(f"zero_pruned is wrong for words of {words.element_size()} bytes")
     numbers = np.array(
         [0.0, -0.0, 1.5, -1.5, np.inf, -np.inf, np.nan, -np.nan, *random.standard_normal(30)], np.float32
     )
     expected_keys = np.where(np.isnan(numbers), -1, np.abs(numbers).view(np.int32))
     if not np.array_equal(made.magnitude_keys(torch.from_numpy(numbers)).numpy(), expected_keys):
-        raise RuntimeError("its keys of magnitudes are wrong")
+        raise RuntimeError("magnitude_keys is wrong")
     keys = torch.from_numpy(random.integers(-1, 40, 203, dtype=np.int32))
     counts = torch.zeros(11, dtype=torch.int64, device="cpu")
     made.count_keys_(counts, keys, 2, -1)
     if not torch.equal(counts, torch.bincount((keys >> 2) + 1, minlength=11)):
-        raise RuntimeError("its counts of keys are wrong")
+        raise RuntimeError("count_keys is wrong")
     for prefix in (-1, 3, 10):
         if not torch.equal(made.keys_with(keys, 2, prefix), keys[keys >> 2 == prefix]):
-            raise RuntimeError("it finds other keys of a prefix")
+            raise RuntimeError("keys_with is wrong")
     if not np.array_equal(made.pack_above(keys, 25).numpy(), np.packbits(keys.numpy() > 25, bitorder="little")):
-        raise RuntimeError("its bits of the keys above a limit are wrong")
+        raise RuntimeError("pack_above is wrong")
     dense = torch.from_numpy(random.standard_normal((21, 40), dtype=np.float32)).relu()
     crow = torch.nn.functional.pad((dense != 0).sum(dim=1).cumsum(dim=0), (1, 0)).int()
     matrix = crow, dense.nonzero()[:, 1].int(), dense[dense != 0], dense[:, 0].contiguous()
@@ -235,4 +266,4 @@ def _check(made: Library) -> None:
         x = torch.from_numpy(random.standard_normal((rows, 40), dtype=np.float32))
         y = torch.cat(made.multiply(*matrix, x, [20, 1]), dim=1)
         if not torch.allclose(y, x @ dense.t() + dense[:, 0], rtol=1e-4, atol=1e-4):
-            raise RuntimeError(f"its product with {rows} rows is wrong")
+            raise RuntimeError(f"multiply is wrong for {rows} rows")

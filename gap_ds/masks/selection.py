@@ -1,13 +1,13 @@
-"""Exact top-k over shards: which weights of an entry are kept, decided without gathering anything.
+"""Exact top-k over shards: selects the kept weights of entries without gathering them.
 
-Every weight has an integer key, and a budget keeps its `keep` weights of largest key. Of equal keys the lowest (entry
-order, flat index) wins, so that a mask has exactly `keep` weights and does not depend on the number of ranks. A rank
-holds one contiguous piece of each entry (possibly empty).
+Every weight has an integer key, and a budget keeps its `keep` weights with the largest keys. Of equal keys the lowest
+(entry order, flat index) wins, so that a mask has exactly `keep` weights and does not depend on the number of ranks. A
+rank holds one contiguous piece of each entry (possibly empty).
 
 The k-th largest key is found by radix selection: three passes over the local weights, each a histogram of some bits of
-the keys and one all-reduce of (budgets x bins) counts for all budgets of a boundary at once. Where a budget does not
-take all ties, the piece in which it stops is found the same way, by the bits of where pieces begin. Whatever the size
-of the model and the number of ranks, nothing else travels.
+the keys and one all-reduce of (budgets x bins) counts for all budgets of a boundary at once. If a budget keeps only
+some of the ties, the piece where it stops is found the same way, by the bits of the pieces' start indices. Nothing else
+is communicated, whatever the size of the model and the number of ranks.
 
 E pieces (one per entry, in plan order), G budgets, N weights of a piece, R ranks.
 """
@@ -25,33 +25,33 @@ from torch import Tensor
 
 from gap_ds.masks import bitmask, cpu
 
-#: Bits of a 31-bit key that each pass looks at, from the most significant: (shift, bins).
+#: Bits of a 31-bit key counted by each pass, most significant first: (shift, bins).
 _PASSES = ((20, 2048), (10, 1024), (0, 1024))
-#: Bits of a piece's start that each pass over the ties looks at. Few, because what travels are 2^bits counts a budget.
+#: Bits of a piece's start counted by each pass over the ties. Few, because 2^bits counts per budget are communicated.
 _START_BITS = 6
-#: Weights looked at at a time; bounds the scratch memory of a boundary. On a CPU their keys stay in a core's cache.
+#: Weights processed at a time; bounds the scratch memory of a boundary. On a CPU their keys stay in a core's cache.
 _CHUNK = 1 << 18
 #: On an accelerator larger chunks amortise the launches.
 _DEVICE_CHUNK = 1 << 24
-#: Keys with the threshold's first bits are held on to while they are fewer than one in so many weights of their piece
-#: (2 bits per weight); otherwise they are found again in every pass.
+#: Keys with the threshold's first bits are stored if they are at most this fraction, 1 / _FEW, of their piece (2 bits
+#: per weight); otherwise every pass finds them again.
 _FEW = 16
 
-#: Key of a weight that has no place in the order (NaN). Any such key stops the selection on all ranks.
+#: Key of a NaN, which has no place in the order. Any such key stops the selection on all ranks.
 INVALID = -1
 #: Bits of infinity in fp32.
 _INFINITY = 0x7F800000
 
 
-#: (lo, hi) -> the int32 keys, in [0, 2^31), of the weights lo to hi of a piece, counted from its start.
+#: (lo, hi) -> int32 keys in [0, 2^31), or INVALID, of the weights [lo, hi) of a piece, counted from its start.
 Keys = Callable[[int, int], Tensor]
 
 
 class Reduce(Protocol):
-    """What a selection needs from a group of ranks."""
+    """The collective that a selection needs."""
 
     def sum(self, counts: Tensor) -> Tensor:
-        """Elementwise sum over the ranks of an int64 tensor."""
+        """Return the elementwise sum over the ranks of an int64 tensor."""
 
 
 class Single:
@@ -63,7 +63,7 @@ class Single:
 
 @dataclass(frozen=True)
 class Piece:
-    """This rank's weights [start, start + numel) of one entry, and how to get their keys."""
+    """This rank's weights [start, start + numel) of one entry, with their keys and the number of their budget."""
 
     name: str
     start: int
@@ -73,23 +73,23 @@ class Piece:
 
     @property
     def device(self) -> torch.device:
-        """Where the keys are."""
+        """The device of the keys."""
         return self.keys(0, 0).device
 
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
-        """(position in the piece, keys) chunk by chunk; every chunk but the last is a multiple of 8 long."""
+        """Yield (position in the piece, keys) by chunk. The length of every chunk but the last is a multiple of 8."""
         size = _CHUNK if self.device.type == "cpu" else _DEVICE_CHUNK
         for lo in range(0, self.numel, size):
             yield lo, self.keys(lo, min(lo + size, self.numel))
 
     @property
     def passes(self) -> Passes:
-        """What looks at the keys."""
+        """The implementation of the passes for this piece."""
         return _passes(self.device, self.numel)
 
 
 class Passes(Protocol):
-    """What is done to each chunk of weights or keys; `gap_ds.masks.cpu.Library` says what."""
+    """Operations on a chunk of weights or keys, as documented in `gap_ds.masks.cpu.Library`."""
 
     def magnitude_keys(self, weights: Tensor) -> Tensor: ...
     def count_keys_(self, counts: Tensor, keys: Tensor, shift: int, base: int) -> None: ...
@@ -100,7 +100,7 @@ class Passes(Protocol):
 class _ByPyTorch:
     def magnitude_keys(self, weights: Tensor) -> Tensor:
         magnitude = weights.abs().view(torch.int32)
-        # Above the bits of infinity there are only NaN; all ones is INVALID. A masked_fill takes three times as long.
+        # Only NaN lies above the bits of infinity; all ones is INVALID. masked_fill would take three times as long.
         is_nan = (_INFINITY - magnitude).bitwise_right_shift_(31)
         return magnitude.bitwise_or_(is_nan)
 
@@ -115,14 +115,14 @@ class _ByPyTorch:
 
 
 def _passes(device: torch.device, numel: int) -> Passes:
-    """Loops in C where they can be had and a piece of so many weights is worth compiling them; else PyTorch."""
+    """The loops in C if they are available and the piece is large enough to load them; otherwise PyTorch."""
     if device.type == "cpu" and numel >= bitmask.COMPILED and (loops := cpu.library()) is not None:
         return loops
     return _ByPyTorch()
 
 
 def magnitude_keys(weights: Tensor) -> Keys:
-    """Keys that order the weights of a piece (N,) by magnitude.
+    """Return keys that order the weights of a piece (N,) by magnitude.
 
     The bit pattern of a non-negative fp32 number, read as an integer, has the order of the number; fp16 and bf16
     convert exactly.
@@ -139,7 +139,7 @@ def magnitude_keys(weights: Tensor) -> Keys:
 
 
 def only(keys: Keys, among: Tensor) -> Keys:
-    """Keys that put all weights outside a mask `among` (packed bits of the piece) below all weights inside it.
+    """Return keys that put all weights outside a mask `among` (bits of the piece) below all weights inside it.
 
     >>> among = bitmask.pack(torch.tensor([False, True, True]))
     >>> only(magnitude_keys(torch.tensor([3.0, 0.0, 1.0])), among)(0, 3).tolist()
@@ -148,7 +148,7 @@ def only(keys: Keys, among: Tensor) -> Keys:
 
     def chosen(lo: int, hi: int) -> Tensor:
         found = keys(lo, hi)
-        # A NaN outside the mask is nobody's business; inside it stays invalid. Infinity's key has room above it.
+        # A NaN outside the mask is ignored; inside it stays INVALID. Above infinity's key there is room to add 1.
         inside = found.clamp(max=2**31 - 2) + (found >= 0)
         return torch.where(bitmask.unpack(among, hi - lo, start=lo), inside, 0)
 
@@ -156,7 +156,7 @@ def only(keys: Keys, among: Tensor) -> Keys:
 
 
 def magnitudes(name: str, keys: Tensor) -> Tensor:
-    """The magnitudes (N,) in fp32 that have these keys; a view.
+    """Return the magnitudes (N,) in fp32 that have these keys, as a view.
 
     Raises:
         ValueError: a weight is NaN.
@@ -174,7 +174,7 @@ def _no_order(name: str, invalid: int) -> ValueError:
 
 
 def random_keys(seed: int, name: str, start: int, device: torch.device) -> Keys:
-    """Keys from a counter-based hash of (seed, entry name, flat index): the same for any sharding and device.
+    """Return keys from a hash of (seed, entry name, flat index), the same for any sharding and device.
 
     The index passes through two rounds of multiply-xorshift (the finaliser of MurmurHash3, modulo 2^32), started from a
     SHA-256 of seed and name.
@@ -184,11 +184,11 @@ def random_keys(seed: int, name: str, start: int, device: torch.device) -> Keys:
 
     def keys(lo: int, hi: int) -> Tensor:
         x = torch.arange(start + lo, start + hi, dtype=torch.int64, device=device)
-        # Both halves of the index count: entries of more than 2^32 weights do not repeat.
+        # Mix in the upper half of the index, so that keys do not repeat after 2^32 weights.
         x = (x ^ a) & 0xFFFFFFFF ^ ((x >> 32) * 0x9E3779B1 & 0xFFFFFFFF)
         for constant in (0x85EBCA6B, 0xC2B2AE35, b | 1):
             x ^= x >> 16
-            # The product of two 32-bit numbers may wrap around 2^63; its low 32 bits are right all the same.
+            # The product may wrap around 2^63; its low 32 bits are right all the same.
             x = (x * constant) & 0xFFFFFFFF
         return ((x ^ (x >> 15)) >> 1).to(torch.int32)
 
@@ -196,19 +196,19 @@ def random_keys(seed: int, name: str, start: int, device: torch.device) -> Keys:
 
 
 def select_largest(pieces: Sequence[Piece], keep: Sequence[int], reduce: Reduce) -> list[Tensor]:
-    """Bits of the kept weights of each piece: every budget's `keep` largest keys over all of its entries and ranks.
+    """Return the bits of the kept weights of each piece: each budget's `keep` largest keys over its entries and ranks.
 
     All ranks must call this with the same E names, budgets and `keep`.
 
     Args:
         pieces: this rank's piece of each of the E entries.
-        keep: for each of the G budgets, how many weights it keeps; at most the weights it has.
+        keep: weights that each of the G budgets keeps, at most as many as it has.
     Returns:
-        E masks as `gap_ds.masks.bitmask` packs them, on the device of the keys.
+        E masks in the layout of `gap_ds.masks.bitmask`, on the device of the keys.
     Raises:
         ValueError: on all ranks, if a key is invalid (a weight is NaN) or a budget exceeds its weights.
     """
-    # Above all weights of a higher prefix are kept; `need` of those with the current prefix are still to be chosen.
+    # Weights with a higher prefix are kept; `need` of those with this prefix are still to be chosen.
     prefix = torch.zeros(len(keep), dtype=torch.int64)
     need = torch.tensor(list(keep), dtype=torch.int64)
     ties = torch.zeros(len(keep), dtype=torch.int64)
@@ -230,7 +230,7 @@ def select_largest(pieces: Sequence[Piece], keep: Sequence[int], reduce: Reduce)
     return [_mask(p, int(prefix[p.budget]), None if quota is None else quota[e]) for e, p in enumerate(pieces)]
 
 
-#: The keys of a piece that may still be the threshold, chunk by chunk.
+#: Yields the keys of a piece that may still be the threshold, by chunk.
 _Candidates = Callable[[], Iterator[Tensor]]
 
 
@@ -247,16 +247,16 @@ def _histogram(
     bins: int,
     first: bool,
 ) -> Tensor:
-    """Local counts (G, bins) of the keys with the given prefix by their next bits; `candidates` are narrowed to these.
+    """Local counts (G, bins) of the keys with the given prefix, by their next bits. Narrows `candidates` to these keys.
 
-    The first pass appends the invalid keys of each entry as further rows, so that one reduction tells all ranks.
+    The first pass appends the invalid keys of each entry as further rows, so that one reduction informs all ranks.
     """
     rows = torch.zeros(budgets + (-(-len(pieces) // bins) if first else 0), bins, dtype=torch.int64)
     invalid = rows[budgets:].view(-1)
     for e, piece in enumerate(pieces):
         passes, before = piece.passes, int(prefix[piece.budget])
         counts = torch.zeros(1 + bins, dtype=torch.int64, device=piece.device)
-        # One block for all: small tensors kept between the large ones of each chunk would tear the heap to pieces.
+        # One block for all: small tensors kept between the large ones of each chunk would fragment the heap.
         found = torch.empty(0 if first else piece.numel // _FEW, dtype=torch.int32, device=piece.device)
         seen = 0
         for keys in candidates[e]():
@@ -264,7 +264,7 @@ def _histogram(
                 keys = passes.keys_with(keys, shift + bins.bit_length() - 1, before)
             if (seen := seen + keys.numel()) <= found.numel():
                 found[seen - keys.numel() : seen] = keys
-            # An invalid key, met in the first pass alone, counts as one below bin 0.
+            # Invalid keys, which only the first pass meets, are counted in the bin below bin 0.
             passes.count_keys_(counts, keys, shift, before * bins - 1)
         if seen <= found.numel():
             candidates[e] = partial(iter, torch.split(found[:seen].clone(), _CHUNK))
@@ -275,7 +275,7 @@ def _histogram(
 
 
 def _check(pieces: Sequence[Piece], counts: Tensor, keep: Tensor, reduce: Reduce) -> None:
-    """Refuses invalid keys and budgets that exceed the weights, alike on all ranks because `counts` is reduced."""
+    """Raise on invalid keys and budgets above their weights; on all ranks, because `counts` is reduced."""
     invalid = counts[len(keep) :].reshape(-1)[: len(pieces)]
     if bool((invalid != 0).any()):
         e = int(invalid.nonzero()[0, 0])
@@ -289,7 +289,7 @@ def _check(pieces: Sequence[Piece], counts: Tensor, keep: Tensor, reduce: Reduce
 def _tie_quota(
     pieces: Sequence[Piece], candidates: Sequence[_Candidates], threshold: Tensor, need: Tensor, reduce: Reduce
 ) -> list[int]:
-    """How many of the weights at the threshold each local piece may keep: the first `need` by (entry, flat index)."""
+    """Number of weights at the threshold that each local piece keeps: the first `need` by (entry, flat index)."""
     local = [
         sum(int((keys == int(threshold[piece.budget])).count_nonzero()) for keys in some())
         for piece, some in zip(pieces, candidates, strict=True)
@@ -300,19 +300,19 @@ def _tie_quota(
 def _divide(
     starts: Sequence[int], budgets: Sequence[int], ties: Sequence[int], need: Sequence[int], reduce: Reduce
 ) -> list[int]:
-    """How many of its ties each local piece keeps, of the first need[g] of every budget by (entry, flat index).
+    """Number of ties that each local piece keeps, if each budget keeps its first need[g] by (entry, flat index).
 
-    A budget keeps all ties of its first entries, none of its last ones, and of one entry, the cut one, those up to a
-    place inside one piece. A sum of the ties over the ranks says which entry; the piece is found by the bits of its
-    start, from the most significant, as a threshold is by its own. Nothing that travels or is held grows with R.
+    A budget keeps all ties of its first entries, none of its last ones, and some of at most one entry, the cut one. The
+    sum of the ties over the ranks tells which entry is cut. The piece where the kept ties end is found like a
+    threshold, by the bits of its start, most significant first. Neither messages nor memory grow with R.
 
     Args:
-        starts, budgets, ties: of this rank's piece of each of the E entries: the flat index it begins at, its budget,
-            and its weights at the threshold.
-        need: ties that each of the G budgets keeps; at most as many as there are.
+        starts, budgets, ties: flat index at which this rank's piece of each of the E entries begins, its budget, and
+            its number of weights at the threshold.
+        need: ties that each of the G budgets keeps, at most as many as there are.
     """
     start, own = torch.tensor(starts, dtype=torch.int64), torch.tensor(ties, dtype=torch.int64)
-    # The sum also says how many bits the longest start has.
+    # The sum also gives the number of bits of the longest start.
     lengths = torch.zeros(64, dtype=torch.int64)
     lengths[max((at.bit_length() for at, n in zip(starts, ties, strict=True) if n), default=0)] = 1
     sums = reduce.sum(torch.cat([own, lengths]))
@@ -324,7 +324,7 @@ def _divide(
     quota = torch.where(wanted == total, own, 0)
     if not len(cut := ((wanted > 0) & (wanted < total)).nonzero()[:, 0]):
         return quota.tolist()
-    # `rest` ties are still to be kept of the pieces of a cut entry that begin with `prefix`.
+    # Of the pieces of a cut entry whose start has this prefix, `rest` ties are still to be kept.
     start, own, rest, prefix = start[cut], own[cut], wanted[cut], torch.zeros_like(cut)
     bins = 1 << _START_BITS
     for shift in range((longest - 1) // _START_BITS * _START_BITS, -1, -_START_BITS):
@@ -335,13 +335,13 @@ def _divide(
         chosen = (before < rest[:, None]).sum(1, keepdim=True) - 1
         rest = rest - before.gather(1, chosen)[:, 0]
         prefix = prefix * bins + chosen[:, 0]
-    # An empty piece may begin where the one with the last tie does.
+    # An empty piece may have the same start as the piece with the last tie.
     quota[cut] = torch.where(start < prefix, own, torch.where(start == prefix, torch.minimum(own, rest), 0))
     return quota.tolist()
 
 
 def _mask(piece: Piece, threshold: int, quota: int | None) -> Tensor:
-    """Bits of the weights above the threshold and of the first `quota` at it (all of them if None)."""
+    """Bits of the weights above the threshold and of the first `quota` at it (None: all)."""
     bits = torch.empty(bitmask.nbytes(piece.numel), dtype=torch.uint8, device=piece.device)
     passes = piece.passes
     for lo, keys in piece.chunks():

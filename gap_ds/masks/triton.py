@@ -1,6 +1,6 @@
-"""A Triton kernel for masks on a GPU: bits in, zeros out, one launch for all pieces. `bitmask` has it in PyTorch.
+"""A Triton kernel that applies masks on a GPU, with one launch for all pieces. `bitmask` has the same in PyTorch.
 
-Importing this module needs triton, which comes with the CUDA builds of torch. P pieces, of N weights each.
+Importing this module requires triton, which comes with the CUDA builds of torch. P pieces of N weights each.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: Weights of one program, a multiple of 8.
+#: Weights per program, a multiple of 8.
 _BLOCK = 4096
 
 _WORD = {2: tl.int16, 4: tl.int32, 8: tl.int64}
 
 
-# Not specialised, so that one compilation serves every number of pieces. Triton looks up annotations, too: they can be
-# names of its own only.
+# Not specialised, so that one compilation serves every number of pieces. Triton evaluates the annotations, so they must
+# be names that it knows.
 @triton.jit(do_not_specialize=["pieces", "halvings"])  # type: ignore[untyped-decorator]
 def _store_zeros(
     table: tl.tensor, pieces: tl.tensor, halvings: tl.tensor, word: tl.constexpr, block: tl.constexpr
 ) -> None:
-    # The piece of this program is the last one whose first program does not come after it.
+    # Binary search for the piece of this program: the last one whose first program is not after this one.
     program = tl.program_id(0)
     lowest = 0
     highest = pieces - 1
@@ -48,15 +48,15 @@ def _store_zeros(
 
 
 def zero_pruned_(pieces: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Zeroes the weights (N,) whose bit is not set, of pieces with their masks, all on one device and of one word size.
+    """Set the weights (N,) whose bit is 0 to 0, for pieces with their masks, on one device and of one word size.
 
-    The launch is on the current stream, and nothing waits for the device. `bitmask` has the layout of the bits.
+    Launches on the current stream and does not wait for the device. `bitmask` defines the layout of the bits.
     """
     places = tuple((words.data_ptr(), bits.data_ptr(), words.numel()) for words, bits in pieces if words.numel())
     if places:
         words = pieces[0][0]
         table, programs = _table(places, words.device)
-        # Triton launches on the current device, wherever its arguments are.
+        # Triton launches on the current device, not on that of its arguments.
         with torch.cuda.device_of(words):  # type: ignore[no-untyped-call]
             _store_zeros[(programs,)](
                 table, len(places), (len(places) - 1).bit_length(), word=_WORD[words.element_size()], block=_BLOCK
@@ -65,15 +65,15 @@ def zero_pruned_(pieces: Sequence[tuple[Tensor, Tensor]]) -> None:
 
 @functools.lru_cache(maxsize=64)
 def _table(places: tuple[tuple[int, int, int], ...], device: torch.device) -> tuple[Tensor, int]:
-    """What a launch needs to know, int64 (P, 4) on the device, and the number of its programs.
+    """The arguments of a launch, int64 (P, 4) on the device, and its number of programs.
 
-    Of each piece: the address of its words, that of its bits, its weights, and the first of its programs. All follows
-    from addresses and lengths: a table that is found again is right, whichever tensors lie there by now.
+    Columns: address of the words, address of the bits, number of weights, first program. A cached table is always
+    valid, because it depends on addresses and lengths only, not on the tensors that lie there.
     """
     rows, programs = [], 0
     for words, bits, numel in places:
         rows.append((words, bits, numel, programs))
         programs += triton.cdiv(numel, _BLOCK)
-    # From pinned memory the copy waits for nothing that the device has yet to do.
+    # A copy from pinned memory does not wait for work queued on the device.
     table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
     return table.to(device, non_blocking=True), programs

@@ -50,7 +50,7 @@ def check_forms(folder: Path) -> None:
     packed, _ = translate.load(folder.parent / "compact", torch.float32)
     wanted = translations(dense, tokenizer)
     assert translations(packed, tokenizer) == wanted
-    assert any(choice.form == "csr" for choice in sparsify_for_inference(dense, form="csr"))
+    assert any(choice.layout == "csr" for choice in sparsify_for_inference(dense, layout="csr"))
     assert translations(dense, tokenizer) == wanted
 
 

@@ -21,7 +21,7 @@ from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 from gap_ds.export import compact, compact_file
-from gap_ds.inference import timing, tuning
+from gap_ds.inference import measure, timing, tuning
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "translation" / "translate.py"
 LINES = ["the dog sleeps", "", "the small dog sleeps in the old house", "a cat sees\u2028the dog", "the dog"]
@@ -65,9 +65,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(autouse=True)
 def sparse_wins(monkeypatch: pytest.MonkeyPatch) -> None:
-    tuning.MEASURED.clear()
+    measure.MEASURED.clear()
     monkeypatch.setattr(
-        tuning, "measure_layers", lambda layers, rows: {form: 1.0 if form == "csr" else 2.0 for form in layers}
+        measure, "measure_layers", lambda layers, rows: {name: 1.0 if name == "csr" else 2.0 for name in layers}
     )
     monkeypatch.setattr(tuning, "_gain", lambda *arguments: (True, 1.5))
     monkeypatch.setattr(timing, "seconds", lambda *arguments: 100.0)
@@ -93,7 +93,7 @@ def test_every_way_gives_the_same_text(folders, source: Path, tmp_path: Path, be
             told = (
                 "csr (measured alone, csr is 2.00 times as fast; whole runs confirm it; whole run: 1.50 times as fast)"
             )
-            assert (told in printed.err) == ("choosing the forms took" in printed.err) == (form == "--sparse")
+            assert (told in printed.err) == ("choosing the layouts took" in printed.err) == (form == "--sparse")
     assert len(set(texts)) == 1
     model, tokenizer = translate.load(folders["dense"], torch.float32)
     wanted = evaluate.translate(model, tokenizer, [line for line in LINES if line], beams=int(beams), batch_tokens=16)
@@ -179,7 +179,7 @@ def test_mistakes_are_named_in_one_sentence(folders, tmp_path: Path, capsys) -> 
         ([dense, "--device", "meta"], "--device='meta'"),
         ([dense, "--output", tmp_path / "none" / "out"], "must be a file in a folder that exists"),
         ([dense, "--output", tmp_path], "must be a file in a folder that exists"),
-        ([dense, "--input", tmp_path / "latin"], "is no UTF-8"),
+        ([dense, "--input", tmp_path / "latin"], "is not UTF-8"),
         ([dense, "--input", tmp_path / "none"], "No such file"),
     ]
     if not torch.cuda.is_available():

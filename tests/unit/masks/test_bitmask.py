@@ -57,7 +57,7 @@ def test_pack_count_and_unpack_by_the_layout(device: str) -> None:
         bits = bitmask.pack(torch.from_numpy(kept).to(device))
         assert bits.dtype == torch.uint8 and bits.device.type == device
         assert bits.tolist() == bytes_of(kept)
-        assert bits.numel() == bitmask.nbytes(n) <= (n + 7) // 8  # at most one bit per weight, but for the last byte
+        assert bits.numel() == bitmask.nbytes(n) <= (n + 7) // 8  # one bit per weight, rounded up to a byte
         assert bitmask.count(bits) == kept.sum()
         restored = bitmask.unpack(bits, n)
         assert restored.dtype == torch.bool and restored.cpu().numpy().tolist() == kept.tolist()
@@ -95,7 +95,7 @@ def test_unpack_from_anywhere_on_a_gpu() -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_zero_pruned_changes_no_bit_of_a_kept_weight(dtype: torch.dtype, device: str) -> None:
-    """Pruned weights become +0.0 in all bits, even where they were infinite, NaN or negative."""
+    """Pruned weights become exactly +0.0, even where they were infinite, NaN or negative."""
     for n in LENGTHS:
         kept, weights = some_mask(n), some_weights(n, dtype)
         expected = np.where(kept, words(weights).numpy(), 0)
@@ -108,7 +108,7 @@ def test_zero_pruned_changes_no_bit_of_a_kept_weight(dtype: torch.dtype, device:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("offset", [1, 3, 8])
 def test_zero_pruned_stays_inside_its_piece(dtype: torch.dtype, device: str, offset: int) -> None:
-    """A piece of a flat buffer starts anywhere; its neighbours are not touched."""
+    """A piece may start anywhere in a flat buffer; its neighbours do not change."""
     for n in (5, 16, 61, BLOCK + 3):
         buffer, kept = some_weights(offset + n + 9, dtype), some_mask(n, seed=1)
         expected = words(buffer).numpy().copy()
@@ -129,7 +129,7 @@ def test_zero_pruned_twice_is_once() -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_many_pieces_at_once(device: str) -> None:
-    """Of all lengths, none too, anywhere in buffers of several types: each as it would be alone."""
+    """Pieces of all lengths, empty ones included, anywhere in buffers of several types: the same as one at a time."""
     buffers = [some_weights(20_000, dtype).to(device) for dtype in DTYPES]
     expected = [buffer.clone() for buffer in buffers]
     pieces, start = [], 1
@@ -164,7 +164,7 @@ def test_a_gpu_uses_the_kernel_and_waits_for_nothing(element_size: int) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_pytorch_does_what_numpy_does(dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On an accelerator without a kernel PyTorch's operations take over; they are the same on all devices."""
+    """PyTorch's operations, used on an accelerator without a kernel, give the same bits on all devices."""
     monkeypatch.setattr(bitmask, "_DEVICE_BLOCK", 16)
     for n in (*range(18), 127, 128, 129, 1003):
         for offset in (0, 3):
@@ -176,7 +176,7 @@ def test_pytorch_does_what_numpy_does(dtype: torch.dtype, device: str, monkeypat
 
 
 def test_threads_do_not_share_scratch() -> None:
-    """NumPy lets go of the interpreter while it computes: eight threads are inside `zero_pruned_` at once."""
+    """NumPy releases the GIL while it computes, so eight threads are inside `zero_pruned_` at once."""
     n, together, wrong = BLOCK + 13, threading.Barrier(8), []
 
     def work(seed: int) -> None:
@@ -203,7 +203,7 @@ def test_scratch_is_kept_and_no_larger_than_needed() -> None:
     assert (index.shape, expanded.shape, items.shape) == ((100,), (100, 8), (100,))
     assert index.dtype == np.intp and np.shares_memory(expanded, items)
     assert scratch.room(4, 7)[0] is scratch.room(4, 100)[0] is index
-    assert len(scratch.room(2, 3)[0]) == 3  # words of another size have their own
+    assert len(scratch.room(2, 3)[0]) == 3  # words of another size have separate scratch
     assert len(scratch.room(4, 101)[0]) == 101
 
 
@@ -226,7 +226,7 @@ def do_not_compile(pieces: Sequence[tuple[Tensor, Tensor]]) -> None:
     ("kernel", "complaint"),
     [
         (write_zeros, None),
-        (write_too_much, "it writes other words than PyTorch"),
+        (write_too_much, "its results differ from PyTorch's"),
         (do_not_compile, "ptxas is not there"),
         (None, "ImportError|ModuleNotFoundError"),
     ],

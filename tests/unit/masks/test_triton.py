@@ -1,6 +1,6 @@
-"""The Triton kernel against the PyTorch path, in Triton's interpreter; on a GPU test_bitmask.py tries it.
+"""The Triton kernel against PyTorch in Triton's interpreter; test_bitmask.py runs it on a GPU.
 
-In processes of their own: whether triton interprets or compiles is settled when it is imported.
+Tests start new processes, because triton decides at import whether it interprets or compiles.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import pytest
 INTERPRETED = """
 import warnings
 import torch
-from gap_ds import GaPConfig, GaPEngine, kernels, masks
+from gap_ds import GaPConfig, GaPEngine
+from gap_ds.masks import bitmask as masks, triton as kernels
 
 words = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 block = kernels._BLOCK
@@ -28,7 +29,7 @@ def integers(tensor):
 
 
 def check(lengths, dtype):
-    # Pieces lie anywhere in memory, two of them in one buffer; what is beside them must not change.
+    # Pieces start anywhere, several in one buffer; the memory between them must not change.
     cuts, start = [], 0
     for i, n in enumerate(lengths):
         cuts.append(slice(start + i % 4, start + i % 4 + n))
@@ -47,21 +48,21 @@ def check(lengths, dtype):
         assert all(torch.equal(integers(found), integers(other)) for other in others), (lengths, dtype)
 
 
-for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+for dtype in (torch.float32, torch.bfloat16, torch.float64):
     for n in (0, 1, 7, 8, 9, block - 1, block, block + 1, 2 * block + 13):
         check([n], dtype)
-    # A launch finds the piece of each of its programs: with any number of pieces, long ones and empty ones among them.
+    # Each program of a launch finds its piece, for any number of pieces, long and empty ones included.
     check([0, 0], dtype)
     check([0, 3 * block + 5, 0, 1, block, 2 * block - 1, 0], dtype)
     for pieces in (*range(2, 10), 33):
         check([5 + 3 * i for i in range(pieces)], dtype)
 
-# It passes the check that it has to pass before it is used.
+# It passes the check before its first use.
 warnings.simplefilter("error")
 for element_size in (2, 4, 8):
     assert masks._kernel(torch.device("cpu"), element_size) is kernels.zero_pruned_
 
-# The table of a launch is kept.
+# The table of a launch is cached.
 kernels._table.cache_clear()
 weights, bits = torch.ones(20_000), masks.pack(torch.zeros(20_000, dtype=torch.bool))
 pieces = [(weights[:9_000].view(torch.int32), bits[:1_125]), (weights[9_000:].view(torch.int32), bits[1_125:])]
@@ -79,7 +80,7 @@ assert weights.sum() == 1
 assert kernels._table.cache_info().misses == 3
 
 
-# A training is the same with it.
+# Training gives the same weights with it.
 def train():
     torch.manual_seed(0)
     model = torch.nn.Sequential(*(torch.nn.Linear(24, 24) for _ in range(4)))
@@ -98,13 +99,13 @@ assert all(torch.equal(found[name], tensor) for name, tensor in expected.items()
 assert any((tensor == 0).any() for tensor in expected.values())
 """
 
-# Without a GPU triton compiles all the same: only its driver could not launch what comes out.
+# Without a GPU triton compiles, too; only a launch needs the driver.
 COMPILED = """
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from gap_ds import kernels
+from gap_ds.masks import triton as kernels
 
 arguments = {"table": "*i64", "pieces": "i32", "halvings": "i32", "word": "constexpr", "block": "constexpr"}
 for word in kernels._WORD.values():
