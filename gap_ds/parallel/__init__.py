@@ -24,7 +24,8 @@ only if it is the one that the plan expects, which also bounds what is allocated
 N weights of a piece or parameter, E entries, K workers (one per partition), R ranks of a job.
 """
 
-from gap_ds.parallel.exchange import Exchange, ParallelWorker
+from gap_ds.parallel.exchange import Exchange
 from gap_ds.parallel.items import Item, Received, items_of
+from gap_ds.parallel.worker import ParallelWorker
 
 __all__ = ["Exchange", "Item", "ParallelWorker", "Received", "items_of"]

@@ -9,22 +9,32 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from gap_ds.masks import bitmask
 from gap_ds.parallel import identity
-from gap_ds.parallel.items import FORMAT, VERSION, Item, Received, Slot, check_items, check_kept, header, layout, selected
+from gap_ds.parallel.items import (
+    FORMAT,
+    VERSION,
+    Item,
+    Received,
+    Slot,
+    check_items,
+    check_kept,
+    header,
+    layout,
+    selected,
+)
 from gap_ds.parallel.ranks import on_rank_zero
 from gap_ds.parallel.reading import Reader
 from gap_ds.parallel.records import Manifest, Records
-from gap_ds.parallel.transport import Writing, open_folder
+from gap_ds.parallel.transport import Folder, Writing, open_folder
 from gap_ds.parallel.worker import ParallelWorker, file_stem
 from gap_ds.sharding.comm import Comm, by_rank, raise_on_all_ranks
 from gap_ds.storage import safetensors as tensorfile
@@ -142,33 +152,25 @@ class Exchange:
         kept = {item.name: sum(spreads[item.name].kept) for item in own if item.keep is not None}
         self._together(partial(check_kept, own, kept))
         slots = layout(own, kept)
-        file = self._together(partial(self._open, round))
+        file = _File(self._folder, f"{file_stem(round, self.worker.index)}.safetensors")
         try:
             table = header(slots, self._metadata(round, self.worker.index))
-            self._together(partial(_write_header, file, table))
+            on_rank_zero(self._world, partial(file.write, tensorfile.header_bytes(table)))
             for slot in slots:
                 # A rank without memory for its piece must report that before the others wait for it.
                 piece = self._together(partial(self._piece, slot, bits))
                 whole = self._assemble(slot, piece, spreads[slot.item.name])
-                self._together(partial(_write_tensor, file, slot, whole))
-            self._together(partial(self._close, round, file))
+                on_rank_zero(self._world, partial(file.write_tensor, slot, whole))
+            self.bytes_written = on_rank_zero(self._world, partial(self._complete, round, file))
         except BaseException:
-            if file is not None:
-                file.target.discard()
+            file.discard()
             raise
-        self.bytes_written = int(self._world.broadcast_object(file.size if file is not None else None))
 
-    def _open(self, round: int) -> _File | None:
-        """The file to write, on the rank that writes; None on the others."""
-        if self._world.rank != 0:
-            return None
-        return _File(self._folder.stream(f"{file_stem(round, self.worker.index)}.safetensors"))
-
-    def _close(self, round: int, file: _File | None) -> None:
-        """Complete the file, and write its manifest last: from then on it counts."""
-        if file is not None:
-            file.target.close()
-            self._records.publish(round, file.size, file.digest.hexdigest())
+    def _complete(self, round: int, file: _File) -> int:
+        """Complete the file, and write its manifest last: from then on the file counts. Returns its size."""
+        file.close()
+        self._records.publish(round, file.size, file.digest.hexdigest())
+        return file.size
 
     def _piece(self, slot: Slot, bits: Mapping[str, Tensor]) -> Tensor:
         """This rank's piece of a tensor of the file; empty in a group of ranks that does not write."""
@@ -284,29 +286,33 @@ def spread_over_ranks(items: Sequence[Item], bits: Mapping[str, Tensor], comm: C
     return spreads
 
 
-@dataclass
 class _File:
-    """A file that is being written, and its size and SHA-256 so far."""
+    """The file that rank 0 writes, and its size and SHA-256 so far. Ranks that never write do not open it."""
 
-    target: Writing
-    digest: hashlib._Hash = field(default_factory=hashlib.sha256)
-    size: int = 0
+    def __init__(self, folder: Folder, name: str) -> None:
+        self._folder, self._name = folder, name
+        self._target: Writing | None = None
+        self.digest, self.size = hashlib.sha256(), 0
 
-    def write(self, data: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+    def write(self, data: bytes | memoryview) -> None:
+        if self._target is None:
+            self._target = self._folder.stream(self._name)
         for lo in range(0, len(data), _CHUNK):
-            chunk = data[lo : lo + _CHUNK].tobytes()
+            chunk = bytes(data[lo : lo + _CHUNK])
             self.digest.update(chunk)
-            self.target.write(chunk)
+            self._target.write(chunk)
         self.size += len(data)
 
-
-def _write_header(file: _File | None, table: Mapping[str, Any]) -> None:
-    if file is not None:
-        file.write(np.frombuffer(tensorfile.header_bytes(table), np.uint8))
-
-
-def _write_tensor(file: _File | None, slot: Slot, whole: Tensor | None) -> None:
-    """Write a tensor of the file; a mask comes as one flag per weight."""
-    if file is not None:
+    def write_tensor(self, slot: Slot, whole: Tensor | None) -> None:
+        """Write a tensor of the file; a mask comes as one flag per weight."""
         assert whole is not None
-        file.write(tensorfile.encode(bitmask.pack(whole.bool()) if slot.part == "mask" else whole))
+        self.write(tensorfile.encode(bitmask.pack(whole.bool()) if slot.part == "mask" else whole).data)
+
+    def close(self) -> None:
+        assert self._target is not None
+        self._target.close()
+
+    def discard(self) -> None:
+        """Delete what was written, if it is not complete."""
+        if self._target is not None:
+            self._target.discard()

@@ -29,7 +29,7 @@ from gap_ds.masks import bitmask
 from gap_ds.method import plan, rules, schedule
 from gap_ds.method.config import GaPConfig
 from gap_ds.method.schedule import Phase
-from gap_ds.parallel import Exchange, ParallelWorker, identity, items_of
+from gap_ds.parallel import Exchange, ParallelWorker, Received, identity, items_of
 from gap_ds.sharding.backends import Training, detect
 from gap_ds.sharding.comm import Comm, operation, raise_on_all_ranks, summarize_error
 from gap_ds.storage.json import read_json
@@ -308,14 +308,17 @@ class GaPEngine:
         shards = {shard.name: shard for shard in self._backend.shards()}
         buffers = dict(export.buffers(self._backend.module))
         items = items_of(self.plan, list(shards.values()), buffers)
-        for received in exchange.combine(round_, items, self.mask_state.bits):
+
+        def receive(received: Received) -> None:
             if (shard := shards.get(received.name)) is None:
                 buffers[received.name].copy_(received.value.view(buffers[received.name].shape))
-                continue
+                return
             if received.bits is not None:
                 self.mask_state.replace(shard, received.bits)
             if shard.numel:
                 shard.weight().copy_(received.value)
+
+        exchange.combine(round_, items, self.mask_state.bits, receive)
         self._backend.publish()
 
     # -- learning rate ---------------------------------------------------------------------------------------------
@@ -543,7 +546,8 @@ class GaPEngine:
             self.mask_state.restore(*pieces)
             self.applied_steps, self._updated, self._over = step, False, False
             if self._exchange is not None:
-                self._start, self._exchange.rejoins = None, True
+                self._start = None
+                self._exchange.rejoin()
             if self._history is not None:
                 self._history.restore(recorded, step, phase)
 

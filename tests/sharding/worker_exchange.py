@@ -17,7 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
 from gap_ds.masks import bitmask
-from gap_ds.parallel import Exchange, Item, ParallelWorker
+from gap_ds.parallel import Exchange, Item, ParallelWorker, Received
 from gap_ds.sharding.comm import Comm
 
 SIGNATURE = "gap|method:parallel|k:2|v:0.1.0"
@@ -73,6 +73,11 @@ def run(row: dict[str, Any], world: Comm, out: Path) -> dict[str, Any]:
     items.append(Item("steps", (), None, 0, 1, lambda: steps.view(-1), dtype=torch.int64))
 
     found: dict[str, Any] = {"pieces": {}, "bits": {}, "where": {item.name: (item.start, item.numel) for item in items}}
+
+    def receive(received: Received) -> None:
+        found["pieces"][received.name] = received.value
+        found["bits"][received.name] = received.bits
+
     try:
         where = row["folder"] if "://" in row["folder"] else str(out / row["folder"])
         told = ParallelWorker(worker, where, row["timeout"], resume=True)
@@ -80,9 +85,7 @@ def run(row: dict[str, Any], world: Comm, out: Path) -> dict[str, Any]:
         if row["publish_only"]:
             exchange.publish(0, items, bits)
         else:
-            for received in exchange.combine(0, items, bits):
-                found["pieces"][received.name] = received.value
-                found["bits"][received.name] = received.bits
+            exchange.combine(0, items, bits, receive)
         found["written"], found["read"] = exchange.bytes_written, exchange.bytes_read
     except (ValueError, TimeoutError) as error:
         found["error"] = f"{type(error).__name__}: {error}"

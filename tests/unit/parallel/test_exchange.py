@@ -34,7 +34,7 @@ from gap_ds.method import plan
 from gap_ds.method.config import GaPConfig
 from gap_ds.parallel import Exchange, Item, ParallelWorker, Received, identity, items_of
 from gap_ds.parallel import items as file
-from gap_ds.parallel.exchange import MAX_JSON
+from gap_ds.parallel.records import MAX_JSON
 from gap_ds.parallel.transport import open_folder, without_secrets
 from gap_ds.sharding.comm import Comm
 from gap_ds.sharding.shard import Shard
@@ -48,9 +48,9 @@ ALONE = Comm(single=True)
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Damage does not get time to pass."""
-    monkeypatch.setattr("gap_ds.parallel.exchange._SETTLE", 0.0)
-    monkeypatch.setattr("gap_ds.parallel.exchange._AGAIN", 0.0)
-    monkeypatch.setattr("gap_ds.parallel.exchange._POLL", 0.001)
+    monkeypatch.setattr("gap_ds.parallel.records._SETTLE", 0.0)
+    monkeypatch.setattr("gap_ds.parallel.reading._AGAIN", 0.0)
+    monkeypatch.setattr("gap_ds.parallel.records._POLL", 0.001)
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -125,9 +125,22 @@ def publish_all(folder: str, workers: int = 2, round: int = 0) -> list[Exchange]
     return jobs
 
 
+def combine(job: Exchange, round: int, items: list[Item], bits: dict[str, Tensor]) -> list[Received]:
+    found: list[Received] = []
+    job.combine(round, items, bits, found.append)
+    return found
+
+
+def read(job: Exchange, items: list[Item], round: int = 0) -> list[Received]:
+    """What a job receives once all have published."""
+    found: list[Received] = []
+    job.read(round, items, job.wait(round), found.append)
+    return found
+
+
 def take(job: Exchange, round: int = 0) -> dict[str, Received]:
     model = Model(job.worker.index, job.workers)
-    return {received.name: received for received in job.combine(round, model.items(), model.bits)}
+    return {received.name: received for received in combine(job, round, model.items(), model.bits)}
 
 
 def expected(workers: int, shared: str = "average") -> dict[str, Tensor]:
@@ -227,13 +240,11 @@ def test_the_bytes_are_logged_and_counted(folder: str, caplog: pytest.LogCapture
     with caplog.at_level(logging.INFO, "gap_ds"):
         manifests = jobs[0].wait(0)
         assert [manifest.bytes for manifest in manifests] == sizes and size == sizes[0]
-        for _ in jobs[0].read(0, Model(0).items(), manifests):
-            pass
+        jobs[0].read(0, Model(0).items(), manifests, lambda _: None)
         # One rank reads every file twice, to check it and piece by piece; the headers only once.
         headers = [8 + struct.unpack("<Q", raw(folder, f"round_0/worker_{w}.safetensors")[:8])[0] for w in (0, 1)]
         assert jobs[0].bytes_read == 2 * sum(sizes) - sum(headers)
-        for _ in jobs[1].combine(0, Model(1).items(), Model(1).bits):
-            pass
+        take(jobs[1])
     assert f"round 0: worker 1 wrote 0 bytes and read {jobs[1].bytes_read} bytes, checks included" in caplog.text
     assert f"its file has {sizes[1]} bytes, and the files of all 2 workers have {sum(sizes)};" in caplog.text
 
@@ -245,7 +256,7 @@ def test_equal_shared_values_stay_as_they_are(folder: str) -> None:
     jobs = [start(folder, worker, 3) for worker in range(3)]
     for job in jobs:
         job.publish(0, items, {})
-    (received,) = jobs[1].combine(0, items, {})
+    (received,) = combine(jobs[1], 0, items, {})
     assert same(received.value, value)
 
 
@@ -254,7 +265,7 @@ def test_kept_values_do_not_change_in_any_bit(folder: str) -> None:
     kept = torch.tensor([True] * 6 + [False, False])
     items = [Item("w", (2, 4), 0, 0, 8, lambda: weight, keep=6)]
     job = start(folder, 0, 1)
-    (received,) = job.combine(0, items, {"w": bitmask.pack(kept)})
+    (received,) = combine(job, 0, items, {"w": bitmask.pack(kept)})
     assert same(received.value[:6], weight[:6]) and same(received.value[6:], torch.zeros(2))
 
 
@@ -271,13 +282,13 @@ def test_pooled_budgets_are_those_of_the_file(folder: str) -> None:
 
     bits = {name: bitmask.pack(mask) for name, mask in kept.items()}
     job = start(folder, 0, 1)
-    found = {received.name: received for received in job.combine(0, items(4), bits)}
+    found = {received.name: received for received in combine(job, 0, items(4), bits)}
     for name, weight in weights.items():
         assert same(found[name].value, torch.where(kept[name], weight, torch.zeros(10)))
     with pytest.raises(ValueError, match="keep 9 weights instead of 12"):
         job.publish(1, items(7), bits)
     with pytest.raises(ValueError, match="keep 9 weights instead of 12"):
-        list(job.read(0, items(7), job.wait(0)))
+        read(job, items(7))
 
 
 def test_items_of_a_model() -> None:
@@ -375,7 +386,7 @@ def test_any_cut_writes_the_same_file_and_reads_its_pieces(tmp_path_factory: Any
 
     def read(rank: Any) -> dict[str, Received]:
         reader = job(rank, "cut")
-        return {r.name: r for r in reader.combine(0, items(back, rank.rank), bits(back, rank.rank))}
+        return {r.name: r for r in combine(reader, 0, items(back, rank.rank), bits(back, rank.rank))}
 
     results = Ranks(readers).run(read)
     for rank, found in enumerate(results):
@@ -405,7 +416,7 @@ def test_a_rank_reads_the_bytes_of_its_pieces_alone(tmp_path: Path) -> None:
         job.publish(0, [item], {"w": bitmask.pack(kept[lo : lo + 400])})
         manifests = job.wait(0)
         job._folder.read = counting
-        list(job.read(0, [item], manifests))
+        job.read(0, [item], manifests, lambda _: None)
 
     assert Ranks(2).run(work) == [None, None]
     size = (tmp_path / "round_0" / "worker_0.safetensors").stat().st_size
@@ -432,7 +443,7 @@ def test_an_error_on_one_rank_is_the_same_on_all(tmp_path: Path) -> None:
                 raise OSError("the disk is gone")
 
             job._folder.read = broken
-        list(job.combine(0, [item], {"w": bitmask.pack(torch.tensor([True, False, True, False]))}))
+        combine(job, 0, [item], {"w": bitmask.pack(torch.tensor([True, False, True, False]))})
 
     errors = Ranks(2).run(work)
     assert [type(error) for error in errors] == [ValueError, ValueError]
@@ -456,7 +467,7 @@ def test_a_full_disk_on_the_writing_rank_stops_all(tmp_path: Path) -> None:
         job.publish(0, [item], {"w": bitmask.pack(torch.ones(4, dtype=torch.bool))})
 
     errors = Ranks(2).run(work)
-    assert [str(error) for error in errors] == ["OSError: [Errno 28] full"] * 2
+    assert [str(error) for error in errors] == ["the exchange folder cannot be used (OSError: [Errno 28] full)"] * 2
     assert list((tmp_path / "round_0").iterdir()) == []
 
 
@@ -534,7 +545,7 @@ def test_groups_that_hold_the_same_pieces_keep_step_with_the_one_that_writes(tmp
         comm = Rank(Ranks(1), 0) if world.rank == 0 else Other(Ranks(1), 0)
         item = Item("w", (8, 1), 0, 0, 8, lambda: weight, keep=3)
         job = Exchange(ParallelWorker(0, str(tmp_path), 60.0), 1, SIGNATURE, "abc", "def", world, comm)
-        found = list(job.combine(0, [item], {"w": bitmask.pack(kept)}))
+        found = combine(job, 0, [item], {"w": bitmask.pack(kept)})
         assert job.bytes_written == (tmp_path / "round_0" / "worker_0.safetensors").stat().st_size
         return found
 
@@ -573,7 +584,7 @@ def test_what_the_training_script_says_of_the_run_must_be_equal(folder: str) -> 
     start(folder, 0, run="lr:0.1")
     start(folder, 1, run="lr:0.1")
     with pytest.raises(
-        ValueError, match=r'another run: run "lr:0.1" \(here "lr:0.2"\), so .*\. Give this run a folder'
+        ValueError, match=r'another run: run "lr:0.1" \(here "lr:0.2"\), so .*\. Give this run a separate folder'
     ):
         start(folder, 1, run="lr:0.2")
     assert json.loads(raw(folder, "run.json"))["run"] == "lr:0.1"
@@ -982,8 +993,8 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_missing_worker_is_named(folder: str, caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
-    monkeypatch.setattr("gap_ds.parallel.exchange._PROGRESS", 0.05)
-    monkeypatch.setattr("gap_ds.parallel.exchange._POLL_MOST", 0.02)
+    monkeypatch.setattr("gap_ds.parallel.records._PROGRESS", 0.05)
+    monkeypatch.setattr("gap_ds.parallel.records._POLL_MOST", 0.02)
     jobs = [start(folder, worker, 4, timeout=0.3) for worker in range(4)]
     for worker in (0, 2):
         model = Model(worker, 4)
@@ -1015,7 +1026,7 @@ def test_a_worker_that_comes_late_is_waited_for(folder: str) -> None:
 def test_the_ranks_meet_while_they_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A collective that waits for an hour would be ended by the process group."""
     monkeypatch.setattr("gap_ds.parallel.ranks._MEET", 0.02)
-    monkeypatch.setattr("gap_ds.parallel.exchange._POLL_MOST", 0.01)
+    monkeypatch.setattr("gap_ds.parallel.records._POLL_MOST", 0.01)
     meetings = []
 
     def work(rank: Any) -> None:
@@ -1034,7 +1045,7 @@ def test_what_is_published_is_not_written_again(folder: str, caplog: pytest.LogC
     before = raw(folder, "round_0/worker_0.safetensors")
     again, other = start(folder, 0), Model(0, seed=7)
     with caplog.at_level(logging.WARNING, "gap_ds"):
-        found = {received.name: received for received in again.combine(0, other.items(), other.bits)}
+        found = {received.name: received for received in combine(again, 0, other.items(), other.bits)}
     assert again.bytes_written == 0 and raw(folder, "round_0/worker_0.safetensors") == before
     assert "round 0: worker 0 has published at 20" in caplog.text
     assert all(same(found[name].value, wanted) for name, wanted in expected(2).items())
@@ -1079,7 +1090,7 @@ def test_names_and_partitions_that_the_file_could_not_hold(folder: str) -> None:
             job.publish(0, items, {"w": bitmask.pack(torch.ones(8, dtype=torch.bool))})
     # Legal, if unusual: names that look like parts or like paths.
     odd = [replace(bias, name=name) for name in ("b.mask", "b", "b.values", "../../x", "ü\n")]
-    assert [received.name for received in job.combine(0, odd, {})] == [item.name for item in odd]
+    assert [received.name for received in combine(job, 0, odd, {})] == [item.name for item in odd]
 
 
 # -- damaged and hostile files -------------------------------------------------------------------------------------
@@ -1095,7 +1106,7 @@ def small(tmp_path: Path) -> tuple[Exchange, Path, Callable[[], list[Received]]]
     ]
     job = start(str(tmp_path), 0, 1)
     job.publish(0, items, {"w": bitmask.pack(kept)})
-    return job, tmp_path / "round_0", lambda: list(job.read(0, items, job.wait(0)))
+    return job, tmp_path / "round_0", lambda: read(job, items)
 
 
 def values_of(received: list[Received]) -> list[list[float]]:
