@@ -279,7 +279,7 @@ def spread_over_ranks(items: Sequence[Item], bits: Mapping[str, Tensor], comm: C
     spreads = {}
     for item, (starts, numels, counts) in zip(items, by_rank(rows, comm), strict=True):
         # Of two pieces that begin at the same weight, one is empty and comes first.
-        order = sorted(range(len(starts)), key=lambda rank: (starts[rank], numels[rank]))  # noqa: B023
+        order = sorted(range(len(starts)), key=lambda rank: (starts[rank], numels[rank]))
         sums = accumulate((counts[rank] for rank in order), initial=0)
         before = dict(zip(order, sums, strict=False))
         spreads[item.name] = Spread(starts, numels, counts, [before[rank] for rank in range(len(starts))])

@@ -29,7 +29,8 @@ from gap_ds.cli.inspect import inspect
 from gap_ds.export import compact
 from gap_ds.export import folder as export
 from gap_ds.method import plan, schedule
-from gap_ds.parallel import items as exchange_items, reading, records
+from gap_ds.parallel import items as exchange_items
+from gap_ds.parallel import reading, records
 from gap_ds.report import runs as report_runs
 from gap_ds.sharding.comm import Comm
 

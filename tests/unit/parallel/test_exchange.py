@@ -1127,7 +1127,7 @@ def test_a_file_truncated_anywhere_is_refused(small: Any) -> None:
     data = path.read_bytes()
     for length in range(len(data)):
         path.write_bytes(data[:length])
-        with pytest.raises(ValueError, match=r"worker_0.safetensors: has \d+ bytes instead of the \d+ that"):
+        with pytest.raises(ValueError, match=r"worker_0.safetensors: has \d+ bytes instead of the \d+ of its manifest"):
             read()
         resign(folder, data[:length])
         with pytest.raises(ValueError, match=r"worker_0.safetensors: .*delete its manifest \(worker_0.json\)"):
