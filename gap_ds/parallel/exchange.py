@@ -24,10 +24,8 @@ from gap_ds.parallel.items import (
     VERSION,
     Item,
     Received,
-    Slot,
     check_items,
     check_kept,
-    header,
     layout,
     selected,
 )
@@ -37,7 +35,7 @@ from gap_ds.parallel.records import Manifest, Records
 from gap_ds.parallel.transport import Folder, Writing, open_folder
 from gap_ds.parallel.worker import ParallelWorker, file_stem
 from gap_ds.sharding.comm import Comm, by_rank, raise_on_all_ranks
-from gap_ds.storage import safetensors as tensorfile
+from gap_ds.storage import safetensors
 
 log = logging.getLogger("gap_ds")
 T = TypeVar("T")
@@ -85,8 +83,16 @@ class Exchange:
         self.bytes_written = 0
         self.bytes_read = 0
         self._folder = open_folder(worker.exchange)
-        run = {"signature": identity.unversioned(signature), "plan": fingerprint, "tensors": tensors}
-        self._records = Records(worker, self._folder, {**run, "workers": workers, "run": worker.run})
+        run = identity.RunRecord(
+            format=FORMAT,
+            version=VERSION,
+            signature=identity.unversioned(signature),
+            plan=fingerprint,
+            tensors=tensors,
+            workers=workers,
+            run=worker.run,
+        )
+        self._records = Records(worker, self._folder, run)
         on_rank_zero(world, self._records.enter)
 
     def begin(self, weights: str) -> None:
@@ -151,16 +157,18 @@ class Exchange:
         spreads = spread_over_ranks(own, bits, self._comm)
         kept = {item.name: sum(spreads[item.name].kept) for item in own if item.keep is not None}
         self._together(partial(check_kept, own, kept))
-        slots = layout(own, kept)
+        tensors = layout(own, kept)
+        first = safetensors.header_bytes(safetensors.header_table(tensors, self._metadata(round, self.worker.index)))
+        owners = {name: item for item in own for name in item.parts}
         file = _File(self._folder, f"{file_stem(round, self.worker.index)}.safetensors")
         try:
-            table = header(slots, self._metadata(round, self.worker.index))
-            on_rank_zero(self._world, partial(file.write, tensorfile.header_bytes(table)))
-            for slot in slots:
+            on_rank_zero(self._world, partial(file.write, first))
+            for name in tensors:
+                item = owners[name]
                 # A rank without memory for its piece must report that before the others wait for it.
-                piece = self._together(partial(self._piece, slot, bits))
-                whole = self._assemble(slot, piece, spreads[slot.item.name])
-                on_rank_zero(self._world, partial(file.write_tensor, slot, whole))
+                piece = self._together(partial(self._piece, item, item.parts[name], bits))
+                whole = self._assemble(item, item.parts[name], piece, spreads[item.name])
+                on_rank_zero(self._world, partial(file.write_tensor, item.parts[name], whole))
             self.bytes_written = on_rank_zero(self._world, partial(self._complete, round, file))
         except BaseException:
             file.discard()
@@ -172,28 +180,31 @@ class Exchange:
         self._records.publish(round, file.size, file.digest.hexdigest())
         return file.size
 
-    def _piece(self, slot: Slot, bits: Mapping[str, Tensor]) -> Tensor:
-        """This rank's piece of a tensor of the file; empty in a group of ranks that does not write."""
-        item = slot.item
+    def _piece(self, item: Item, part: str, bits: Mapping[str, Tensor]) -> Tensor:
+        """Return this rank's piece of a tensor of the file; a mask as one flag per weight.
+
+        It is empty in a group of ranks that does not write.
+        """
         if not self._comm.writes:
             return torch.empty(0)
-        if slot.part == "mask":
-            return bitmask.unpack(bits[item.name], item.numel).to(torch.uint8)
-        if slot.part == "values":
-            piece = item.piece()
-            return piece.float()[bitmask.unpack(bits[item.name], item.numel).to(piece.device)]
-        return item.piece().to(item.dtype)
+        if part == "whole":
+            return item.piece().to(item.dtype)
+        kept = bitmask.unpack(bits[item.name], item.numel)
+        if part == "mask":
+            return kept.to(torch.uint8)
+        piece = item.piece()
+        return piece.float()[kept.to(piece.device)]
 
-    def _assemble(self, slot: Slot, piece: Tensor, spread: Spread) -> Tensor | None:
-        """The whole tensor, on the rank that writes; a mask as one flag per weight. None on the others.
+    def _assemble(self, item: Item, part: str, piece: Tensor, spread: Spread) -> Tensor | None:
+        """Return the whole tensor on rank 0, None on the other ranks; a mask as one flag per weight.
 
         Where several groups of ranks hold the same pieces, the group of rank 0 assembles for all.
         """
         if not self._comm.writes:
             return None
-        if slot.part == "values":
-            return self._comm.assemble(piece, spread.before, spread.kept, slot.shape[0])
-        return self._comm.assemble(piece, spread.starts, spread.numels, slot.item.full_numel)
+        if part == "values":
+            return self._comm.assemble(piece, spread.before, spread.kept, sum(spread.kept))
+        return self._comm.assemble(piece, spread.starts, spread.numels, item.full_numel)
 
     # -- wait ------------------------------------------------------------------------------------------------------
 
@@ -243,7 +254,7 @@ class Exchange:
                 value = self._together(partial(reader.whole, sources[item.partition], item))
                 receive(Received(item.name, value, None))
             elif item.partition is None:
-                value = self._together(partial(reader.shared, sources, item, self.unpartitioned))
+                value = self._together(partial(reader.unpartitioned, sources, item, self.unpartitioned))
                 receive(Received(item.name, value, None))
         self.bytes_read = int(self._world.sum(torch.tensor([reader.bytes], dtype=torch.int64)))
 
@@ -303,10 +314,10 @@ class _File:
             self._target.write(chunk)
         self.size += len(data)
 
-    def write_tensor(self, slot: Slot, whole: Tensor | None) -> None:
-        """Write a tensor of the file; a mask comes as one flag per weight."""
+    def write_tensor(self, part: str, whole: Tensor | None) -> None:
+        """Write a tensor; a mask comes as one flag per weight."""
         assert whole is not None
-        self.write(tensorfile.encode(bitmask.pack(whole.bool()) if slot.part == "mask" else whole).data)
+        self.write(safetensors.encode(bitmask.pack(whole.bool()) if part == "mask" else whole).data)
 
     def close(self) -> None:
         assert self._target is not None

@@ -1,4 +1,4 @@
-"""What one rank reads of the workers' tensor files: the check of a whole file, and single pieces. No collectives here."""
+"""One rank's reading of the workers' files: the check of a whole file, and single pieces. No collectives here."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gap_ds.masks import bitmask
-from gap_ds.parallel.items import Item, accept, budgets, header, is_averaged, layout, spread
+from gap_ds.masks import bitmask, codec
+from gap_ds.parallel.items import Item, accept, budgets, is_averaged, layout
 from gap_ds.parallel.records import Manifest, Records
 from gap_ds.parallel.transport import Folder
-from gap_ds.sharding.comm import error_text, summarize_error
-from gap_ds.storage import safetensors as tensorfile
+from gap_ds.storage import safetensors
+from gap_ds.storage.errors import error_text, summarize_error
 
 log = logging.getLogger("gap_ds")
 
@@ -24,7 +24,7 @@ log = logging.getLogger("gap_ds")
 _SLACK = 1 << 16
 #: Bytes read at a time.
 _CHUNK = 1 << 24
-#: Seconds before a file is read again that was not what its manifest says.
+#: Seconds before a file that differs from its manifest is read again.
 _AGAIN = 1.0
 
 
@@ -51,12 +51,12 @@ class Reader:
     # -- a whole file ----------------------------------------------------------------------------------------------
 
     def verify(self, path: str, items: Sequence[Item], metadata: dict[str, str], manifest: Manifest) -> Source:
-        """Read a whole file and compare it with its manifest; twice, if it differs at first.
+        """Read a whole file and compare it with its manifest. A file that differs is read a second time.
 
         Args:
-            items: what the file must hold; `metadata`: of its header.
+            items: all tensors that the file must hold; `metadata`: of its header.
         Raises:
-            ValueError: it is damaged, or has not just these items.
+            ValueError: the file is damaged, or does not hold exactly these items.
         """
         try:
             return self._verify(path, items, metadata, manifest)
@@ -67,7 +67,7 @@ class Reader:
         try:
             return self._verify(path, items, metadata, manifest)
         except (OSError, ValueError) as error:
-            worker = metadata["worker"]
+            worker = manifest.worker
             raise ValueError(
                 f"{self._sentence(path, error)}. To have worker {worker} write it again, delete its manifest "
                 f"(worker_{worker}.json) and start that worker again from its checkpoint."
@@ -77,18 +77,18 @@ class Reader:
         size = self._folder.size(path)
         if size != manifest.bytes:
             raise ValueError(f"has {size} bytes instead of the {manifest.bytes} of its manifest")
-        # The header is known but for shared budgets, so its size is bounded.
-        expected = tensorfile.header_bytes(header(layout(items, budgets(items)), metadata))
+        # Only shared budgets can change the header, so its size is bounded.
+        expected = safetensors.header_bytes(safetensors.header_table(layout(items, budgets(items)), metadata))
         first = self._fetch(path, 0, min(8, size))
-        start = 8 + tensorfile.header_length(first, size, len(expected) + _SLACK)
+        start = 8 + safetensors.header_length(first, size, len(expected) + _SLACK)
         text = self._fetch(path, 8, start)
-        slots = accept(text, size - start, items, metadata)
+        where = safetensors.offsets(accept(text, size - start, items, metadata))
         digest = hashlib.sha256(first + text)
         for begin in range(start, size, _CHUNK):
             digest.update(self._fetch(path, begin, min(begin + _CHUNK, size)))
         if digest.hexdigest() != manifest.sha256:
             raise ValueError("its SHA-256 is not that of its manifest: it is damaged")
-        return Source(path, {slot.name: (start + slot.begin, start + slot.end) for slot in slots})
+        return Source(path, {name: (start + begin, start + end) for name, (begin, end) in where.items()})
 
     def _sentence(self, path: str, error: Exception) -> str:
         shown = f"{self._records.path(path)}: "
@@ -97,19 +97,20 @@ class Reader:
     # -- pieces ----------------------------------------------------------------------------------------------------
 
     def masks(self, source: Source, entries: Sequence[Item]) -> dict[str, Tensor]:
-        """The bits of this rank's pieces, cut out of the bytes that cover them."""
+        """Return the mask bits of this rank's pieces, cut out of the bytes that cover them."""
         found = {}
         for item in entries:
             begin = source.where[f"{item.name}.mask"][0]
             lo, hi = item.start // 8, bitmask.nbytes(item.start + item.numel) if item.numel else item.start // 8
-            covering = tensorfile.decode(self._fetch(source.path, begin + lo, begin + hi), torch.uint8)
+            covering = safetensors.decode(self._fetch(source.path, begin + lo, begin + hi), torch.uint8)
             found[item.name] = bitmask.pack(bitmask.unpack(covering, item.numel, start=item.start - 8 * lo))
         return found
 
     def check_masks(self, source: Source, kept: dict[str, int]) -> None:
-        """Check that the masks, of all ranks together, keep as many weights as the file has values.
+        """Check that the masks keep as many weights as the file has values; else weights would go to wrong places.
 
-        Otherwise weights would be put into wrong places.
+        Args:
+            kept: number of kept weights in the mask of each entry, summed over all ranks.
         """
         for name, found in kept.items():
             begin, end = source.where[f"{name}.values"]
@@ -120,25 +121,30 @@ class Reader:
                 )
 
     def weights(self, source: Source, item: Item, bits: Tensor, before: int) -> Tensor:
-        """This rank's piece of an entry, in fp32. `before`: kept weights of the entry that come before the piece."""
+        """Return this rank's piece of an entry, in fp32.
+
+        Args:
+            bits: mask of the piece.
+            before: number of kept weights of the entry that come before the piece.
+        """
         begin = source.where[f"{item.name}.values"][0] + 4 * before
         data = self._fetch(source.path, begin, begin + 4 * bitmask.count(bits))
-        return spread(tensorfile.decode(data, torch.float32), bits, item.numel)
+        return codec.spread(safetensors.decode(data, torch.float32), bits, item.numel)
 
     def whole(self, source: Source, item: Item) -> Tensor:
-        """This rank's piece of a tensor that is written whole."""
+        """Return this rank's piece of a tensor without a mask."""
         width = item.dtype.itemsize
         begin = source.where[item.name][0] + width * item.start
-        return tensorfile.decode(self._fetch(source.path, begin, begin + width * item.numel), item.dtype)
+        return safetensors.decode(self._fetch(source.path, begin, begin + width * item.numel), item.dtype)
 
-    def shared(self, sources: Sequence[Source], item: Item, unpartitioned: str) -> Tensor:
-        """This rank's piece of a tensor in no partition: the mean over the workers, or worker 0's.
+    def unpartitioned(self, sources: Sequence[Source], item: Item, rule: str) -> Tensor:
+        """Return this rank's piece of a tensor in no partition: the mean over the workers, or the value of worker 0.
 
         The sum is in fp64, in the order of the workers, and rounded once: it is the same on every worker bit for bit,
-        and equal values are their own mean.
+        and the mean of equal values is that value.
         """
         first = self.whole(sources[0], item)
-        if not is_averaged(item, unpartitioned):
+        if not is_averaged(item, rule):
             return first
         total = first.double()
         for source in sources[1:]:
@@ -146,7 +152,7 @@ class Reader:
         return (total / len(sources)).to(item.dtype)
 
     def _fetch(self, path: str, begin: int, end: int) -> bytes:
-        """Exactly the bytes [begin, end) of a file."""
+        """Return exactly the bytes [begin, end) of a file."""
         if begin == end:
             return b""
         try:

@@ -6,22 +6,20 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
-from gap_ds.parallel import identity
-from gap_ds.parallel.items import FORMAT, VERSION, load_record, printable
+from gap_ds.parallel.identity import RunRecord, differences
 from gap_ds.parallel.transport import Folder
 from gap_ds.parallel.worker import ParallelWorker, file_stem
-from gap_ds.sharding.comm import summarize_error
+from gap_ds.storage.errors import printable, summarize_error
+from gap_ds.storage.json import parse_json
 
 log = logging.getLogger("gap_ds")
+R = TypeVar("R", bound=RunRecord)
 
-#: The largest JSON file that is read.
+#: The largest JSON file that is read, in bytes.
 MAX_JSON = 1 << 20
 #: Seconds between two looks for the files of the others: at first, and at most.
 _POLL, _POLL_MOST = 0.05, 5.0
@@ -31,10 +29,19 @@ _PROGRESS, _SETTLE = 30.0, 10.0
 _ANOTHER_FOLDER = "Give this run a separate exchange folder."
 
 
-@dataclass(frozen=True)
-class Manifest:
+class Start(RunRecord):
+    """start.json: the fingerprint of the weights that a run begins with, and the worker that wrote it first."""
+
+    weights: str
+    worker: int
+    began: str
+
+
+class Manifest(RunRecord):
     """Record of a complete file: its size in bytes, its SHA-256 in hexadecimal digits, and when it was published."""
 
+    round: int
+    worker: int
     bytes: int
     sha256: str
     published: str
@@ -44,17 +51,17 @@ class Records:
     """Reads and writes the JSON files of one worker's job.
 
     Args:
-        folder: the exchange folder; `worker.exchange` is shown in messages.
-        run: what all JSON files of the run begin with: signature, plan, tensors, workers, run.
+        folder: the exchange folder; messages show `worker.exchange`.
+        run: the run of this job, as all JSON files contain it.
     """
 
-    def __init__(self, worker: ParallelWorker, folder: Folder, run: Mapping[str, Any]) -> None:
+    def __init__(self, worker: ParallelWorker, folder: Folder, run: RunRecord) -> None:
         self._worker, self._folder, self._run = worker, folder, run
-        #: True if this job may find a round that this worker has published before, because it continues a run.
+        #: True if this job continues a run, so that it may find rounds that this worker has published before.
         self.rejoins = worker.resume
 
     def path(self, name: str) -> str:
-        """A file of the folder, for messages."""
+        """Return the path of a file of the folder, for messages."""
         return f"{self._worker.shown.rstrip('/')}/{name}"
 
     # -- whose folder ----------------------------------------------------------------------------------------------
@@ -67,13 +74,13 @@ class Records:
         """
         shown = self._worker.shown
         try:
-            table = self._first("run.json", {})
+            found = self._first("run.json", self._run)
         except OSError as error:
             raise ValueError(
                 f"exchange={shown!r}: cannot be used as exchange folder ({summarize_error(error)}). Name a folder or "
                 "URL that every worker can read and write."
             ) from error
-        if different := identity.differences(table, self._run):
+        if different := differences(found, self._run):
             raise ValueError(
                 f"{shown}: is the exchange folder of another run: {different}. Give this run a separate folder, or "
                 "start it with the settings of that run."
@@ -89,21 +96,20 @@ class Records:
         """
         if not self.rejoins:
             self.published_before(0)
-        fields = {"weights": weights, "worker": self._worker.index, "began": _now()}
-        table, path = self._first("start.json", fields), self.path("start.json")
-        if different := identity.differences(table, self._run):
-            raise ValueError(f"{path}: belongs to another run: {different}. {_ANOTHER_FOLDER}")
-        if table["weights"] != weights:
+        index = self._worker.index
+        found = self._first("start.json", Start(**dict(self._run), weights=weights, worker=index, began=_now()))
+        self._check_run("start.json", found)
+        if found.weights != weights:
             raise ValueError(
-                f"{path}: worker {table['worker']} began at {printable(table['began'])} with other weights than "
-                f"worker {self._worker.index} now: the folder belongs to another run, or the jobs have built "
+                f"{self.path('start.json')}: worker {found.worker} began at {printable(found.began)} with other "
+                f"weights than worker {index} now: the folder belongs to another run, or the jobs have built "
                 f"different models. Build the same model in every worker, from one seed. {_ANOTHER_FOLDER}"
             )
 
     # -- manifests -------------------------------------------------------------------------------------------------
 
     def published_before(self, round: int) -> bool:
-        """True if this worker has published a round in an earlier job of this run.
+        """Return whether this worker has published a round in an earlier job of this run.
 
         Raises:
             ValueError: it has published, but this job does not rejoin, so the file may be another run's.
@@ -127,36 +133,35 @@ class Records:
 
     def publish(self, round: int, size: int, sha256: str) -> None:
         """Write this worker's manifest of a round. From then on the others read the file that it describes."""
-        described = {"round": round, "worker": self._worker.index, "bytes": size, "sha256": sha256}
-        target = self._folder.stream(f"{file_stem(round, self._worker.index)}.json")
+        index = self._worker.index
+        manifest = Manifest(**dict(self._run), round=round, worker=index, bytes=size, sha256=sha256, published=_now())
+        target = self._folder.stream(f"{file_stem(round, index)}.json")
         try:
-            target.write(self._encoded(described | {"published": _now()}))
+            target.write(_encoded(manifest))
             target.close()
         except BaseException:
             target.discard()
             raise
 
     def manifest(self, round: int, worker: int) -> Manifest | None:
-        """A worker's manifest; None if there is none yet.
+        """Return a worker's manifest; None if there is none yet.
 
         Raises:
             ValueError: it is damaged, or belongs to another run, round or worker.
         """
         name = f"{file_stem(round, worker)}.json"
-        table = self._json(name, {"round": int, "worker": int, "bytes": int, "sha256": str, "published": str})
-        if table is None:
+        if (found := self._json(name, Manifest)) is None:
             return None
-        if different := identity.differences(table, self._run):
-            raise ValueError(f"{self.path(name)}: belongs to another run: {different}. {_ANOTHER_FOLDER}")
-        if (table["round"], table["worker"]) != (round, worker):
+        self._check_run(name, found)
+        if (found.round, found.worker) != (round, worker):
             raise ValueError(
-                f"{self.path(name)}: is that of round {table['round']}, worker {table['worker']}. Delete it, and "
-                f"start worker {worker} again from its checkpoint."
+                f"{self.path(name)}: is that of round {found.round}, worker {found.worker}. Delete it, and start "
+                f"worker {worker} again from its checkpoint."
             )
-        return Manifest(table["bytes"], table["sha256"], table["published"])
+        return found
 
     def wait(self, round: int, workers: int) -> list[Manifest]:
-        """The manifests of all workers, once all have published.
+        """Return the manifests of all workers, once all have published.
 
         Raises:
             TimeoutError: a worker has not published within the timeout.
@@ -185,7 +190,7 @@ class Records:
             pause = min(1.5 * pause, _POLL_MOST)
 
     def _look(self, round: int, workers: int, found: dict[int, Manifest]) -> str:
-        """Add the manifests that are new. Returns what went wrong, for a message: a network may be down for a while."""
+        """Add the manifests that are new. Returns the last I/O error as text: a network may be down for a while."""
         trouble = ""
         self._folder.refresh()
         for worker in range(workers):
@@ -198,33 +203,29 @@ class Records:
 
     # -- JSON ------------------------------------------------------------------------------------------------------
 
-    def _first(self, name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """A JSON file that the first worker to come writes; returns the one in the folder, whoever wrote it."""
+    def _first(self, name: str, record: R) -> R:
+        """Write a JSON file unless another worker has written it before. Returns the content of the file."""
         with contextlib.suppress(FileExistsError):
-            self._folder.create(name, self._encoded(fields))
+            self._folder.create(name, _encoded(record))
         self._folder.refresh()
         # Read back even if it was just written: without exclusive creation another worker may have overwritten it.
-        found = self._json(name, {key: type(value) for key, value in fields.items()})
+        found = self._json(name, type(record))
         if found is None:
             raise ValueError(f"{self.path(name)}: vanished. Do not delete the exchange folder of a running run.")
         return found
 
-    def _encoded(self, fields: Mapping[str, Any]) -> bytes:
-        return json.dumps({"format": FORMAT, "version": VERSION, **self._run, **fields}, indent=1).encode()
-
-    def _json(self, name: str, types: Mapping[str, type]) -> dict[str, Any] | None:
-        """A JSON file with these fields and those of the run; None if there is none.
+    def _json(self, name: str, model: type[R]) -> R | None:
+        """Return the content of a JSON file; None if there is none.
 
         Some file systems show a file while it is being written, so damage gets some seconds to pass.
         """
-        types = {**{key: type(value) for key, value in self._run.items()}, **types}
         end = time.monotonic() + _SETTLE
         while True:
             try:
                 text = self._folder.read(name, 0, MAX_JSON + 1)
                 if len(text) > MAX_JSON:
                     raise ValueError(f"is longer than {MAX_JSON} bytes")
-                return load_record(text, types)
+                return parse_json(text, model)
             except FileNotFoundError:
                 return None
             except ValueError as error:
@@ -235,6 +236,14 @@ class Records:
                     ) from None
             time.sleep(min(0.2, _SETTLE))
             self._folder.refresh()
+
+    def _check_run(self, name: str, found: RunRecord) -> None:
+        if different := differences(found, self._run):
+            raise ValueError(f"{self.path(name)}: belongs to another run: {different}. {_ANOTHER_FOLDER}")
+
+
+def _encoded(record: RunRecord) -> bytes:
+    return record.model_dump_json(indent=1).encode()
 
 
 def _now() -> str:
