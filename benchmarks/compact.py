@@ -25,7 +25,7 @@ import torch
 from transformers import AutoModelForSeq2SeqLM
 
 from gap_ds.cli.presets import VOCAB_SIZE
-from gap_ds.export import compact
+from gap_ds.export import compact, compact_file, load_compact
 
 
 def main() -> None:
@@ -60,13 +60,13 @@ def save(folder: Path, preset: str, sparsity: float, dtype: torch.dtype, vocab_s
 def row(what: dict[str, Any], dense: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         out = Path(name) / "compact"
-        write = measure.seconds(lambda: compact.compact(dense, out))
-        figures = compact.figures(out)
+        write = measure.seconds(lambda: compact(dense, out))
+        figures = compact_file.figures(out)
         loaded: list[Any] = []
-        load = measure.seconds(lambda: loaded.append(compact.load_compact(out, dtype="auto")))
+        load = measure.seconds(lambda: loaded.append(load_compact(out, dtype="auto")))
         load_dense = measure.seconds(lambda: loaded.append(AutoModelForSeq2SeqLM.from_pretrained(dense, dtype="auto")))
         ours, wanted = (model.state_dict() for model in loaded)
-        files = {"dense": dense / "model.safetensors", "compact": out / compact.FILE}
+        files = {"dense": dense / "model.safetensors", "compact": out / compact_file.FILE}
         sizes = {kind: path.stat().st_size for kind, path in files.items()}
         for kind, path in files.items():
             sizes[f"{kind}.zip"] = zipped(path, Path(name))

@@ -32,8 +32,7 @@ import evaluate
 import translate
 
 from gap_ds import sparsify_for_inference
-from gap_ds.export import compact
-from gap_ds.export.folder import INFO
+from gap_ds.export import INFO, compact
 
 
 def main() -> None:
@@ -54,7 +53,7 @@ def main() -> None:
 
 def forms(path: Path, sources: list[str], references: list[str], args: argparse.Namespace) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
-        compact.compact(path, Path(folder) / "compact")
+        compact(path, Path(folder) / "compact")
         models = {
             "dense": translate.load(path, torch.float32)[0],
             "compact": translate.load(Path(folder) / "compact", torch.float32)[0],

@@ -51,7 +51,8 @@ import model as models
 
 from gap_ds import sparsify_for_inference
 from gap_ds.cli.presets import VOCAB_SIZE
-from gap_ds.export.compact import FILE, compact
+from gap_ds.export import compact
+from gap_ds.export.compact_file import FILE
 from gap_ds.inference import timing, tuning
 from gap_ds.inference.tuning import Choice
 

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import gap_ds
 from gap_ds import hf
 from gap_ds.cli.app import app
-from gap_ds.export import compact
+from gap_ds.export import compact, expand
 from gap_ds.method.config import _UNUSED, GaPConfig
 
 PAGE = Path(__file__).with_name("reference.md")
@@ -28,7 +28,7 @@ PAGE = Path(__file__).with_name("reference.md")
 PUBLIC: dict[str, list[Any]] = {
     "gap_ds": [getattr(gap_ds, name) for name in gap_ds.__all__ if not name.startswith("__")],
     "gap_ds.hf": [hf.GaPCallback, hf.prepare],
-    "gap_ds.export.compact": [compact.compact, compact.expand],
+    "gap_ds.export": [compact, expand],
 }
 #: Methods that the Trainer calls, not the user.
 _HOOKS = "on_"

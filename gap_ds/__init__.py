@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from gap_ds._version import __version__
 
 if TYPE_CHECKING:
-    from gap_ds.export.compact import load_compact
+    from gap_ds.export import load_compact
     from gap_ds.inference.tuning import sparsify_for_inference
     from gap_ds.method.config import GaPConfig
     from gap_ds.parallel import ParallelWorker
@@ -23,7 +23,7 @@ _HOMES = {
     "GaPConfig": "gap_ds.method.config",
     "GaPEngine": "gap_ds.training.engine",
     "ParallelWorker": "gap_ds.parallel",
-    "load_compact": "gap_ds.export.compact",
+    "load_compact": "gap_ds.export",
     "sparsify_for_inference": "gap_ds.inference.tuning",
 }
 

@@ -18,8 +18,7 @@ from torch import nn
 
 from common import runtime
 from common.arguments import RunArguments
-from gap_ds import GaPConfig, GaPEngine, ParallelWorker
-from gap_ds.checkpoint import folder as checkpoint
+from gap_ds import GaPConfig, GaPEngine, ParallelWorker, checkpoint
 from gap_ds.method import schedule
 from gap_ds.training import history
 
@@ -189,6 +188,7 @@ def figures(args: RunArguments, engine: GaPEngine, seconds: float, first_step: i
     mean_density = engine.schedule.mean_density(*engine.plan.per_partition())
     return {
         "signature": engine.signature,
+        "config": engine.config.model_dump(exclude_unset=True),
         "applied_steps": engine.applied_steps,
         "mean_density": mean_density,
         "training_flops": engine.plan.training_flops(mean_density),

@@ -35,8 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import arguments, run, runtime, sharding, training
 
-from gap_ds import GaPEngine
-from gap_ds.export import folder as export
+from gap_ds import GaPEngine, export
 from gap_ds.method.schedule import Phase
 
 

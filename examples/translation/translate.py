@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from transformers.utils.logging import disable_progress_bar
 
 from gap_ds import sparsify_for_inference
-from gap_ds.export import compact
+from gap_ds.export import compact_file, load_compact
 from gap_ds.inference.tuning import Choice
 
 
@@ -139,9 +139,9 @@ def load(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedT
     if not folder.is_dir():
         raise ValueError(f"model_dir={str(folder)!r}: must be a folder with an exported model. Set MODEL_DIR.")
     try:
-        if (folder / compact.FILE).is_file():
+        if (folder / compact_file.FILE).is_file():
             AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            model = compact.load_compact(folder, dtype=dtype)
+            model = load_compact(folder, dtype=dtype)
         else:
             model = load_pretrained(str(folder), dtype=dtype, trust_remote_code=False)
     except SafetensorError as error:

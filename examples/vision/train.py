@@ -38,8 +38,7 @@ from common import arguments, run, runtime, sharding, training
 from transformers import AutoImageProcessor
 from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
 
-from gap_ds import GaPConfig, GaPEngine
-from gap_ds.export import folder as export
+from gap_ds import GaPConfig, GaPEngine, export
 from gap_ds.method.plan import clean_name
 from gap_ds.method.schedule import Phase
 

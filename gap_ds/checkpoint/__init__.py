@@ -1,0 +1,26 @@
+"""A run on disk: everything that decides its next step.
+
+    folder      FOLDER/TAG: saved whole or not at all, found, checked for damage
+    run_state   state.json and rng_R.json: config, place in the schedule, random state
+    masks_file  masks, and values of pruned weights, in coordinates of the full parameters
+    portable    weights and optimizer state for another number of ranks or another backend
+    foreign     weights from a sharding library's own checkpoint, read by one process
+
+Read `folder` first. Nothing here decides when to save, and no final model is written here: see `training`, `export`.
+"""
+
+from gap_ds.checkpoint.folder import candidates, damage, find, find_whole, save
+from gap_ds.checkpoint.masks_file import kept_weights, read_masks, read_values, write_masks, write_values
+
+__all__ = [
+    "candidates",
+    "damage",
+    "find",
+    "find_whole",
+    "kept_weights",
+    "read_masks",
+    "read_values",
+    "save",
+    "write_masks",
+    "write_values",
+]

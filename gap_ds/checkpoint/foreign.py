@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 
 from gap_ds.method.plan import clean_name
+from gap_ds.storage.safetensors import LazyTensors
 
 #: Bytes of tensors that are read together.
 _AT_ONCE = 2**27
@@ -34,7 +35,7 @@ def weights(folder: Path) -> Mapping[str, Tensor]:
         ValueError: the files do not say enough to be read like this, or cannot be read; one sentence.
     """
     if (folder / "state" / ".metadata").is_file():
-        return _Distributed(folder / "state")
+        return _distributed(folder / "state")
     if any((folder / "state").glob("rank_*_of_*.pt")):
         raise ValueError(
             f"{folder}: fairscale's own files do not say where their pieces lie; resume the run with as many ranks and "
@@ -50,70 +51,45 @@ def weights(folder: Path) -> Mapping[str, Tensor]:
     raise ValueError(f"{folder}: holds no files of weights of DeepSpeed, PyTorch or fairscale.")
 
 
-class _Distributed(Mapping[str, Tensor]):
-    """The model in a checkpoint of torch.distributed.checkpoint, a few tensors at a time."""
+def _distributed(folder: Path) -> Mapping[str, Tensor]:
+    """The model in a checkpoint of torch.distributed.checkpoint, read a few tensors at a time."""
+    try:
+        stored = FileSystemReader(folder).read_metadata().state_dict_metadata
+    except Exception as error:  # whatever unpickling a damaged file raises
+        raise ValueError(f"{folder}: torch.distributed.checkpoint cannot read it ({error}).") from error
+    prefix = "model."
+    about = {
+        clean_name(key.removeprefix(prefix)): (key, tensor)
+        for key, tensor in stored.items()
+        if key.startswith(prefix) and isinstance(tensor, TensorStorageMetadata)
+    }
+    held: dict[str, Tensor] = {}
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        try:
-            stored = FileSystemReader(folder).read_metadata().state_dict_metadata
-        except Exception as error:  # whatever unpickling a damaged file raises
-            raise ValueError(f"{folder}: torch.distributed.checkpoint cannot read it ({error}).") from error
-        prefix = "model."
-        self._about = {
-            clean_name(key.removeprefix(prefix)): (key, about)
-            for key, about in stored.items()
-            if key.startswith(prefix) and isinstance(about, TensorStorageMetadata)
-        }
+    def look_up(name: str) -> Tensor:
+        if name not in held:
+            held.clear()
+            held.update(_read_from(folder, name, about))
+        return held[name]
 
-        self._held: dict[str, Tensor] = {}
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._about:
-            raise KeyError(name)
-        if name not in self._held:
-            self._held = self._read(name)
-        return self._held[name]
-
-    def _read(self, first: str) -> dict[str, Tensor]:
-        """A tensor, and those after it that take little memory with it: a call costs much more than a small tensor."""
-        names = list(self._about)
-        found: dict[str, Tensor] = {}
-        size = 0
-        for name in names[names.index(first) :]:
-            about = self._about[name][1]
-            size += about.size.numel() * about.properties.dtype.itemsize
-            if found and size > _AT_ONCE:
-                break
-            found[name] = torch.empty(about.size, dtype=about.properties.dtype)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it is: this is one process
-            wanted = {self._about[name][0]: tensor for name, tensor in found.items()}
-            load_distributed(wanted, checkpoint_id=self._folder, no_dist=True)
-        return found
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._about)
-
-    def __len__(self) -> int:
-        return len(self._about)
+    return LazyTensors(about, look_up)
 
 
-class _Gathered(Mapping[str, Tensor]):
-    """Tensors that DeepSpeed puts together when they are asked for."""
-
-    def __init__(self, tensors: Mapping[str, Any]) -> None:
-        self._tensors = tensors
-
-    def __getitem__(self, name: str) -> Tensor:
-        found: Tensor = self._tensors[name].contiguous()
-        return found
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
+def _read_from(folder: Path, first: str, about: Mapping[str, tuple[str, TensorStorageMetadata]]) -> dict[str, Tensor]:
+    """A tensor, and those after it that take little memory with it: a call costs much more than a small tensor."""
+    names = list(about)
+    found: dict[str, Tensor] = {}
+    size = 0
+    for name in names[names.index(first) :]:
+        shape, dtype = about[name][1].size, about[name][1].properties.dtype
+        size += shape.numel() * dtype.itemsize
+        if found and size > _AT_ONCE:
+            break
+        found[name] = torch.empty(shape, dtype=dtype)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it is: this is one process
+        wanted = {about[name][0]: tensor for name, tensor in found.items()}
+        load_distributed(wanted, checkpoint_id=folder, no_dist=True)
+    return found
 
 
 def _consolidated(folder: Path) -> Mapping[str, Tensor]:
@@ -131,4 +107,5 @@ def _consolidated(folder: Path) -> Mapping[str, Tensor]:
             found = {**working, **found}
     except Exception as error:
         raise ValueError(f"{folder}: DeepSpeed's zero_to_fp32 cannot read it ({error}).") from error
-    return _Gathered({clean_name(name): tensor for name, tensor in found.items()})
+    tensors = {clean_name(name): tensor for name, tensor in found.items()}
+    return LazyTensors(tensors, lambda name: tensors[name].contiguous())

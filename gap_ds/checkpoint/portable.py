@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gap_ds.checkpoint.folder import VectorFile
 from gap_ds.sharding.backends import Backend
 from gap_ds.sharding.comm import Comm, by_rank, raise_on_all_ranks
 from gap_ds.sharding.shard import Shard, local
+from gap_ds.storage.json import Count, parse_json
+from gap_ds.storage.safetensors import LazyTensors, Writer, open_tensors
 
 FORMAT = "gap_ds.portable"
 VERSION = 1
@@ -84,10 +84,10 @@ def _write(
         "numbers": json.dumps(numbers),
         "groups": json.dumps([_settings(group) for group in optimizer.param_groups]),
     }
-    file = VectorFile(path, metadata, {key: (vector.dtype, vector.numel()) for key, vector in vectors.items()})
-    for vector in vectors.values():
-        file.append(vector)
-    file.close()
+    layout = {key: (vector.dtype, (vector.numel(),)) for key, vector in vectors.items()}
+    with Writer(path, layout, metadata) as file:
+        for key, vector in vectors.items():
+            file.write(key, vector)
 
 
 def _number(kind: str, value: Any, optimizer: torch.optim.Optimizer) -> float:
@@ -135,21 +135,16 @@ class _File:
     @staticmethod
     def of(path: Path, tensors: Any) -> _File:
         """ValueError: it is no such file, or its header is damaged."""
-        metadata = tensors.metadata() or {}
-        if metadata.get("format") != FORMAT or metadata.get("version") != str(VERSION):
-            raise ValueError(f"{path}: is no file of the kind {FORMAT}, version {VERSION}")
+        metadata = tensors.metadata()
         try:
-            lengths = {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118
-            flat = {key: int(shape[0]) for key, shape in lengths.items() if len(shape) == 1}
-            pieces = {str(k): (int(start), int(n)) for k, (start, n) in json.loads(metadata["pieces"]).items()}
-            numbers = {
-                str(k): {str(kind): float(value) for kind, value in row.items()}
-                for k, row in json.loads(metadata["numbers"]).items()
-            }
-            groups = [dict(group) for group in json.loads(metadata["groups"])]
+            pieces = parse_json(metadata["pieces"], dict[str, tuple[Count, Count]])
+            numbers = parse_json(metadata["numbers"], dict[str, dict[str, float]])
+            groups = parse_json(metadata["groups"], list[dict[str, Any]])
             files = int(metadata["files"])
-        except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+        except (KeyError, ValueError):
             raise ValueError(f"{path}: its header is damaged") from None
+        lengths = {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118
+        flat = {key: int(shape[0]) for key, shape in lengths.items() if len(shape) == 1}
         for key in flat:
             kind, _, name = key.partition(":")
             if kind != "buffer" and flat[key] != pieces.get(name, (0, -1))[1]:
@@ -177,12 +172,7 @@ def read(folder: Path, backend: Backend, buffers: Mapping[str, Tensor], world: C
 
 def _open(folder: Path, stack: contextlib.ExitStack) -> Iterator[_File]:
     for path in sorted(folder.glob("portable_*.safetensors")):
-        try:
-            yield _File.of(path, stack.enter_context(safe_open(path, framework="pt")))
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{path}: the file is truncated or damaged ({error}). Use an earlier checkpoint."
-            ) from None
+        yield _File.of(path, stack.enter_context(open_tensors(path, (FORMAT, VERSION))))
 
 
 def _check(
@@ -193,8 +183,7 @@ def _check(
     optimizer: torch.optim.Optimizer,
 ) -> None:
     """Everything that can be wrong, before anything is changed."""
-    if any(file.files != len(files) for file in files):
-        raise ValueError(f"{folder}: holds {len(files)} of {files[0].files} portable files")
+    _check_complete(folder, files)
     for shard in shards:
         ranges = sorted(overlap[2:] for overlap in _overlaps(files, "weight", shard))
         if sum(numel for _, numel in ranges) != shard.numel or len({lo for lo, _ in ranges}) != len(ranges):
@@ -211,48 +200,40 @@ def _check(
         )
 
 
-class Weights(Mapping[str, Tensor]):
-    """Parameters and buffers of a checkpoint's portable files, each put together when it is asked for, on the CPU.
+def weights(folder: Path, shapes: Mapping[str, tuple[int, ...]], stack: contextlib.ExitStack) -> Mapping[str, Tensor]:
+    """Parameters and buffers in a checkpoint's portable files, each put together when it is looked up, on the CPU.
 
     Args:
-        shapes: of what the caller will ask for; the files hold vectors.
+        shapes: of the tensors that the caller looks up; the files hold vectors.
+        stack: closes the files.
     Raises:
-        ValueError: a file is truncated or damaged or missing, or `shapes` lacks one that is asked for, or is wrong.
+        ValueError: a file is truncated, damaged or missing, or `shapes` lacks a tensor that is looked up, or is wrong.
     """
+    files = list(_open(folder, stack))
+    _check_complete(folder, files)
+    prefix = "buffer:"
+    homes = {key.removeprefix(prefix): file for file in files for key in file.lengths if key.startswith(prefix)}
 
-    def __init__(self, folder: Path, shapes: Mapping[str, tuple[int, ...]], stack: contextlib.ExitStack) -> None:
-        self._folder, self._shapes, self._files = folder, shapes, list(_open(folder, stack))
-        if any(file.files != len(self._files) for file in self._files):
-            raise ValueError(f"{folder}: holds {len(self._files)} of {self._files[0].files} portable files")
-        self._buffers = {
-            key.removeprefix("buffer:"): file
-            for file in self._files
-            for key in file.lengths
-            if key.startswith("buffer:")
-        }
-        self._names = dict.fromkeys([name for file in self._files for name in file.pieces] + list(self._buffers))
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        if (shape := self._shapes.get(name)) is None:
-            raise ValueError(f"{self._folder}: its portable files do not say the shape of {name}. Set --model.")
-        if name in self._buffers:
-            vector: Tensor = self._buffers[name].tensors.get_tensor(f"buffer:{name}")
+    def look_up(name: str) -> Tensor:
+        if (shape := shapes.get(name)) is None:
+            raise ValueError(f"{folder}: its portable files do not record the shape of {name}. Set --model.")
+        if name in homes:
+            vector: Tensor = homes[name].tensors.get_tensor(f"{prefix}{name}")
         else:
             whole = Shard(name, shape, 0, math.prod(shape), 0, torch.Tensor)
-            pieces = sorted(_overlaps(self._files, "weight", whole), key=lambda overlap: overlap[2])
+            pieces = sorted(_overlaps(files, "weight", whole), key=lambda overlap: overlap[2])
             found = [file.tensors.get_slice(f"weight:{name}")[at : at + n] for file, at, _, n in pieces]
             vector = torch.cat(found) if found else torch.empty(0)
         if vector.numel() != math.prod(shape):
-            raise ValueError(f"{self._folder}: its portable files do not hold {name} in the shape {shape}")
+            raise ValueError(f"{folder}: its portable files do not hold {name} in the shape {shape}")
         return vector.view(shape)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+    return LazyTensors([*(name for file in files for name in file.pieces), *homes], look_up)
 
-    def __len__(self) -> int:
-        return len(self._names)
+
+def _check_complete(folder: Path, files: Sequence[_File]) -> None:
+    if any(file.files != len(files) for file in files):
+        raise ValueError(f"{folder}: holds {len(files)} of {files[0].files} portable files")
 
 
 def _overlaps(files: list[_File], kind: str, shard: Shard) -> Iterator[tuple[_File, int, int, int]]:

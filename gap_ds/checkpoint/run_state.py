@@ -1,4 +1,4 @@
-"""What a checkpoint says of its run: its place in the schedule, what it belongs to, and the random state of a rank."""
+"""The record of a run in a checkpoint: its config, its place in the schedule, and the random state of each rank."""
 
 from __future__ import annotations
 
@@ -8,50 +8,74 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, PlainSerializer
 from torch import Tensor
 
-from gap_ds.sharding.comm import summarize_error
-from gap_ds.storage.json import Record
+from gap_ds.method import pattern, schedule
+from gap_ds.method.config import GaPConfig
+from gap_ds.method.plan import Entry, Plan
+from gap_ds.method.schedule import Schedule
+from gap_ds.storage.errors import summarize_error
+from gap_ds.storage.json import Count, Record
 
-Count = Annotated[int, Field(ge=0, lt=2**63)]
 Small = Annotated[int, Field(ge=0, lt=2**31)]
-#: name, shape, partition, keep, dims: as the plan's fingerprint has them.
-EntryRow = tuple[str, list[Count], Small, Count, list[Count]]
+#: name, shape, partition, keep, dims: as in the plan's fingerprint.
+EntryRow = tuple[str, list[Count], Small, Count, Annotated[list[Count], Field(min_length=2, max_length=2)]]
+#: A config in a file, with the settings that were given: a default may be a setting that the method refuses.
+StoredConfig = Annotated[GaPConfig, PlainSerializer(lambda config: config.model_dump(exclude_unset=True))]
 
 
 class State(Record):
-    """gap/state.json. Older versions wrote no `entries`, `counters` and `manifest`."""
+    """gap/state.json.
+
+    signature: for people. plan: its fingerprint. first_steps: of each phase. steps_per_epoch: of a config in epochs.
+    """
 
     applied_steps: Count
     signature: str
+    config: StoredConfig
+    steps_per_epoch: Annotated[int, Field(ge=1, lt=2**63)] | None = None
     plan: str
+    entries: list[EntryRow]
     first_steps: Annotated[list[Count], Field(min_length=1)]
     ranks: Annotated[int, Field(ge=1, lt=2**31)]
     backend: str
     worker: Small | None = None
-    entries: list[EntryRow] | None = None
     lr_scheduler: dict[str, Any] | None = None
     grad_scaler: dict[str, Any] | None = None
     counters: dict[str, float] = Field(default_factory=dict)
-    manifest: bool = False
     client_state: Any = None
 
+    def schedule(self) -> Schedule:
+        """The schedule of the run; ValueError: the config gives none with these steps per epoch, or another one."""
+        found = schedule.build(self.config, self.steps_per_epoch, self.worker or 0)
+        if [phase.first_step for phase in found.phases] != self.first_steps:
+            raise ValueError("the phases are not those of the config")
+        return found
+
+    def restore_plan(self) -> Plan:
+        """The plan of the run, but for the figures of the whole model: `total` and `dense_matmul` are 0."""
+        entries = tuple(
+            Entry(name, tuple(shape), k, keep, (dims[0], dims[1])) for name, shape, k, keep, dims in self.entries
+        )
+        shared_budget = self.config.distribution == "global"
+        return Plan(entries, self.config.kappa, 0, 0, pattern.parse(self.config.pattern), shared_budget)
+
     def check(self, path: Path, now: State) -> None:
-        """That this is a place in the run that `now` is a place of, too.
+        """Checks that this record and `now` are of one run.
 
         Raises:
-            ValueError: it is of another plan, config, worker or schedule, or its learning rate was scheduled in another
-                way; the message says what to do.
+            ValueError: the plan, config, worker or schedule differ, or the kind of learning-rate scheduler or gradient
+                scaler; the message says what to do.
         """
         if self.plan != now.plan:
             raise ValueError(
                 f"{path}: was written for another plan ({self.plan}, now {now.plan}): the model, the sparsity, the "
                 "distribution, the pattern or the partitions differ. Restore them, or start in a new folder."
             )
-        was, is_ = (s.signature.rpartition("|v:")[0].split("|") for s in (self, now))
-        if was != is_:
-            changed = [f"{a} (now {b})" for a, b in zip(was, is_, strict=False) if a != b] or ["other settings"]
+        if self.config.signature("") != now.config.signature(""):
+            was, is_ = (s.config.model_dump(exclude={"mask_file"}) for s in (self, now))
+            changed = [f"{key}={was[key]!r} (now {is_[key]!r})" for key in was if was[key] != is_[key]]
             raise ValueError(
                 f"{path}: was written with {', '.join(changed)}. Restore the config, or start in a new folder."
             )
@@ -62,16 +86,16 @@ class State(Record):
                 f"{path}: its phases start at steps {self.first_steps[:4]}..., now at {now.first_steps[:4]}...: "
                 "an epoch had another number of steps. Restore the data and the batch size, or start in a new folder."
             )
-        for what, then, current in (
+        for name, then, current in (
             ("learning-rate scheduler", self.lr_scheduler, now.lr_scheduler),
             ("gradient scaler", self.grad_scaler, now.grad_scaler),
         ):
             if then is not None and current is not None and then.keys() != current.keys():
-                raise ValueError(f"{path}: was written with another {what}. Build the same one, or start anew.")
+                raise ValueError(f"{path}: was written with another {name}. Build the same one, or start anew.")
 
 
 class RandomState(Record):
-    """gap/rng_R.json: a process's random generators: torch (CPU and current GPU), NumPy, Python."""
+    """gap/rng_R.json: state of a process's random generators: torch (CPU and current GPU), NumPy, Python."""
 
     torch: str
     numpy: tuple[str, list[int], int, int, float]
@@ -80,7 +104,7 @@ class RandomState(Record):
 
     @classmethod
     def now(cls) -> RandomState:
-        """That of this process."""
+        """The state of this process."""
         kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
         version, internal, next_gauss = random.getstate()
         return cls(
@@ -94,7 +118,7 @@ class RandomState(Record):
         """Sets the generators of this process.
 
         Raises:
-            ValueError: a state is none; some generators may have been set.
+            ValueError: a state is damaged; some generators may have been set.
         """
 
         def tensor(text: str) -> Tensor:

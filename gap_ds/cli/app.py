@@ -192,7 +192,7 @@ def export(
 
     with _progress("writing") as progress:
         figures = export_.export(source, out, form, model, dtype, overwrite, progress)
-    _print_json(figures) if as_json else typer.echo(export_.told(figures))
+    _print_json(figures) if as_json else typer.echo(export_.summary(figures))
 
 
 @app.command()

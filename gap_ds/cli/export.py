@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gap_ds.cli import export_checkpoint
-from gap_ds.export import compact
+from gap_ds.cli import models
+from gap_ds.export import compact, compact_file, expand
+from gap_ds.export.convert import check_out
 from gap_ds.export.folder import Progress, place
+from gap_ds.export.from_checkpoint import export_checkpoint, find_whole
 
 
 def export(
     source: Path, out: Path, form: str, model: Path | None, dtype: str, overwrite: bool, progress: Progress
 ) -> dict[str, Any]:
-    """Writes OUT; figures for JSON.
+    """Writes OUT; returns figures for JSON.
 
     Args:
         form: dense or compact.
@@ -26,36 +29,39 @@ def export(
             exported model.
     """
     out = place(out)
-    path = export_checkpoint.find(source)
+    path = find_whole(source)
     if path is None:
         if model is not None or dtype != "float32":
             raise ValueError(f"{source}: is no checkpoint, so --model and --dtype have no effect. Remove them.")
         return _convert(source, out, form, overwrite, progress)
-    compact.check_out(path, out, overwrite)
-    options = {"model": model, "dtype": getattr(torch, dtype), "progress": progress}
+    check_out(path, out, overwrite)
+    if model is not None and not (model / "config.json").is_file():
+        raise ValueError(f"--model {model}: must be a folder with the config.json of the model.")
+    module = None if model is None else models.meta_model(str(model.resolve()))
+    write = partial(export_checkpoint, path, model=model, module=module, dtype=getattr(torch, dtype), progress=progress)
     if form == "dense":
-        export_checkpoint.write(path, out, **options)
+        write(out)
         return {"path": str(out), "checkpoint": str(path)}
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.") as dense:
-            export_checkpoint.write(path, Path(dense) / "dense", **options)
+            write(Path(dense) / "dense")
             return _convert(Path(dense) / "dense", out, form, overwrite, progress) | {"checkpoint": str(path)}
     except OSError as error:
         raise ValueError(f"{out}: cannot be written ({error}).") from error
 
 
 def _convert(source: Path, out: Path, form: str, overwrite: bool, progress: Progress) -> dict[str, Any]:
-    is_compact, is_dense = (source / compact.FILE).is_file(), any(source.glob("model.safetensors*"))
+    is_compact, is_dense = (source / compact_file.FILE).is_file(), any(source.glob("model.safetensors*"))
     if is_compact != is_dense and form == ("dense" if is_dense else "compact"):
         raise ValueError(f"{source}: is {form} already. Copy it, or choose another --format.")
     if form == "dense":
-        return {"path": str(compact.expand(source, out, overwrite=overwrite, progress=progress))}
-    return compact.compact(source, out, overwrite=overwrite, progress=progress)
+        return {"path": str(expand(source, out, overwrite=overwrite, progress=progress))}
+    return compact(source, out, overwrite=overwrite, progress=progress)
 
 
-def told(figures: dict[str, Any]) -> str:
-    """What the command prints."""
+def summary(figures: dict[str, Any]) -> str:
+    """The line that the command prints."""
     origin = f" of {figures['checkpoint']}" if "checkpoint" in figures else ""
     if "file_bytes" not in figures:
         return f"{figures['path']}: the dense model{origin}"

@@ -1,20 +1,19 @@
-"""`gap-ds inspect`: what a folder of ours holds, and whether it is what it says it is."""
+"""`gap-ds inspect`: counts of a checkpoint or an export, and what is wrong with it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from gap_ds.checkpoint import folder as checkpoint
-from gap_ds.cli import inspect_checkpoint
-from gap_ds.export import compact
-from gap_ds.export import folder as export
+from gap_ds import checkpoint, export
+from gap_ds.checkpoint import inspect as inspect_checkpoint
+from gap_ds.export import compact_file
 from gap_ds.export import inspect as inspect_export
-from gap_ds.export.inspect import Progress
+from gap_ds.export.folder import Progress
 
 
 def inspect(folder: Path, progress: Progress) -> dict[str, Any]:
-    """The figures of a checkpoint or an export, for JSON; `problems` is empty where nothing is wrong.
+    """The figures of a checkpoint or an export, for JSON; `problems` is empty if nothing is wrong.
 
     Args:
         folder: FOLDER/TAG of a checkpoint, FOLDER for the newest in it, or an export.
@@ -25,14 +24,14 @@ def inspect(folder: Path, progress: Progress) -> dict[str, Any]:
         return inspect_checkpoint.inspect(folder, progress)
     if checkpoint.candidates(folder):
         return inspect_checkpoint.inspect(checkpoint.find(folder), progress)
-    weights = ("model.safetensors", "model.safetensors.index.json", compact.FILE)
+    weights = ("model.safetensors", "model.safetensors.index.json", compact_file.FILE)
     if (folder / export.INFO).is_file() and any((folder / name).is_file() for name in weights):
         return inspect_export.inspect(folder, progress)
-    raise ValueError(f"{folder}: {_what(folder)}")
+    raise ValueError(f"{folder}: {_reason(folder)}")
 
 
-def _what(folder: Path) -> str:
-    """Why it cannot be inspected, and what could be."""
+def _reason(folder: Path) -> str:
+    """A sentence on why a folder cannot be inspected, with folders that can."""
     if not folder.exists():
         return "there is no such folder."
     if not folder.is_dir():

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gap_ds.cli import plan as forecast
-from gap_ds.storage.json import printable
+from gap_ds.storage.errors import printable
 
 #: Above this many phases the table shows the first and the last ones only; the timeline shows all.
 _MAX_PHASES = 24
@@ -59,9 +59,9 @@ def doctor(console: Console, report: dict[str, Any]) -> None:
 
 def inspection(console: Console, figures: dict[str, Any], with_entries: bool) -> None:
     """Prints everything that `gap-ds inspect` has found."""
-    console.print(Text(printable(figures["signature"]), style="dim"), soft_wrap=True)
+    console.print(Text(printable(figures["signature"], None), style="dim"), soft_wrap=True)
     of = _of_export(figures) if figures["kind"] == "export" else _of_checkpoint(figures)
-    console.print(Text(printable(figures["path"]), style="bold"), soft_wrap=True)
+    console.print(Text(printable(figures["path"], None), style="bold"), soft_wrap=True)
     console.print(Text(of))
     if figures["partitions"]:
         _section(console, "Partitions", _counted(figures))
@@ -79,7 +79,7 @@ def inspection(console: Console, figures: dict[str, Any], with_entries: bool) ->
         Text("One thing is wrong" if len(problems) == 1 else f"{len(problems):,} things are wrong", style="red")
     )
     for problem in problems[:_MAX_PROBLEMS]:
-        console.print(Text(f"  {printable(problem)}"), soft_wrap=True)
+        console.print(Text(f"  {printable(problem, None)}"), soft_wrap=True)
     if len(problems) > _MAX_PROBLEMS:
         console.print(Text(f"  and {len(problems) - _MAX_PROBLEMS:,} more: see --json"))
 
@@ -94,17 +94,17 @@ def report(console: Console, figures: dict[str, Any]) -> None:
         flops = "" if run["training_flops"] is None else f"{run['training_flops']:.2f}"
         loss = "" if run["validation_loss"] is None else f"{run['validation_loss']:.3f}"
         scores = (f"{run['scores'][name]:.2f}" if name in run["scores"] else "" for name in figures["scores"])
-        table.add_row(printable(run["name"]), steps, density, flops, loss, *scores)
+        table.add_row(printable(run["name"], None), steps, density, flops, loss, *scores)
     console.print(table)
     missing: dict[str, list[str]] = {}
     for run in figures["runs"]:
         for text in run["missing"]:
-            missing.setdefault(text, []).append(printable(run["name"]))
+            missing.setdefault(text, []).append(printable(run["name"], None))
     if missing:
         grid = _grid()
         for text, names in missing.items():
             is_all = len(names) == len(figures["runs"]) > 1
-            grid.add_row("all" if is_all else "\n".join(names), printable(text))
+            grid.add_row("all" if is_all else "\n".join(names), printable(text, None))
         _section(console, "Not shown", grid)
     console.print()
     pictures = len(figures["pictures"])
@@ -289,7 +289,7 @@ def _of_checkpoint(figures: dict[str, Any]) -> str:
         where += f" ({phase['kind']}, round {phase['round']}, dense {dense})"
         steps += f" of {phase['total_steps']:,}"
     worker = "" if figures["worker"] is None else f", worker {figures['worker']}"
-    backend = printable(figures["backend"])
+    backend = printable(figures["backend"], None)
     return f"A checkpoint after step {steps}, in {where}; {backend}, {ranks:,} rank{'s' * (ranks > 1)}{worker}."
 
 
@@ -320,5 +320,5 @@ def _counted_entries(figures: dict[str, Any]) -> Table:
     table = _table(("", "right"), ("entry", "left"), *right)
     for name, row in figures["entries"].items():
         partition = "?" if row["partition"] is None else str(row["partition"])
-        table.add_row(partition, printable(name), *_counts({"entries": 1, **row}, counted)[1:])
+        table.add_row(partition, printable(name, None), *_counts({"entries": 1, **row}, counted)[1:])
     return table

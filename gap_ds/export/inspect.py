@@ -1,131 +1,85 @@
-"""What an export holds, dense or compact: every tensor is read and counted, and compared with what gap.json says."""
+"""Counts of an export, dense or compact: every tensor is read, counted and compared with gap.json."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from gap_ds.checkpoint.run_state import Count
-from gap_ds.export import compact
-from gap_ds.export import folder as export
-from gap_ds.masks.legality import Legality, multiple, possible_dims
+from gap_ds.export import compact_file
+from gap_ds.export.folder import Progress, weight_files
+from gap_ds.export.info import INFO, EntryInfo, ExportInfo
+from gap_ds.masks.legality import Legality, multiple
 from gap_ds.method import pattern
 from gap_ds.method.pattern import Pattern, Unstructured
-from gap_ds.method.signature import config_of
-from gap_ds.storage import files
-from gap_ds.storage import json as records
-from gap_ds.storage import safetensors as tensorfile
-
-#: Called with a file's or tensor's name and the bytes done and in all.
-Progress = Callable[[str, int, int], None]
+from gap_ds.storage.atomic import sha256
+from gap_ds.storage.errors import printable
+from gap_ds.storage.json import Record, read_json
+from gap_ds.storage.safetensors import NAMES, chunk_rows, chunks, open_tensors
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-
-class EntryInfo(records.Record):
-    """A line of `entries` in gap.json."""
-
-    keep: Count
-    nonzero: Count
-    numel: Count
-    partition: Annotated[int, Field(ge=0, lt=2**31)]
-    dims: list[Count] | None = None
-
-    def known_dims(self, n: int) -> tuple[int, int] | None:
-        """Output and input dimension of a tensor of n dimensions, if they are said and can be."""
-        pair = tuple(self.dims or ())
-        return (pair[0], pair[1]) if pair in possible_dims(n) else None
-
-
-class ExportInfo(records.Record):
-    """gap.json as `GaPEngine.export` writes it."""
-
-    signature: str
-    applied_steps: Count
-    entry_sparsity: float
-    model_sparsity: float
-    kept: Count
-    numel: Count
-    model_numel: Count | None = None
-    entries: dict[str, EntryInfo]
-    sha256: dict[str, str] = Field(default_factory=dict)
+_COLUMNS = ("entries", "weights", "keep", "nonzero")
 
 
 def inspect(folder: Path, progress: Progress) -> dict[str, Any]:
-    """The figures of an export, for JSON; what is wrong with it is in `problems`, a sentence each.
+    """The figures of an export, for JSON; `problems` has a sentence for each thing that is wrong.
 
     Raises:
         ValueError: gap.json or a file of weights cannot be read.
     """
-    info = records.read_json(folder / export.INFO, ExportInfo)
-    config = config_of(info.signature)
-    the_pattern = pattern.parse(config.pattern) if config is not None else Unstructured()
-    entries: dict[str, dict[str, Any]] = {}
-    problems: list[str] = []
-    whole: Counter[str] = Counter()
-    dtypes: Counter[str] = Counter()
+    info = read_json(folder / INFO, ExportInfo)
+    the_pattern = pattern.parse(info.config.pattern)
     paths = _weight_files(folder)
-    is_compact = folder / compact.FILE in paths
-    sizes = {path: path.stat().st_size for path in paths if path.is_file()}
-    hashed = [path for path in sizes if path.name in info.sha256]  # earlier exports have no digests
-    dense = compact.figures(folder)["dense_bytes"] if is_compact else sum(sizes.values())
-    done, total = 0, sum(sizes[path] for path in hashed) + dense
+    is_compact = folder / compact_file.FILE in paths
+    total = compact_file.figures(folder)["dense_bytes"] if is_compact else _size(paths)
+    hashed = [path for path in paths if path.name in info.sha256 and path.is_file()]
+    count = _Count(progress, total + _size(hashed))
     for path in hashed:
-        if export.sha256(path) != info.sha256[path.name]:
-            problems.append(f"{path.name}: was changed: {export.INFO} has another SHA-256 of it")
-        done += sizes[path]
-        progress(path.name, done, total)
+        if sha256(path) != info.sha256[path.name]:
+            count.problems.append(f"{path.name}: was changed: {INFO} has another SHA-256 of it")
+        count.advance(path.name, path.stat().st_size)
     for path, expected in paths.items():
-        with _open(path) as file:
-            names = list(file.keys())
-            if expected is not None and (lost := sorted(set(expected) - set(names))):
-                problems.append(f"{path.name}: lacks {records.printable(lost[0])}, which the index says it has")
-            for name in names:
-                figures, problem = _count(file, name, info.entries.get(name), the_pattern)
-                if problem:
-                    problems.append(f"{records.printable(name)}: {problem}")
-                dtypes[figures["dtype"]] += figures["weights"]
-                whole.update(weights=figures["weights"], nonzero=figures["nonzero"], bytes=figures["bytes"], tensors=1)
-                if name in info.entries:
-                    entries[name] = figures
-                done += figures["bytes"]
-                progress(records.printable(name), done, total)
-    shared_budget = config is not None and config.distribution == "global"
-    problems += [f"{records.printable(name)}: is in no file" for name in info.entries if name not in entries]
+        with _opened(path) as tensors:
+            if expected is not None and (lost := sorted(set(expected) - set(tensors))):
+                count.problems.append(f"{path.name}: lacks {printable(lost[0])}, which the index says it has")
+            for name, tensor in tensors.items():
+                count.add(name, tensor, info.entries.get(name), the_pattern)
+    entries, problems = count.entries, count.problems
+    problems += [f"{printable(name)}: is in no file" for name in info.entries if name not in entries]
     rows = _partitions(info, entries)
-    problems += _budgets(info, entries, rows, shared_budget) + _totals(info) + _config_dtype(folder, dtypes)
-    notes = _notes(info, entries, config is None)
+    problems += _budgets(info, entries, rows) + _totals(info) + _config_dtype(folder, count.dtypes)
+    notes = _notes(info, entries)
     if is_compact:
         problems += _signature(folder, info)
         notes += _saved(folder)
-    elif (folder / compact.FILE).is_file():
-        notes.append(f"{', '.join(path.name for path in paths)}: checked; {compact.FILE}, which is there too, is not")
+    elif (folder / compact_file.FILE).is_file():
+        names = ", ".join(path.name for path in paths)
+        notes.append(f"{names}: checked; {compact_file.FILE}, which is there too, is not")
     return {
         "kind": "export",
         "path": str(folder),
         "signature": info.signature,
-        "method": config.method if config is not None else None,
-        "pattern": str(the_pattern) if config is not None else None,
+        "method": info.config.method,
+        "pattern": str(the_pattern),
         "applied_steps": info.applied_steps,
         "files": len(paths),
-        "tensors": whole["tensors"],
-        "bytes": whole["bytes"],
-        "dtypes": dict(dtypes),
-        "model": {"weights": whole["weights"], "nonzero": whole["nonzero"]},
+        "tensors": count.whole["tensors"],
+        "bytes": count.whole["bytes"],
+        "dtypes": dict(count.dtypes),
+        "model": {"weights": count.whole["weights"], "nonzero": count.whole["nonzero"]},
         "partitions": rows,
         "entries": {
-            name: {"partition": said.partition, "keep": said.keep, **_without(entries[name], "bytes")}
-            for name, said in info.entries.items()
+            name: {"partition": row.partition, "keep": row.keep, **_without(entries[name], "bytes")}
+            for name, row in info.entries.items()
             if name in entries
         },
         "notes": notes,
@@ -133,179 +87,182 @@ def inspect(folder: Path, progress: Progress) -> dict[str, Any]:
     }
 
 
-def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
-    """As `export.weight_files`; where there is only the compact form, its file."""
-    path = folder / compact.FILE
-    if path.is_file() and not any(folder.glob("model.safetensors*")):
-        return {path: None}
-    return export.weight_files(folder)
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[Any]:
-    """A file of weights, as safetensors opens it."""
-    if path.name != compact.FILE:
-        with files.open_tensors(path) as file:
-            yield file
-        return
-    with compact.opened(path.parent) as tensors:
-        yield _Compact(tensors)
-
-
-class _Compact:
-    """A compact file in the words of safetensors: dense tensors, one at a time."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = tensors
-        self._last: tuple[str, _Slice] | None = None
-
-    def keys(self) -> list[str]:
-        return list(self._tensors)
-
-    def get_tensor(self, name: str) -> Tensor:
-        return self._tensors[name]
-
-    def get_slice(self, name: str) -> _Slice:
-        if self._last is None or self._last[0] != name:
-            self._last = name, _Slice(self._tensors[name])
-        return self._last[1]
+# -- files -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Slice:
-    tensor: Tensor
+class _Tensor:
+    """A tensor of a file. chunks: called with a number of rows; its pieces, multiples of that many rows."""
 
-    def get_shape(self) -> list[int]:
-        return list(self.tensor.shape)
-
-    def get_dtype(self) -> str:
-        return tensorfile.NAMES[self.tensor.dtype]
-
-    def __getitem__(self, index: slice) -> Tensor:
-        return self.tensor[index]
+    shape: Sequence[int]
+    dtype: str
+    chunks: Callable[[int], Iterator[Tensor]]
 
 
-def _saved(folder: Path) -> list[str]:
-    found = compact.figures(folder)
-    return [f"compact form: {found['file_bytes']:,} bytes; the dense tensors have {found['dense_bytes']:,}"]
+def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
+    """As `weight_files`; where there is only the compact form, its file."""
+    path = folder / compact_file.FILE
+    if path.is_file() and not any(folder.glob("model.safetensors*")):
+        return {path: None}
+    return weight_files(folder)
 
 
-def _count(file: Any, name: str, said: EntryInfo | None, the_pattern: Pattern) -> tuple[dict[str, Any], str | None]:
-    """The counts of one tensor and what is wrong with it."""
-    piece = file.get_slice(name)
-    shape = piece.get_shape()
-    dims = said.known_dims(len(shape)) if said is not None else None
+def _size(paths: Iterable[Path]) -> int:
+    return sum(path.stat().st_size for path in paths if path.is_file())
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[dict[str, _Tensor]]:
+    """The tensors of a file of weights. A dense file is read in chunks, of a compact one each tensor becomes dense."""
+    if path.name == compact_file.FILE:
+        with compact_file.opened(path.parent) as dense:
+
+            def split(name: str, rows: int) -> Iterator[Tensor]:
+                whole = dense[name]
+                yield from torch.split(whole, chunk_rows(whole.shape, rows)) if whole.dim() else [whole]
+
+            found = compact_file.read_contents(path.parent).tensors
+            yield {t.name: _Tensor(list(t.shape), NAMES[t.dtype], partial(split, t.name)) for t in found}
+        return
+    with open_tensors(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        yield {
+            name: _Tensor(piece.get_shape(), piece.get_dtype(), partial(chunks, file, name))
+            for name, piece in slices.items()
+        }
+
+
+# -- counts ------------------------------------------------------------------------------------------------------------
+
+
+class _Count:
+    """Counts of the tensors so far: of each entry, and of all together."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self._progress, self._done, self._total = progress, 0, total
+        self.entries: dict[str, dict[str, Any]] = {}
+        self.problems: list[str] = []
+        self.whole: Counter[str] = Counter()
+        self.dtypes: Counter[str] = Counter()
+
+    def advance(self, name: str, size: int) -> None:
+        self._done += size
+        self._progress(printable(name), self._done, self._total)
+
+    def add(self, name: str, tensor: _Tensor, entry: EntryInfo | None, the_pattern: Pattern) -> None:
+        figures, problem = _count(tensor, entry, the_pattern)
+        if problem:
+            self.problems.append(f"{printable(name)}: {problem}")
+        self.dtypes[figures["dtype"]] += figures["weights"]
+        self.whole.update(weights=figures["weights"], nonzero=figures["nonzero"], bytes=figures["bytes"], tensors=1)
+        if entry is not None:
+            self.entries[name] = figures
+        self.advance(name, figures["bytes"])
+
+
+def _count(tensor: _Tensor, entry: EntryInfo | None, the_pattern: Pattern) -> tuple[dict[str, Any], str | None]:
+    """The counts of one tensor and a sentence on what is wrong with it."""
     legality = None
-    if said is not None and not isinstance(the_pattern, Unstructured):
-        legality = Legality(the_pattern, shape, dims, exact=False, keep=said.keep)
+    if entry is not None and not isinstance(the_pattern, Unstructured):
+        dims = entry.known_dims(len(tensor.shape))
+        legality = Legality(the_pattern, tensor.shape, dims, exact=False, keep=entry.keep)
     nonzero, size, is_finite = 0, 0, True
-    for part in files.chunks(file, name, multiple(the_pattern)):
-        values = files.plain(part)
+    for part in tensor.chunks(multiple(the_pattern)):
+        # 8-bit floats have few operations.
+        values = part.float() if part.is_floating_point() and part.element_size() < 2 else part
         size += part.numel() * part.element_size()
-        is_finite &= files.is_finite(values)
+        is_finite &= not values.is_floating_point() or bool(torch.isfinite(values).all())
         kept = values != 0
         nonzero += int(torch.count_nonzero(kept))
         if legality is not None:
             legality.add(kept)
-    figures = {"weights": math.prod(shape), "nonzero": nonzero, "shape": shape, "dtype": piece.get_dtype()}
-    figures["bytes"] = size
+    numel = math.prod(tensor.shape)
+    figures = {"weights": numel, "nonzero": nonzero, "shape": tensor.shape, "dtype": tensor.dtype, "bytes": size}
     problem = None
     if not is_finite:
         problem = "holds values that are NaN or infinite"
-    elif said is not None and said.numel != figures["weights"]:
-        problem = f"has {figures['weights']:,} weights, {export.INFO} says {said.numel:,}"
-    elif said is not None and said.nonzero != nonzero:
-        problem = f"has {nonzero:,} weights that are not zero, {export.INFO} says {said.nonzero:,}"
+    elif entry is not None and entry.numel != numel:
+        problem = f"has {numel:,} weights, {INFO} says {entry.numel:,}"
+    elif entry is not None and entry.nonzero != nonzero:
+        problem = f"has {nonzero:,} weights that are not zero, {INFO} says {entry.nonzero:,}"
     elif legality is not None:
         problem = legality.problem()
     return figures, problem
 
 
-def _partitions(info: ExportInfo, entries: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def _partitions(info: ExportInfo, entries: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
     rows: dict[int, Counter[str]] = {}
-    for name, said in info.entries.items():
+    for name, entry in info.entries.items():
         if name in entries:
-            found = entries[name]
-            row = rows.setdefault(said.partition, Counter())
-            row.update(entries=1, weights=found["weights"], keep=said.keep, nonzero=found["nonzero"])
+            row = rows.setdefault(entry.partition, Counter())
+            row.update(entries=1, keep=entry.keep, **{key: entries[name][key] for key in ("weights", "nonzero")})
     return [{"partition": k, **{key: rows[k][key] for key in _COLUMNS}} for k in sorted(rows)]
 
 
-_COLUMNS = ("entries", "weights", "keep", "nonzero")
+# -- problems and notes ------------------------------------------------------------------------------------------------
 
 
 def _budgets(
-    info: ExportInfo, entries: dict[str, dict[str, Any]], rows: list[dict[str, Any]], shared_budget: bool
+    info: ExportInfo, entries: Mapping[str, dict[str, Any]], partitions: Sequence[Mapping[str, int]]
 ) -> list[str]:
-    """Entries with more weights than they may keep; with a budget for each partition, partitions."""
-    if shared_budget:
-        return [
-            f"partition {row['partition']}: has {row['nonzero']:,} weights that are not zero, its budget is "
-            f"{row['keep']:,}"
-            for row in rows
-            if row["nonzero"] > row["keep"]
-        ]
+    """Entries with more weights than they may keep; where entries share a budget, partitions."""
+    if info.config.distribution == "global":
+        rows = [(f"partition {row['partition']}", row["nonzero"], row["keep"]) for row in partitions]
+    else:
+        rows = [(printable(n), entries[n]["nonzero"], e.keep) for n, e in info.entries.items() if n in entries]
     return [
-        f"{records.printable(name)}: has {entries[name]['nonzero']:,} weights that are not zero, its budget is "
-        f"{said.keep:,}"
-        for name, said in info.entries.items()
-        if name in entries and entries[name]["nonzero"] > said.keep
+        f"{name}: has {nonzero:,} weights that are not zero, its budget is {keep:,}"
+        for name, nonzero, keep in rows
+        if nonzero > keep
     ]
 
 
 def _signature(folder: Path, info: ExportInfo) -> list[str]:
-    """Whether the compact file is of the run that gap.json is of."""
-    if compact.header(folder).signature == info.signature:
+    if compact_file.read_contents(folder).signature == info.signature:
         return []
-    return [f"{compact.FILE}: has another signature than {export.INFO}: one of them is of another run"]
+    return [f"{compact_file.FILE}: has another signature than {INFO}: one of them is of another run"]
+
+
+def _saved(folder: Path) -> list[str]:
+    found = compact_file.figures(folder)
+    return [f"compact form: {found['file_bytes']:,} bytes; the dense tensors have {found['dense_bytes']:,}"]
 
 
 def _totals(info: ExportInfo) -> list[str]:
-    """Whether gap.json agrees with itself."""
+    """Totals in gap.json that its entries do not add up to."""
     problems = []
     for key, total in (("kept", "keep"), ("numel", "numel")):
         found = sum(getattr(entry, total) for entry in info.entries.values())
         if getattr(info, key) != found:
-            problems.append(f'{export.INFO}: "{key}" is {getattr(info, key):,}, its entries have {found:,}')
-    if info.numel and abs(info.entry_sparsity - (info.numel - info.kept) / info.numel) > 1e-9:
-        problems.append(f'{export.INFO}: "entry_sparsity" is {info.entry_sparsity}, which its counts do not give')
-    # Exports without "model_numel" do not say of how many weights it is the share; the model has its entries at least.
-    if info.model_numel:
-        wrong = abs(info.model_sparsity - (info.numel - info.kept) / info.model_numel) > 1e-9
-    else:
-        wrong = not -1e-9 < info.model_sparsity < info.entry_sparsity + 1e-9
-    if wrong:
-        problems.append(f'{export.INFO}: "model_sparsity" is {info.model_sparsity}, which its counts do not give')
+            problems.append(f'{INFO}: "{key}" is {getattr(info, key):,}, its entries have {found:,}')
+    for key, numel in (("entry_sparsity", info.numel), ("model_sparsity", info.model_numel)):
+        if numel and abs(getattr(info, key) - (info.numel - info.kept) / numel) > 1e-9:
+            problems.append(f'{INFO}: "{key}" is {getattr(info, key)}, which its counts do not give')
     return problems
 
 
+class _HfConfig(Record):
+    dtype: Any = None
+    torch_dtype: Any = None
+
+
 def _config_dtype(folder: Path, dtypes: Counter[str]) -> list[str]:
-    """Whether config.json, where there is one, has the dtype of the weights: `from_pretrained` believes it."""
-
-    class HfConfig(records.Record):
-        dtype: Any = None
-        torch_dtype: Any = None
-
+    """A sentence if config.json has another dtype than the weights: `from_pretrained` follows it."""
     if not (folder / "config.json").is_file() or not dtypes:
         return []
-    config = records.read_json(folder / "config.json", HfConfig)
-    said = config.dtype or config.torch_dtype
+    config = read_json(folder / "config.json", _HfConfig)
+    named = config.dtype or config.torch_dtype
     held = {_DTYPES.get(dtype, dtype) for dtype in dtypes}
-    if isinstance(said, str) and said not in held:
+    if isinstance(named, str) and named not in held:
         names = ", ".join(sorted(held))
-        return [f"config.json: says that the weights are {records.printable(json.dumps(said))}, they are {names}"]
+        return [f"config.json: says that the weights are {printable(json.dumps(named))}, they are {names}"]
     return []
 
 
-def _notes(info: ExportInfo, entries: dict[str, dict[str, Any]], unread: bool) -> list[str]:
-    notes = []
-    zeros = sum(said.keep - entries[name]["nonzero"] for name, said in info.entries.items() if name in entries)
-    if zeros > 0:
-        notes.append(f"{zeros:,} weights inside the budgets are exactly zero")
-    if unread:
-        notes.append("the signature is one that this version cannot read: the pattern is not checked")
-    return notes
+def _notes(info: ExportInfo, entries: Mapping[str, dict[str, Any]]) -> list[str]:
+    zeros = sum(entry.keep - entries[name]["nonzero"] for name, entry in info.entries.items() if name in entries)
+    return [f"{zeros:,} weights inside the budgets are exactly zero"] if zeros > 0 else []
 
 
-def _without(figures: dict[str, Any], key: str) -> dict[str, Any]:
+def _without(figures: Mapping[str, Any], key: str) -> dict[str, Any]:
     return {name: value for name, value in figures.items() if name != key}

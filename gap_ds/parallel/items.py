@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from gap_ds.storage.errors import printable
 from gap_ds.storage.json import parse_table
 from gap_ds.storage.safetensors import Layout
 
-FORMAT = "gap_ds.exchange"
+FORMAT: Final = "gap_ds.exchange"
 VERSION = 2
 
 #: The dtypes that are exchanged unchanged.

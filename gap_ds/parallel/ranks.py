@@ -7,7 +7,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
-from gap_ds.sharding.comm import Comm, summarize_error
+from gap_ds.sharding.comm import Comm
+from gap_ds.storage.errors import summarize_error
 
 #: Seconds between two meetings of the ranks while rank 0 works.
 _MEET = 5.0

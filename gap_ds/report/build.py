@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
-from gap_ds.export import folder as export
-from gap_ds.export.inspect import Progress
+from gap_ds.export.folder import Progress, weight_files
 from gap_ds.method.schedule import Schedule
 from gap_ds.report import page as report_page
 from gap_ds.report import runs as report_runs
 from gap_ds.report.page import Picture
 from gap_ds.report.runs import SCORES, History, Run
-from gap_ds.storage import files
-from gap_ds.storage import json as records
+from gap_ds.storage.atomic import replacing
+from gap_ds.storage.errors import printable
+from gap_ds.storage.safetensors import chunks, open_tensors
 
 try:
     from gap_ds.report import plots
@@ -43,7 +43,7 @@ def report(folders: Sequence[Path], page: Path, progress: Progress) -> dict[str,
         ValueError: a folder is none of a run, a file in it is damaged, or the page cannot be written.
     """
     folders = report_runs.find(folders)
-    names = [records.printable(name) for name in report_runs.names_of(folders)]
+    names = [printable(name) for name in report_runs.names_of(folders)]
     runs = [report_runs.load(folder, name) for folder, name in zip(folders, names, strict=True)]
     jobs = [*_comparisons(runs), *(job for run in runs for job in _pictures(run))]
     pictures: list[Picture] = []
@@ -60,9 +60,8 @@ def report(folders: Sequence[Path], page: Path, progress: Progress) -> dict[str,
         page.parent.mkdir(parents=True, exist_ok=True)
         for picture in pictures:
             (page.parent / picture.file).write_bytes(picture.png)
-        aside = page.with_name(page.name + ".partial")
-        aside.write_text(report_page.html(figures, used, pictures), encoding="utf-8")
-        aside.replace(page)
+        with replacing(page) as aside:
+            aside.write_text(report_page.html(figures, used, pictures), encoding="utf-8")
     except OSError as error:
         raise ValueError(f"--output {page}: cannot be written ({error.strerror}).") from None
     return {
@@ -120,7 +119,7 @@ def _pictures(run: Run) -> list[_Job]:
         )
     if run.layers and max(run.layers.values()) - min(run.layers.values()) > _EVEN:
         add("layers", "Counted in the final model. Rows are in the order of the model.", lambda: _layers(run))
-    if run.model is not None:
+    if run.export is not None:
         add(
             "magnitudes",
             "Read from the exported model. Pruned weights are exactly zero; the few smallest others are left out.",
@@ -221,21 +220,19 @@ def _layers(run: Run) -> bytes:
 
 def _magnitudes(run: Run) -> bytes | None:
     """Reads the export a chunk at a time."""
-    assert run.model is not None
-    from gap_ds.export.inspect import ExportInfo
-
-    info = records.read_json(run.model / "gap.json", ExportInfo)
+    assert run.export is not None
+    info = run.export
     kappa = 1 + max((entry.partition for entry in info.entries.values()), default=0)
     if not info.entries or kappa > len(info.entries):
         return None
     bins = (_HIGHEST - _LOWEST) * _PER_OCTAVE
     counts, zeros = torch.zeros(kappa, bins, dtype=torch.int64), [0] * kappa
-    for path in export.weight_files(run.model):
-        with files.open_tensors(path) as file:
+    for path in weight_files(run.folder / "model"):
+        with open_tensors(path) as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
                 if name in info.entries:
                     k = info.entries[name].partition
-                    for part in files.chunks(file, name):
+                    for part in chunks(file, name):
                         row, none = histogram(part)
                         counts[k] += row
                         zeros[k] += none

@@ -10,24 +10,21 @@ gap.json          the config, if the run was given one in its folder
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from gap_ds.checkpoint import folder as checkpoint
-from gap_ds.checkpoint.run_state import Count, State
-from gap_ds.export import folder as export
-from gap_ds.export.inspect import EntryInfo
+from gap_ds import checkpoint
+from gap_ds.checkpoint.run_state import State, StoredConfig
+from gap_ds.export.info import INFO, EntryInfo, ExportInfo
 from gap_ds.method import schedule
 from gap_ds.method.config import GaPConfig
 from gap_ds.method.schedule import Schedule
-from gap_ds.method.signature import config_of, schedule_of
-from gap_ds.storage import json as records
+from gap_ds.storage.json import Count, Record, parse_json, read_json
 from gap_ds.training import history
 
 #: Scores that results.json may have, in the order of the columns, and how to write them.
@@ -43,10 +40,11 @@ SCORES = {
 _LONGEST_LINE = 64 * 2**20
 
 
-class Results(records.Record):
+class Results(Record):
     """results.json, as far as the report reads it. Every part may be missing."""
 
     signature: str | None = None
+    config: StoredConfig | None = None
     applied_steps: Count | None = None
     entry_sparsity: float | None = None
     model_sparsity: float | None = None
@@ -65,22 +63,30 @@ class Results(records.Record):
     top5: float | None = None
 
 
-class _Point(records.Record):
+#: A number that may be NaN or infinite in a line of metrics, which then counts as missing.
+_Logged = Annotated[
+    float | None, AfterValidator(lambda value: None if value is None or not math.isfinite(value) else value)
+]
+
+
+class _Point(Record):
+    model_config = ConfigDict(allow_inf_nan=True)
+
     kind: str
     step: Count
     epoch: Count | None = None
-    loss: float | None = None
-    density: float | None = None
-    bleu: float | None = None
+    loss: _Logged = None
+    density: _Logged = None
+    bleu: _Logged = None
 
 
-class _Header(records.Record):
+class _Header(Record):
     format: str
     version: int
     entries: list[tuple[str, Annotated[int, Field(ge=1)], Annotated[int, Field(ge=0, lt=2**31)]]]
 
 
-class Boundary(records.Record):
+class Boundary(Record):
     """What masks did before one step: a line of the history after its first. A value for each entry, in its order.
 
     kept: weights active in the steps that follow; all of a dense entry. came, went: weights that the entry's new mask
@@ -132,17 +138,13 @@ class Run:
     schedule: Schedule | None
     entries: dict[str, EntryInfo]
     history: History | None
+    export: ExportInfo | None
     train: list[tuple[int, float]] = field(default_factory=list)
     validation: list[tuple[int, float]] = field(default_factory=list)
     bleu: list[tuple[int, float]] = field(default_factory=list)
     density: list[tuple[int, float]] = field(default_factory=list)
     epochs: list[tuple[int, int]] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
-
-    @property
-    def model(self) -> Path | None:
-        """The export, if there is one."""
-        return self.folder / "model" if (self.folder / "model" / export.INFO).is_file() else None
 
     @property
     def scores(self) -> dict[str, float]:
@@ -226,16 +228,18 @@ def load(folder: Path, name: str) -> Run:
     Raises:
         ValueError: results.json or the export's gap.json is damaged. Damaged lines of metrics are left out and told.
     """
-    results = records.read_json(folder / "results.json", Results) if (folder / "results.json").is_file() else Results()
+    results = read_json(folder / "results.json", Results) if (folder / "results.json").is_file() else Results()
+    export = read_json(folder / "model" / INFO, ExportInfo) if (folder / "model" / INFO).is_file() else None
     state = _state(folder)
-    said = results.signature or (state.signature if state is not None else None)
-    config = (config_of(said) if said is not None else None) or _config(folder / "gap.json")
+    signature = results.signature or (state.signature if state is not None else None)
+    config = next((found.config for found in (results, state, export) if found is not None and found.config), None)
+    config = config or _config(folder / "gap.json")
     if any(entry.partition >= len(results.entries) for entry in results.entries.values()):
         raise ValueError(f"{folder / 'results.json'}: is damaged: it has more partitions than entries.")
-    run = Run(name, folder, results, said, config, None, dict(results.entries), None)
+    run = Run(name, folder, results, signature, config, None, dict(results.entries), None, export)
     if not (folder / "results.json").is_file():
         run.missing.append("scores, cost and layers: the run is not over (it has no results.json)")
-        if state is not None and state.entries is not None:
+        if state is not None:
             run.entries = {
                 name: EntryInfo(keep=keep, nonzero=keep, numel=math.prod(shape), partition=k)
                 for name, shape, k, keep, _ in state.entries
@@ -244,7 +248,7 @@ def load(folder: Path, name: str) -> Run:
     _read_metrics(run)
     run.schedule = _schedule(run, state)
     if run.schedule is None:
-        run.missing.append("the schedule: neither results.json nor a checkpoint tells it")
+        run.missing.append("the schedule: neither results.json nor a checkpoint has it")
     run.history = _history(run)
     return run
 
@@ -269,7 +273,7 @@ def _is_run(folder: Path) -> bool:
 def _state(folder: Path) -> State | None:
     """state.json of the latest checkpoint, where there is a readable one."""
     try:
-        return records.read_json(checkpoint.find(folder / "checkpoints") / "gap" / "state.json", State)
+        return read_json(checkpoint.find(folder / "checkpoints") / "gap" / "state.json", State)
     except ValueError:
         return None
 
@@ -286,9 +290,7 @@ def _schedule(run: Run, state: State | None) -> Schedule | None:
     if config is None:
         return None
     worker = run.results.worker or (state.worker if state is not None else None) or 0
-    if state is not None and (found := schedule_of(config, state.first_steps, worker)) is not None:
-        return found
-    steps_per_epoch = run.results.steps_per_epoch
+    steps_per_epoch = run.results.steps_per_epoch or (state.steps_per_epoch if state is not None else None)
     if steps_per_epoch is None and run.epochs:
         # As the losses at the ends of epochs have it, if all agree.
         step, epochs = run.epochs[0]
@@ -304,11 +306,8 @@ def _read_metrics(run: Run) -> None:
     path, damaged = run.folder / "metrics.jsonl", 0
     for line in _lines(path):
         try:
-            # Python's parser, because it takes the NaN that Python writes.
-            row = json.loads(line)
-            row = {k: v for k, v in row.items() if not (isinstance(v, float) and not math.isfinite(v))}
-            point = _Point.model_validate(row)
-        except (ValueError, AttributeError, RecursionError):
+            point = parse_json(line, _Point)
+        except ValueError:
             damaged += 1
             continue
         curve = {"train": run.train, "validation": run.validation}.get(point.kind)
@@ -335,7 +334,7 @@ def _history(run: Run) -> History | None:
         return None
     try:
         lines = _lines(path)
-        header = _Header.model_validate_json(next(lines, ""))
+        header = parse_json(next(lines, ""), _Header)
         if (header.format, header.version) != (history.FORMAT, history.VERSION):
             raise ValueError("another format")
         names = [row[0] for row in header.entries]
@@ -343,13 +342,13 @@ def _history(run: Run) -> History | None:
         boundaries = []
         for line in lines:
             try:
-                boundaries.append(Boundary.model_validate_json(line))
-            except ValidationError:  # a kill can cut the last line short
+                boundaries.append(parse_json(line, Boundary))
+            except ValueError:  # a kill can cut the last line short
                 run.missing.append(f"what follows line {len(boundaries) + 1} of {history.NAME}, which is damaged")
                 break
         if not boundaries or any(len(boundary.kept) != len(names) for boundary in boundaries):
             raise ValueError("no boundary, or another number of entries")
-    except (ValueError, ValidationError):
+    except ValueError:
         run.missing.append(f"changes of masks and exploration: {history.NAME} is damaged or of another version")
         return None
     return History(names, numel, partition, sorted(boundaries, key=lambda b: b.step))

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gap_ds.storage.errors import error_text
+
 T = TypeVar("T")
 
 #: Weights that travel at a time.
@@ -188,13 +190,3 @@ def raise_on_all_ranks(world: Comm, work: Callable[[], T]) -> T:
     rows = world.all_gather(row)
     first = bytes(rows[int(failed.nonzero()[0, 0])].tolist()).rstrip(b"\0").decode(errors="replace")
     raise ValueError(first) from error
-
-
-def summarize_error(error: BaseException) -> str:
-    """The kind of an error and the first line of what it says."""
-    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
-
-
-def error_text(error: BaseException) -> str:
-    """What an error says: our own are ValueErrors and say all, others are named."""
-    return str(error) if isinstance(error, ValueError) else summarize_error(error)

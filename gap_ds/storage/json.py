@@ -1,26 +1,33 @@
-"""JSON files of unknown origin, read against a model: what is wrong with one is a ValueError with one sentence."""
+"""JSON files: one reader, which validates against a pydantic model, and one writer."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-#: Bytes of JSON that are read at most; the gap.json of a model of a thousand entries has some hundred kilobytes.
+from gap_ds.storage.atomic import replacing
+from gap_ds.storage.errors import printable
+
+#: Size limit of a JSON file in bytes; the gap.json of a model of a thousand entries has some hundred kilobytes.
 _MOST_JSON = 256 * 2**20
 
-_Model = TypeVar("_Model", bound=BaseModel)
+_Value = TypeVar("_Value")
+
+#: A count in a file.
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Record(BaseModel):
-    """A JSON object of ours: types are strict, what is not asked for is ignored, NaN is refused."""
+    """Base of our JSON objects: types are strict, unknown keys are ignored, NaN is refused."""
 
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False, frozen=True)
 
 
-def read_json(path: Path, model: type[_Model]) -> _Model:
-    """A JSON file as a value of a pydantic model.
+def read_json(path: Path, model: type[_Value]) -> _Value:
+    """Reads an untrusted JSON file as a value of a pydantic model, or of a plain type such as `dict[str, Any]`.
 
     Raises:
         ValueError: the file is missing, too large, damaged, or does not hold such a value.
@@ -30,19 +37,64 @@ def read_json(path: Path, model: type[_Model]) -> _Model:
             raise ValueError(f"{path}: there is no such file.")
         if path.stat().st_size > _MOST_JSON:
             raise ValueError(f"{path}: has {path.stat().st_size:,} bytes, which is more than such a file can have.")
-        return model.model_validate_json(path.read_bytes())
+        data = path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}).") from None
+    try:
+        return parse_json(data, model)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}.") from None
+
+
+def parse_json(data: bytes | str, model: type[_Value]) -> _Value:
+    """Parses untrusted JSON as a value of a pydantic model or of a plain type.
+
+    Raises:
+        ValueError: it does not hold such a value.
+    """
+    try:
+        return TypeAdapter(model).validate_json(data)
     except ValidationError as error:
         first = error.errors()[0]
         where = f"{printable('.'.join(map(str, first['loc'])))}: " if first["loc"] else ""
-        raise ValueError(f"{path}: is damaged or of another kind ({where}{printable(first['msg'])}).") from None
+        raise ValueError(f"is damaged or of another kind ({where}{printable(first['msg'])})") from None
 
 
-def printable(text: str) -> str:
-    """A text without what would move a terminal's cursor or colour its letters.
+def write_json(path: Path, value: Any) -> None:
+    """Writes a plain value or a pydantic model as JSON; after a kill the file is whole or as before.
 
-    >>> printable("fc1.weight"), printable("a\\x1b[2Jb"), printable("ä\\n")
-    ('fc1.weight', 'a\\\\x1b[2Jb', 'ä\\\\n')
+    Of a model only the fields that were given are written; a reader fills in the defaults of the others.
+
+    Raises:
+        ValueError: JSON has no such value.
+        OSError: the disk refuses the file.
     """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    plain = value.model_dump(exclude_unset=True) if isinstance(value, BaseModel) else value
+    try:
+        text = json.dumps(plain, indent=1)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path.name}: holds what JSON cannot express: {error}") from None
+    with replacing(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def parse_table(text: bytes) -> dict[str, Any]:
+    """Parses an untrusted JSON object, such as the header of a safetensors file.
+
+    Raises:
+        ValueError: it is not JSON, not an object, or has a key twice.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a name comes twice")
+        return found
+
+    try:
+        found = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is no JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise ValueError("is no JSON table")
+    return found

@@ -49,6 +49,7 @@ def build(
         config=config,
         rule=rules.rule(config),
         schedule=phases,
+        steps_per_epoch=steps_per_epoch,
         plan=of_model,
         worker=worker,
         backend=backend,

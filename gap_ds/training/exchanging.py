@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from gap_ds.export import folder as export
+from gap_ds import export
 from gap_ds.method.plan import Plan
 from gap_ds.method.schedule import Phase
 from gap_ds.parallel import Exchange, ParallelWorker, Received, identity, items_of

@@ -21,11 +21,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gap_ds.checkpoint import folder as checkpoint
+from gap_ds import checkpoint
 from gap_ds.masks import bitmask
 from gap_ds.method.plan import Plan
 from gap_ds.method.schedule import Phase
-from gap_ds.sharding.comm import Comm, summarize_error
+from gap_ds.sharding.comm import Comm
+from gap_ds.storage.errors import summarize_error
 from gap_ds.training.mask_state import MaskState
 from gap_ds.training.observer import Observer
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gap_ds.checkpoint import folder as checkpoint
+from gap_ds import checkpoint
 from gap_ds.masks import bitmask, selection
 from gap_ds.method import rules
 from gap_ds.method.config import GaPConfig

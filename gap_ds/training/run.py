@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from gap_ds import export
 from gap_ds._version import __version__
 from gap_ds.checkpoint.run_state import State
-from gap_ds.export import folder as export
 from gap_ds.method import rules
 from gap_ds.method.config import GaPConfig
 from gap_ds.method.plan import Entry, Plan
@@ -37,6 +37,7 @@ class Run:
     config: GaPConfig
     rule: rules.Rule
     schedule: Schedule
+    steps_per_epoch: int | None
     plan: Plan
     worker: ParallelWorker | None
     backend: Backend
@@ -87,6 +88,8 @@ class Run:
         return State(
             applied_steps=step,
             signature=self.signature,
+            config=self.config,
+            steps_per_epoch=self.steps_per_epoch if self.config.in_epochs else None,
             plan=self.plan.fingerprint,
             entries=[(e.name, list(e.shape), e.partition, e.keep, list(e.dims)) for e in self.plan.entries],
             worker=None if self.worker is None else self.worker.index,
@@ -96,7 +99,6 @@ class Run:
             lr_scheduler=self.learning_rate.state(),
             grad_scaler=None if self.grad_scaler is None else self.grad_scaler.state_dict(),
             counters=self.backend.counters(),
-            manifest=True,
             client_state=client_state,
         )
 

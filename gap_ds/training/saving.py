@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gap_ds import checkpoint
+from gap_ds import export as export_files
 from gap_ds._version import __version__
-from gap_ds.checkpoint import folder as checkpoint
 from gap_ds.checkpoint import portable as portable_files
 from gap_ds.checkpoint.run_state import RandomState, State
-from gap_ds.export import folder as export_folder
 from gap_ds.method.schedule import Phase
-from gap_ds.sharding.comm import raise_on_all_ranks, summarize_error
-from gap_ds.storage.json import read_json
+from gap_ds.sharding.comm import raise_on_all_ranks
+from gap_ds.storage.errors import summarize_error
+from gap_ds.storage.json import read_json, write_json
 from gap_ds.training.run import Run
 
 
@@ -34,7 +35,7 @@ def save_masks(run: Run, folder: Path, step: int, phase: Phase) -> None:
     run.world.barrier()
     raise_on_all_ranks(run.world, lambda: _write_masks(run, folder, step, phase))
     if run.world.rank == 0:
-        checkpoint.write_json(folder / "state.json", run.state(step).model_dump())
+        write_json(folder / "state.json", run.state(step))
     run.world.barrier()
 
 
@@ -97,20 +98,20 @@ def export(
     run: Run, folder: Path, step: int, phase: Phase, tokenizer: Any, dtype: torch.dtype, overwrite: bool
 ) -> Path:
     """Writes the final sparse model; a partition that is dense now is pruned in the copy alone."""
-    target = export_folder.place(folder)
+    target = export_files.place(folder)
 
     def gather() -> dict[str, Tensor]:
         bits = {**run.mask_state.bits, **run.mask_state.select(run.to_prune(phase), step)}
         if not run.backend.comm.writes:
             return {}
-        return export_folder.full_weights(run.backend.module, run.backend.shards(), bits, run.backend.comm, dtype)
+        return export_files.full_weights(run.backend.module, run.backend.shards(), bits, run.backend.comm, dtype)
 
-    def about(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    def about(weights: Mapping[str, Tensor]) -> export_files.ExportInfo:
         nonzero = {entry.name: int(weights[entry.name].count_nonzero()) for entry in run.plan.entries}
-        info = export_folder.info(run.plan, run.schedule, run.signature, step, nonzero)
-        return {**info, "training_flops": run.plan.training_flops(info["mean_density"])}
+        info = export_files.ExportInfo.of(run.plan, run.schedule, run.config, run.signature, step, nonzero)
+        return info.model_copy(update={"training_flops": run.plan.training_flops(info.mean_density)})
 
-    export_folder.save(
+    export_files.save(
         target, run.backend.module, gather, about, run.world, tokenizer=tokenizer, dtype=dtype, overwrite=overwrite
     )
     return target
@@ -130,9 +131,9 @@ def _write_masks(run: Run, folder: Path, step: int, phase: Phase) -> None:
 
 
 def _write_state(run: Run, folder: Path, step: int, client_state: Any) -> None:
-    checkpoint.write_json(folder / f"rng_{run.world.rank}.json", RandomState.now().model_dump())
+    write_json(folder / f"rng_{run.world.rank}.json", RandomState.now())
     if run.world.rank == 0:
-        checkpoint.write_json(folder / "state.json", run.state(step, client_state).model_dump())
+        write_json(folder / "state.json", run.state(step, client_state))
 
 
 @dataclass(frozen=True)

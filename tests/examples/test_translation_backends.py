@@ -45,7 +45,7 @@ def translations(model: Any, tokenizer: Any) -> list[str]:
 
 def check_forms(folder: Path) -> None:
     """The dense folder, the compact one, and the model with all matrices by compressed rows translate alike."""
-    compact.compact(folder, folder.parent / "compact")
+    compact(folder, folder.parent / "compact")
     dense, tokenizer = translate.load(folder, torch.float32)
     packed, _ = translate.load(folder.parent / "compact", torch.float32)
     wanted = translations(dense, tokenizer)

@@ -20,7 +20,7 @@ from tokenizers import models as tokenizer_models
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
-from gap_ds.export import compact
+from gap_ds.export import compact, compact_file
 from gap_ds.inference import timing, tuning
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "translation" / "translate.py"
@@ -59,7 +59,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     tokenizer.save_pretrained(root / "dense")
     info = {"signature": "gap|x", "entries": {name: {} for name in names}}
     (root / "dense" / "gap.json").write_text(json.dumps(info))
-    assert compact.compact(root / "dense", root / "compact")["packed"] == len(names) == 32
+    assert compact(root / "dense", root / "compact")["packed"] == len(names) == 32
     return {"dense": root / "dense", "compact": root / "compact"}
 
 
@@ -161,7 +161,7 @@ def test_mistakes_are_named_in_one_sentence(folders, tmp_path: Path, capsys) -> 
     (tmp_path / "latin").write_bytes(b"caf\xe9\n")
     (tmp_path / "in").write_bytes(b"the dog\n")
     damaged = copied(folders["compact"], tmp_path / "damaged")
-    (damaged / compact.FILE).write_bytes((damaged / compact.FILE).read_bytes()[:-1])
+    (damaged / compact_file.FILE).write_bytes((damaged / compact_file.FILE).read_bytes()[:-1])
     cut = copied(folders["dense"], tmp_path / "cut")
     (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-1000])
     mute = copied(folders["dense"], tmp_path / "mute", leave_out="tokenizer")

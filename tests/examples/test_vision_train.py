@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
-from gap_ds.export import compact
+from gap_ds.export import compact, load_compact
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "sharding")]
 import launch  # noqa: E402
@@ -171,8 +171,8 @@ def test_a_pretrained_vit_gets_a_head_of_its_own(here: Path, run: Callable[[list
     assert model.config.num_labels == 10 and model.classifier.out_features == 10
     for name, weight in weights(tmp_path / "run").items():
         assert torch.equal(model.state_dict()[name], weight), name
-    compact.compact(tmp_path / "run" / "model", tmp_path / "compact")
-    for name, weight in compact.load_compact(tmp_path / "compact").state_dict().items():
+    compact(tmp_path / "run" / "model", tmp_path / "compact")
+    for name, weight in load_compact(tmp_path / "compact").state_dict().items():
         assert torch.equal(model.state_dict()[name], weight), name
 
 

@@ -12,7 +12,7 @@ from launch import run_workers
 from safetensors.torch import load_file
 
 from gap_ds.cli.export import export
-from gap_ds.export import compact
+from gap_ds.export import load_compact
 
 
 def test_rank_0_holds_once_what_the_last_of_four_ranks_has(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_a_hugging_face_model_is_exported_without_its_ranks(hugging_face: Path, 
     same: set[str] = ours.keys() - {"sha256"}
     assert all(ours[key] == theirs[key] for key in same) and 0 < ours["model_sparsity"] < ours["entry_sparsity"]
     write("compact", tmp_path / "compact")
-    model: Any = compact.load_compact(tmp_path / "compact")
+    model: Any = load_compact(tmp_path / "compact")
     state = model.state_dict()
     assert type(model).__name__ == "LlamaForCausalLM" and all(torch.equal(state[n], wanted[n]) for n in wanted)
 

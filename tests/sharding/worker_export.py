@@ -19,8 +19,7 @@ import toy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
-from gap_ds import GaPEngine
-from gap_ds.export import folder as export
+from gap_ds import GaPEngine, export
 from gap_ds.sharding.comm import Comm
 
 warnings.filterwarnings("ignore")

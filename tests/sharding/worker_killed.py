@@ -26,8 +26,7 @@ import torch.distributed as dist
 import toy
 import worker_fsdp
 
-from gap_ds import GaPEngine, ParallelWorker
-from gap_ds.checkpoint import folder as checkpoint
+from gap_ds import GaPEngine, ParallelWorker, checkpoint
 from gap_ds.parallel import Exchange
 
 warnings.filterwarnings("ignore")

@@ -27,8 +27,7 @@ import worker_zero
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gap_ds import GaPEngine
-from gap_ds.export import folder as export
+from gap_ds import GaPEngine, export
 
 warnings.filterwarnings("ignore")
 

@@ -22,12 +22,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from gap_ds import GaPConfig, GaPEngine, ParallelWorker
-from gap_ds.checkpoint import folder as checkpoint
+from gap_ds import GaPConfig, GaPEngine, ParallelWorker, checkpoint, export
 from gap_ds.checkpoint import portable
 from gap_ds.cli.inspect import inspect
-from gap_ds.export import compact
-from gap_ds.export import folder as export
+from gap_ds.export import compact, compact_file
 from gap_ds.method import plan, schedule
 from gap_ds.parallel import items as exchange_items
 from gap_ds.parallel import reading, records
@@ -227,9 +225,9 @@ def _exports(folder: Path) -> dict[str, Target]:
     engine = trained(8, CONFIG)
     dense, small = folder / "dense", folder / "small"
     engine.export(dense)
-    compact.compact(dense, small)
+    compact(dense, small)
     return {
-        "compact": Target(small / compact.FILE, lambda: list(compact.read(small))),
+        "compact": Target(small / compact_file.FILE, lambda: list(compact_file.read(small))),
         "export/gap.json": Target(dense / export.INFO, lambda: inspect(dense, lambda *_: None)),
         "export/weights": Target(dense / "model.safetensors", lambda: inspect(dense, lambda *_: None)),
     }

@@ -23,8 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gap_ds.method.plan import clean_name
 from gap_ds.sharding.backends import Backend, Training, uncompiled
-from gap_ds.sharding.comm import Comm, summarize_error
+from gap_ds.sharding.comm import Comm
 from gap_ds.sharding.shard import Shard
+from gap_ds.storage.errors import summarize_error
 
 
 def recognises(model: nn.Module) -> bool:

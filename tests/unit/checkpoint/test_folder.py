@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gap_ds.checkpoint import folder as checkpoint
+from gap_ds import checkpoint
 from gap_ds.checkpoint.run_state import RandomState
 from gap_ds.masks import bitmask
 from gap_ds.method.plan import Entry, Plan

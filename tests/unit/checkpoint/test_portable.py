@@ -22,8 +22,7 @@ from safetensors.torch import load_file, save_file
 from test_folder import ALONE, FULL, NAMES, PLAN, content_of, read, replace_header, writer
 from torch import Tensor, nn
 
-from gap_ds import GaPEngine
-from gap_ds.checkpoint import folder as checkpoint
+from gap_ds import GaPEngine, checkpoint
 from gap_ds.checkpoint import portable
 from gap_ds.masks import bitmask
 from gap_ds.sharding.backends import Backend, Training, detect

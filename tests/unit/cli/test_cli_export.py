@@ -16,9 +16,8 @@ from torch import nn
 pytest.importorskip("typer")
 pytest.importorskip("rich")
 
-from gap_ds import GaPEngine
-from gap_ds.export import compact
-from gap_ds.export import folder as export
+from gap_ds import GaPEngine, export
+from gap_ds.export import compact, compact_file, expand, load_compact
 
 from test_cli_inspect import CONFIGS, CYCLIC  # isort: skip
 
@@ -78,7 +77,7 @@ def test_it_is_what_the_engine_would_have_exported(command_line: Run, name: str,
     assert wanted.keys() - ours.keys() <= {"training_flops"}
     assert all(ours[key] == wanted[key] for key in ours.keys() - {"model_sparsity", "model_numel", "sha256"})
     assert command_line("export", str(saved), "compact")[0] == 0
-    assert same(compact.load_compact("compact"), weights("model"))
+    assert same(load_compact("compact"), weights("model"))
     assert command_line("inspect", "compact")[0] == command_line("inspect", "dense")[0] == 0
     code, _, err = command_line("export", "checkpoints", "bf16", "--format", "dense", "--dtype", "bfloat16")
     assert code == 2 and "nobody knows which of the tensors are buffers. Set --model, or leave --dtype." in err
@@ -116,7 +115,7 @@ def test_what_stands_in_the_way_is_said_in_one_sentence(command_line: Run, tmp_p
 
 def test_inspect_of_a_compact_folder_counts_its_weights(command_line: Run) -> None:
     trained("cyclic").export("model")
-    compact.compact("model", "compact")
+    compact("model", "compact")
     dense, packed = (json.loads(command_line("inspect", folder, "--json")[1]) for folder in ("model", "compact"))
     assert packed["problems"] == [] and any("compact form" in note for note in packed["notes"])
     same_in_both = ("model", "entries", "partitions", "dtypes", "tensors", "bytes", "signature")
@@ -132,17 +131,17 @@ def test_inspect_of_a_compact_folder_counts_its_weights(command_line: Run) -> No
     )
     code, out, _ = command_line("inspect", "compact")
     assert code == 1 and "has another signature than gap.json: one of them is of another run" in " ".join(out.split())
-    data = bytearray(Path("compact", compact.FILE).read_bytes())
+    data = bytearray(Path("compact", compact_file.FILE).read_bytes())
     data[-1] ^= 1
-    Path("compact", compact.FILE).write_bytes(data)
+    Path("compact", compact_file.FILE).write_bytes(data)
     assert command_line("inspect", "compact")[0] == 2
 
 
 def test_inspect_holds_the_files_against_gap_json(command_line: Run) -> None:
     """A bias that was changed is in no count; an export of before has no digests and no "model_numel"."""
     trained("cyclic").export("model")
-    compact.compact("model", "compact")
-    compact.expand("compact", "again")
+    compact("model", "compact")
+    expand("compact", "again")
 
     def problems(folder: str) -> list[str]:
         code, out, _ = command_line("inspect", folder, "--json")
@@ -229,7 +228,7 @@ def test_a_hugging_face_model(translator: GaPEngine, command_line: Run, source: 
     loaded = transformers.AutoModelForSeq2SeqLM.from_pretrained("dense")
     assert loaded.dtype == torch.float32
     assert command_line("export", source, "compact", *arguments, "compact")[0] == 0
-    packed = compact.load_compact("compact")
+    packed = load_compact("compact")
     wanted = transformers.AutoModelForSeq2SeqLM.from_pretrained("model").state_dict()
     assert same(loaded.state_dict(), wanted) and same(packed.state_dict(), wanted)
 
@@ -290,7 +289,7 @@ def test_the_snippet_of_the_card_runs(
 
 def test_a_card_without_a_hugging_face_model(command_line: Run) -> None:
     trained("cyclic").export("model")
-    compact.compact("model", "compact")
+    compact("model", "compact")
     for folder, said in (("model", "safetensors.torch.load_file"), ("compact", "gap_ds.load_compact")):
         assert (
             Path(folder, "README.md")
@@ -307,7 +306,7 @@ def test_the_card_of_a_model_with_code_of_its_own(translator: GaPEngine) -> None
     assert (
         "AutoModelForSeq2SeqLM.from_pretrained(folder, trust_remote_code=True)" in Path("model/README.md").read_text()
     )
-    compact.compact("model", "compact")
+    compact("model", "compact")
     card = Path("compact/README.md").read_text()
     assert "build it by AutoModelForSeq2SeqLM, and load" in card and "```" not in card
 

@@ -22,10 +22,11 @@ from torch import nn
 pytest.importorskip("typer")
 pytest.importorskip("rich")
 
+from gap_ds.method.signature import config_of, schedule_of
+
 from gap_ds import GaPConfig, GaPEngine
 from gap_ds.masks import bitmask
 from gap_ds.method.schedule import build
-from gap_ds.method.signature import config_of, schedule_of
 from gap_ds.training import engine
 
 ROOT = Path(__file__).resolve().parents[3]

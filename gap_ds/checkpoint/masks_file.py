@@ -1,0 +1,182 @@
+"""masks.safetensors and pruned.safetensors: bits, and values of pruned weights, in coordinates of the full parameters.
+
+Files do not depend on the backend or on the number of ranks, and no rank ever holds more than one entry whole.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gap_ds.masks import bitmask
+from gap_ds.method.plan import Entry, Plan
+from gap_ds.sharding.comm import Comm, by_rank
+from gap_ds.sharding.shard import Shard
+from gap_ds.storage.json import parse_json
+from gap_ds.storage.safetensors import Layout, Writer, open_tensors
+
+FORMAT = "gap_ds.masks"
+FORMAT_VALUES = "gap_ds.pruned"
+VERSION = 2
+
+
+def write_masks(
+    path: Path,
+    plan: Plan,
+    shards: Mapping[str, Shard],
+    bits: Mapping[str, Tensor],
+    comm: Comm,
+    about: Mapping[str, str] | None = None,
+) -> None:
+    """Writes the masks of the sparse entries, from every rank's pieces. All ranks of `comm` must call this.
+
+    Args:
+        shards: this rank's piece of every entry.
+        bits: packed mask of this rank's piece of every sparse entry; empty where the rank owns nothing.
+        about: further metadata of the run, for people.
+    """
+    kept = _kept(plan, bits, comm)
+    metadata = {**(about or {}), "format": FORMAT, "version": str(VERSION), "plan": plan.fingerprint}
+    metadata["kept"] = json.dumps(kept)
+    layout = {name: (torch.uint8, (bitmask.nbytes(shards[name].full_numel),)) for name in kept}
+    pieces = {name: bitmask.unpack(bits[name], shards[name].numel).to(torch.uint8) for name in kept}
+    _write_pieces(path, metadata, layout, pieces, shards, comm, lambda whole: bitmask.pack(whole.bool()))
+
+
+def read_masks(
+    path: Path, plan: Plan, sparse: set[str] | None, shards: Mapping[str, Shard], comm: Comm, foreign: bool = False
+) -> dict[str, Tensor]:
+    """This rank's piece of each sparse entry's mask, on the CPU; reads only the bytes that cover the piece.
+
+    Args:
+        sparse: the entries that must have a mask in the file; None: any.
+        foreign: the file may be of another run, whose entries have the same names and sizes.
+    Raises:
+        ValueError: the file is truncated, of another format, version or plan, its sparse entries are not `sparse`, or
+            a mask does not keep as many weights as the header records. On all ranks alike.
+    """
+    found: dict[str, Tensor] = {}
+    with _open(path, FORMAT, None if foreign else plan) as file:
+        if sparse is not None:
+            _check_names(path, file.keys(), sparse)
+        for entry in _entries(plan, set(file.keys())):
+            shard, piece = shards[entry.name], file.get_slice(entry.name)
+            if piece.get_shape() != [bitmask.nbytes(entry.numel)] or piece.get_dtype() != "U8":
+                raise ValueError(f"{path}: the mask of {entry.name} does not have the size of its entry")
+            lo, hi = shard.start // 8, bitmask.nbytes(shard.start + shard.numel)
+            found[entry.name] = bitmask.pack(bitmask.unpack(piece[lo:hi], shard.numel, start=shard.start - 8 * lo))
+        wanted = counts_of(path, file.metadata())
+    for name, n in _kept(plan, found, comm).items():
+        if n != wanted.get(name):
+            raise ValueError(
+                f"{path}: the mask of {name} keeps {n} weights instead of {wanted.get(name)}: it is damaged"
+            )
+    return found
+
+
+def kept_weights(path: Path) -> dict[str, int]:
+    """Weights that each mask of a file keeps, from its header.
+
+    Raises:
+        ValueError: the file cannot be read, or is damaged or of another format or version.
+    """
+    with _open(path, FORMAT, None) as file:
+        return counts_of(path, file.metadata())
+
+
+def write_values(path: Path, plan: Plan, shards: Mapping[str, Shard], values: Mapping[str, Tensor], comm: Comm) -> None:
+    """Writes a value for every weight of the sparse entries, as `write_masks` writes its bits."""
+    names = [entry.name for entry in plan.entries if entry.name in values]
+    metadata = {"format": FORMAT_VALUES, "version": str(VERSION), "plan": plan.fingerprint}
+    pieces = {name: values[name].float() for name in names}
+    layout = {name: (torch.float32, (shards[name].full_numel,)) for name in names}
+    _write_pieces(path, metadata, layout, pieces, shards, comm, lambda whole: whole)
+
+
+def read_values(path: Path, plan: Plan, sparse: set[str], shards: Mapping[str, Shard], comm: Comm) -> dict[str, Tensor]:
+    """This rank's piece of the values in a file of `write_values`, on the CPU.
+
+    Raises:
+        ValueError: the file is truncated, of another format, version or plan, or its entries are not `sparse`.
+    """
+    with _open(path, FORMAT_VALUES, plan) as file:
+        _check_names(path, file.keys(), sparse)
+        found = {}
+        for entry in _entries(plan, sparse):
+            shard, piece = shards[entry.name], file.get_slice(entry.name)
+            if piece.get_shape() != [entry.numel] or piece.get_dtype() != "F32":
+                raise ValueError(f"{path}: the values of {entry.name} do not have the size of their entry")
+            found[entry.name] = piece[shard.start : shard.start + shard.numel]
+    return found
+
+
+def _entries(plan: Plan, names: Container[str]) -> list[Entry]:
+    return [entry for entry in plan.entries if entry.name in names]
+
+
+def _kept(plan: Plan, bits: Mapping[str, Tensor], comm: Comm) -> dict[str, int]:
+    """Weights that each sparse entry keeps, over all ranks."""
+    names = [entry.name for entry in _entries(plan, bits)]
+    counts = comm.sum(torch.tensor([bitmask.count(bits[name]) for name in names], dtype=torch.int64))
+    return dict(zip(names, counts.tolist(), strict=True))
+
+
+def _check_names(path: Path, found: Iterable[str], sparse: set[str]) -> None:
+    if names := sparse.symmetric_difference(found):
+        raise ValueError(f"{path}: holds an entry that is dense by the schedule, or lacks one: {min(names)}")
+
+
+def counts_of(path: Path, metadata: Mapping[str, str]) -> dict[str, int]:
+    """Weights that each mask of a file keeps, from its metadata; ValueError: the metadata is damaged."""
+    try:
+        return parse_json(metadata["kept"], dict[str, int])
+    except (KeyError, ValueError):
+        raise ValueError(
+            f"{path}: its header does not record how many weights each mask keeps: it is damaged"
+        ) from None
+
+
+@contextmanager
+def _open(path: Path, kind: str, plan: Plan | None) -> Iterator[Any]:
+    """A safetensors file of this kind, of this plan if one is given; damage anywhere in it becomes a ValueError."""
+    with open_tensors(path, (kind, VERSION)) as file:
+        written = file.metadata().get("plan")
+        if plan is not None and written != plan.fingerprint:
+            raise ValueError(
+                f"{path}: was written for another plan ({written}, now {plan.fingerprint}): the model, the sparsity, "
+                "the distribution, the pattern or the partitions differ. Restore them, or start in a new folder."
+            )
+        yield file
+
+
+def _write_pieces(
+    path: Path,
+    metadata: dict[str, str],
+    layout: Layout,
+    pieces: Mapping[str, Tensor],
+    shards: Mapping[str, Shard],
+    comm: Comm,
+    encode: Callable[[Tensor], Tensor],
+) -> None:
+    """Writes a vector for each name, put together from every rank's piece, as a safetensors file.
+
+    No rank holds more than one of them whole. All ranks of `comm` must call this; its first one writes, and raises an
+    error of the disk at the end.
+
+    Args:
+        layout: of the encoded vectors.
+        pieces: this rank's values of each.
+        encode: from the whole vector to the one that is written.
+    """
+    ranges = by_rank([(shards[name].start, shards[name].numel) for name in layout], comm)
+    with Writer(path, layout, metadata) if comm.rank == 0 else nullcontext() as writer:
+        for name, (starts, numels) in zip(layout, ranges, strict=True):
+            whole = comm.assemble(pieces[name], starts, numels, shards[name].full_numel)
+            if writer is not None and whole is not None:
+                writer.write(name, encode(whole))

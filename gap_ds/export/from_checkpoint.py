@@ -1,0 +1,165 @@
+"""The final sparse model from the files of a checkpoint, by one process, whatever backend wrote them.
+
+Weights are read one at a time: from the portable files if there are any, else from the sharding library's own. An
+entry that is dense at that step is pruned in the copy, exactly as `GaPEngine.export` would have done it then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from gap_ds import checkpoint
+from gap_ds.checkpoint import foreign, portable
+from gap_ds.checkpoint.run_state import State
+from gap_ds.export.folder import Progress, buffers, check_range, copy_config, describe, write_weights
+from gap_ds.export.info import ExportInfo
+from gap_ds.masks import bitmask, selection
+from gap_ds.method.pattern import Unstructured
+from gap_ds.method.plan import Entry, Plan
+from gap_ds.method.schedule import Schedule
+from gap_ds.sharding.comm import Comm
+from gap_ds.sharding.shard import Shard
+from gap_ds.storage.atomic import replacing_folder
+from gap_ds.storage.errors import printable
+from gap_ds.storage.json import read_json
+from gap_ds.storage.safetensors import LazyTensors
+
+
+def find_whole(folder: Path) -> Path | None:
+    """The checkpoint that a folder is, or the newest whole one in it; None if there is none.
+
+    Raises:
+        ValueError: there are checkpoints, and none is whole.
+    """
+    if (folder / "gap" / "state.json").is_file():
+        folder = folder if folder.name not in ("", "..") else folder.resolve()
+        return checkpoint.find_whole(folder.parent, folder.name, Comm(single=True))
+    if checkpoint.candidates(folder):
+        return checkpoint.find_whole(folder, None, Comm(single=True))
+    return None
+
+
+def export_checkpoint(
+    path: Path,
+    out: Path,
+    *,
+    model: Path | None = None,
+    module: nn.Module | None = None,
+    dtype: torch.dtype = torch.float32,
+    progress: Progress,
+) -> None:
+    """Writes the final sparse model of a checkpoint FOLDER/TAG as a dense folder OUT, replacing what is there.
+
+    Args:
+        model: folder with the model's config.json, and its tokenizer if it has one; both are copied. Without it, OUT
+            holds the weights and gap.json alone; a tied weight is there under each of its names, and the sparsity of
+            the whole model counts all of these, and buffers, too.
+        module: the model of that folder; on the meta device is enough.
+        dtype: of the parameters; buffers keep their own.
+    Raises:
+        ValueError: the files cannot be read like this, are damaged, or do not go with `model`; one sentence.
+    """
+    state = read_json(path / "gap" / "state.json", State)
+    try:
+        schedule = state.schedule()
+    except ValueError as error:
+        raise ValueError(f"{path / 'gap' / 'state.json'}: is damaged ({error}). Use another checkpoint.") from None
+    plan = state.restore_plan()
+    if model is None and dtype != torch.float32:
+        raise ValueError(
+            f"--dtype {str(dtype).removeprefix('torch.')}: is that of the parameters alone, and without the "
+            "model buffers are not known. Set --model, or leave --dtype."
+        )
+    with contextlib.ExitStack() as stack:
+        weights = _of_model(path, _read(path, module, plan, stack), module, plan)
+        bits = _bits(path, plan, weights, schedule, state.applied_steps)
+        folder = stack.enter_context(replacing_folder(out))
+        if model is not None:
+            copy_config(model, folder, dtype, type(module).__name__)
+        kept = {} if module is None else {name: buffer.dtype for name, buffer in buffers(module)}
+        tensors = LazyTensors(weights, lambda name: _pruned(name, weights[name], bits.get(name), dtype, kept.get(name)))
+        counts = write_weights(folder / "model.safetensors", tensors, progress)
+        parameters = list(counts) if module is None else [name for name, _ in module.named_parameters()]
+        plan = replace(plan, total=sum(counts[name].numel for name in parameters))
+        nonzero = {name: count.nonzero for name, count in counts.items()}
+        of_run = (plan, schedule, state.config, state.signature, state.applied_steps)
+        describe(folder, ExportInfo.of(*of_run, nonzero))
+
+
+# -- weights by name ---------------------------------------------------------------------------------------------------
+
+
+def _read(path: Path, module: nn.Module | None, plan: Plan, stack: contextlib.ExitStack) -> Mapping[str, Tensor]:
+    if not portable.exists(path / "gap"):
+        return foreign.weights(path)
+    shapes = {entry.name: entry.shape for entry in plan.entries}
+    if module is not None:
+        shapes |= {name: tuple(tensor.shape) for name, tensor in _tensors(module).items()}
+    return portable.weights(path / "gap", shapes, stack)
+
+
+def _of_model(path: Path, weights: Mapping[str, Tensor], module: nn.Module | None, plan: Plan) -> Mapping[str, Tensor]:
+    """The model's tensors, each once, if it is known; else all that there are."""
+    wanted = list(weights if module is None else _tensors(module))
+    if lost := [name for name in (*wanted, *(entry.name for entry in plan.entries)) if name not in weights]:
+        raise ValueError(f"{path}: does not hold {printable(lost[0])}. Set --model to the folder of its model.")
+    return LazyTensors(wanted, weights.__getitem__)
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters, a tied one under its first name, and persistent buffers."""
+    return dict(module.named_parameters()) | dict(buffers(module))
+
+
+def _pruned(name: str, weight: Tensor, bits: Tensor | None, dtype: torch.dtype, buffer: torch.dtype | None) -> Tensor:
+    """A weight with its mask applied, in the dtype to write.
+
+    Args:
+        buffer: dtype of a buffer of the model, which it keeps; DeepSpeed's consolidation makes all of them fp32.
+    """
+    weight = weight.clone(memory_format=torch.contiguous_format)
+    if buffer is not None:
+        return weight if buffer.is_floating_point else weight.to(buffer)
+    if bits is not None and weight.numel():
+        bitmask.zero_pruned_(weight.view(-1), bits)
+    if not weight.is_floating_point():
+        return weight
+    cast = weight.to(dtype)
+    if dtype == torch.float16:
+        check_range(name, int(torch.count_nonzero(cast.isinf())), dtype)
+    return cast
+
+
+# -- masks -------------------------------------------------------------------------------------------------------------
+
+
+def _bits(path: Path, plan: Plan, weights: Mapping[str, Tensor], schedule: Schedule, step: int) -> dict[str, Tensor]:
+    """The mask of every entry: from the checkpoint, or a new one if the entry is dense before this step."""
+    file = path / "gap" / "masks.safetensors"
+    shards = {e.name: Shard(e.name, e.shape, 0, e.numel, 0, partial(weights.__getitem__, e.name)) for e in plan.entries}
+    bits = checkpoint.read_masks(file, plan, set(checkpoint.kept_weights(file)), shards, Comm(single=True))
+    dense = [e for e in plan.entries if e.partition in schedule.phase_at(step).dense and e.keep < e.numel]
+    groups: dict[int | str, list[Entry]] = {}
+    for entry in dense:
+        groups.setdefault(entry.partition if plan.shared_budget else entry.name, []).append(entry)
+    for group in groups.values():
+        bits |= _select(plan, group, shards)
+    return bits
+
+
+def _select(plan: Plan, group: list[Entry], shards: Mapping[str, Shard]) -> dict[str, Tensor]:
+    """Masks of entries that share a budget: their weights of largest magnitude."""
+    keys = {entry.name: selection.magnitude_keys(shards[entry.name].weight()) for entry in group}
+    if isinstance(plan.pattern, Unstructured):
+        pieces = [selection.Piece(e.name, 0, e.numel, keys[e.name], 0) for e in group]
+        found = selection.select_largest(pieces, [sum(e.keep for e in group)], selection.Single())
+        return {e.name: bits for e, bits in zip(group, found, strict=True)}
+    scores = {e.name: selection.magnitudes(e.name, keys[e.name](0, e.numel)).view(e.shape) for e in group}
+    return {e.name: bitmask.pack(plan.pattern.mask(scores[e.name], e.keep, e.dims).flatten()) for e in group}

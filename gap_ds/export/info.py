@@ -1,0 +1,122 @@
+"""gap.json: the record of an exported model. E entries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field
+
+from gap_ds.checkpoint.run_state import StoredConfig
+from gap_ds.masks.legality import possible_dims
+from gap_ds.method.config import GaPConfig
+from gap_ds.method.plan import Plan
+from gap_ds.method.schedule import Schedule
+from gap_ds.storage.atomic import sha256
+from gap_ds.storage.json import Count, Record, read_json, write_json
+
+INFO = "gap.json"
+
+
+class EntryInfo(Record):
+    """One of the E entries: its budget, its weights that are not zero, and all of its weights."""
+
+    keep: Count
+    nonzero: Count
+    numel: Count
+    partition: Annotated[int, Field(ge=0, lt=2**31)]
+    dims: list[Count] | None = None
+
+    def known_dims(self, n: int) -> tuple[int, int] | None:
+        """Output and input dimension of a tensor of n dimensions, if they are given and possible."""
+        pair = tuple(self.dims or ())
+        return (pair[0], pair[1]) if pair in possible_dims(n) else None
+
+
+class Score(Record):
+    """A score of the model. how: the metric's own signature or settings."""
+
+    metric: str
+    value: float
+    dataset: str
+    how: str
+
+
+class ExportKeys(Record):
+    """The keys of gap.json by which an exported model is known; all others are kept when the file is rewritten.
+
+    sha256: of each file of weights, by its name.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    signature: str
+    entries: dict[str, Any]
+    sha256: dict[str, str] = Field(default_factory=dict)
+
+
+class ExportInfo(ExportKeys):
+    """Contents of gap.json. training_flops: relative to dense training."""
+
+    config: StoredConfig
+    applied_steps: Count
+    entry_sparsity: float
+    model_sparsity: float
+    kept: Count
+    numel: Count
+    model_numel: Count
+    mean_density: float
+    training_flops: float | None = None
+    entries: dict[str, EntryInfo]
+    scores: list[Score] = Field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls,
+        plan: Plan,
+        schedule: Schedule,
+        config: GaPConfig,
+        signature: str,
+        applied_steps: int,
+        nonzero: Mapping[str, int],
+    ) -> ExportInfo:
+        """The record of a model that is exported after `applied_steps`.
+
+        Args:
+            nonzero: weights of each entry that are not zero.
+        """
+        pruned = plan.numel - plan.keep
+        mean_density = schedule.mean_density(*plan.per_partition())
+        return cls(
+            signature=signature,
+            config=config,
+            applied_steps=applied_steps,
+            entry_sparsity=pruned / plan.numel,
+            model_sparsity=pruned / plan.total,
+            kept=plan.keep,
+            numel=plan.numel,
+            model_numel=plan.total,
+            mean_density=mean_density,
+            entries={
+                e.name: EntryInfo(
+                    keep=e.keep, nonzero=nonzero[e.name], numel=e.numel, partition=e.partition, dims=list(e.dims)
+                )
+                for e in plan.entries
+            },
+        )
+
+
+def is_export(folder: Path) -> bool:
+    """True if a folder has the gap.json of an exported model; a config may have the same name."""
+    try:
+        read_json(folder / INFO, ExportKeys)
+    except ValueError:
+        return False
+    return True
+
+
+def renew_digests(folder: Path) -> None:
+    """Writes the digests of a folder's weights to its gap.json."""
+    digests = {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+    write_json(folder / INFO, read_json(folder / INFO, ExportKeys).model_copy(update={"sha256": digests}))
