@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from gap_ds.parallel.identity import RunRecord, differences
 from gap_ds.parallel.transport import Folder
@@ -134,14 +134,8 @@ class Records:
     def publish(self, round: int, size: int, sha256: str) -> None:
         """Write this worker's manifest of a round. From then on the others read the file that it describes."""
         index = self._worker.index
-        manifest = Manifest(**dict(self._run), round=round, worker=index, bytes=size, sha256=sha256, published=_now())
-        target = self._folder.stream(f"{file_stem(round, index)}.json")
-        try:
-            target.write(_encoded(manifest))
-            target.close()
-        except BaseException:
-            target.discard()
-            raise
+        fields: dict[str, Any] = {"round": round, "worker": index, "bytes": size, "sha256": sha256, "published": _now()}
+        self._folder.put(f"{file_stem(round, index)}.json", _encoded(Manifest(**dict(self._run), **fields)))
 
     def manifest(self, round: int, worker: int) -> Manifest | None:
         """Return a worker's manifest; None if there is none yet.

@@ -44,6 +44,9 @@ class Folder(Protocol):
     def create(self, name: str, data: bytes) -> None:
         """Write a file that must not exist yet."""
 
+    def put(self, name: str, data: bytes) -> None:
+        """Write a small file, which replaces an earlier one of that name."""
+
     def stream(self, name: str) -> Writing:
         """Begin a file that replaces an earlier one of that name."""
 
@@ -92,6 +95,10 @@ class _Local:
             _write_new(path, data)
         finally:
             aside.unlink()
+
+    def put(self, name: str, data: bytes) -> None:
+        with replacing(self._parent_made(name)) as aside:
+            _write_new(aside, data)
 
     def stream(self, name: str) -> Writing:
         return _LocalFile(self._parent_made(name))
@@ -162,6 +169,10 @@ class _Remote:
                 if self._system.exists(path):
                     raise FileExistsError(path) from error
                 self._system.pipe_file(path, data)
+
+    def put(self, name: str, data: bytes) -> None:
+        with _os_errors():
+            self._system.pipe_file(self._path(name, make_parent=True), data)
 
     def stream(self, name: str) -> Writing:
         with _os_errors():

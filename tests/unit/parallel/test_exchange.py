@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -41,6 +42,7 @@ from torch import Tensor
 
 from gap_ds.masks import bitmask
 from gap_ds.parallel import Exchange, Item, ParallelWorker, Received
+from gap_ds.parallel.transport import open_folder
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
@@ -405,6 +407,60 @@ def test_a_worker_killed_while_it_wrote_writes_again(folder: str) -> None:
     if not folder.startswith("memory"):  # there, files are written in their place
         assert not any(system.exists(f"{root}/{name}") for name in left)
     assert all(same(take(jobs[1])[name].value, wanted) for name, wanted in expected(2).items())
+
+
+class Killed(BaseException):
+    pass
+
+
+class Dying:
+    """A folder, or a file in it, of a process that is killed at one access; half of what it then writes arrives."""
+
+    def __init__(self, inner: Any, left: list[int]) -> None:
+        self.inner, self.left = inner, left
+
+    def __getattr__(self, name: str) -> Any:
+        def access(*arguments: Any) -> Any:
+            self.left[0] -= 1
+            if self.left[0] == 0 and name == "write":
+                self.inner.write(arguments[0][: len(arguments[0]) // 2])
+            if self.left[0] <= 0:  # and a dead process accesses nothing more
+                raise Killed
+            found = getattr(self.inner, name)(*arguments)
+            return Dying(found, self.left) if name == "stream" else found
+
+        return access
+
+
+def test_a_worker_killed_at_any_access_of_the_folder_joins_again(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted, opened = expected(2), []
+
+    def publish(where: str, worker: int, resume: bool) -> Exchange:
+        job, model = start(where, worker, resume=resume), Model(worker)
+        job.begin("these")
+        job.publish(0, model.items(), model.bits)
+        return job
+
+    def dying(left: list[int], url: str) -> Any:
+        return Dying(open_folder(url), left)
+
+    for moment in itertools.count(1):
+        where, before = f"{folder}/{moment}", [moment]
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                "gap_ds.parallel.exchange.open_folder", lambda url, left=before: Dying(open_folder(url), left)
+            )
+            try:
+                publish(where, 0, resume=False)
+            except Killed as killed:
+                opened.append(killed)  # keeps what it had open from being tidied up
+        jobs = [publish(where, 0, resume=True), publish(where, 1, resume=False)]
+        for job in jobs:
+            found = {received.name: received.value for received in read(job, Model(job.worker.index).items())}
+            assert all(same(found[name], value) for name, value in wanted.items()), moment
+        if before[0] > 0:
+            break
+    assert moment > 15  # two records with their reads, the tensors of a file, its end, a manifest
 
 
 def test_a_mask_that_is_not_pruned_to_target_is_not_published(folder: str) -> None:

@@ -40,13 +40,13 @@ def note(name, text=""):
 
 def await_files(pattern, count):
     while len([path for path in FOLDER.glob(pattern) if path.suffix != ".part"]) < count:
-        time.sleep(0.05)
+        time.sleep(0.01)
 
 def save(number, _):
     for each in (signal.SIGINT, signal.SIGTERM):  # launchers repeat a signal
         signal.signal(each, signal.SIG_IGN)
     note(f"saved_{worker}_{rank}", "half")
-    time.sleep(2)
+    time.sleep(0.5)
     note(f"saved_{worker}_{rank}", "whole")
     sys.exit(128 + number)
 
@@ -55,13 +55,18 @@ names = ("RANK", "WORLD_SIZE", "GAP_DS_WORKERS", "MASTER_PORT")
 os.write(1, (" ".join([worker, *(os.environ[n] for n in names), *sys.argv[1:]]) + chr(10)).encode())
 """
 
-#: Waits for a signal, and takes 2 s to save.
+#: Waits for a signal, and takes 0.5 s to save.
 SAVING = """
 for each in (signal.SIGINT, signal.SIGTERM):
     signal.signal(each, save)
 note(f"ready_{worker}_{rank}")
 time.sleep(300)
 """
+
+
+#: A launcher and its ranks import torch, and DeepSpeed: seconds each. One row of torchrun is in the short run.
+SLOW_TORCHRUN = pytest.param("torchrun", marks=pytest.mark.slow)
+SLOW_DEEPSPEED = pytest.param("deepspeed", signal.SIGTERM, marks=pytest.mark.slow)
 
 
 def script(folder: Path, body: str) -> str:
@@ -87,11 +92,16 @@ def processes(folder: Path) -> list[int]:
     return found
 
 
+@pytest.fixture(autouse=True)
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_POLL", 0.01)
+
+
 def wait_for(folder: Path, pattern: str, count: int) -> None:
     end = time.monotonic() + 120
     while len(list(folder.glob(pattern))) < count:
         assert time.monotonic() < end, f"{pattern} was not written {count} times"
-        time.sleep(0.1)
+        time.sleep(0.01)
 
 
 @pytest.fixture(autouse=True)
@@ -120,6 +130,7 @@ def test_every_worker_has_its_number_its_port_and_its_arguments(tmp_path: Path) 
         assert arguments == ["--out", f"run_{worker}", "--gap-worker", worker, "--exchange", "here"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_several_ranks_by_a_launcher(tmp_path: Path, launcher: str) -> None:
     status, lines = start([script(tmp_path, "")], ranks=2, launcher=launcher)
@@ -131,7 +142,7 @@ def test_several_ranks_by_a_launcher(tmp_path: Path, launcher: str) -> None:
 
 @pytest.mark.parametrize("command", [[], ["missing.py"], ["-c"]])
 def test_no_script(command: list[str]) -> None:
-    with pytest.raises(ValueError, match=r"is no script. Give one after --"):
+    with pytest.raises(ValueError, match=r"is no script. Name one after --"):
         start(command)
 
 
@@ -232,7 +243,7 @@ def test_the_ranks_of_deepspeed_get_the_devices_of_their_worker(
 # -- how they end ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("launcher", [None, "torchrun"])
+@pytest.mark.parametrize("launcher", [None, SLOW_TORCHRUN])
 def test_one_failing_worker_ends_all_with_its_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], launcher: str | None
 ) -> None:
@@ -256,7 +267,7 @@ def test_a_worker_may_be_started_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("launcher", "number"),
-    [(None, signal.SIGTERM), (None, signal.SIGHUP), ("torchrun", signal.SIGINT), ("deepspeed", signal.SIGTERM)],
+    [(None, signal.SIGTERM), (None, signal.SIGHUP), ("torchrun", signal.SIGINT), SLOW_DEEPSPEED],
 )
 def test_after_a_signal_all_ranks_save_and_nothing_is_left(
     tmp_path: Path, launcher: str | None, number: signal.Signals
@@ -303,7 +314,7 @@ def test_what_does_not_leave_is_killed(tmp_path: Path, monkeypatch: pytest.Monke
     assert time.monotonic() - started < 60
 
 
-@pytest.mark.parametrize("launcher", [None, "torchrun"])
+@pytest.mark.parametrize("launcher", [None, SLOW_TORCHRUN])
 def test_ranks_of_a_dead_launcher_do_not_run_beside_the_new_ones(tmp_path: Path, launcher: str | None) -> None:
     """The launcher is killed by its own rank 0; without one, a rank by its child in a session of its own."""
     body = """
@@ -336,6 +347,7 @@ time.sleep(300)
     assert [path.read_text() for path in tmp_path.glob("lived_?")] == ["0"] * ranks
 
 
+@pytest.mark.slow
 def test_a_closed_output_does_not_stop_the_workers(tmp_path: Path) -> None:
     """`gap-ds parallel ... | head -1`, with more to print than a pipe holds; then SIGTERM."""
     body = "await_files('closed', 1)\nfor i in range(3000):\n    print('x' * 100, flush=True)\n"
