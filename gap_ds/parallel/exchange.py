@@ -209,7 +209,7 @@ class Exchange:
     # -- wait ------------------------------------------------------------------------------------------------------
 
     def wait(self, round: int) -> list[Manifest]:
-        """The manifests of all K workers, once all have published.
+        """Wait until all K workers have published, and return their manifests.
 
         Raises:
             TimeoutError: a worker has not published within the worker's timeout.
@@ -261,7 +261,7 @@ class Exchange:
     # -- both ------------------------------------------------------------------------------------------------------
 
     def _metadata(self, round: int, worker: int) -> dict[str, str]:
-        """What the header of a worker's file must contain beside its tensors."""
+        """Return what the header of a worker's file must contain beside its tensors."""
         known = {"format": FORMAT, "version": VERSION, "plan": self._plan, "round": round, "worker": worker}
         return {key: str(value) for key, value in known.items()}
 
@@ -271,7 +271,7 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Spread:
-    """How one parameter is spread over the R ranks: of each rank its piece, its kept weights, and those before it."""
+    """One parameter, spread over R ranks: start and size of each piece, its kept weights, and those before it."""
 
     starts: list[int]
     numels: list[int]
@@ -280,7 +280,7 @@ class Spread:
 
 
 def spread_over_ranks(items: Sequence[Item], bits: Mapping[str, Tensor], comm: Comm) -> dict[str, Spread]:
-    """How the pieces of items, and the kept weights in them, are spread over the ranks. All ranks must call this.
+    """Return by name how items, and their kept weights, are spread over the ranks. All ranks must call this.
 
     Args:
         bits: mask of this rank's piece of each entry.

@@ -89,39 +89,34 @@ def run(
             team.end(signal.SIGTERM)
 
 
+@dataclass
 class _Workers:
     """All workers of a run: starts, restarts and ends them.
 
-    Args:
-        devices: the devices of each worker, as `_devices` returns them.
+    devices: of each worker, as `_devices` returns them. jobs: the latest of each worker, running or not.
     """
 
-    def __init__(
-        self,
-        command: Sequence[str],
-        launcher: Launcher | None,
-        ranks: int,
-        devices: Sequence[Sequence[str]],
-        output: _Output,
-    ) -> None:
-        self._command, self._launcher, self._ranks = command, launcher, ranks
-        self._devices, self._output = devices, output
-        self._jobs: dict[int, _Job] = {}  # the latest job of each worker, running or not
-        self._ports: dict[int, int] = {}
+    command: Sequence[str]
+    launcher: Launcher | None
+    ranks: int
+    devices: Sequence[Sequence[str]]
+    output: _Output
+    jobs: dict[int, _Job] = field(default_factory=dict)
+    ports: dict[int, int] = field(default_factory=dict)
 
     def work(self, restarts: int, signals: _Signals) -> int:
         """Start all workers and wait for them. Return the exit status. Some may still run if this raises."""
-        running = set(range(len(self._devices)))
+        running = set(range(len(self.devices)))
         left = dict.fromkeys(running, restarts)
-        self._ports = dict(enumerate(_free_ports(len(running))))
-        for worker in self._ports:
+        self.ports = dict(enumerate(_free_ports(len(running))))
+        for worker in self.ports:
             self._start(worker)
         while running:
             if signals.seen:
                 self.end(signals.to_pass_on)
                 return 128 + signals.seen
             for worker in sorted(running):
-                if (status := self._jobs[worker].process.poll()) is None:
+                if (status := self.jobs[worker].process.poll()) is None:
                     continue
                 if status == 0:
                     running.remove(worker)
@@ -130,23 +125,23 @@ class _Workers:
                     self._start_again(worker, _status(status))
                 else:
                     self.end(signal.SIGTERM)
-                    _print_failure(self._jobs[worker], _status(status))
+                    _print_failure(self.jobs[worker], _status(status))
                     return _status(status)
             time.sleep(_POLL)
         return 0
 
     def end(self, number: int) -> None:
         """End all workers with a signal, as `_end` does."""
-        _end(self._jobs.values(), number)
+        _end(self.jobs.values(), number)
 
     def _start(self, worker: int) -> None:
-        mark, port = secrets.token_hex(8), self._ports[worker]
-        environment = _environment(os.environ, worker, self._devices, self._ranks) | {_MARK: mark}
-        if self._launcher is None:
+        mark, port = secrets.token_hex(8), self.ports[worker]
+        environment = _environment(os.environ, worker, self.devices, self.ranks) | {_MARK: mark}
+        if self.launcher is None:
             environment |= _alone(port)
-        words = [word.replace("{worker}", str(worker)) for word in self._command]
+        words = [word.replace("{worker}", str(worker)) for word in self.command]
         process = subprocess.Popen(
-            [*_launch(self._launcher, self._devices[worker], self._ranks, port), *words],
+            [*_launch(self.launcher, self.devices[worker], self.ranks, port), *words],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -155,15 +150,15 @@ class _Workers:
             errors="replace",
             start_new_session=True,  # Ctrl-C in a terminal reaches it only through `_signal`
         )
-        self._jobs[worker] = job = _Job(worker, process, mark)
-        job.reader = threading.Thread(target=_copy, args=(job, self._output), daemon=True)
+        self.jobs[worker] = job = _Job(worker, process, mark)
+        job.reader = threading.Thread(target=_copy, args=(job, self.output), daemon=True)
         job.reader.start()
 
     def _start_again(self, worker: int, status: int) -> None:
         # The ranks of a killed launcher live on, and would write to the same files as the new ones.
-        _end([self._jobs[worker]], signal.SIGKILL)
-        self._output.print(worker, f"ended with status {status}: starting it again")
-        (self._ports[worker],) = _free_ports(1, self._ports.values())
+        _end([self.jobs[worker]], signal.SIGKILL)
+        self.output.print(worker, f"ended with status {status}: starting it again")
+        (self.ports[worker],) = _free_ports(1, self.ports.values())
         self._start(worker)
 
 

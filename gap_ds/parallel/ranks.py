@@ -57,7 +57,7 @@ def _start(work: Callable[[], T], in_thread: bool) -> Future[T]:
 
 
 def _outcome(running: Future[Any]) -> tuple[str, Any]:
-    """What the other ranks need to know about the work: it is busy, its result, or the kind and text of its error."""
+    """Return the state of the work for the other ranks: "busy", its result, or the kind and text of its error."""
     if not running.done():
         return "busy", None
     match running.exception():

@@ -42,16 +42,16 @@ def trained_by_three(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(out: Path, workers: int) -> Path:
     """Run all rows with this number of workers."""
-    said = io.StringIO()
+    printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), str(HERE.parent.parent)]))
         patch.setenv("OMP_NUM_THREADS", "1")
         if not torch.cuda.is_available():
             patch.setenv("DS_ACCELERATOR", "cpu")
         command = [str(HERE / "worker_parallel.py"), str(out)]
-        status = launch.run(command, workers=workers, ranks=2, launcher="torchrun", out=said)
+        status = launch.run(command, workers=workers, ranks=2, launcher="torchrun", out=printed)
     errors = [torch.load(path) for path in sorted(out.glob("error.*.pt"))]
-    assert status == 0, "\n".join([said.getvalue()[-6000:], *errors])
+    assert status == 0, "\n".join([printed.getvalue()[-6000:], *errors])
     return out
 
 

@@ -70,9 +70,9 @@ class Model:
 def start(folder: str, worker: int, workers: int = 2, **changes: Any) -> Exchange:
     """A job of a worker, which may have published before."""
     arguments = {"signature": SIGNATURE, "fingerprint": "abc", "tensors": "def"} | changes
-    told = {"timeout": 60.0, "run": "", "resume": True}
-    told |= {name: arguments.pop(name) for name in told.keys() & arguments.keys()}
-    return Exchange(ParallelWorker(worker, folder, **told), workers, world=ALONE, comm=ALONE, **arguments)
+    worker_values = {"timeout": 60.0, "run": "", "resume": True}
+    worker_values |= {name: arguments.pop(name) for name in worker_values.keys() & arguments.keys()}
+    return Exchange(ParallelWorker(worker, folder, **worker_values), workers, world=ALONE, comm=ALONE, **arguments)
 
 
 def publish_all(folder: str, workers: int = 2, round: int = 0) -> list[Exchange]:
@@ -90,7 +90,7 @@ def combine(job: Exchange, round: int, items: list[Item], bits: dict[str, Tensor
 
 
 def read(job: Exchange, items: list[Item], round: int = 0) -> list[Received]:
-    """What a job receives once all have published."""
+    """Return everything that a job receives once all workers have published."""
     found: list[Received] = []
     job.read(round, items, job.wait(round), found.append)
     return found
@@ -102,7 +102,7 @@ def take(job: Exchange, round: int = 0) -> dict[str, Received]:
 
 
 def expected(workers: int, shared: str = "average") -> dict[str, Tensor]:
-    """What every worker must end up with, written without the code under test."""
+    """Return the tensors of every worker after the exchange, computed without the code under test."""
     models = [Model(worker, workers) for worker in range(workers)]
     result = {}
     for name, (tensor, where, _) in models[0].tensors.items():

@@ -103,9 +103,9 @@ def test_the_file_is_a_safetensors_file_of_exactly_the_compact_form(tmp_path: Pa
                 assert same(tensors[name], tensor) and tensors.pop(name).shape == tensor.shape
         assert not tensors
         assert job.bytes_written == path.stat().st_size == size
-        said = json.loads((tmp_path / "round_0" / f"worker_{worker}.json").read_text())
-        assert said["bytes"] == size and said["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
-        assert (said["round"], said["worker"], said["plan"], said["workers"]) == (0, worker, "abc", 2)
+        manifest = json.loads((tmp_path / "round_0" / f"worker_{worker}.json").read_text())
+        assert manifest["bytes"] == size and manifest["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert (manifest["round"], manifest["worker"], manifest["plan"], manifest["workers"]) == (0, worker, "abc", 2)
         assert sorted(os.listdir(path.parent)) == sorted(
             f"worker_{w}.{kind}" for w in range(worker + 1) for kind in ("json", "safetensors")
         )

@@ -40,8 +40,8 @@ def engine(folder: Path, worker: int, seed: int = 0, resume: bool = False, **bui
     torch.manual_seed(seed)
     model = Layers(**built)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    told = ParallelWorker(worker, str(folder), timeout=30.0, resume=resume)
-    return GaPEngine(model, PARALLEL, optimizer=optimizer, worker=told)
+    me = ParallelWorker(worker, str(folder), timeout=30.0, resume=resume)
+    return GaPEngine(model, PARALLEL, optimizer=optimizer, worker=me)
 
 
 def train(job: GaPEngine, last: int | None = None) -> GaPEngine:
@@ -54,7 +54,7 @@ def train(job: GaPEngine, last: int | None = None) -> GaPEngine:
 
 
 def both(*jobs: GaPEngine) -> list[dict[str, Tensor]]:
-    """What two workers end with that train to their end at the same time."""
+    """Return the final states of two workers that train at the same time."""
     with ThreadPoolExecutor(2) as pool:
         return [dict(job.module.state_dict()) for job in pool.map(train, jobs)]
 
@@ -76,7 +76,7 @@ def test_a_second_run_in_the_same_folder_is_refused_in_its_first_step(tmp_path: 
         with pytest.raises(ValueError, match=rf"worker_{worker}.json: worker {worker} published round 0 at 20.*, and "):
             train(job)
         assert job.applied_steps == 0
-        for resume in (False, True):  # another initial model is none of this run, whatever is said
+        for resume in (False, True):  # a job with other first weights never belongs to this run
             job = engine(tmp_path, worker, seed=1, resume=resume)
             with pytest.raises(ValueError, match="published round 0 at" if not resume else "began at 20.* with other"):
                 train(job)
@@ -90,11 +90,11 @@ def test_a_worker_that_is_killed_before_it_has_published_joins_again(
     assert equal(both(engine(tmp_path, 0), engine(tmp_path, 1)), undisturbed)
 
 
-@pytest.mark.parametrize("way", ["told", "checkpoint"])
+@pytest.mark.parametrize("way", ["resume", "checkpoint"])
 def test_a_worker_that_is_killed_after_it_has_published_joins_again(
     tmp_path: Path, undisturbed: list[dict[str, Tensor]], way: str
 ) -> None:
-    """Without a checkpoint it must be told that it goes on: from the same weights, it does what it has done."""
+    """Without a checkpoint it needs `resume=True`: from the same weights, it repeats its first steps."""
     folder, saved = tmp_path / "exchange", tmp_path / "saved"
     first = train(engine(folder, 0), last=1)
     with warnings.catch_warnings():
@@ -104,7 +104,7 @@ def test_a_worker_that_is_killed_after_it_has_published_joins_again(
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(train, second)
         train(first, last=3)  # has published round 0, and is lost
-        again = engine(folder, 0, seed=0 if way == "told" else 1, resume=way == "told")
+        again = engine(folder, 0, seed=0 if way == "resume" else 1, resume=way == "resume")
         if way == "checkpoint":
             again.load_checkpoint(saved)
         train(again)

@@ -121,10 +121,10 @@ def nothing_is_left(tmp_path: Path) -> Iterator[None]:
 def test_every_worker_has_its_number_its_port_and_its_arguments(tmp_path: Path) -> None:
     status, lines = start([script(tmp_path, ""), "--out", "run_{worker}"], extra=["--exchange", "here"])
     assert status == 0
-    said = sorted(re.fullmatch(r"\[worker (\d)\] (.*)", line).groups() for line in lines)  # type: ignore[union-attr]
-    ports = {text.split()[4] for _, text in said}
-    assert len(said) == 2 and len(ports) == 2
-    for worker, text in said:
+    found = sorted(re.fullmatch(r"\[worker (\d)\] (.*)", line).groups() for line in lines)  # type: ignore[union-attr]
+    ports = {text.split()[4] for _, text in found}
+    assert len(found) == 2 and len(ports) == 2
+    for worker, text in found:
         number, rank, size, workers, _, *arguments = text.split()
         assert (number, rank, size, workers) == (worker, "0", "1", "2")
         assert arguments == ["--out", f"run_{worker}", "--gap-worker", worker, "--exchange", "here"]
@@ -174,7 +174,7 @@ def test_no_two_workers_get_one_port() -> None:
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine with four GPUs, as far as torch says."""
+    """A machine on which torch finds four GPUs."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
 
@@ -188,8 +188,8 @@ def test_workers_have_different_devices(visible: str | None) -> None:
     names = visible.replace(" ", "").split(",")[:4] if visible else ["0", "1", "2", "3"]
     devices = launch._devices(visible, workers=2, ranks=2)
     assert devices == [names[:2], names[2:]]
-    told = [launch._environment({"CUDA_VISIBLE_DEVICES": "0"}, worker, devices, 2) for worker in range(2)]
-    assert [each["CUDA_VISIBLE_DEVICES"] for each in told] == [",".join(names[:2]), ",".join(names[2:])]
+    environments = [launch._environment({"CUDA_VISIBLE_DEVICES": "0"}, worker, devices, 2) for worker in range(2)]
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in environments] == [",".join(names[:2]), ",".join(names[2:])]
 
 
 @pytest.mark.usefixtures("gpus")
@@ -209,7 +209,7 @@ def test_fewer_devices_than_ranks(
 def test_the_ranks_of_deepspeed_get_the_devices_of_their_worker(
     monkeypatch: pytest.MonkeyPatch, visible: str | None
 ) -> None:
-    """What is started and its environment, given to DeepSpeed's own launcher: the ranks that it would start."""
+    """DeepSpeed's launcher, given our command and environment, would start the right ranks."""
     ds = pytest.importorskip("deepspeed.launcher.launch")
     from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 
@@ -233,10 +233,10 @@ def test_the_ranks_of_deepspeed_get_the_devices_of_their_worker(
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(sys, "argv", [module, *words, "work.py", "--gap-worker", "0"])
         ds.main()
-    told = [(rank["CUDA_VISIBLE_DEVICES"], rank["RANK"], rank["LOCAL_RANK"], rank["WORLD_SIZE"]) for rank in ranks]
+    found = [(rank["CUDA_VISIBLE_DEVICES"], rank["RANK"], rank["LOCAL_RANK"], rank["WORLD_SIZE"]) for rank in ranks]
     first, second = (",".join(names) for names in devices)
     assert first != second
-    assert told == [(names, rank, rank, "2") for names in (first, second) for rank in "01"]
+    assert found == [(names, rank, rank, "2") for names in (first, second) for rank in "01"]
     assert [rank["MASTER_PORT"] for rank in ranks] == ["29500", "29500", "29501", "29501"]
 
 
@@ -252,8 +252,8 @@ def test_one_failing_worker_ends_all_with_its_error(
     body += "if worker == '1':\n    raise ValueError('the reason')\ntime.sleep(300)\n"
     status, _ = start([script(tmp_path, body)], ranks=ranks, launcher=launcher)
     assert status == 1 and not processes(tmp_path)
-    said = capsys.readouterr().err
-    assert "worker 1 ended with status 1" in said and "    ValueError: the reason" in said
+    printed = capsys.readouterr().err
+    assert "worker 1 ended with status 1" in printed and "    ValueError: the reason" in printed
 
 
 def test_a_worker_may_be_started_again(tmp_path: Path) -> None:
@@ -316,7 +316,7 @@ def test_what_does_not_leave_is_killed(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("launcher", [None, SLOW_TORCHRUN])
 def test_ranks_of_a_dead_launcher_do_not_run_beside_the_new_ones(tmp_path: Path, launcher: str | None) -> None:
-    """The launcher is killed by its own rank 0; without one, a rank by its child in a session of its own."""
+    """The launcher is killed by its own rank 0; without one, a rank by its child in another session."""
     body = """
 def lives(pid):
     try:
@@ -360,10 +360,10 @@ def test_a_closed_output_does_not_stop_the_workers(tmp_path: Path) -> None:
         (tmp_path / "closed").touch()
         wait_for(tmp_path, "ready_?_?", 2)
         process.send_signal(signal.SIGTERM)
-        said = process.stderr.read()
+        printed = process.stderr.read()
         assert process.wait(timeout=90) == 128 + signal.SIGTERM
         assert not processes(tmp_path)
     finally:
         process.kill()
-    assert said == "gap-ds parallel: its output is closed. The workers go on; SIGTERM ends them.\n"
+    assert printed == "gap-ds parallel: its output is closed. The workers go on; SIGTERM ends them.\n"
     assert [path.read_text() for path in tmp_path.glob("saved_?_?")] == ["whole"] * 2

@@ -35,9 +35,9 @@ def small(tmp_path: Path) -> tuple[Exchange, Path, Callable[[], list[Received]]]
 def resign(folder: Path, data: bytes) -> None:
     """Writes a file and a manifest that goes with it."""
     (folder / "worker_0.safetensors").write_bytes(data)
-    said = json.loads((folder / "worker_0.json").read_text())
-    said |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    (folder / "worker_0.json").write_text(json.dumps(said))
+    manifest = json.loads((folder / "worker_0.json").read_text())
+    manifest |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (folder / "worker_0.json").write_text(json.dumps(manifest))
 
 
 def test_a_file_truncated_anywhere_is_refused(small: Any) -> None:
@@ -177,8 +177,8 @@ def test_a_huge_header_is_not_read(small: Any) -> None:
     with (folder / "worker_0.safetensors").open("r+b") as file:
         file.write(struct.pack("<Q", 90_000_000))
         file.truncate(95_000_000)
-    said = json.loads((folder / "worker_0.json").read_text())
-    (folder / "worker_0.json").write_text(json.dumps(said | {"bytes": 95_000_000}))
+    manifest = json.loads((folder / "worker_0.json").read_text())
+    (folder / "worker_0.json").write_text(json.dumps(manifest | {"bytes": 95_000_000}))
     with pytest.raises(ValueError, match="header of 90000000 bytes is longer than"):
         read()
 

@@ -40,13 +40,15 @@ def test_all_workers_begin_with_the_same_weights(folder: str) -> None:
 def test_a_new_run_in_the_folder_of_another_one_is_refused(folder: str) -> None:
     for job in publish_all(folder):
         job.begin("these")
-    told = r"round_0/worker_0.json: worker 0 published round 0 at 20.*, and this job began at step 0\. A new run needs"
+    message = (
+        r"round_0/worker_0.json: worker 0 published round 0 at 20.*, and this job began at step 0\. A new run needs"
+    )
     before = raw(folder, "round_0/worker_0.json")
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         start(folder, 0, resume=False).begin("these")
     with pytest.raises(ValueError, match="with other weights than worker 0 now"):
         start(folder, 0).begin("others")
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         start(folder, 0, resume=False).publish(0, Model(0).items(), Model(0).bits)
     assert raw(folder, "round_0/worker_0.json") == before
 
@@ -58,14 +60,14 @@ def test_a_job_that_was_killed_in_its_first_round_joins_again(folder: str, publi
         job.begin("these")
         if worker or published:
             job.publish(0, Model(worker).items(), Model(worker).bits)
-    again = start(folder, 0, resume=published)  # before it has published, it need not be told
+    again = start(folder, 0, resume=published)  # before it has published, it needs no permission
     again.begin("these")
     found = take(again)
     assert all(same(found[name].value, wanted) for name, wanted in expected(2).items())
 
 
 def test_a_folder_without_a_start_is_given_one(folder: str) -> None:
-    """Jobs that go on from a checkpoint do not say what their run began with."""
+    """Jobs that continue from a checkpoint do not write the weights that their run began with."""
     (job, _) = publish_all(folder)
     job.begin("these")
     assert json.loads(raw(folder, "start.json"))["weights"] == "these"
@@ -118,17 +120,17 @@ def test_a_damaged_record_is_refused(folder: str, content: bytes, sentence: str)
 def test_every_field_of_a_manifest_is_checked(tmp_path: Path) -> None:
     (job, _) = publish_all(str(tmp_path))
     path = tmp_path / "round_0" / "worker_1.json"
-    said = json.loads(path.read_text())
+    manifest = json.loads(path.read_text())
     wrong = {"bytes": "7", "sha256": 7, "round": 1, "worker": 0, "workers": 5, "published": None, "plan": 3, "run": 1}
     wrong |= {"tensors": None}
     for key, value in wrong.items():
-        path.write_text(json.dumps(said | {key: value}))
+        path.write_text(json.dumps(manifest | {key: value}))
         with pytest.raises(ValueError, match=r"worker_1\.json"):
             job.wait(0)
-        path.write_text(json.dumps({k: v for k, v in said.items() if k != key}))
+        path.write_text(json.dumps({k: v for k, v in manifest.items() if k != key}))
         with pytest.raises(ValueError, match=rf"worker_1.json: is damaged .*\({key}: Field required\)"):
             job.wait(0)
-    path.write_text(json.dumps(said | {"more": 1}))
+    path.write_text(json.dumps(manifest | {"more": 1}))
     with pytest.raises(ValueError, match="more: Extra inputs are not permitted"):
         job.wait(0)
 

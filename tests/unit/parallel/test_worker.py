@@ -12,11 +12,11 @@ from gap_ds.parallel import Exchange, ParallelWorker
 
 
 def test_whether_a_worker_has_published(folder: str, tmp_path: Path) -> None:
-    told = ParallelWorker(0, folder)
-    assert not told.has_published()
+    worker = ParallelWorker(0, folder)
+    assert not worker.has_published()
     jobs = [start(folder, worker) for worker in (0, 1)]
     jobs[1].publish(0, Model(1).items(), Model(1).bits)
-    assert not told.has_published() and ParallelWorker(1, folder).has_published()
+    assert not worker.has_published() and ParallelWorker(1, folder).has_published()
     (tmp_path / "file").write_text("")
     assert not ParallelWorker(0, str(tmp_path / "file")).has_published()
 
