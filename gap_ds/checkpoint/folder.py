@@ -42,8 +42,8 @@ class Manifest(Record):
     number: of the checkpoint among those of its folder, from 1. files: size in bytes and SHA-256 by path.
     """
 
-    format: Literal["gap_ds.manifest"] = "gap_ds.manifest"
-    version: Literal[1] = 1
+    format: Literal["gap_ds.manifest"]
+    version: Literal[1]
     number: Annotated[int, Field(ge=1, lt=2**63)]
     files: dict[str, tuple[Count, str]]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -53,11 +54,16 @@ def parse_json(data: bytes | str, model: type[_Value]) -> _Value:
         ValueError: it does not hold such a value.
     """
     try:
-        return TypeAdapter(model).validate_json(data)
+        return _adapter(model).validate_json(data)
     except ValidationError as error:
         first = error.errors()[0]
         where = f"{printable('.'.join(map(str, first['loc'])))}: " if first["loc"] else ""
         raise ValueError(f"is damaged or of another kind ({where}{printable(first['msg'])})") from None
+
+
+@functools.cache
+def _adapter(model: type[_Value]) -> TypeAdapter[_Value]:
+    return TypeAdapter(model)
 
 
 def write_json(path: Path, value: Any) -> None:

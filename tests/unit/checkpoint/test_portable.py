@@ -1,11 +1,10 @@
-"""Checkpoints of a whole run: verified, passed over when damaged, kept in number, and movable; nothing in between."""
+"""Checkpoints of a whole run: damage passed over, a full disk survived, and files that other ranks can read."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
-import random
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,20 +13,18 @@ from typing import Any
 
 import pytest
 import torch
-from fake_ranks import Ranks
+from folders import ALONE, refused, replace_header
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from test_folder import ALONE, FULL, NAMES, PLAN, content_of, read, replace_header, writer
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gap_ds import GaPEngine, checkpoint
 from gap_ds.checkpoint import portable
-from gap_ds.masks import bitmask
+from gap_ds.checkpoint.folder import _write_manifest
 from gap_ds.sharding.backends import Backend, Training, detect
 
-DATA = Path(__file__).resolve().parents[2] / "data"
 PROPERTY = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 
 
@@ -36,215 +33,6 @@ def _without_a_process_group() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
-
-
-def refused(work: Callable[[], Any]) -> str:
-    with pytest.raises(ValueError) as error:
-        work()
-    return str(error.value)
-
-
-# -- manifest ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    return checkpoint.save(tmp_path / "run", "step_1", ALONE, writer("one"))
-
-
-def test_the_manifest_lists_every_file(saved: Path) -> None:
-    manifest = json.loads((saved / "gap" / "manifest.json").read_text())
-    assert manifest["format"] == "gap_ds.manifest" and (manifest["version"], manifest["number"]) == (1, 1)
-    assert manifest["files"].keys() == {"weights", "gap/state.json"}
-    size, digest = manifest["files"]["weights"]
-    assert size == 3 and digest == "7692c3ad3540bb803c020b3aee66cd8887123234ea0c6e7143c0add73ff431ed"
-    assert checkpoint.damage(saved, ALONE) is None
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_ranks_share_the_files_and_agree(saved: Path, tmp_path: Path, ranks: int) -> None:
-    def write(folder: Path) -> None:
-        for i in range(7):
-            (folder / f"part_{i}").write_bytes(bytes([i]) * (1000 * i))
-        checkpoint.write_json(folder / "gap" / "state.json", {})
-
-    found = Ranks(ranks).run(
-        lambda rank: checkpoint.save(tmp_path / "many", "t", rank, write if rank.rank == 0 else lambda _: None)
-    )
-    assert found == [tmp_path / "many" / "t"] * ranks
-    alone = checkpoint.save(tmp_path / "alone", "t", ALONE, write)
-    manifests = [(path / "gap" / "manifest.json").read_bytes() for path in (found[0], alone)]
-    assert manifests[0] == manifests[1]
-    assert Ranks(ranks).run(lambda rank: checkpoint.damage(alone, rank)) == [None] * ranks
-    for i in range(1, 7):
-        path = alone / f"part_{i}"
-        content = path.read_bytes()
-        path.write_bytes(content[:-1] + b"\xff")
-        reason = f"{path}: does not have the checksum it was saved with"
-        assert Ranks(ranks).run(lambda rank: checkpoint.damage(alone, rank)) == [reason] * ranks
-        path.write_bytes(content)
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
-def test_shares_are_balanced(ranks: int) -> None:
-    rng = random.Random(ranks)
-    sizes = {f"f{i}": rng.randrange(1000) for i in range(50)}
-    shares = Ranks(ranks).run(lambda rank: checkpoint._share(sizes, rank))
-    assert sorted(name for share in shares for name in share) == sorted(sizes)
-    loads = [sum(sizes[name] for name in share) for share in shares]
-    assert max(loads) - min(loads) <= 1000
-
-
-DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "missing": (lambda path: (path / "weights").unlink(), "weights: cannot be read (FileNotFoundError"),
-    "shorter": (lambda path: (path / "weights").write_text("on"), "weights: has 2 bytes, and was saved with 3"),
-    "longer": (lambda path: (path / "weights").write_text("one "), "weights: has 4 bytes, and was saved with 3"),
-    "changed": (lambda path: (path / "weights").write_text("onf"), "weights: does not have the checksum"),
-    "no manifest": (lambda path: (path / "gap/manifest.json").unlink(), "manifest.json: cannot be read"),
-    "no state": (lambda path: (path / "gap/state.json").unlink(), "state.json: cannot be read"),
-    "torn": (lambda path: os.truncate(path / "gap/manifest.json", 30), "manifest.json: cannot be read"),
-    "a folder": (lambda path: ((path / "weights").unlink(), (path / "weights").mkdir()), "weights: has "),
-}
-
-
-def write_state(folder: Path) -> None:
-    (folder / "weights").write_text("one")
-    checkpoint.write_json(folder / "gap" / "state.json", {"content": "one", "manifest": True})
-
-
-@pytest.mark.parametrize("kind", DAMAGE)
-def test_damage_is_named_with_a_tag_and_passed_over_without(tmp_path: Path, kind: str) -> None:
-    damage, reason = DAMAGE[kind]
-    for tag in ("step_1", "step_2", "step_3"):
-        newest = checkpoint.save(tmp_path, tag, ALONE, write_state)
-    damage(newest)
-    assert reason in refused(lambda: checkpoint.find_whole(tmp_path, "step_3", ALONE))
-    for ranks in (1, 2):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            found = Ranks(ranks).run(lambda rank: checkpoint.find_whole(tmp_path, None, rank))
-        assert found == [tmp_path / "step_2"] * ranks
-        assert [str(w.message) for w in caught if reason in str(w.message)] and len(caught) == 1
-    for tag in ("step_1", "step_2"):
-        damage(tmp_path / tag)
-    with pytest.warns(UserWarning, match="is damaged and passed over"):
-        assert reason in refused(lambda: checkpoint.find_whole(tmp_path, None, ALONE))
-
-
-def test_the_newest_is_the_last_written_whatever_its_name_and_time(tmp_path: Path) -> None:
-    for tag in ("step_9", "b", "step_1"):
-        path = checkpoint.save(tmp_path, tag, ALONE, write_state)
-    os.utime(path / "gap" / "state.json", (0, 0))
-    (tmp_path / "latest").write_text("b")  # a kill may have come between the two
-    assert [path.name for path in checkpoint.candidates(tmp_path)] == ["step_1", "b", "step_9"]
-    checkpoint.save(tmp_path, "b", ALONE, write_state)
-    assert checkpoint.find_whole(tmp_path, None, ALONE).name == "b"
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"format": "x"},
-        {"version": 2},
-        {"number": 0},
-        {"number": float("inf")},
-        {"files": []},
-        {"files": {}},
-        {"files": {"gap/state.json": [1]}},
-        {"files": {"gap/state.json": ["x", "y"]}},
-        {"files": {"../weights": [1, "y"], "gap/state.json": [1, "y"]}},
-        {"files": {"/etc/passwd": [1, "y"], "gap/state.json": [1, "y"]}},
-        {"files": {"a\0b": [1, "y"], "gap/state.json": [1, "y"]}},
-    ],
-)
-def test_a_manifest_that_says_something_else(saved: Path, change: dict[str, Any]) -> None:
-    path = saved / "gap" / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    reason = checkpoint.damage(saved, ALONE)
-    assert reason is not None and str(saved) in reason
-
-
-def test_a_manifest_damaged_anywhere(saved: Path) -> None:
-    """Truncated at every byte, and with every bit flipped: named, or without effect on what is loaded."""
-    path = saved / "gap" / "manifest.json"
-    content, harmless = path.read_bytes(), 0
-    for length in range(len(content)):
-        path.write_bytes(content[:length])
-        assert checkpoint.damage(saved, ALONE) is not None or content[length:].isspace()
-    for position in range(8 * len(content)):
-        damaged = bytearray(content)
-        damaged[position // 8] ^= 1 << (position % 8)
-        path.write_bytes(bytes(damaged))
-        harmless += checkpoint.damage(saved, ALONE) is None
-        assert position % 8 or checkpoint.candidates(saved.parent) == [saved]
-    assert harmless < 30  # in the number of the checkpoint, and in white space
-
-
-# -- how many are kept ---------------------------------------------------------------------------------------------
-
-
-def tags(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.is_dir())
-
-
-def test_keep_leaves_the_newest_that_are_complete(tmp_path: Path) -> None:
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "step_0" / "gap").mkdir(parents=True)  # looks like one of ours, and is none
-    (tmp_path / "step_7.partial" / "gap").mkdir(parents=True)  # what a killed save leaves
-    for i in range(1, 5):
-        checkpoint.save(tmp_path, f"step_{i}", ALONE, write_state)
-    (tmp_path / "step_3" / "weights").unlink()  # damaged: not counted, and left to be looked at
-    checkpoint.save(tmp_path, "step_5", ALONE, write_state, keep=3)
-    assert tags(tmp_path) == ["notes", "step_0", "step_2", "step_3", "step_4", "step_5"]
-    checkpoint.save(tmp_path, "step_6", ALONE, write_state, keep=1)
-    assert tags(tmp_path) == ["notes", "step_0", "step_3", "step_6"]
-    checkpoint.save(tmp_path, "step_6", ALONE, write_state, keep=1)
-    assert tags(tmp_path) == ["notes", "step_0", "step_3", "step_6"]
-    assert "keep=0: must be at least 1" in refused(lambda: checkpoint.save(tmp_path, "x", ALONE, write_state, keep=0))
-
-
-def test_nothing_is_deleted_before_the_new_one_is_visible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint.save(tmp_path, "step_1", ALONE, write_state)
-    rmtree, seen = shutil.rmtree, []
-
-    def watched(path: Path, **arguments: Any) -> None:
-        if Path(path).exists():
-            seen.append((Path(path).name, (tmp_path / "step_2" / "gap" / "manifest.json").exists()))
-        rmtree(path, **arguments)
-
-    monkeypatch.setattr(shutil, "rmtree", watched)
-    checkpoint.save(tmp_path, "step_2", ALONE, write_state, keep=1)
-    assert seen == [("step_1.partial", True)] and tags(tmp_path) == ["step_2"]
-
-
-@pytest.mark.parametrize("tag", ["", ".", "..", "a/b", "/tmp/a", "a.partial", "a.old"])
-def test_a_tag_is_the_name_of_a_folder(tmp_path: Path, tag: str) -> None:
-    assert "must be the name of a folder" in refused(lambda: checkpoint.save(tmp_path, tag, ALONE, write_state))
-
-
-# -- a full disk ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("tag", ["step_1", "step_2"])
-@pytest.mark.parametrize("full", [0, 1])
-def test_a_full_disk_on_one_rank(tmp_path: Path, tag: str, full: int) -> None:
-    checkpoint.save(tmp_path, "step_1", ALONE, writer("one"))
-
-    def save(rank: Any) -> Path:
-        def write(folder: Path) -> None:
-            def part() -> None:
-                (folder / f"part_{rank.rank}").write_text("x")
-                if rank.rank == full:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / "part"))
-
-            checkpoint.raise_on_all_ranks(rank, part)
-
-        return checkpoint.save(tmp_path, tag, rank, write)
-
-    for error in Ranks(2).run(save):
-        assert isinstance(error, ValueError) and "No space left on device" in str(error)
-        assert "was not saved, and older checkpoints are as they were" in str(error)
-    assert tags(tmp_path) == ["step_1"] and content_of(checkpoint.find_whole(tmp_path, None, ALONE)) == "one"
 
 
 class Failing:
@@ -265,25 +53,25 @@ class Failing:
 
 def test_a_full_disk_at_any_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each opening of a file for writing, flush and change of a name fails in turn, on a real engine."""
+    folder, engine = tmp_path / "run", build()
+    engine.save_checkpoint(folder, "old")
     for moment in range(200):
-        folder, engine = tmp_path / str(moment), build()
-        engine.save_checkpoint(folder, "old")
         failing = Failing(moment)
         with monkeypatch.context() as patch:
-            for owner, name in ((os, "fsync"), (Path, "replace"), (Path, "rename"), (Path, "write_bytes")):
+            for owner, name in ((os, "fsync"), (Path, "replace"), (Path, "rename"), (Path, "open")):
                 patch.setattr(owner, name, failing.at(getattr(owner, name)))
             try:
                 engine.save_checkpoint(folder, "new", portable=True)
             except ValueError as error:
                 assert "No space left on device" in str(error)
-                assert checkpoint.find_whole(folder, "old", ALONE) == folder / "old"
+                assert checkpoint.find_whole(folder, None, ALONE) == folder / "old"
                 assert not list(folder.glob("new.partial"))
-                engine.load_checkpoint(folder)
                 continue
         engine.load_checkpoint(folder, "new")  # also where something failed after it was visible
         if failing.calls <= moment:
             assert moment > 10
             return
+        shutil.rmtree(folder / "new")
     raise AssertionError("a save writes fewer files than that")
 
 
@@ -339,7 +127,7 @@ def from_elsewhere(path: Path, **changes: Any) -> None:
 def relist(path: Path) -> None:
     """A manifest of the files as they are now: what a checksum cannot find wrong."""
     (path / "gap" / "manifest.json").unlink()
-    checkpoint._write_manifest(path.parent, path, ALONE)
+    _write_manifest(path.parent, path, ALONE)
 
 
 OPTIMIZERS: dict[str, Callable[[], GaPEngine]] = {
@@ -515,7 +303,10 @@ def test_any_header(tmp_path_factory: pytest.TempPathFactory, key: str, value: A
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda h: h["__metadata__"].update(version="2"), "is no file of the kind gap_ds.portable, version 1"),
+        (
+            lambda h: h["__metadata__"].update(version="2"),
+            "gap_ds.portable of version 2; this",
+        ),
         (lambda h: h["__metadata__"].update(files="2"), "holds 1 of 2 portable files"),
         (lambda h: h["__metadata__"].pop("pieces"), "its header is damaged"),
         (lambda h: h["__metadata__"].update(pieces='{"0.weight": [0, 3], "0.bias": [0, 1]}'), "is damaged"),
@@ -529,42 +320,3 @@ def test_headers_that_do_not_fit(small: Portable, change: Callable[[dict[str, An
     replace_header(small.path, change)
     backend, buffers = small.fresh()
     assert said in refused(lambda: portable.read(small.folder, backend, buffers, ALONE))
-
-
-# -- older formats -------------------------------------------------------------------------------------------------
-
-
-def test_masks_of_version_1_are_refused_by_name() -> None:
-    path = DATA / "masks_version_1.safetensors"
-    assert refused(lambda: read(path, PLAN, NAMES)) == (
-        f"{path}: gap_ds.masks.bitmask of version 1; this version of gap_ds reads version 2"
-    )
-
-
-def test_masks_of_version_2_without_what_the_header_says_now_are_read() -> None:
-    assert read(DATA / "masks_version_2.safetensors", PLAN, NAMES) == {n: mask.tolist() for n, mask in FULL.items()}
-
-
-def test_a_checkpoint_from_before_manifests_is_read_and_said_to_be_unverified(tmp_path: Path) -> None:
-    engine = build()
-    train(engine, 2)
-    path = engine.save_checkpoint(tmp_path)
-    state = json.loads((path / "gap" / "state.json").read_text())
-    del state["manifest"], state["counters"]
-    (path / "gap" / "state.json").write_text(json.dumps(state))
-    (path / "gap" / "manifest.json").unlink()
-    other = build()
-    with pytest.warns(UserWarning, match="was saved before checkpoints had checksums: not verified"):
-        other.load_checkpoint(tmp_path)
-    assert same(everything(other), everything(engine))
-    other.save_checkpoint(tmp_path, "step_3", keep=1)
-    assert tags(tmp_path) == ["step_3"]
-
-
-def make_samples() -> None:
-    """How the samples were made: the masks of FULL, as the formats have them."""
-    bits = {name: bitmask.pack(mask) for name, mask in FULL.items()}
-    one = {"format": "gap_ds.masks", "version": "1", "plan": PLAN.fingerprint}
-    save_file(bits, DATA / "masks_version_1.safetensors", one)
-    kept = json.dumps({name: int(mask.sum()) for name, mask in FULL.items()})
-    save_file(bits, DATA / "masks_version_2.safetensors", one | {"version": "2", "kept": kept})
