@@ -46,8 +46,10 @@ def _start(work: Callable[[], T], in_thread: bool) -> Future[T]:
     def fulfil() -> None:
         try:
             future.set_result(work())
-        except Exception as error:
+        except BaseException as error:
             future.set_exception(error)
+            if not isinstance(error, Exception):  # such as an interrupt from the keyboard
+                raise
 
     if in_thread:
         threading.Thread(target=fulfil, daemon=True).start()
