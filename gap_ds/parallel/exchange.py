@@ -250,12 +250,13 @@ class Exchange:
                 value = self._together(partial(reader.weights, source, item, bits[item.name], before))
                 receive(Received(item.name, value, bits.pop(item.name)))
         for item in items:
-            if item.keep is None and item.partition is not None:
-                value = self._together(partial(reader.whole, sources[item.partition], item))
-                receive(Received(item.name, value, None))
-            elif item.partition is None:
-                value = self._together(partial(reader.unpartitioned, sources, item, self.unpartitioned))
-                receive(Received(item.name, value, None))
+            if item.partition is None:
+                load = partial(reader.unpartitioned, sources, item, self.unpartitioned)
+            elif item.keep is None:
+                load = partial(reader.whole, sources[item.partition], item)
+            else:
+                continue
+            receive(Received(item.name, self._together(load), None))
         self.bytes_read = int(self._world.sum(torch.tensor([reader.bytes], dtype=torch.int64)))
 
     # -- both ------------------------------------------------------------------------------------------------------

@@ -24,10 +24,7 @@ FORMAT: Final = "gap_ds.exchange"
 VERSION = 2
 
 #: The dtypes that are exchanged unchanged.
-DTYPES = (
-    *(torch.float64, torch.float32),
-    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
-)
+DTYPES = (torch.float64, torch.float32, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 
 
 @dataclass(frozen=True)
