@@ -34,6 +34,8 @@ def compact(
             is no exported model.
     """
     source, out = Path(source), place(out)
+    if not (source / INFO).is_file():
+        raise ValueError(f"{source / INFO}: there is no such file: its folder is no exported model.")
     info = read_json(source / INFO, ExportKeys)
     with _folder(source, out, overwrite) as aside, _opened(source) as tensors:
         if info.entries and set(info.entries).isdisjoint(tensors):

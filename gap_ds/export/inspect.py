@@ -182,9 +182,9 @@ def _count(tensor: _Tensor, entry: EntryInfo | None, the_pattern: Pattern) -> tu
     if not is_finite:
         problem = "holds values that are NaN or infinite"
     elif entry is not None and entry.numel != numel:
-        problem = f"has {numel:,} weights, {INFO} says {entry.numel:,}"
+        problem = f"has {numel:,} weights, {INFO} has {entry.numel:,}"
     elif entry is not None and entry.nonzero != nonzero:
-        problem = f"has {nonzero:,} weights that are not zero, {INFO} says {entry.nonzero:,}"
+        problem = f"has {nonzero:,} weights that are not zero, {INFO} has {entry.nonzero:,}"
     elif legality is not None:
         problem = legality.problem()
     return figures, problem
@@ -255,7 +255,7 @@ def _config_dtype(folder: Path, dtypes: Counter[str]) -> list[str]:
     held = {_DTYPES.get(dtype, dtype) for dtype in dtypes}
     if isinstance(named, str) and named not in held:
         names = ", ".join(sorted(held))
-        return [f"config.json: says that the weights are {printable(json.dumps(named))}, they are {names}"]
+        return [f'config.json: "dtype" is {printable(json.dumps(named))}, the weights are {names}']
     return []
 
 

@@ -554,7 +554,7 @@ def _truncate(pattern: str) -> Callable[[Path], None]:
 CANNOT_RESUME: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "sparsity": ({"sparsity": 0.6}, [], "was written for another plan .* start in a new folder"),
     "model": ({}, ["--preset", "small"], "was written for another plan"),
-    "schedule": ({"finetune_steps": 3}, [], r"was written with ft:2st \(now ft:3st\)"),
+    "schedule": ({"finetune_steps": 3}, [], r"was written with finetune_steps=2 \(now 3\)"),
     "dense": ({}, ["--dense"], "was written for another plan"),
     "lr": ({}, ["--lr", "1e-3"], r"was written with lr=0.003 \(now 0.001\)"),
     "micro-batches": ({}, ["--accumulation", "2"], r"was written with accumulation x ranks=1 \(now 2\)"),

@@ -240,7 +240,8 @@ def _runs(folder: Path) -> dict[str, Target]:
     signature = json.loads((run / "gap_history.jsonl").read_text().splitlines()[0])["signature"]
     lines = [{"kind": "train", "step": i, "epoch": 0, "loss": 2.5, "density": 0.5} for i in range(1, 9)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (run / "results.json").write_text(json.dumps({"bleu": 1.0, "signature": signature, "steps": 8}))
+    results = {"bleu": 1.0, "signature": signature, "config": CONFIG, "applied_steps": 8}
+    (run / "results.json").write_text(json.dumps(results))
     names = ("gap_history.jsonl", "metrics.jsonl", "results.json")
     return {f"run/{name}": Target(run / name, lambda: report_runs.load(run, "run")) for name in names}
 

@@ -290,7 +290,7 @@ def test_a_checkpoint_without_masks_is_refused(tmp_path: Path) -> None:
 
 def test_another_config_cannot_resume(tmp_path: Path) -> None:
     train(tmp_path, save_strategy="steps", save_steps=4)
-    with pytest.raises(ValueError, match=r"was written with rounds:1 \(now rounds:0\)"):
+    with pytest.raises(ValueError, match=r"was written with rounds=1 \(now 0\)"):
         train(tmp_path, str(tmp_path / "checkpoint-4"), gap=GAP | {"rounds": 0})
 
 

@@ -18,14 +18,17 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gap_ds.export import compact
-from gap_ds.export import folder as export_
+from gap_ds.export import compact, compact_file, expand, load_compact
+from gap_ds.export.load import _can_be_filled
+from gap_ds.masks import codec
+from gap_ds.storage.atomic import replacing_folder
+from gap_ds.storage.safetensors import DTYPES
 
 SPECIAL = [float("nan"), float("inf"), float("-inf"), -0.0, 1.0, -1.5]
 
 
 def raw(tensor: Tensor) -> bytes:
-    return compact._words(tensor).numpy().tobytes()
+    return codec.words(tensor).numpy().tobytes()
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -43,7 +46,7 @@ def sparse(shape: tuple[int, ...], density: float, dtype: torch.dtype = torch.fl
 
 @settings(deadline=None, max_examples=80)
 @given(
-    dtype=st.sampled_from(sorted(compact.DTYPES)),
+    dtype=st.sampled_from(sorted(DTYPES)),
     shape=st.lists(st.integers(0, 19), max_size=3),
     density=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
     seed=st.integers(0, 2**31),
@@ -53,17 +56,17 @@ def test_round_trip_of_any_bits(
 ) -> None:
     """Random bytes hold every NaN, denormal and negative zero that there is."""
     generator = torch.Generator().manual_seed(seed)
-    kind = compact.DTYPES[dtype]
+    kind = DTYPES[dtype]
     high = 2 if kind == torch.bool else 256
     size = (*shape, kind.itemsize)
     data = torch.randint(0, high, size, generator=generator, dtype=torch.uint8)
     data[torch.rand(tuple(shape), generator=generator) >= density] = 0
     weight = data.view(kind).view(shape) if data.numel() else torch.zeros(shape, dtype=kind)
     folder = tmp_path_factory.mktemp("compact")
-    compact.write(folder, {"w": weight, "whole": weight}, {"w"}, "signature")
-    back = dict(compact.read(folder))
+    compact_file.write(folder, {"w": weight, "whole": weight}, {"w"}, "signature")
+    back = dict(compact_file.read(folder))
     assert list(back) == ["w", "whole"] and all(same(back[name], weight) for name in back)
-    found = compact.header(folder)
+    found = compact_file.read_contents(folder)
     assert found.signature == "signature" and found.tensors[1].kept is None
     assert found.tensors[0].stored_bytes <= found.tensors[0].dense_bytes
 
@@ -72,35 +75,35 @@ def test_round_trip_of_any_bits(
 def test_special_values_are_kept_by_their_bits(tmp_path: Path, dtype: torch.dtype) -> None:
     weight = torch.zeros(200, dtype=dtype)
     weight[[3, 5, 8, 64, 65, 199]] = torch.tensor(SPECIAL, dtype=dtype)
-    compact.write(tmp_path, {"w": weight}, {"w"})
-    assert compact.header(tmp_path).tensors[0].kept == len(SPECIAL)
-    assert same(dict(compact.read(tmp_path))["w"], weight)
+    compact_file.write(tmp_path, {"w": weight}, {"w"})
+    assert compact_file.read_contents(tmp_path).tensors[0].kept == len(SPECIAL)
+    assert same(dict(compact_file.read(tmp_path))["w"], weight)
 
 
 def test_size_at_ninety_percent(tmp_path: Path) -> None:
     weight = torch.zeros(1000, 512, dtype=torch.bfloat16)
     weight.view(-1)[torch.randperm(weight.numel())[: weight.numel() // 10]] = 1.5
-    compact.write(tmp_path, {"w": weight}, {"w"})
-    assert (tmp_path / compact.FILE).stat().st_size <= 0.17 * 2 * weight.numel()
+    compact_file.write(tmp_path, {"w": weight}, {"w"})
+    assert (tmp_path / compact_file.FILE).stat().st_size <= 0.17 * 2 * weight.numel()
 
 
 def test_what_would_not_get_smaller_is_stored_whole(tmp_path: Path) -> None:
     weights = {"full": torch.ones(64), "empty": torch.zeros(64), "none": torch.zeros(0, 7), "scalar": torch.zeros(())}
-    compact.write(tmp_path, weights, set(weights))
-    kept = {tensor.name: tensor.kept for tensor in compact.header(tmp_path).tensors}
+    compact_file.write(tmp_path, weights, set(weights))
+    kept = {tensor.name: tensor.kept for tensor in compact_file.read_contents(tmp_path).tensors}
     assert kept == {"full": None, "empty": 0, "none": None, "scalar": 0}
-    assert all(same(value, weights[name]) for name, value in compact.read(tmp_path))
+    assert all(same(value, weights[name]) for name, value in compact_file.read(tmp_path))
 
 
 def test_views_are_written_as_they_read(tmp_path: Path) -> None:
     weight = sparse((12, 8), 0.2).t()
-    compact.write(tmp_path, {"w": weight}, {"w"})
-    assert same(dict(compact.read(tmp_path))["w"], weight)
+    compact_file.write(tmp_path, {"w": weight}, {"w"})
+    assert same(dict(compact_file.read(tmp_path))["w"], weight)
 
 
 def test_any_reader_of_safetensors_can_read_it(tmp_path: Path) -> None:
     weight = sparse((40, 30), 0.1, torch.bfloat16)
-    path = compact.write(tmp_path, {"w": weight, "b": torch.arange(5)}, {"w"})
+    path = compact_file.write(tmp_path, {"w": weight, "b": torch.arange(5)}, {"w"})
     tensors = load_file(path)
     assert tensors.keys() == {"w.mask", "w.values", "b"}
     bits = ((tensors["w.mask"][:, None] >> torch.arange(8)) & 1).view(-1)[:1200].bool()
@@ -121,7 +124,7 @@ def test_no_more_than_one_tensor_is_asked_for_at_a_time(tmp_path: Path) -> None:
             alive.add(tensor)
             return tensor
 
-    compact.write(tmp_path, Lazy.fromkeys(["a", "b", "c"]), {"a", "b"})
+    compact_file.write(tmp_path, Lazy.fromkeys(["a", "b", "c"]), {"a", "b"})
 
 
 @pytest.mark.parametrize(
@@ -136,7 +139,7 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(
     tmp_path: Path, tensors: dict[str, Tensor], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        compact.write(tmp_path, tensors, {"w"})
+        compact_file.write(tmp_path, tensors, {"w"})
     assert not list(tmp_path.iterdir())
 
 
@@ -146,28 +149,28 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("small")
-    compact.write(folder, {"w": sparse((9, 7), 0.3), "b": torch.arange(3)}, {"w"}, "gap|v:1")
+    compact_file.write(folder, {"w": sparse((9, 7), 0.3), "b": torch.arange(3)}, {"w"}, "gap|v:1")
     return folder
 
 
 def refused(folder: Path, data: bytes) -> str:
-    (folder / compact.FILE).write_bytes(data)
+    (folder / compact_file.FILE).write_bytes(data)
     with pytest.raises(ValueError) as error:
-        list(compact.read(folder))
+        list(compact_file.read(folder))
     message = str(error.value)
     assert "\n" not in message and message.startswith(str(folder)) and len(message) < 700
     return message
 
 
 def test_truncated_at_every_offset(small: Path, tmp_path: Path) -> None:
-    data = (small / compact.FILE).read_bytes()
+    data = (small / compact_file.FILE).read_bytes()
     for end in range(len(data)):
         refused(tmp_path, data[:end])
     refused(tmp_path, data + b"\0")
 
 
 def test_every_flipped_bit(small: Path, tmp_path: Path) -> None:
-    data = (small / compact.FILE).read_bytes()
+    data = (small / compact_file.FILE).read_bytes()
     for at in range(len(data)):
         changed = bytearray(data)
         changed[at] ^= 1 << (at % 8)
@@ -178,7 +181,7 @@ def rewritten(folder: Path, change: Any) -> bytes:
     """The file with another header, whose digest is right."""
     import hashlib
 
-    data = (folder / compact.FILE).read_bytes()
+    data = (folder / compact_file.FILE).read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     table = json.loads(data[8 : 8 + length])
     table["__metadata__"]["sha256"] = "0" * 64
@@ -213,8 +216,8 @@ def test_a_header_that_only_looks_right(small: Path, tmp_path: Path) -> None:
         for change in changes:
             assert message in refused(tmp_path, rewritten(small, change))
     # Nothing but the weights' bytes is left to differ, and the header's own digest cannot be left out.
-    (tmp_path / compact.FILE).write_bytes(rewritten(small, lambda t, n: None))
-    assert len(list(compact.read(tmp_path))) == 2
+    (tmp_path / compact_file.FILE).write_bytes(rewritten(small, lambda t, n: None))
+    assert len(list(compact_file.read(tmp_path))) == 2
     assert "lacks a digest" in refused(
         tmp_path,
         rewritten(
@@ -227,19 +230,19 @@ def test_a_header_that_only_looks_right(small: Path, tmp_path: Path) -> None:
 
 
 def test_a_huge_header_is_refused_before_it_is_read(tmp_path: Path) -> None:
-    with (tmp_path / compact.FILE).open("wb") as file:
+    with (tmp_path / compact_file.FILE).open("wb") as file:
         file.write(struct.pack("<Q", 200_000_000))
         file.truncate(300_000_000)  # sparse: takes no disk
     with pytest.raises(ValueError, match="longer than"):
-        compact.header(tmp_path)
+        compact_file.read_contents(tmp_path)
 
 
 def test_a_mask_that_keeps_another_number(tmp_path: Path) -> None:
     """Bits after the last weight, with a digest that is right."""
-    path = compact.write(tmp_path, {"w": sparse((9, 7), 0.3)}, {"w"})
+    path = compact_file.write(tmp_path, {"w": sparse((9, 7), 0.3)}, {"w"})
     data = bytearray(path.read_bytes())
     data[-1] |= 0x80
-    found = compact.header(tmp_path)
+    found = compact_file.read_contents(tmp_path)
     import hashlib
 
     (length,) = struct.unpack("<Q", data[:8])
@@ -252,7 +255,7 @@ def test_a_mask_that_keeps_another_number(tmp_path: Path) -> None:
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no such file"):
-        compact.load_compact(tmp_path)
+        load_compact(tmp_path)
 
 
 # -------------------------------------------------------------------------------------------------- whole folders
@@ -267,25 +270,25 @@ def export(folder: Path, weights: dict[str, Tensor], entries: list[str]) -> None
 def test_any_other_model_becomes_a_state_dict(tmp_path: Path) -> None:
     weights = {"a": sparse((30, 20), 0.1), "b": torch.randn(20)}
     export(tmp_path / "dense", weights, ["a"])
-    figures = compact.compact(tmp_path / "dense", tmp_path / "out")
+    figures = compact(tmp_path / "dense", tmp_path / "out")
     assert (figures["tensors"], figures["packed"], figures["signature"]) == (2, 1, "gap|x")
-    back = compact.load_compact(tmp_path / "out")
+    back = load_compact(tmp_path / "out")
     assert back.keys() == weights.keys() and all(same(back[name], weights[name]) for name in weights)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["compact.safetensors", "gap.json"]
-    compact.expand(tmp_path / "out", tmp_path / "again")
+    expand(tmp_path / "out", tmp_path / "again")
     assert sorted(path.name for path in (tmp_path / "again").iterdir()) == ["gap.json", "model.safetensors"]
     again = load_file(tmp_path / "again" / "model.safetensors")
     assert again.keys() == weights.keys() and all(same(again[name], weights[name]) for name in weights)
     with pytest.raises(ValueError, match="is not empty"):
-        compact.expand(tmp_path / "out", tmp_path / "again")
+        expand(tmp_path / "out", tmp_path / "again")
     with pytest.raises(ValueError, match=r"no config\.json"):
-        compact.load_compact(tmp_path / "out", dtype=torch.bfloat16)
+        load_compact(tmp_path / "out", dtype=torch.bfloat16)
 
 
 def test_entries_under_other_names_are_not_taken_for_dense_weights(tmp_path: Path) -> None:
     export(tmp_path / "dense", {"query": torch.ones(4)}, ["q_proj"])
     with pytest.raises(ValueError, match=r"q_proj and all other entries of gap\.json are in no file\. Export it again"):
-        compact.compact(tmp_path / "dense", tmp_path / "out")
+        compact(tmp_path / "dense", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -310,20 +313,20 @@ def test_a_hugging_face_model_equals_its_dense_export(tmp_path: Path, dtype: tor
         json.dumps({"signature": "gap|x", "entries": {name: {} for name in entries}})
     )
     told: list[Any] = []
-    figures = compact.compact(tmp_path / "dense", tmp_path / "out", progress=lambda *args: told.append(args))
+    figures = compact(tmp_path / "dense", tmp_path / "out", progress=lambda *args: told.append(args))
     assert figures["packed"] == len(entries) and told[-1][1] == told[-1][2] == figures["dense_bytes"]
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"compact.safetensors", "gap.json", "config.json", "generation_config.json"}
 
     dense = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "dense")
-    loaded = compact.load_compact(tmp_path / "out")
+    loaded = load_compact(tmp_path / "out")
     assert type(loaded) is type(dense) and loaded.dtype == dense.dtype == dtype and not loaded.training
     assert loaded.generation_config.num_beams == 3
     wanted, found = dense.state_dict(), loaded.state_dict()
     assert wanted.keys() == found.keys() and all(same(wanted[name], found[name]) for name in wanted)
     assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
-    assert compact.load_compact(tmp_path / "out", dtype=torch.float64).dtype == torch.float64
-    again = transformers.AutoModelForSeq2SeqLM.from_pretrained(compact.expand(tmp_path / "out", tmp_path / "again"))
+    assert load_compact(tmp_path / "out", dtype=torch.float64).dtype == torch.float64
+    again = transformers.AutoModelForSeq2SeqLM.from_pretrained(expand(tmp_path / "out", tmp_path / "again"))
     assert all(same(wanted[name], value) for name, value in again.state_dict().items())
 
 
@@ -344,7 +347,7 @@ def translator(tmp_path: Path) -> Path:
         model.get_parameter(entry)[1:] = 0
     model.save_pretrained(tmp_path / "dense")
     (tmp_path / "dense" / "gap.json").write_text(json.dumps({"signature": "gap|x", "entries": {entry: {}}}))
-    compact.compact(tmp_path / "dense", tmp_path / "out")
+    compact(tmp_path / "dense", tmp_path / "out")
     return tmp_path / "out"
 
 
@@ -374,7 +377,7 @@ def test_a_config_that_does_not_fit_is_one_sentence(translator: Path, change: di
     path = translator / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ValueError) as error:
-        compact.load_compact(translator)
+        load_compact(translator)
     assert said in sentence(translator, error)
 
 
@@ -383,7 +386,7 @@ def test_a_config_that_does_not_fit_is_one_sentence(translator: Path, change: di
 def test_a_damaged_config_is_one_sentence(translator: Path, name: str, text: str) -> None:
     (translator / name).write_text(text, encoding="latin-1")
     with pytest.raises(ValueError) as error:
-        compact.load_compact(translator)
+        load_compact(translator)
     assert f"{name}: transformers cannot use it (" in sentence(translator, error)
 
 
@@ -410,7 +413,7 @@ def test_code_of_a_folder_is_not_run_whoever_says_yes(translator: Path) -> None:
     done = subprocess.run(
         command, input="y\n" * 9, capture_output=True, text=True, timeout=200, check=True, env=environment
     )
-    assert done.stdout.count("\n") == 1 and "code of its own, which is never run" in done.stdout, done.stdout
+    assert done.stdout.count("\n") == 1 and "code from its folder, which is never run" in done.stdout, done.stdout
     assert not list(translator.rglob("run"))
 
 
@@ -418,24 +421,27 @@ def test_other_names_and_tied_weights_are_left_to_transformers(translator: Path,
     """Names without the prefix of the whole model, and a weight that is there under two names."""
     transformers = pytest.importorskip("transformers")
     wanted = transformers.AutoModelForSeq2SeqLM.from_pretrained(translator.parent / "dense").state_dict()
-    weights = dict(compact.read(translator))
+    weights = dict(compact_file.read(translator))
     tied = next(name for name in weights if name.endswith("shared.weight"))
     for changed in (
         {name.removeprefix("model."): weight for name, weight in weights.items()},
         {**weights, "model.encoder.embed_tokens.weight": weights[tied].clone()},
     ):
-        compact.write(translator, changed, set())
-        found = compact.load_compact(translator).state_dict()
+        compact_file.write(translator, changed, set())
+        found = load_compact(translator).state_dict()
         assert found.keys() == wanted.keys() and all(same(found[name], wanted[name]) for name in wanted)
 
 
 def test_what_takes_the_values_as_they_are_stored() -> None:
-    stored = [compact.Stored("a", (2, 3), torch.float32, None), compact.Stored("b", (2, 3), torch.float32, None)]
+    stored = [
+        compact_file.CompactTensor("a", (2, 3), torch.float32, None),
+        compact_file.CompactTensor("b", (2, 3), torch.float32, None),
+    ]
     right, other = torch.zeros(2, 3, dtype=torch.bfloat16), torch.zeros(2, 3)
-    assert compact._can_be_filled({"a": right, "b": other, "c": other}, stored)
+    assert _can_be_filled({"a": right, "b": other, "c": other}, stored)
     for wrong in (right, torch.zeros(0), torch.zeros(2, 3, device="meta"), torch.zeros(2, 3, dtype=torch.int8)):
-        assert not compact._can_be_filled({"a": right, "b": wrong}, stored)
-    assert not compact._can_be_filled({"a": right}, stored)
+        assert not _can_be_filled({"a": right, "b": wrong}, stored)
+    assert not _can_be_filled({"a": right}, stored)
 
 
 PEAK = """
@@ -467,7 +473,7 @@ def test_loading_takes_the_memory_of_the_model_and_one_weight(tmp_path: Path, dt
             def __getitem__(self, key: str) -> Tensor:
                 return made(super().__getitem__(key))
 
-        compact.write(tmp_path / name, Weights(shapes), set(shapes))
+        compact_file.write(tmp_path / name, Weights(shapes), set(shapes))
     size = sum(shape.numel() for shape in shapes.values()) * getattr(torch, wanted).itemsize
     assert size > 130e6
     command = [sys.executable, "-c", PEAK, str(tmp_path / "large"), str(tmp_path / "small"), wanted]
@@ -483,32 +489,32 @@ def test_loading_takes_the_memory_of_the_model_and_one_weight(tmp_path: Path, dt
 def test_conversion_refuses_with_a_sentence_and_leaves_nothing(tmp_path: Path) -> None:
     dense, out = tmp_path / "dense", tmp_path / "out"
     with pytest.raises(ValueError, match="no exported model"):
-        compact.compact(dense, out)
+        compact(dense, out)
     export(dense, {"a": sparse((30, 20), 0.1)}, ["a"])
     for place in (dense, tmp_path):
         with pytest.raises(ValueError, match="own folder"):
-            compact.compact(dense, place, overwrite=True)
+            compact(dense, place, overwrite=True)
     out.mkdir()
-    compact.compact(dense, out)
+    compact(dense, out)
     (out / "mine").touch()
     with pytest.raises(ValueError, match="is not empty"):
-        compact.compact(dense, out)
-    compact.compact(dense, out, overwrite=True)
+        compact(dense, out)
+    compact(dense, out, overwrite=True)
     assert not (out / "mine").exists()
-    data = (out / compact.FILE).read_bytes()
-    (out / compact.FILE).write_bytes(data[:-1])
+    data = (out / compact_file.FILE).read_bytes()
+    (out / compact_file.FILE).write_bytes(data[:-1])
     for place in (tmp_path / "new", out):
         with pytest.raises(ValueError, match=r"follow the header|own folder"):
-            compact.expand(out, place, overwrite=True)
+            expand(out, place, overwrite=True)
 
     data = (dense / "model.safetensors").read_bytes()
     for end in (0, 7, 8, 20, len(data) - 1):
         (dense / "model.safetensors").write_bytes(data[:end])
         with pytest.raises(ValueError, match=r"^[^\n]*model\.safetensors: is truncated or damaged [^\n]*$"):
-            compact.compact(dense, tmp_path / "new")
+            compact(dense, tmp_path / "new")
     (dense / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="has neither"):
-        compact.compact(dense, tmp_path / "new")
+        compact(dense, tmp_path / "new")
     index = dense / "model.safetensors.index.json"
     for text, message in (
         ("{", "is damaged"),
@@ -519,22 +525,22 @@ def test_conversion_refuses_with_a_sentence_and_leaves_nothing(tmp_path: Path) -
     ):
         index.write_text(text)
         with pytest.raises(ValueError, match=message):
-            compact.compact(dense, tmp_path / "new")
+            compact(dense, tmp_path / "new")
     (dense / "x.safetensors").write_bytes(data)
     index.write_text('{"weight_map": {"a": "x.safetensors", "b": "x.safetensors"}}')
     with pytest.raises(ValueError, match="lacks b"):
-        compact.compact(dense, tmp_path / "new")
+        compact(dense, tmp_path / "new")
     (dense / "gap.json").write_text("[]")
     with pytest.raises(ValueError, match="is damaged"):
-        compact.compact(dense, tmp_path / "new")
+        compact(dense, tmp_path / "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "out"]
 
 
 def test_both_ways_tell_how_far_they_are(tmp_path: Path) -> None:
     export(tmp_path / "dense", {"a": sparse((30, 20), 0.1), "b": torch.randn(20)}, ["a"])
     told: list[tuple[str, int, int]] = []
-    compact.compact(tmp_path / "dense", tmp_path / "out", progress=lambda *args: told.append(args))
-    compact.expand(tmp_path / "out", tmp_path / "again", progress=lambda *args: told.append(args))
+    compact(tmp_path / "dense", tmp_path / "out", progress=lambda *args: told.append(args))
+    expand(tmp_path / "out", tmp_path / "again", progress=lambda *args: told.append(args))
     assert told == 2 * [("a", 2400, 2480), ("b", 2480, 2480)]
 
 
@@ -546,7 +552,7 @@ def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An export in `model` of the current folder, and a compact one, which holds a file of another's besides."""
     monkeypatch.chdir(tmp_path)
     export(tmp_path / "model", {"a": sparse((30, 20), 0.1)}, ["a"])
-    compact.compact("model", "out")
+    compact("model", "out")
     Path("out/old").touch()
     return tmp_path
 
@@ -582,7 +588,7 @@ def test_overwriting_replaces_exports_alone(
     if out == "..":
         monkeypatch.chdir("current/below")
     with pytest.raises(ValueError) as error:
-        compact.compact(exported / "model", out, overwrite=True)
+        compact(exported / "model", out, overwrite=True)
     assert said in str(error.value) and "\n" not in str(error.value)
     assert files(exported) == before
 
@@ -599,9 +605,9 @@ def test_a_failed_overwrite_leaves_what_was_there(exported: Path, monkeypatch: p
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", refuse)
         with pytest.raises(ValueError, match=r"^out: cannot be written \(\[Errno 28\] No space left on device\)\.$"):
-            compact.compact("model", "out", overwrite=True)
+            compact("model", "out", overwrite=True)
     assert files() == before
-    compact.compact("model", "out", overwrite=True)
+    compact("model", "out", overwrite=True)
     assert files() == [name for name in before if name != "out/old"]
 
 
@@ -617,7 +623,7 @@ def test_the_old_export_is_kept_where_another_folder_took_its_place(
 
     monkeypatch.setattr(Path, "rename", first)
     with pytest.raises(ValueError, match=r"^out: cannot be written \(\[Errno 39\] Directory not empty: "):
-        compact.compact("model", "out", overwrite=True)
+        compact("model", "out", overwrite=True)
     assert files("out.partial") == ["old", *(f"old/{name}" for name in ("compact.safetensors", "gap.json", "old"))]
     assert files("out") == ["others"]
 
@@ -630,18 +636,19 @@ def test_what_a_killed_process_has_left_is_used_or_cleared(exported: Path, renam
     Path("out.partial/new/model.safetensors").touch()
     if renamed:
         Path("out").rename("out.partial/old")
-        with pytest.raises(RuntimeError), export_.aside(Path("out")):
+        with pytest.raises(RuntimeError), replacing_folder(Path("out")):
             raise RuntimeError("something else is wrong")
         assert files() == before
         Path("out.partial").mkdir()
         Path("out").rename("out.partial/old")
-    compact.compact("model", "out", overwrite=True)
+    compact("model", "out", overwrite=True)
     assert files() == [name for name in before if name != "out/old"]
 
 
 def test_two_processes_do_not_write_one_folder(exported: Path) -> None:
     holder = (
-        "import gap_ds.export.folder as e, pathlib\nwith e.aside(pathlib.Path('out')): print(1, flush=True); input()"
+        "import gap_ds.storage.atomic as a, pathlib\n"
+        "with a.replacing_folder(pathlib.Path('out')): print(1, flush=True); input()"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[3])}
     with subprocess.Popen(
@@ -649,8 +656,8 @@ def test_two_processes_do_not_write_one_folder(exported: Path) -> None:
     ) as other:
         assert other.stdout is not None and other.stdout.readline()
         with pytest.raises(ValueError, match=r"^out\.partial: another process is writing there\."):
-            compact.compact("model", "out", overwrite=True)
+            compact("model", "out", overwrite=True)
         assert Path("out.partial/new").is_dir()
         other.kill()
-    compact.compact("model", "out", overwrite=True)
+    compact("model", "out", overwrite=True)
     assert not Path("out.partial").exists()

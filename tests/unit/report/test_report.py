@@ -71,8 +71,9 @@ def make_run(folder: Path, config: dict[str, Any], *, finished: bool = True, ble
         name: {"keep": keep, "nonzero": keep, "numel": NUMEL, "partition": k if kappa > 1 else 0}
         for name, k in ENTRIES.items()
     }
-    info = {"signature": signature, "applied_steps": total, "entry_sparsity": 0.75, "model_sparsity": 0.5}
-    info |= {"kept": 4 * keep, "numel": 4 * NUMEL, "mean_density": 0.5, "training_flops": 0.6, "entries": entries}
+    info = {"signature": signature, "config": config, "applied_steps": total, "entry_sparsity": 0.75}
+    info |= {"model_sparsity": 0.5, "kept": 4 * keep, "numel": 4 * NUMEL, "model_numel": 6 * NUMEL}
+    info |= {"mean_density": 0.5, "training_flops": 0.6, "entries": entries}
     if history:
         lines: list[Any] = [{"format": "gap_ds.history", "version": 1, "signature": signature}]
         lines[0]["entries"] = [[name, NUMEL, entry["partition"]] for name, entry in entries.items()]

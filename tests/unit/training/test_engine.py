@@ -170,8 +170,8 @@ def test_a_resumed_run_equals_one_that_never_stopped(tmp_path: Path, stop: int) 
     [
         ({"sparsity": 0.5}, "was written for another plan"),
         ({"partitions": 4}, "was written for another plan"),
-        ({"seed": 1}, "was written with seed:0 (now seed:1)"),
-        ({"phase_steps": 4}, "was written with T:3st (now T:4st)"),
+        ({"seed": 1}, "was written with seed=0 (now 1)"),
+        ({"phase_steps": 4}, "was written with phase_steps=3 (now 4)"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
