@@ -26,7 +26,8 @@ from gap_ds import GaPEngine
 from gap_ds.cli import plan as forecast
 from gap_ds.masks import bitmask, selection
 from gap_ds.method import rules
-from gap_ds.parallel import Exchange, Item
+from gap_ds.parallel import Item
+from gap_ds.parallel.exchange import spread_over_ranks
 from gap_ds.sharding.comm import Comm
 from gap_ds.training import consistency
 
@@ -186,11 +187,9 @@ def around_ranks(ranks: Sequence[int], rounds: int) -> list[Point]:
             return thread_seconds(lambda: comm.all_gather(torch.zeros(4, dtype=torch.int64)))
 
     def spread(comm: Comm) -> float:
-        exchange = object.__new__(Exchange)
-        exchange._comm = comm
         items = [Item(f"e{e}", (8,), None, 0, 8, lambda: torch.zeros(8)) for e in range(8)]
         with Stub.silent():
-            whole = thread_seconds(lambda: exchange._spreads(items, {}))
+            whole = thread_seconds(lambda: spread_over_ranks(items, {}, comm))
             return whole - thread_seconds(lambda: comm.all_gather(torch.zeros(8, 3, dtype=torch.int64)))
 
     works = {(what, r): partial(work, Stub(r)) for r in ranks for what, work in (("row", gather), ("spread", spread))}

@@ -1,8 +1,8 @@
-"""Starts the workers of parallel GaP on one machine: each an ordinary job of some ranks, by torchrun or deepspeed.
+"""`gap-ds parallel`: starts the workers of parallel GaP on one machine, each as a job under torchrun or deepspeed.
 
-Every worker has its own port and its own devices. Their output is interleaved line by line, each with its worker's
-number. A worker that fails ends all others, unless it may be restarted. SIGINT, SIGTERM and SIGHUP are passed on, and
-the workers may save: whatever ends them, none of their processes is left running.
+Workers have different ports and devices. Their output is interleaved line by line, each line with the number of its
+worker. A worker that fails ends all others, unless it may be restarted. SIGINT, SIGTERM and SIGHUP are passed on, and
+the workers get time to save. In the end no process of any worker is left running.
 """
 
 from __future__ import annotations
@@ -26,20 +26,21 @@ from typing import IO, Literal
 
 Launcher = Literal["torchrun", "deepspeed"]
 
-#: Seconds that workers have to save and leave after a signal, before they are killed. The deepspeed launcher kills its
-#: ranks after 30 of them, which cannot be set.
+#: Seconds that workers get to save and exit after a signal, before they are killed. The deepspeed launcher kills its
+#: ranks after 30 s, which cannot be changed.
 PATIENCE = 60.0
-#: Lines of a failed worker that are shown again at the end, when the others' lines have scrolled them away. After the
-#: error itself torchrun prints 40 lines of its own, and 5 more for each further rank that failed.
+#: Last lines of a failed worker that are repeated at the end. torchrun prints 40 lines after the error itself, and 5
+#: more for each further rank that failed.
 _LAST_LINES = 100
-#: In the environment of all processes of a job, with a value that no other job has: they are found by it, see
-#: `_processes`.
+#: Environment variable with a unique value for each job, by which `_processes` finds all its processes.
 _MARK = "GAP_DS_JOB"
+#: Seconds between two looks at the processes.
+_POLL = 0.1
 
 
 @dataclass
 class _Job:
-    """A worker's process (a launcher, or the only rank), and the last lines that it and its children printed."""
+    """A started worker: its process (a launcher, or the only rank) and the last lines that the job printed."""
 
     worker: int
     process: subprocess.Popen[str]
@@ -58,21 +59,20 @@ def run(
     restarts: int = 0,
     out: IO[str] | None = None,
 ) -> int:
-    """Runs SCRIPT ARGUMENTS... as `workers` jobs of `ranks` processes; the exit status of the first that failed.
+    """Run SCRIPT ARGUMENTS... as `workers` jobs of `ranks` processes. Return 0, or the status of the first failure.
 
-    Each gets `--gap-worker I` and `extra` appended; `{worker}` in an argument becomes its number. In its environment
-    GAP_DS_WORKERS is the number of all. After a signal the status is 128 + its number. Where `out` is closed, the
-    workers go on without it.
+    Each job gets `--gap-worker I` and `extra` appended, and GAP_DS_WORKERS, the number of workers, in its environment;
+    `{worker}` in an argument becomes I. After signal N the status is 128 + N. If `out` is closed, the workers go on.
 
     Args:
-        launcher: by default deepspeed where the arguments have a DeepSpeed config, else torchrun; for one rank none.
-        restarts: how often a worker that fails is started again; after that it ends all.
+        launcher: None: deepspeed if the arguments contain a DeepSpeed config, else torchrun; for one rank no launcher.
+        restarts: how often a worker that fails is restarted before its failure ends all workers.
     Raises:
-        ValueError: there is no script, or fewer devices than ranks.
+        ValueError: there is no script, or there are fewer devices than ranks.
     """
     if not command or not Path(command[0]).is_file():
         raise ValueError(
-            f"{command[0] if command else 'nothing after --'}: is no script. Give one after --, as in: gap-ds parallel "
+            f"{command[0] if command else 'nothing after --'}: is no script. Name one after --, as in: gap-ds parallel "
             "--workers 3 -- examples/translation/train.py --gap-config configs/gap/parallel_80.json ..."
         )
     team = _Workers(
@@ -89,39 +89,34 @@ def run(
             team.end(signal.SIGTERM)
 
 
+@dataclass
 class _Workers:
-    """All workers: starts them, starts again what failed, ends them.
+    """All workers of a run: starts, restarts and ends them.
 
-    Args:
-        devices: of each worker, one for each of its `ranks`; as in `_devices`.
+    devices: of each worker, as `_devices` returns them. jobs: the latest of each worker, running or not.
     """
 
-    def __init__(
-        self,
-        command: Sequence[str],
-        launcher: Launcher | None,
-        ranks: int,
-        devices: Sequence[Sequence[str]],
-        output: _Output,
-    ) -> None:
-        self._command, self._launcher, self._ranks = command, launcher, ranks
-        self._devices, self._output = devices, output
-        self._jobs: dict[int, _Job] = {}  # the newest of each worker, also those that have ended
-        self._ports: dict[int, int] = {}
+    command: Sequence[str]
+    launcher: Launcher | None
+    ranks: int
+    devices: Sequence[Sequence[str]]
+    output: _Output
+    jobs: dict[int, _Job] = field(default_factory=dict)
+    ports: dict[int, int] = field(default_factory=dict)
 
     def work(self, restarts: int, signals: _Signals) -> int:
-        """Starts all and waits for them; the exit status. Workers may be running still if it raises."""
-        running = set(range(len(self._devices)))
+        """Start all workers and wait for them. Return the exit status. Some may still run if this raises."""
+        running = set(range(len(self.devices)))
         left = dict.fromkeys(running, restarts)
-        self._ports = dict(enumerate(_free_ports(len(running))))
-        for worker in self._ports:
+        self.ports = dict(enumerate(_free_ports(len(running))))
+        for worker in self.ports:
             self._start(worker)
         while running:
             if signals.seen:
                 self.end(signals.to_pass_on)
                 return 128 + signals.seen
             for worker in sorted(running):
-                if (status := self._jobs[worker].process.poll()) is None:
+                if (status := self.jobs[worker].process.poll()) is None:
                     continue
                 if status == 0:
                     running.remove(worker)
@@ -130,48 +125,48 @@ class _Workers:
                     self._start_again(worker, _status(status))
                 else:
                     self.end(signal.SIGTERM)
-                    _tell(self._jobs[worker], _status(status))
+                    _print_failure(self.jobs[worker], _status(status))
                     return _status(status)
-            time.sleep(0.1)
+            time.sleep(_POLL)
         return 0
 
     def end(self, number: int) -> None:
-        """Ends all, as in `_end`; at once if they have ended."""
-        _end(self._jobs.values(), number)
+        """End all workers with a signal, as `_end` does."""
+        _end(self.jobs.values(), number)
 
     def _start(self, worker: int) -> None:
-        mark, port = secrets.token_hex(8), self._ports[worker]
-        environment = _environment(os.environ, worker, self._devices, self._ranks) | {_MARK: mark}
-        if self._launcher is None:
+        mark, port = secrets.token_hex(8), self.ports[worker]
+        environment = _environment(os.environ, worker, self.devices, self.ranks) | {_MARK: mark}
+        if self.launcher is None:
             environment |= _alone(port)
-        words = [word.replace("{worker}", str(worker)) for word in self._command]
+        words = [word.replace("{worker}", str(worker)) for word in self.command]
         process = subprocess.Popen(
-            [*_launch(self._launcher, self._devices[worker], self._ranks, port), *words],
+            [*_launch(self.launcher, self.devices[worker], self.ranks, port), *words],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            start_new_session=True,  # Ctrl-C in a terminal reaches it through `_signal` alone
+            start_new_session=True,  # Ctrl-C in a terminal reaches it only through `_signal`
         )
-        self._jobs[worker] = job = _Job(worker, process, mark)
-        job.reader = threading.Thread(target=_copy, args=(job, self._output), daemon=True)
+        self.jobs[worker] = job = _Job(worker, process, mark)
+        job.reader = threading.Thread(target=_copy, args=(job, self.output), daemon=True)
         job.reader.start()
 
     def _start_again(self, worker: int, status: int) -> None:
-        # Of a launcher that was killed the ranks live on, and would write where the new ones do.
-        _end([self._jobs[worker]], signal.SIGKILL)
-        self._output.say(worker, f"ended with status {status}: starting it again")
-        (self._ports[worker],) = _free_ports(1, self._ports.values())
+        # The ranks of a killed launcher live on, and would write to the same files as the new ones.
+        _end([self.jobs[worker]], signal.SIGKILL)
+        self.output.print(worker, f"ended with status {status}: starting it again")
+        (self.ports[worker],) = _free_ports(1, self.ports.values())
         self._start(worker)
 
 
-# -- what is started ---------------------------------------------------------------------------------------------------
+# -- commands, devices, environments -----------------------------------------------------------------------------------
 
 
 def _launcher(arguments: Iterable[str]) -> Launcher:
-    """The launcher for a script's arguments.
+    """Return the launcher for the arguments of a script.
 
     >>> _launcher(["--deepspeed_config=zero2.json"]), _launcher(["--output-dir", "runs/deepspeed"])
     ('deepspeed', 'torchrun')
@@ -181,14 +176,14 @@ def _launcher(arguments: Iterable[str]) -> Launcher:
 
 
 def _launch(launcher: Launcher | None, devices: Sequence[str], ranks: int, port: int) -> list[str]:
-    """What comes before the script. Knows the launchers' command lines, as of DeepSpeed 0.19.8 and torch 2.13."""
+    """Return the words before the script: command lines of the launchers of DeepSpeed 0.19.8 and torch 2.13."""
     if launcher is None:
         return [sys.executable]
     if launcher == "torchrun":
         return [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={port}"]
-    # Started as the command `deepspeed` starts it on one machine, without that command's own process before it
-    # (launcher/runner.py): with --num_gpus that one gives every worker the first GPUs, whatever CUDA_VISIBLE_DEVICES
-    # is, a signal ends it before the ranks have saved, and it ends with 0 when a signal has ended this launcher.
+    # The command `deepspeed` (launcher/runner.py) starts this same module on one machine. It is left out, because with
+    # --num_gpus it ignores CUDA_VISIBLE_DEVICES and gives every worker the first GPUs, a signal ends it before the
+    # ranks have saved, and it exits with 0 after a signal has ended the module.
     slots = {"localhost": list(devices) or [str(i) for i in range(ranks)]}
     info = base64.urlsafe_b64encode(json.dumps(slots).encode()).decode()
     words = [f"--world_info={info}", "--master_addr=127.0.0.1", f"--master_port={port}"]
@@ -196,13 +191,13 @@ def _launch(launcher: Launcher | None, devices: Sequence[str], ranks: int, port:
 
 
 def _alone(port: int) -> dict[str, str]:
-    """What a launcher would tell the only process of a job."""
-    told = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    return told | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    """Return the variables that a launcher would set for a job of one process."""
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    return ranks | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def _devices(visible: str | None, workers: int, ranks: int) -> list[list[str]]:
-    """The GPUs of each worker, by the names that CUDA_VISIBLE_DEVICES has for them; empty lists where there are none.
+    """Return the GPUs of each worker, by their names in CUDA_VISIBLE_DEVICES; empty lists on a machine without GPUs.
 
     Args:
         visible: CUDA_VISIBLE_DEVICES: numbers, or UUIDs of GPUs or of MIG instances.
@@ -213,7 +208,7 @@ def _devices(visible: str | None, workers: int, ranks: int) -> list[list[str]]:
 
     if not torch.cuda.is_available():
         return [[] for _ in range(workers)]
-    count = torch.cuda.device_count()  # fewer than are named, if CUDA does not know one of them
+    count = torch.cuda.device_count()  # CUDA ignores the names after the first unknown one
     devices = [name.strip() for name in visible.split(",")][:count] if visible else [str(i) for i in range(count)]
     if len(devices) < workers * ranks:
         raise ValueError(
@@ -224,8 +219,8 @@ def _devices(visible: str | None, workers: int, ranks: int) -> list[list[str]]:
 
 
 def _environment(base: Mapping[str, str], worker: int, devices: Sequence[Sequence[str]], ranks: int) -> dict[str, str]:
-    """A worker's environment: its devices or its share of the cores, and how many workers there are."""
-    # torchrun kills ranks that take longer to leave than this; its default is 30 s.
+    """Return the environment of a worker: its devices or its share of the cores, and the number of workers."""
+    # torchrun kills ranks that take longer to exit; its default is 30 s.
     environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": f"{PATIENCE:.0f}", **base, "GAP_DS_WORKERS": str(len(devices))}
     if devices[worker]:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices[worker])
@@ -236,9 +231,9 @@ def _environment(base: Mapping[str, str], worker: int, devices: Sequence[Sequenc
 
 
 def _free_ports(count: int, taken: Collection[int] = ()) -> list[int]:
-    """Ports that are free now and not among `taken`, which workers that are starting have been told to use."""
+    """Return ports that are free and not `taken` by a worker that is starting."""
     ports: list[int] = []
-    with contextlib.ExitStack() as held:  # until all are chosen: a port that is let go may be given out again
+    with contextlib.ExitStack() as held:  # a port that is released early may be chosen twice
         while len(ports) < count:
             probe = held.enter_context(socket.socket())
             probe.bind(("", 0))
@@ -247,17 +242,17 @@ def _free_ports(count: int, taken: Collection[int] = ()) -> list[int]:
     return ports
 
 
-# -- what they print ---------------------------------------------------------------------------------------------------
+# -- output ------------------------------------------------------------------------------------------------------------
 
 
 class _Output:
-    """Where the lines of all workers go, until nobody reads them any more."""
+    """The stream for the lines of all workers, until its reader closes it."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream, self._lock, self._open = stream, threading.Lock(), True
 
-    def say(self, worker: int, line: str) -> None:
-        """Prints a line of a worker's; never raises, for a worker whose output is not read would stand still."""
+    def print(self, worker: int, line: str) -> None:
+        """Print a line of a worker. Never raises: a worker blocks when nobody reads its output."""
         with self._lock:
             if self._open and not _print(f"[worker {worker}] {line}", self._stream):
                 self._open = False
@@ -265,13 +260,13 @@ class _Output:
 
 
 def _print(text: str, stream: IO[str]) -> bool:
-    """Prints, and returns whether that was possible."""
+    """Print a text. Return False if that is impossible."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     try:
         print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
-    except (OSError, ValueError):  # a pipe without a reader, a terminal that has gone, a full disk; a closed file
+    except (OSError, ValueError):  # a pipe without a reader, a lost terminal, a full disk; a closed file
         if stream in (sys.stdout, sys.stderr):
-            # Or Python fails at exit, with status 120, when it flushes what could not be written.
+            # Otherwise Python flushes the unwritten text at exit, fails, and exits with 120.
             with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
                 os.dup2(nowhere.fileno(), stream.fileno())
         return False
@@ -282,28 +277,27 @@ def _copy(job: _Job, output: _Output) -> None:
     assert job.process.stdout is not None
     for line in job.process.stdout:
         job.last.append(line.rstrip("\n"))
-        output.say(job.worker, line.rstrip("\n"))
+        output.print(job.worker, line.rstrip("\n"))
 
 
-def _tell(job: _Job, status: int) -> None:
-    """Says once more, at the end, what ended all workers."""
+def _print_failure(job: _Job, status: int) -> None:
+    """Repeat the last lines of the worker that ended all."""
     head = f"gap-ds parallel: worker {job.worker} ended with status {status}, so all have been ended. Its last lines:"
     _print("\n".join([head, *(f"    {line}" for line in list(job.last))]), sys.stderr)
 
 
 def _status(code: int) -> int:
-    """The exit status that a shell would show: 128 + N for a process that died of signal N."""
+    """Return the exit status as a shell shows it: 128 + N for a process that died of signal N."""
     return code if code >= 0 else 128 - code
 
 
-# -- how they end ------------------------------------------------------------------------------------------------------
+# -- signals and the end -----------------------------------------------------------------------------------------------
 
 
 def _end(jobs: Iterable[_Job], number: int) -> None:
-    """Sends a signal to all processes of the jobs, waits until they are gone, and kills those that stay.
+    """Send a signal to all processes of the jobs, wait until they are gone, and kill those that stay.
 
-    Not only for the launchers: one that dies at once leaves ranks that are saving, and one that was killed before has
-    left ranks that train on.
+    It waits for ranks too: a launcher may die at once while its ranks save, or may have been killed while they train.
     """
     jobs = list(jobs)
     for job in jobs:
@@ -314,28 +308,28 @@ def _end(jobs: Iterable[_Job], number: int) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             job.process.wait(timeout=5)
         if job.reader is not None:
-            job.reader.join(timeout=5)  # for what they had still to say
+            job.reader.join(timeout=5)  # for their last lines
 
 
 def _gone(jobs: Sequence[_Job], *, kill: bool) -> bool:
-    """Waits for all processes of the jobs, PATIENCE seconds at most; whether they are gone."""
+    """Wait for all processes of the jobs, at most PATIENCE seconds. Return whether they are gone."""
     deadline, left = time.monotonic() + PATIENCE, set[int]()
     while True:
         for job in jobs if kill else ():
-            _signal(job, signal.SIGKILL)  # each time: what is killed may have started something just before
+            _signal(job, signal.SIGKILL)  # each time: a process may have started another one just before its end
         left = {pid for pid in left.union(_processes(jobs)) if _runs(pid)}
         if not left and all(job.process.poll() is not None for job in jobs):
             return True
         if time.monotonic() > deadline:
             return False
-        time.sleep(0.1)
+        time.sleep(_POLL)
 
 
 def _signal(job: _Job, number: int) -> None:
-    """Lets a job's launcher end its ranks; where it is dead, or all shall die, signals every process."""
+    """Send a signal to the launcher of a job, which ends its ranks; to every process for SIGKILL or a dead launcher."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         if job.process.poll() is None:
-            # To its group: ranks of deepspeed are in it. Those of torchrun are not, and hear of it from torchrun.
+            # The ranks of deepspeed are in this group. torchrun passes the signal on to its ranks.
             os.killpg(job.process.pid, number)
             if number != signal.SIGKILL:
                 return
@@ -345,17 +339,17 @@ def _signal(job: _Job, number: int) -> None:
 
 
 def _processes(jobs: Sequence[_Job]) -> set[int]:
-    """All processes of the jobs: launchers, ranks, and what those have started, also without living parents.
+    """Return all processes of the jobs, by the mark that they have inherited: launchers, ranks and their children.
 
-    They are those that have inherited the mark. Neither sessions nor descent would do: torchrun puts ranks in sessions
-    of their own, the ranks of a dead launcher have a new parent, and a number kept from before may be another process's
-    by now. Not found is what writes a title over its environment (setproctitle): its launcher ends that, if it lives.
-    Empty where there is no /proc: only launchers and their groups are ended there.
+    Sessions, parents and stored process numbers do not identify them: torchrun starts each rank in a new session, the
+    ranks of a dead launcher have another parent, and numbers are reused. A process that overwrites its environment with
+    a title (setproctitle) is not found; its launcher ends it. Empty without /proc: then only launchers and their groups
+    are ended.
     """
     marks = [f"{_MARK}={job.mark}".encode() for job in jobs]
     found = set()
     for path in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):  # gone, or another user's
+        with contextlib.suppress(OSError):  # the process has ended, or belongs to another user
             environment = path.read_bytes()  # empty in a zombie
             if any(mark in environment for mark in marks):
                 found.add(int(path.parent.name))
@@ -363,7 +357,7 @@ def _processes(jobs: Sequence[_Job]) -> set[int]:
 
 
 def _runs(pid: int) -> bool:
-    """Whether a process lives; a zombie does not, and in a container nobody may ever collect it."""
+    """Return whether a process runs. A zombie does not; in a container it may never be collected."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
     except OSError:
@@ -372,14 +366,14 @@ def _runs(pid: int) -> bool:
 
 
 class _Signals:
-    """Inside its `with`, SIGINT, SIGTERM and SIGHUP are remembered, to be passed on to the workers."""
+    """Within its `with` block, records SIGINT, SIGTERM and SIGHUP, to be passed on to the workers."""
 
     def __init__(self) -> None:
         self.seen = 0
 
     @property
     def to_pass_on(self) -> int:
-        """What the workers get: SIGTERM in the place of SIGHUP, for which scripts seldom have a handler."""
+        """The signal for the workers: SIGTERM instead of SIGHUP, for which scripts seldom have a handler."""
         return signal.SIGTERM if self.seen == signal.SIGHUP else self.seen
 
     def __enter__(self) -> _Signals:
@@ -388,12 +382,12 @@ class _Signals:
             numbers = [signal.SIGINT, signal.SIGTERM]
             if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
                 numbers.append(signal.SIGHUP)
-            self._before = {number: signal.signal(number, self._notice) for number in numbers}
+            self._before = {number: signal.signal(number, self._record) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _notice(self, number: int, _: object) -> None:
+    def _record(self, number: int, _: object) -> None:
         self.seen = number

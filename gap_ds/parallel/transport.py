@@ -1,4 +1,4 @@
-"""The folder where the workers meet: on a local or shared file system, or behind a URL that fsspec knows."""
+"""The exchange folder: files on a local or shared file system, or behind a URL that fsspec supports."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
+from gap_ds.storage.atomic import replacing
 from gap_ds.storage.errors import summarize_error
 
 
@@ -21,10 +22,10 @@ class Writing(Protocol):
     def write(self, data: bytes) -> None: ...
 
     def close(self) -> None:
-        """Completes the file."""
+        """Complete the file. Only then does a local file appear in its place."""
 
     def discard(self) -> None:
-        """Gives the file up."""
+        """Delete what was written, as far as possible. No effect after `close`."""
 
 
 class Folder(Protocol):
@@ -32,26 +33,29 @@ class Folder(Protocol):
 
     Raises:
         FileNotFoundError: there is no such file. FileExistsError: `create` found one.
-        OSError: everything else that went wrong; ValueError: what was found is no regular file.
+        OSError: any other error of the file system. ValueError: the name is that of a link, a folder or a pipe.
     """
 
     def read(self, name: str, begin: int, end: int) -> bytes:
-        """The bytes [begin, end), or those of them that exist."""
+        """Return the bytes [begin, end), or fewer at the end of the file."""
 
     def size(self, name: str) -> int: ...
 
     def create(self, name: str, data: bytes) -> None:
-        """Writes a file that must not exist yet."""
+        """Write a file that must not exist yet."""
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write a small file, which replaces an earlier one of that name."""
 
     def stream(self, name: str) -> Writing:
-        """A file that takes the place of the one that may be there when it is closed."""
+        """Begin a file that replaces an earlier one of that name."""
 
     def refresh(self) -> None:
-        """Forgets what was remembered of the folder."""
+        """Drop cached listings of the folder."""
 
 
 class _Local:
-    """A folder on a local or shared file system. Links in it are not followed, so nothing is written outside of it."""
+    """A folder on a local or shared file system. Links in it are not followed, so nothing is written outside it."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -67,7 +71,7 @@ class _Local:
 
     def _open(self, name: str) -> BinaryIO:
         path = self._root / name
-        # Not blocking: a named pipe in the place of a file would be waited for without end.
+        # Without O_NONBLOCK, opening a named pipe would wait forever.
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
@@ -92,6 +96,10 @@ class _Local:
         finally:
             aside.unlink()
 
+    def put(self, name: str, data: bytes) -> None:
+        with replacing(self._parent_made(name)) as aside:
+            _write_new(aside, data)
+
     def stream(self, name: str) -> Writing:
         return _LocalFile(self._parent_made(name))
 
@@ -109,51 +117,35 @@ class _Local:
 
 
 def _write_new(path: Path, data: bytes) -> None:
-    with _new(path) as file:
+    with path.open("xb") as file:  # exclusive: links are not followed
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _new(path: Path) -> BinaryIO:
-    """A file that did not exist; also not as a link to another place."""
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "wb")
-
-
 class _LocalFile:
-    """Written aside, under a name that no other process has, flushed to disk and renamed."""
-
     def __init__(self, path: Path) -> None:
-        self._path, self._aside = path, path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
-        self._file = _new(self._aside)
+        self._open = contextlib.ExitStack()
+        aside = self._open.enter_context(replacing(path))
+        self._file = self._open.enter_context(aside.open("xb"))
 
     def write(self, data: bytes) -> None:
         self._file.write(data)
 
     def close(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        try:
-            self._aside.replace(self._path)
-        except FileNotFoundError:
-            raise OSError("another process has published in the meantime: is the same worker running twice?") from None
-        for left in self._path.parent.glob(f"{self._path.name}.*.partial"):  # by jobs that were killed
-            left.unlink(missing_ok=True)
-        folder = os.open(self._path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        self._open.close()
 
     def discard(self) -> None:
-        with contextlib.suppress(OSError):
-            self._file.close()
-            self._aside.unlink(missing_ok=True)
+        with contextlib.suppress(_Discarded, OSError), self._open:
+            raise _Discarded
+
+
+class _Discarded(Exception):
+    pass
 
 
 class _Remote:
-    """A folder behind a URL. Files are streamed to their place: what counts is the manifest, which is written last."""
+    """A folder behind a URL. Files are streamed to their place; they count once the manifest is written, at last."""
 
     def __init__(self, system: Any, root: str) -> None:
         self._system, self._root = system, root.rstrip("/")
@@ -173,10 +165,14 @@ class _Remote:
                 self._system.pipe_file(path, data, mode="create")
             except FileExistsError:
                 raise
-            except Exception as error:  # a system, or a version of fsspec, that has no exclusive creation
+            except Exception as error:  # a file system, or a version of fsspec, without exclusive creation
                 if self._system.exists(path):
                     raise FileExistsError(path) from error
                 self._system.pipe_file(path, data)
+
+    def put(self, name: str, data: bytes) -> None:
+        with _os_errors():
+            self._system.pipe_file(self._path(name, make_parent=True), data)
 
     def stream(self, name: str) -> Writing:
         with _os_errors():
@@ -185,7 +181,7 @@ class _Remote:
     def _path(self, name: str, make_parent: bool = False) -> str:
         path = f"{self._root}/{name}"
         if make_parent:
-            # Object stores have no folders, and some refuse to make one; where one is needed, writing will say so.
+            # Object stores have no folders, and some refuse to make one. If one is needed, writing fails later.
             with contextlib.suppress(Exception):
                 self._system.makedirs(path.rpartition("/")[0], exist_ok=True)
         return path
@@ -213,7 +209,7 @@ class _RemoteFile:
 
 @contextlib.contextmanager
 def _os_errors() -> Iterator[None]:
-    """Each of fsspec's systems has errors of its own: they become OSError. TimeoutError is kept for our own."""
+    """Turn the errors of all fsspec file systems into OSError. TimeoutError is reserved for missing workers."""
     try:
         yield
     except (FileNotFoundError, FileExistsError) as error:
@@ -223,14 +219,14 @@ def _os_errors() -> Iterator[None]:
 
 
 def open_folder(url: str) -> Folder:
-    """The folder behind a path or an fsspec URL.
+    """Return the folder of a path or an fsspec URL.
 
     Raises:
-        ValueError: the URL's protocol is unknown, or its package is not installed.
+        ValueError: the protocol of the URL is unknown, or its package is not installed.
     """
     if "://" not in url and "::" not in url:
         return _Local(Path(url).expanduser())
-    # fsspec comes with torch; a plain path does not need it.
+    # fsspec comes with torch. A plain path does not need it.
     from fsspec.core import url_to_fs  # type: ignore[import-untyped]
     from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
 
@@ -239,13 +235,13 @@ def open_folder(url: str) -> Folder:
     except Exception as error:
         raise ValueError(
             f"exchange={without_secrets(url)!r}: cannot be opened ({without_secrets(summarize_error(error))}). "
-            "Name a folder, or a URL whose protocol fsspec knows here."
+            "Name a folder, or a URL with a protocol that fsspec supports here."
         ) from error
     return _Local(Path(root)) if isinstance(system, LocalFileSystem) else _Remote(system, root)
 
 
 def without_secrets(text: str) -> str:
-    """A URL, or a text with URLs in it, without user, password and query (which may hold a token).
+    """Return a URL, or a text with URLs in it, without user, password and query (which may hold a token).
 
     >>> without_secrets("https://me:secret@host/run?sig=secret"), without_secrets("runs/what?")
     ('https://host/run', 'runs/what?')

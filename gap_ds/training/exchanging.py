@@ -7,7 +7,7 @@ from typing import Any, Literal
 from gap_ds import export
 from gap_ds.method.plan import Plan
 from gap_ds.method.schedule import Phase
-from gap_ds.parallel import Exchange, ParallelWorker, identity, items_of
+from gap_ds.parallel import Exchange, ParallelWorker, Received, identity, items_of
 from gap_ds.sharding.backends import Backend
 from gap_ds.sharding.comm import Comm
 from gap_ds.training.mask_state import MaskState
@@ -50,16 +50,20 @@ class Exchanging(Observer):
         shards = {shard.name: shard for shard in self._backend.shards()}
         buffers = dict(export.buffers(self._backend.module))
         items = items_of(self._plan, list(shards.values()), buffers)
-        for received in self.exchange.combine(round_, items, self._mask_state.bits):
+
+        def receive(received: Received) -> None:
             if (shard := shards.get(received.name)) is None:
                 buffers[received.name].copy_(received.value.view(buffers[received.name].shape))
-                continue
+                return
             if received.bits is not None:
                 self._mask_state.replace(shard, received.bits)
             if shard.numel:
                 shard.weight().copy_(received.value)
+
+        self.exchange.combine(round_, items, self._mask_state.bits, receive)
         self._backend.publish()
 
     def restore(self, found: Any, step: int, phase: Phase) -> None:
         """From now on this worker goes on and does not begin."""
-        self._start, self.exchange.rejoins = None, True
+        self._start = None
+        self.exchange.rejoin()

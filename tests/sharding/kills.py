@@ -96,7 +96,7 @@ def finish(kind: str, out: Path, moments: list[str], seed: int, rounds: int) -> 
 
     A kill hits both ranks of a job, or one of them (the other is then ended, too), or one of two workers with all its
     ranks. Which, at which occurrence of the moment, and how many milliseconds into it, is drawn from the seed; a moment
-    WORKER:MOMENT:N:MS says it.
+    WORKER:MOMENT:N:MS sets it.
     """
     out.mkdir(parents=True)
     rng = random.Random(seed)

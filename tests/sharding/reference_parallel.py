@@ -166,7 +166,7 @@ class Job:
 
 
 @torch.no_grad()
-def exchange(jobs: list[Job], last: bool, shared: str) -> int:
+def exchange(jobs: list[Job], last: bool, unpartitioned: str) -> int:
     """Makes all workers equal, and grows each one's partition if it is not the last time.
 
     Returns how many shared weights would be others if the workers' were summed in fp32, and not in fp64.
@@ -178,7 +178,7 @@ def exchange(jobs: list[Job], last: bool, shared: str) -> int:
             continue
         if (home := run.partition_of(name)) is not None:
             taken[name] = jobs[home].weights[name].clone()
-        elif shared == "average":
+        elif unpartitioned == "average":
             taken[name] = (sum(job.weights[name].double() for job in jobs) / len(jobs)).float()
             rounded += int((taken[name] != sum(job.weights[name] for job in jobs) / len(jobs)).sum())
         else:
@@ -196,7 +196,7 @@ def exchange(jobs: list[Job], last: bool, shared: str) -> int:
     return rounded
 
 
-def train(run: Scenario, every_micro_batch: bool, shared: str = "average") -> list[dict[str, Any]]:
+def train(run: Scenario, every_micro_batch: bool, unpartitioned: str = "average") -> list[dict[str, Any]]:
     """Final weights, moments and masks of all workers, and the masks as each boundary left them.
 
     rounded: weights that `exchange` counted.
@@ -207,7 +207,7 @@ def train(run: Scenario, every_micro_batch: bool, shared: str = "average") -> li
     for step in range(run.steps):
         for action, progress in run.events.get(step, []):
             if action == "exchange":
-                rounded += exchange(jobs, step == run.last_exchange, shared)
+                rounded += exchange(jobs, step == run.last_exchange, unpartitioned)
                 continue
             for job in jobs:
                 job.change(action, progress)

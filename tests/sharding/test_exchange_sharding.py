@@ -31,7 +31,7 @@ ROWS: list[dict[str, Any]] = [
 
 
 def play(out: Path, name: str, rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """What every rank of each job was left with; the jobs run one after the other in one group of processes."""
+    """Return the result of every rank of each job. The jobs run one after the other in one group of processes."""
     (out / f"{name}.json").write_text(json.dumps(rows))
     ranks = max(row["ranks"] for row in rows)
     run_workers("worker_exchange.py", ranks, out, name, timeout=240.0)

@@ -1,4 +1,8 @@
-"""Runs that are killed end in the same bits as the run that never was."""
+"""Runs that are killed and restarted end with the same bits as an undisturbed run. All slow.
+
+Fast tests kill a worker at every access of its exchange folder (unit/parallel/test_exchange), and a save at every
+rename (unit/checkpoint/test_folder).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from kills import KINDS, finish
+
+pytestmark = pytest.mark.slow
 
 MOMENTS = {
     "zero2": ["save", "boundary"],
@@ -26,7 +32,6 @@ def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path: Path, kind: str) ->
         assert found["starts"] == [0, 0, 0, 0, 4, 4]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", MOMENTS)
 def test_a_dozen_kills(tmp_path: Path, kind: str) -> None:
     wanted = finish(kind, tmp_path / "undisturbed", [], seed=0, rounds=40)

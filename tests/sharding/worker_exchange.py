@@ -1,4 +1,4 @@
-"""Workers of parallel GaP on real ranks: each publishes, or publishes and reads, with pieces cut as it is told."""
+"""Workers of parallel GaP on real ranks: each publishes, or publishes and reads, with pieces cut as its row sets it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
 from gap_ds.masks import bitmask
-from gap_ds.parallel import Exchange, Item, ParallelWorker
+from gap_ds.parallel import Exchange, Item, ParallelWorker, Received
 from gap_ds.sharding.comm import Comm
 
 SIGNATURE = "gap|method:parallel|k:2|v:0.1.0"
@@ -33,7 +33,7 @@ TENSORS = {
 
 
 def tensors(worker: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(values, masks) of a worker; every worker has the masks of its own partition, pruned to a third."""
+    """(values, masks) of a worker; every worker has the masks of one partition, pruned to a third."""
     random = torch.Generator().manual_seed(worker)
     values = {name: torch.randn(shape, generator=random).view(-1) for name, (shape, _, _) in TENSORS.items()}
     kept = {}
@@ -55,7 +55,7 @@ def piece(numel: int, cut: str, rank: int, ranks: int) -> tuple[int, int]:
 
 
 def run(row: dict[str, Any], world: Comm, out: Path) -> dict[str, Any]:
-    """What this rank is left with after one job's exchange. `broken`: the rank that has no memory for a piece."""
+    """Return the result of this rank after the exchange of one job. `broken`: the rank without memory for a piece."""
     worker, cut = row["worker"], row["cut"]
     comm = Comm(single=True) if cut == "whole" else world
     values, kept = tensors(worker)
@@ -73,16 +73,19 @@ def run(row: dict[str, Any], world: Comm, out: Path) -> dict[str, Any]:
     items.append(Item("steps", (), None, 0, 1, lambda: steps.view(-1), dtype=torch.int64))
 
     found: dict[str, Any] = {"pieces": {}, "bits": {}, "where": {item.name: (item.start, item.numel) for item in items}}
+
+    def receive(received: Received) -> None:
+        found["pieces"][received.name] = received.value
+        found["bits"][received.name] = received.bits
+
     try:
         where = row["folder"] if "://" in row["folder"] else str(out / row["folder"])
-        told = ParallelWorker(worker, where, row["timeout"], resume=True)
-        exchange = Exchange(told, 2, SIGNATURE, "abc", "def", world, comm)
+        me = ParallelWorker(worker, where, row["timeout"], resume=True)
+        exchange = Exchange(me, 2, SIGNATURE, "abc", "def", world, comm)
         if row["publish_only"]:
             exchange.publish(0, items, bits)
         else:
-            for received in exchange.combine(0, items, bits):
-                found["pieces"][received.name] = received.value
-                found["bits"][received.name] = received.bits
+            exchange.combine(0, items, bits, receive)
         found["written"], found["read"] = exchange.bytes_written, exchange.bytes_read
     except (ValueError, TimeoutError) as error:
         found["error"] = f"{type(error).__name__}: {error}"
@@ -90,7 +93,7 @@ def run(row: dict[str, Any], world: Comm, out: Path) -> dict[str, Any]:
 
 
 class Shared(DirFileSystem):
-    """What lies behind shared://, for processes that one variable of the environment leads to the same place."""
+    """The file system of shared://: a local folder, set by an environment variable for all processes."""
 
     protocol = "shared"
 
@@ -119,7 +122,7 @@ class Dying(Shared):
 
 
 def alone(row: dict[str, Any], out: Path, dies: bool) -> None:
-    """A job of one rank in a process of its own, whose workers meet at shared://."""
+    """A job of one rank in a separate process. Its workers meet at shared://."""
     fsspec.register_implementation("shared", Dying if dies else Shared, clobber=True)
     torch.set_num_threads(1)
     torch.save(run(row, Comm(single=True), out), out / f"alone.{row['worker']}.pt")

@@ -102,7 +102,7 @@ def main(out: Path, kind: str, rounds: int, index: int, killed: str | None) -> N
     os.fsync = slow_fsync
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
-    fate.watch(GaPEngine, "_apply", "boundary")
+    fate.watch(GaPEngine, "_enter", "boundary")
     fate.watch(GaPEngine, "save_checkpoint", "save")
     fate.watch(Exchange, "publish", "exchange")
     fate.watch(Exchange, "wait", "exchange")

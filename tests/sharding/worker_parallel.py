@@ -1,6 +1,6 @@
-"""One worker of parallel GaP on 2 ranks, for every backend; `gap-ds parallel`'s launcher starts three of them at once.
+"""One worker of parallel GaP on 2 ranks, for every backend. `gap_ds.parallel.launch` starts two or three of them.
 
-The rows of three workers come first: where there are two, the third has nothing more to do.
+Each plays the rows of that number of workers.
 """
 
 from __future__ import annotations
@@ -27,18 +27,20 @@ from gap_ds import GaPEngine, ParallelWorker
 warnings.filterwarnings("ignore", category=FutureWarning)
 warnings.filterwarnings("ignore", category=UserWarning)
 
-#: name -> scenario of the reference, and whether gradients are averaged after every micro-batch (see test_zero.row)
+#: By number of workers: name -> scenario of the reference, and whether gradients are averaged after every micro-batch
+#: (see test_zero.row)
 ROWS = {
-    **{f"zero3_{scenario}": (scenario, True) for scenario in ("erk", "global")},
-    **{f"fsdp2_{scenario}": (scenario, False) for scenario in ("erk", "global")},
-    **{"ddp": ("two", False), "zero2": ("two", True), "zero3": ("two", True), "fsdp2": ("two", False)},
+    2: {"ddp": ("two", False), "zero2": ("two", True), "zero3": ("two", True), "fsdp2": ("two", False)},
+    3: {
+        **{f"zero3_{scenario}": (scenario, True) for scenario in ("erk", "global")},
+        **{f"fsdp2_{scenario}": (scenario, False) for scenario in ("erk", "global")},
+    },
 }
 
 
 def build(name: str, index: int, out: Path, scenario: str = "two", **changes: Any) -> GaPEngine:
     worker = ParallelWorker(index, str(out / f"exchange_{name}"), timeout=240)
     run = reference.SCENARIOS[scenario]
-    os.environ["GAP_DS_WORKERS"] = str(run.workers)  # the launcher said three
     gap = {**run.gap, **changes}
     model: Any = toy.build()
     wrapped, groups = model, toy.groups
@@ -71,8 +73,8 @@ def train(engine: GaPEngine, last: int | None = None) -> tuple[list[Any], list[s
     return history, wrong
 
 
-def run(name: str, index: int, out: Path) -> dict[str, Any]:
-    engine = build(name, index, out, ROWS[name][0])
+def run(name: str, index: int, out: Path, scenario: str = "two", **changes: Any) -> dict[str, Any]:
+    engine = build(name, index, out, scenario, **changes)
     history, wrong = train(engine)
     if index == 0:
         engine.export(out / f"model_{name}")
@@ -82,7 +84,7 @@ def run(name: str, index: int, out: Path) -> dict[str, Any]:
 
 
 def run_killed(index: int, out: Path) -> dict[str, Any]:
-    """Worker 1 publishes its first round and loses everything since its checkpoint in the middle of it."""
+    """Worker 1 publishes its first round, and then loses everything since its checkpoint before that."""
     engine = build("ddp_killed", index, out)
     if index == 1:
         train(engine, last=1)
@@ -100,26 +102,23 @@ def run_killed(index: int, out: Path) -> dict[str, Any]:
 def main(out: Path, index: int) -> None:
     deepspeed.init_distributed()
     torch.set_num_threads(1)
-    rank = dist.get_rank()
+    rank, rows = dist.get_rank(), ROWS[int(os.environ["GAP_DS_WORKERS"])]
 
     def hand_over(name: str, result: Any) -> None:
         torch.save(result, out / f"{name}.{index}.{rank}.pt")
 
     try:
         if index == 0:
-            for scenario, every in sorted(set(ROWS.values())):
+            for scenario, every in sorted(set(rows.values())):
                 hand_over(f"reference_{scenario}_{every}", reference.train(reference.SCENARIOS[scenario], every))
-            first = reference.train(reference.SCENARIOS["two"], False, unpartitioned="first")
-            hand_over("reference_first", first)
-        for name, (scenario, _) in ROWS.items():
-            if index < reference.SCENARIOS[scenario].workers:
-                hand_over(name, run(name, index, out))
-        if index < 2:
+        for name, (scenario, _) in rows.items():
+            hand_over(name, run(name, index, out, scenario))
+        if "ddp" in rows:
             hand_over("ddp_killed", run_killed(index, out))
-            engine = build("ddp_first", index, out, unpartitioned="first")
-            history, wrong = train(engine)
-            steps = engine.applied_steps
-            hand_over("ddp_first", observe.final_state(engine) | {"masks": history, "wrong": wrong, "steps": steps})
+            if index == 0:
+                first = reference.train(reference.SCENARIOS["two"], False, unpartitioned="first")
+                hand_over("reference_first", first)
+            hand_over("ddp_first", run("ddp_first", index, out, unpartitioned="first"))
     except Exception:
         hand_over("error", traceback.format_exc())
         raise

@@ -27,7 +27,8 @@ from gap_ds.checkpoint import portable
 from gap_ds.cli.inspect import inspect
 from gap_ds.export import compact, compact_file
 from gap_ds.method import plan, schedule
-from gap_ds.parallel import exchange as exchange_worker
+from gap_ds.parallel import items as exchange_items
+from gap_ds.parallel import reading, records
 from gap_ds.report import runs as report_runs
 from gap_ds.sharding.comm import Comm
 from gap_ds.training.exchanging import Exchanging
@@ -246,8 +247,8 @@ def _runs(folder: Path) -> dict[str, Target]:
 
 
 def _exchange(folder: Path) -> dict[str, Target]:
-    exchange_worker._SETTLE = exchange_worker._AGAIN = 0.0  # damage does not get time to pass
-    exchange_worker._POLL = 0.001
+    records._SETTLE = reading._AGAIN = 0.0  # damage does not get time to pass
+    records._POLL = 0.001
     config = {
         "method": "parallel",
         "sparsity": 0.75,
@@ -264,7 +265,7 @@ def _exchange(folder: Path) -> dict[str, Target]:
 
     def items(engine: GaPEngine) -> list[Any]:
         buffers = dict(export.buffers(engine.module))
-        return exchange_worker.file.items_of(engine.plan, engine._backend.shards(), buffers)
+        return exchange_items.items_of(engine.plan, engine._backend.shards(), buffers)
 
     for engine in engines:
         engine.finish()  # its partition is pruned, as at the end of a round
@@ -272,7 +273,7 @@ def _exchange(folder: Path) -> dict[str, Target]:
     reader = exchange_of(engines[0])
 
     def read() -> None:
-        list(reader.read(0, items(engines[0]), reader.wait(0)))
+        reader.read(0, items(engines[0]), reader.wait(0), lambda _: None)
 
     files = sorted(path for path in Path(where).rglob("*") if path.is_file() and "1" in path.name)
     result: dict[str, Target] = {}

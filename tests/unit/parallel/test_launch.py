@@ -40,13 +40,13 @@ def note(name, text=""):
 
 def await_files(pattern, count):
     while len([path for path in FOLDER.glob(pattern) if path.suffix != ".part"]) < count:
-        time.sleep(0.05)
+        time.sleep(0.01)
 
 def save(number, _):
     for each in (signal.SIGINT, signal.SIGTERM):  # launchers repeat a signal
         signal.signal(each, signal.SIG_IGN)
     note(f"saved_{worker}_{rank}", "half")
-    time.sleep(2)
+    time.sleep(0.5)
     note(f"saved_{worker}_{rank}", "whole")
     sys.exit(128 + number)
 
@@ -55,13 +55,18 @@ names = ("RANK", "WORLD_SIZE", "GAP_DS_WORKERS", "MASTER_PORT")
 os.write(1, (" ".join([worker, *(os.environ[n] for n in names), *sys.argv[1:]]) + chr(10)).encode())
 """
 
-#: Waits for a signal, and takes 2 s to save.
+#: Waits for a signal, and takes 0.5 s to save.
 SAVING = """
 for each in (signal.SIGINT, signal.SIGTERM):
     signal.signal(each, save)
 note(f"ready_{worker}_{rank}")
 time.sleep(300)
 """
+
+
+#: A launcher and its ranks import torch, and DeepSpeed: seconds each. One row of torchrun is in the short run.
+SLOW_TORCHRUN = pytest.param("torchrun", marks=pytest.mark.slow)
+SLOW_DEEPSPEED = pytest.param("deepspeed", signal.SIGTERM, marks=pytest.mark.slow)
 
 
 def script(folder: Path, body: str) -> str:
@@ -87,11 +92,16 @@ def processes(folder: Path) -> list[int]:
     return found
 
 
+@pytest.fixture(autouse=True)
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_POLL", 0.01)
+
+
 def wait_for(folder: Path, pattern: str, count: int) -> None:
     end = time.monotonic() + 120
     while len(list(folder.glob(pattern))) < count:
         assert time.monotonic() < end, f"{pattern} was not written {count} times"
-        time.sleep(0.1)
+        time.sleep(0.01)
 
 
 @pytest.fixture(autouse=True)
@@ -111,15 +121,16 @@ def nothing_is_left(tmp_path: Path) -> Iterator[None]:
 def test_every_worker_has_its_number_its_port_and_its_arguments(tmp_path: Path) -> None:
     status, lines = start([script(tmp_path, ""), "--out", "run_{worker}"], extra=["--exchange", "here"])
     assert status == 0
-    said = sorted(re.fullmatch(r"\[worker (\d)\] (.*)", line).groups() for line in lines)  # type: ignore[union-attr]
-    ports = {text.split()[4] for _, text in said}
-    assert len(said) == 2 and len(ports) == 2
-    for worker, text in said:
+    found = sorted(re.fullmatch(r"\[worker (\d)\] (.*)", line).groups() for line in lines)  # type: ignore[union-attr]
+    ports = {text.split()[4] for _, text in found}
+    assert len(found) == 2 and len(ports) == 2
+    for worker, text in found:
         number, rank, size, workers, _, *arguments = text.split()
         assert (number, rank, size, workers) == (worker, "0", "1", "2")
         assert arguments == ["--out", f"run_{worker}", "--gap-worker", worker, "--exchange", "here"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_several_ranks_by_a_launcher(tmp_path: Path, launcher: str) -> None:
     status, lines = start([script(tmp_path, "")], ranks=2, launcher=launcher)
@@ -131,7 +142,7 @@ def test_several_ranks_by_a_launcher(tmp_path: Path, launcher: str) -> None:
 
 @pytest.mark.parametrize("command", [[], ["missing.py"], ["-c"]])
 def test_no_script(command: list[str]) -> None:
-    with pytest.raises(ValueError, match=r"is no script. Give one after --"):
+    with pytest.raises(ValueError, match=r"is no script. Name one after --"):
         start(command)
 
 
@@ -163,7 +174,7 @@ def test_no_two_workers_get_one_port() -> None:
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine with four GPUs, as far as torch says."""
+    """A machine on which torch finds four GPUs."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
 
@@ -177,8 +188,8 @@ def test_workers_have_different_devices(visible: str | None) -> None:
     names = visible.replace(" ", "").split(",")[:4] if visible else ["0", "1", "2", "3"]
     devices = launch._devices(visible, workers=2, ranks=2)
     assert devices == [names[:2], names[2:]]
-    told = [launch._environment({"CUDA_VISIBLE_DEVICES": "0"}, worker, devices, 2) for worker in range(2)]
-    assert [each["CUDA_VISIBLE_DEVICES"] for each in told] == [",".join(names[:2]), ",".join(names[2:])]
+    environments = [launch._environment({"CUDA_VISIBLE_DEVICES": "0"}, worker, devices, 2) for worker in range(2)]
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in environments] == [",".join(names[:2]), ",".join(names[2:])]
 
 
 @pytest.mark.usefixtures("gpus")
@@ -198,7 +209,7 @@ def test_fewer_devices_than_ranks(
 def test_the_ranks_of_deepspeed_get_the_devices_of_their_worker(
     monkeypatch: pytest.MonkeyPatch, visible: str | None
 ) -> None:
-    """What is started and its environment, given to DeepSpeed's own launcher: the ranks that it would start."""
+    """DeepSpeed's launcher, given our command and environment, would start the right ranks."""
     ds = pytest.importorskip("deepspeed.launcher.launch")
     from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 
@@ -222,17 +233,17 @@ def test_the_ranks_of_deepspeed_get_the_devices_of_their_worker(
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(sys, "argv", [module, *words, "work.py", "--gap-worker", "0"])
         ds.main()
-    told = [(rank["CUDA_VISIBLE_DEVICES"], rank["RANK"], rank["LOCAL_RANK"], rank["WORLD_SIZE"]) for rank in ranks]
+    found = [(rank["CUDA_VISIBLE_DEVICES"], rank["RANK"], rank["LOCAL_RANK"], rank["WORLD_SIZE"]) for rank in ranks]
     first, second = (",".join(names) for names in devices)
     assert first != second
-    assert told == [(names, rank, rank, "2") for names in (first, second) for rank in "01"]
+    assert found == [(names, rank, rank, "2") for names in (first, second) for rank in "01"]
     assert [rank["MASTER_PORT"] for rank in ranks] == ["29500", "29500", "29501", "29501"]
 
 
 # -- how they end ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("launcher", [None, "torchrun"])
+@pytest.mark.parametrize("launcher", [None, SLOW_TORCHRUN])
 def test_one_failing_worker_ends_all_with_its_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], launcher: str | None
 ) -> None:
@@ -241,8 +252,8 @@ def test_one_failing_worker_ends_all_with_its_error(
     body += "if worker == '1':\n    raise ValueError('the reason')\ntime.sleep(300)\n"
     status, _ = start([script(tmp_path, body)], ranks=ranks, launcher=launcher)
     assert status == 1 and not processes(tmp_path)
-    said = capsys.readouterr().err
-    assert "worker 1 ended with status 1" in said and "    ValueError: the reason" in said
+    printed = capsys.readouterr().err
+    assert "worker 1 ended with status 1" in printed and "    ValueError: the reason" in printed
 
 
 def test_a_worker_may_be_started_again(tmp_path: Path) -> None:
@@ -256,7 +267,7 @@ def test_a_worker_may_be_started_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("launcher", "number"),
-    [(None, signal.SIGTERM), (None, signal.SIGHUP), ("torchrun", signal.SIGINT), ("deepspeed", signal.SIGTERM)],
+    [(None, signal.SIGTERM), (None, signal.SIGHUP), ("torchrun", signal.SIGINT), SLOW_DEEPSPEED],
 )
 def test_after_a_signal_all_ranks_save_and_nothing_is_left(
     tmp_path: Path, launcher: str | None, number: signal.Signals
@@ -303,9 +314,9 @@ def test_what_does_not_leave_is_killed(tmp_path: Path, monkeypatch: pytest.Monke
     assert time.monotonic() - started < 60
 
 
-@pytest.mark.parametrize("launcher", [None, "torchrun"])
+@pytest.mark.parametrize("launcher", [None, SLOW_TORCHRUN])
 def test_ranks_of_a_dead_launcher_do_not_run_beside_the_new_ones(tmp_path: Path, launcher: str | None) -> None:
-    """The launcher is killed by its own rank 0; without one, a rank by its child in a session of its own."""
+    """The launcher is killed by its own rank 0; without one, a rank by its child in another session."""
     body = """
 def lives(pid):
     try:
@@ -336,6 +347,7 @@ time.sleep(300)
     assert [path.read_text() for path in tmp_path.glob("lived_?")] == ["0"] * ranks
 
 
+@pytest.mark.slow
 def test_a_closed_output_does_not_stop_the_workers(tmp_path: Path) -> None:
     """`gap-ds parallel ... | head -1`, with more to print than a pipe holds; then SIGTERM."""
     body = "await_files('closed', 1)\nfor i in range(3000):\n    print('x' * 100, flush=True)\n"
@@ -348,10 +360,10 @@ def test_a_closed_output_does_not_stop_the_workers(tmp_path: Path) -> None:
         (tmp_path / "closed").touch()
         wait_for(tmp_path, "ready_?_?", 2)
         process.send_signal(signal.SIGTERM)
-        said = process.stderr.read()
+        printed = process.stderr.read()
         assert process.wait(timeout=90) == 128 + signal.SIGTERM
         assert not processes(tmp_path)
     finally:
         process.kill()
-    assert said == "gap-ds parallel: its output is closed. The workers go on; SIGTERM ends them.\n"
+    assert printed == "gap-ds parallel: its output is closed. The workers go on; SIGTERM ends them.\n"
     assert [path.read_text() for path in tmp_path.glob("saved_?_?")] == ["whole"] * 2
