@@ -27,7 +27,7 @@ import torch.multiprocessing
 
 from gap_ds import __version__
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 Measured = TypeVar("Measured")
@@ -74,12 +74,12 @@ def _cpu() -> str:
 
 
 def command() -> str:
-    """The command line of this process, without where its output went."""
-    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    """The command line of this process, relative to the repository and without `--out`."""
+    words = [str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *sys.argv[1:]]
     if "--out" in words:
         at = words.index("--out")
         words = words[:at] + words[at + 2 :]
-    return "python benchmarks/" + " ".join(words)
+    return " ".join(["python", *words])
 
 
 def device() -> torch.device:

@@ -21,7 +21,7 @@ import importlib, sys
 folder, out, *names = sys.argv[1:]
 sys.path.insert(0, folder)
 for name in names:
-    sys.argv = [f"{name}.py", "--quick", "--out", out]
+    sys.argv = [f"{folder}/{name}.py", "--quick", "--out", out]
     importlib.import_module(name).main()
 """
 
@@ -43,7 +43,7 @@ def parse(self, *given):
 
 for script, words in [*gpu.RUNS, *json.loads(lines)]:
     main = importlib.import_module(script).main
-    sys.argv = [f"{script}.py", *words, "--out", out]
+    sys.argv = [f"{folder}/{script}.py", *words, "--out", out]
     argparse.ArgumentParser.parse_args = parse
     try:
         main()
@@ -99,11 +99,10 @@ def tables(folder: Path) -> str:
 
 
 def test_the_quick_ones(tmp_path: Path) -> None:
-    """boundary compares masks with a stable sort, scaling compares 4 ranks with one and bytes with the forecast's."""
-    for name, result in run(tmp_path, "masks", "boundary", "scaling", "peers").items():
+    """boundary compares its masks with those of a stable sort."""
+    for name, result in run(tmp_path, "masks", "boundary", "peers").items():
         check(name, result)
         assert (tmp_path / f"{name}.md").read_text(encoding="utf-8").startswith(f"# {name}\n")
-    assert (tmp_path / "scaling.png").stat().st_size > 1000
     made = [row["made"]["command"] for row in read(tmp_path / "boundary.json")["rows"]]
     assert all(command.startswith("python benchmarks/boundary.py --ranks 2 --weights 200003 ") for command in made)
     assert "torch_prune" in tables(tmp_path)
