@@ -36,6 +36,7 @@ import torch
 sys.path.insert(0, str(measure.ROOT / "examples"))
 sys.path.insert(0, str(measure.ROOT / "examples" / "translation"))
 
+import batching
 import data
 import model as models
 import train
@@ -186,7 +187,7 @@ def race(args: train.Arguments, folder: Path, turns: Turns, pair: str) -> tuple[
     rows = {split: train.load_rows(args, split) for split in ("train", "validation")}
     tokenizer = train.load_tokenizer(args, folder, rows["train"], trained=False)
     encoded = {split: data.encode(rows[split], tokenizer, args.max_length) for split in rows}
-    samplers = {split: data.TokenBatches.of(found, args.batch_tokens) for split, found in encoded.items()}
+    samplers = {split: batching.TokenBatches.of(found, args.batch_tokens) for split, found in encoded.items()}
     pairs = [(encoded[split], samplers[split]) for split in encoded]
 
     def build(fused: bool = False) -> tuple[Any, torch.optim.Optimizer]:
@@ -262,7 +263,7 @@ def seq2seq_trainer(
     class Batches(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
         def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
             for _, (batch,) in turns.batches(name, endless(task)):
-                shifted = batch["labels"].masked_fill(batch["labels"] == data.IGNORED, models.PAD).roll(1, dims=1)
+                shifted = batch["labels"].masked_fill(batch["labels"] == batching.IGNORED, models.PAD).roll(1, dims=1)
                 shifted[:, 0] = model.config.decoder_start_token_id
                 yield {**batch, "decoder_input_ids": shifted}
 

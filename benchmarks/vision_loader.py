@@ -20,6 +20,7 @@ import numpy as np
 import PIL
 from PIL import Image
 
+sys.path.insert(0, str(measure.ROOT / "examples"))
 sys.path.insert(0, str(measure.ROOT / "examples" / "vision"))
 
 import images

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import batching
 import data
 import evaluate
 import model as models
@@ -100,8 +101,10 @@ def main(args: Arguments) -> int:
             data.encode(rows[split], tokenizer, args.max_length) for split in (args.train_split, args.validation_split)
         )
     ranks = {"world_size": runtime.world_size(), "rank": runtime.rank()}
-    sampler = data.TokenBatches.of(train, args.batch_tokens, accumulation=args.accumulation, seed=args.seed, **ranks)
-    held_out = data.TokenBatches.of(validation, args.batch_tokens, **ranks)
+    sampler = batching.TokenBatches.of(
+        train, args.batch_tokens, accumulation=args.accumulation, seed=args.seed, **ranks
+    )
+    held_out = batching.TokenBatches.of(validation, args.batch_tokens, **ranks)
 
     # Model, optimizer and learning rate of the paper, and the engine around them.
     if args.model_name:
@@ -182,8 +185,8 @@ class Translation:
         args: Arguments,
         device: torch.device,
         tokenizer: PreTrainedTokenizerBase,
-        train: tuple[Any, data.TokenBatches],
-        validation: tuple[Any, data.TokenBatches],
+        train: tuple[Any, batching.TokenBatches],
+        validation: tuple[Any, batching.TokenBatches],
     ) -> None:
         self._args, self._device, self._tokenizer = args, device, tokenizer
         self._train, self._validation = train, validation
@@ -194,7 +197,7 @@ class Translation:
 
     def batches(self, epoch: int, start: int) -> Iterator[tuple[int, Sequence[dict[str, torch.Tensor]]]]:
         """Steps with their target tokens."""
-        for step, micro_batches in data.batches(*self._train, epoch, start, self._tokenizer.pad_token_id):
+        for step, micro_batches in batching.batches(*self._train, epoch, start, self._tokenizer.pad_token_id):
             yield step.target_tokens, micro_batches
 
     def loss(self, engine: GaPEngine, batch: dict[str, torch.Tensor], units: int, phase: Phase) -> torch.Tensor:
@@ -218,7 +221,7 @@ class Translation:
     def validate(self, engine: GaPEngine, epoch: int) -> dict[str, float]:
         """Cross entropy in nats per target token of the validation split, over all ranks."""
         total, tokens = 0.0, 0
-        for step, micro_batches in data.batches(*self._validation, 0, 0, self._tokenizer.pad_token_id):
+        for step, micro_batches in batching.batches(*self._validation, 0, 0, self._tokenizer.pad_token_id):
             for batch in micro_batches:
                 labels = batch.pop("labels").to(self._device)
                 with self._autocast:
@@ -232,7 +235,7 @@ class Translation:
     ) -> torch.Tensor:
         """Logits (B, T, V) of the engine, or of another model, given the labels shifted by one as decoder's input."""
         inputs = {name: tensor.to(self._device) for name, tensor in batch.items()}
-        shifted = labels.masked_fill(labels == data.IGNORED, self._tokenizer.pad_token_id).roll(1, dims=1)
+        shifted = labels.masked_fill(labels == batching.IGNORED, self._tokenizer.pad_token_id).roll(1, dims=1)
         shifted[:, 0] = engine.module.config.decoder_start_token_id
         return (model or engine)(**inputs, decoder_input_ids=shifted, use_cache=False).logits
 

@@ -22,6 +22,7 @@ import datasets
 import drawings
 import numpy as np
 import torch
+from common import sources
 from PIL import Image, ImageEnhance
 from torch.utils.data import DataLoader, Dataset
 
@@ -130,34 +131,10 @@ def _read(dataset: str, split: str, config: str | None) -> datasets.Dataset:
                 f"--dataset {dataset}: has no split {split!r}, neither as a folder of classes nor as {split}.parquet "
                 f"({'only ' + ', '.join(sorted(splits)) if splits else 'it is empty'}). Set --dataset or the split."
             )
-        return _parquet(files, dataset)
+        return sources.from_files(files, "parquet", dataset)
     if path.is_file():
-        return _parquet([path], dataset)
-    if dataset.startswith((".", "/", "~")) or dataset.endswith(("/", ".parquet")) or dataset.count("/") > 1:
-        raise ValueError(f"--dataset {dataset}: no such file or folder (looked in {Path.cwd()}). Set --dataset.")
-    try:
-        return datasets.load_dataset(dataset, config, split=split)
-    except Exception as error:  # network, missing name, missing configuration, missing split: one class each
-        raise ValueError(
-            f"--dataset {dataset}: neither a local file or folder, nor could split {split!r} be loaded from the hub "
-            f"({_line(error)}). Set --dataset or --dataset-config."
-        ) from error
-
-
-def _parquet(files: Sequence[Path], dataset: str) -> datasets.Dataset:
-    try:
-        return datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
-    except Exception as error:  # pyarrow and datasets each have their own errors for a damaged file
-        raise ValueError(
-            f"--dataset {dataset}: {files[0].name} cannot be read as parquet ({_line(error)}). Set --dataset."
-        ) from error
-
-
-def _line(error: BaseException) -> str:
-    """The kind of an error and the first line of its deepest cause: one line is what a user reads."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+        return sources.from_files([path], "parquet", dataset)
+    return sources.from_hub(dataset, split, config, endings=(".parquet",))
 
 
 def _rows(rows: datasets.Dataset, where: str, image_column: str, label_column: str) -> Source:
@@ -211,7 +188,7 @@ def decode(source: Source, row: int) -> Image.Image:
     try:
         return source.read(row).convert("RGB")
     except (OSError, ValueError, SyntaxError, KeyError, TypeError, Image.DecompressionBombError) as error:
-        raise Damaged(f"{source.name(row)}: cannot be decoded ({_line(error)}).") from error
+        raise Damaged(f"{source.name(row)}: cannot be decoded ({sources.first_line(error)}).") from error
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,9 @@ def code() -> Iterator[Any]:
         yield SimpleNamespace(**{name.removeprefix("scaling_"): importlib.import_module(name) for name in NAMES})
     finally:
         sys.path[:] = path
+        folders = str(HERE), str(HERE.parents[1] / "benchmarks")
         for name in set(sys.modules) - before:
-            if str(getattr(sys.modules[name], "__file__", None)).startswith(
-                (str(HERE), str(HERE.parents[1] / "benchmarks"))
-            ):
+            if str(getattr(sys.modules[name], "__file__", None)).startswith(folders):
                 del sys.modules[name]
 
 
