@@ -19,8 +19,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import measure
 import scaling_model as model
@@ -29,6 +28,7 @@ import scaling_points
 import torch
 from scaling_model import Assumed, Fitted, Work
 
+HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results", HERE / "README.md"
 MILLION = 10**6
 
