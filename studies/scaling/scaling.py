@@ -16,6 +16,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -159,13 +160,11 @@ def rows(about: dict[str, Any]) -> list[dict[str, Any]]:
 def page(about: dict[str, Any], found: Sequence[dict[str, Any]]) -> str:
     from tables import fill
 
-    sections = {
-        **{"assumed": assumed(), "fitted": fitted_table(about), "simulated": simulated(about)},
-        **{"ties": ties(about), "own": own(about), "gloo": gloo(about)},
-        **{"backends": backends(found), "boundary": boundary(found), "exchange": exchange(found)},
-        **{"limits": limits(found)},
-    }
-    return fill("studies/scaling/README.md", PAGE.read_text(encoding="utf-8"), sections)
+    of_fit = {"fitted": fitted_table, "simulated": simulated, "ties": ties, "own": own, "gloo": gloo}
+    of_rows = {"backends": backends, "boundary": boundary, "exchange": exchange, "limits": limits}
+    sections = {name: partial(make, about) for name, make in of_fit.items()}
+    sections |= {name: partial(make, found) for name, make in of_rows.items()}
+    return fill(PAGE.read_text(encoding="utf-8"), {**sections, "assumed": assumed})
 
 
 def _short(value: float) -> str:

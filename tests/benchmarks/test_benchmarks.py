@@ -1,4 +1,4 @@
-"""Every benchmark runs, at its size for tests, and writes what the tables read. Nothing here looks at a time."""
+"""Every benchmark runs at its size for tests and writes the results that the tables read. No test checks a time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ for name in names:
     importlib.import_module(name).main()
 """
 
-#: Lets the scripts read command lines and do nothing else, then gpu.py run two of them, one with a mistake.
+#: Lets the scripts only parse command lines; then gpu.py runs two of them, one with a mistake.
 PARSE = """
 import argparse, importlib, json, sys
 from pathlib import Path
@@ -61,16 +61,15 @@ import sys
 from pathlib import Path
 folder, results = sys.argv[1:]
 sys.path.insert(0, folder)
-import tables
-tables.RESULTS = Path(results)
-names = "summary aims overhead performance attention startup gpu no_gpu tested kernel".split()
-for text in [getattr(tables, name)() for name in names] + [tables.profile("step"), tables.profile("boundary")]:
-    print(text)
+import figures, tables
+figures.RESULTS = Path(results)
+for name in sorted(tables.SECTIONS.keys() - {"backends", "quality", "vision"}):
+    print(tables.SECTIONS[name]())
 """
 
 
 def python(*words: str, timeout: int = 600, **variables: str) -> str:
-    """What a script prints; it must end well."""
+    """Return the output of a script, which must succeed."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
     result = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, timeout=timeout)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
@@ -109,7 +108,7 @@ def test_the_quick_ones(tmp_path: Path) -> None:
 
 
 def test_command_lines_and_a_gpus_run_without_one(tmp_path: Path) -> None:
-    """Every run of gpu.py and of `make bench` is one its script takes; what fails is named, the rest is kept."""
+    """The scripts accept the runs of gpu.py and `make bench`. gpu.json names failures and keeps the other results."""
     (names,) = re.findall(r"^BENCHES := (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     lines = [(name, ["--quick"]) for name in names.split()]
     python("-c", PARSE, str(BENCHMARKS), str(tmp_path), json.dumps(lines))
@@ -159,7 +158,7 @@ def test_the_overhead_and_memory_of_every_backend(tmp_path: Path, backend: str) 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["fsdp2", "zero2", "zero3"])
 def test_sharding_libraries_on_one_rank(tmp_path: Path, backend: str) -> None:
-    """As gpu.py runs them."""
+    """The same ranks as in gpu.py."""
     words = ["--quick", "--ranks", "1", "--backends", backend, "--out", str(tmp_path)]
     python(str(BENCHMARKS / "overhead.py"), *words)
     (row,) = read(tmp_path / "overhead.json")["rows"]
