@@ -1,8 +1,8 @@
-"""How long `import gap_ds` takes beyond `import torch`, and the translation example until its first step.
+"""Time of `import gap_ds` beyond `import torch`, and of the translation example until its first step.
 
     python benchmarks/startup.py
 
-Fresh processes, in turns. `--quick` measures the imports alone, once.
+Fresh processes, in turns. `--quick` measures the imports only, once.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def python(code: str) -> None:
 
 
 def first_step() -> None:
-    """Starts the example on its generated corpus, tokenizer training included, and ends it after its first step."""
+    """Run the example on the shipped corpus, tokenizer training included, until its first step."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "gap.json").write_text(json.dumps(GAP))
