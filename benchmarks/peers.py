@@ -58,7 +58,7 @@ def main() -> None:
     low, high = next(row["interval"] for row in found if row["step by"] == "bare again")
     within = [row["step by"] for row in found if "ratio" in row and low <= row["ratio"] <= high]
     note = "ratio of steps: to the bare step in the same round; interval: of that median, at 95 %; "
-    note += f"{args.preset}, {args.tokens} tokens, fp32, 1 rank; not to be told from the bare step here: "
+    note += f"{args.preset}, {args.tokens} tokens, fp32, 1 rank; equal to the bare step within noise: "
     note += ", ".join(within)
     measure.write("peers", found, args.out, note)
 

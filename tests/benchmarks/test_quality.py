@@ -198,8 +198,8 @@ def test_defaults_are_those_of_the_example(example: presets.Example) -> None:
     pytest.importorskip("transformers")
     script = ROOT / example.script
     code = "import json, sys, train; print(json.dumps(vars(train.Arguments(gap_config='', output_dir=''))))"
-    told = subprocess.run([sys.executable, "-c", code], cwd=script.parent, capture_output=True, text=True, check=True)
-    values = json.loads(told.stdout.splitlines()[-1])
+    result = subprocess.run([sys.executable, "-c", code], cwd=script.parent, capture_output=True, text=True, check=True)
+    values = json.loads(result.stdout.splitlines()[-1])
     assert {name: records.defaults(example.script)[name] for name in example.matter} == {
         name: values[name] for name in example.matter
     }
@@ -375,16 +375,16 @@ def test_a_run_that_fails_does_not_stop_the_others_and_is_run_again(
 ) -> None:
     arguments = scripted({"static": "sys.exit('the reason')"})
     assert runner.main([*arguments, "--jobs", "2"]) == 1
-    told = capsys.readouterr().out
-    assert "static_s0.8_seed0: FAILED, ended with status 1" in told and "the reason" in told
+    shown = capsys.readouterr().out
+    assert "static_s0.8_seed0: FAILED, ended with status 1" in shown and "the reason" in shown
     assert sorted(stored(tmp_path)) == ["cyclic_3", "dense"]
     arguments = scripted({"dense": "sys.exit('must not be run again')"})
     assert runner.main([*arguments, "--list"]) == 0
     listed = re.findall(r"seed0 +(.*)", capsys.readouterr().out)
     assert listed == ["finished", "to go on", "finished"]
     assert runner.main(arguments) == 0
-    told = capsys.readouterr().out
-    assert "2 of 3 runs are finished already" in told and "FAILED" not in told
+    shown = capsys.readouterr().out
+    assert "2 of 3 runs are finished already" in shown and "FAILED" not in shown
     assert stored(tmp_path)[-1] == "static"
 
 
