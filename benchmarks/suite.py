@@ -1,4 +1,4 @@
-"""How long the tests take, part by part, as `make test` runs them.
+"""Time of the tests, part by part, as in `make test`.
 
     python benchmarks/suite.py
 

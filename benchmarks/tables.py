@@ -236,7 +236,7 @@ def _peers(gpu: bool = False) -> str:
         low, high = again["interval"]
         within = [row["step by"] for row in rows if low <= row.get("ratio", 0) <= high and "bare" not in row["step by"]]
         text = f"\nThe bare step differs from itself by {low:.3f} to {high:.3f}"
-        text += f"; within that, and so not to be told from it: {', '.join(within)}.\n" if within else ".\n"
+        text += f"; equal to it within this noise: {', '.join(within)}.\n" if within else ".\n"
     return as_table(shown) + text
 
 
@@ -306,7 +306,7 @@ def gpu() -> str:
 
 def no_gpu() -> str:
     if device():
-        return f"Figures of a GPU stand in a section of their own, from one {device()}; all others are of CPUs.\n"
+        return f"A separate section has figures from one {device()}; all others are from CPUs.\n"
     return (
         "**No figure here is from a GPU.** None has been measured yet; `make bench-gpu` writes "
         "`benchmarks/results/gpu.json`.\n"

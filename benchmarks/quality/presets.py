@@ -36,7 +36,7 @@ TRANSLATION = Example(
     scores={"bleu": "BLEU", "bleu_uncased": "BLEU, uncased", "chrf": "chrF"},
     figures={"score_seconds": ("score_seconds",), "bleu_signature": ("signatures", "bleu")},
     axis="BLEU (0 to 100)",
-    entries="Sparsity is of the prunable matrices; embeddings stay dense.",
+    entries="Sparsity is that of the prunable matrices; embeddings stay dense.",
 )
 
 VISION = Example(
@@ -49,8 +49,8 @@ VISION = Example(
     scores={"top1": "top-1", "top5": "top-5"},
     figures={"score_seconds": ("score_seconds",), "inference_flops": ("inference_flops",)},
     axis="top-1 accuracy (%)",
-    entries="Sparsity is of the convolutions inside the blocks; with ERK the first convolution and the classifier are "
-    "entries, too.",
+    entries="Sparsity is that of the convolutions inside the blocks; with ERK the first convolution and the classifier "
+    "are entries as well.",
 )
 
 EXAMPLES = (TRANSLATION, VISION)

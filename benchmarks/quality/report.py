@@ -176,31 +176,31 @@ def notes(name: str, results: Results) -> list[str]:
     kept = results.kept
     seeds = sorted({len(cell.scores) for cell in results.cells})
     counts = " or ".join(str(count) for count in seeds)
-    certainty = "Bold is the best of a sparsity. Each figure is of one seed: how far two differ is not known."
+    certainty = "Bold is the best score of a sparsity. Each figure is of one seed; the spread over seeds is unknown."
     spreads = {s: results.spread(s) for s in results.sparsities if results.spread(s)}
     if spreads:
         score = results.example.scores[results.example.score]
         largest = ", ".join(f"{spread:.1f} {score} at {s:.0%}" for s, spread in spreads.items())
         certainty = (
-            f"A mean is of {counts} seeds, in their order beside it; those of one method differ by up to {largest}: "
-            "smaller differences between methods are none, and bold are all that are no further behind the best."
+            f"Scores are means of {counts} seeds, listed beside them. Seeds of one method differ by up to {largest}; "
+            "smaller differences between methods are noise. Bold are all scores within this distance of the best."
         )
     call = f"--preset {name.removesuffix('_extra')} --data DATA --out OUT"
     call += " --extra benchmarks/quality/extra.json" if name.endswith("_extra") else ""
     lines = [
         certainty,
-        "All methods have the same epochs, batches, peak learning rate and warm-up; none was tuned for its own "
-        "method, and a short budget favours those that need little training.",
+        "All methods have the same epochs, batches, peak learning rate and warm-up. None was tuned for a method. "
+        "A short budget favours methods that need little training.",
         results.example.entries,
-        "FLOPs are of the products with weights, forward and backward, relative to one dense run of the same epochs, "
-        "with all workers added, and counted as if pruned weights cost nothing. The products are dense: no run was "
-        "faster for its sparsity. What RigL spends on dense gradients at its updates is not counted.",
+        "FLOPs are those of products with weights, forward and backward, relative to one dense run of the same epochs, "
+        "summed over workers. Pruned weights count nothing, although the products are dense and no run was faster. "
+        "RigL's dense gradients at its updates are not counted.",
         "Density is that of the prunable weights, averaged over the steps of training.",
-        "Minutes are of training, all workers added, on a machine that did other work at the same time: they say what "
-        "a table takes, and nothing of the methods.",
+        "Minutes are those of training, summed over workers, on a machine with other load. They do not compare "
+        "methods.",
     ]
     if any(record["workers"] > 1 for record in kept):
-        lines.append("Of a method on several workers, epochs and density are those of worker 0.")
+        lines.append("Epochs and density of a method on several workers are those of worker 0.")
     if results.left_out:
         lines.append(f"Left out: {results.left_out} results of other set-ups in the same file.")
     machines = sorted({f"{r['machine']}, {r['cores']} cores, torch {r['torch']}, gap_ds {r['gap_ds']}" for r in kept})

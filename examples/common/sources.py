@@ -1,4 +1,4 @@
-"""Read data sets from files and from the Hugging Face hub, with a one-line error for whatever fails."""
+"""Read data sets from files and from the Hugging Face hub, with a one-line error for any failure."""
 
 from __future__ import annotations
 

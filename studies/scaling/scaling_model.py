@@ -185,7 +185,7 @@ BACKENDS = ("ddp", "hsdp", "fsdp1", "fsdp2", "zero2", "zero3")
 
 @dataclass(frozen=True)
 class Layout:
-    """How a backend spreads a model, for the busiest rank.
+    """Spread of a model under a backend, for the busiest rank.
 
     group: ranks that share the pieces of one entry. If smaller than all ranks, each group selects separately and all
         groups compare their masks.
@@ -214,7 +214,7 @@ class Layout:
 
 
 def layout(backend: str, model: Model, ranks: int) -> Layout:
-    """How a backend spreads a model over R >= K ranks, by gap_ds/sharding/backends.
+    """Return the spread of a model over R >= K ranks, as in gap_ds/sharding/backends.
 
         ddp        whole on every rank
         fsdp2      each matrix by rows, ceil(rows / R) on a rank: where there are more ranks than rows, some have none

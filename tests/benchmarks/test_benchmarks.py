@@ -128,8 +128,8 @@ def test_the_guard_is_collected_and_asks_for_a_baseline(tmp_path: Path) -> None:
     for name in ("test_masks_to_mul", "test_engine_to_bare", "test_selection_to_topk", "test_boundary", "test_import"):
         assert name in collected
     words = ["make", "-s", "-o", "env", "bench-guard", f"GUARD={tmp_path}"]
-    asked = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert asked.returncode and "no baseline to compare with" in asked.stderr
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode and "no baseline to compare with" in result.stderr
 
 
 @pytest.mark.slow

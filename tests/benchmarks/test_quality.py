@@ -1,4 +1,4 @@
-"""The tables of benchmarks/quality: their rows, what is run, how results are kept, and the pages made of them."""
+"""The tables of benchmarks/quality: rows, plan of the runs, results, runs, and pages."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_extra_rows_are_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().out.split() == ["ramped_s0.8_seed0", "to", "run"]
 
 
-# --- what is run ------------------------------------------------------------------------------------------------------
+# --- planning ---------------------------------------------------------------------------------------------------------
 
 
 def planned(*arguments: str) -> list[str]:
@@ -175,7 +175,7 @@ def test_a_row_of_several_workers_has_another_command() -> None:
     assert " ".join(words).startswith(
         "python -m gap_ds.cli parallel --workers 3 --ranks-per-worker 1 -- examples/translation/train.py --gap-config "
     )
-    # Results are looked for where the example puts each worker's.
+    # `folders` are the output folders of the example's workers.
     given = arguments.RunArguments(gap_config=words[-1], output_dir=words[words.index("--output-dir") + 1])
     for index, folder in enumerate(run.folders(Path("OUT"))):
         of_worker, worker = common.gap_worker(replace(given, gap_worker=index), GaPConfig(**run.config), (), "train.py")
@@ -194,7 +194,7 @@ def test_a_set_up_is_what_changes_a_result() -> None:
 
 @pytest.mark.parametrize("example", presets.EXAMPLES, ids=lambda example: Path(example.script).parent.name)
 def test_defaults_are_those_of_the_example(example: presets.Example) -> None:
-    """Asked in a process of its own: the scripts of all examples are called `train`."""
+    """Read in a separate process: the scripts of all examples are called `train`."""
     pytest.importorskip("transformers")
     script = ROOT / example.script
     code = "import json, sys, train; print(json.dumps(vars(train.Arguments(gap_config='', output_dir=''))))"
@@ -209,7 +209,7 @@ def test_defaults_are_those_of_the_example(example: presets.Example) -> None:
 
 
 def record(run: records.Run, bleu: float = 30.0, **others: Any) -> records.Record:
-    """As `collect` makes it, with made-up figures."""
+    """A record like those of `collect`, with made-up figures."""
     figures = {"bleu": bleu, "chrf": 55.0, "epochs": 8.0, "training_flops": 0.6, "mean_density": 0.4}
     figures |= {"train_seconds": 90.0}
     machine = {"machine": "x86_64 CPU", "cores": 2, "torch": "2.13.0", "gap_ds": "0.1.0"}
@@ -243,7 +243,7 @@ def test_what_a_kill_has_cut_short_is_removed(tmp_path: Path) -> None:
 
 
 def leave_results(run: records.Run, out: Path, **others: Any) -> None:
-    """The files of a finished run, as the example writes them."""
+    """Write the files of a finished run, like the example."""
     for number, folder in enumerate(run.folders(out)):
         folder.mkdir(parents=True)
         arguments = {**records.expected(run.preset), "seed": run.seed, "threads": 1, "dataset": None}
@@ -347,7 +347,7 @@ print("step 3/4", flush=True)
 
 @pytest.fixture
 def scripted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]], list[str]]:
-    """Sets what the runs do, by name; returns the arguments of `main`."""
+    """Set the scripts of the runs, by name; return the arguments of `main`."""
 
     def prepare(bodies: dict[str, str]) -> list[str]:
         def command(run: records.Run, data: Path, out: Path, python: str = "python") -> list[str]:
@@ -505,7 +505,7 @@ def test_presets_name_rows_that_exist() -> None:
         assert preset.parts or preset is presets.SMOKE
 
 
-# --- all of it, for real ----------------------------------------------------------------------------------------------
+# --- a whole table ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
