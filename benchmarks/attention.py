@@ -12,7 +12,6 @@ import argparse
 import copy
 import functools
 import sys
-from pathlib import Path
 from typing import Any
 
 import measure
@@ -27,13 +26,11 @@ VOCABULARY = 6000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = measure.parser(__doc__)
     parser.add_argument("--presets", nargs="+", default=["tiny", "base"], choices=models.PRESETS)
     parser.add_argument("--lengths", type=int, nargs="+", default=[12, 24, 48, 128, 512], help="tokens of a sentence")
     parser.add_argument("--tokens", type=int, default=1024, help="of a batch, on each side")
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, default=measure.RESULTS)
     args = parser.parse_args()
     if args.quick:
         args.presets, args.lengths, args.tokens, args.rounds = ["tiny"], [12], 48, 2

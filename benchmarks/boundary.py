@@ -16,9 +16,7 @@ size for tests.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import measure
@@ -38,14 +36,12 @@ KEY = ("weights", "ranks", "method")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = measure.parser(__doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--weights", type=int, nargs="+", default=[m * MILLION for m in (1, 5, 20, 50, 200)])
     parser.add_argument("--density", type=float, default=0.1)
     parser.add_argument("--rounds", type=int, default=7, help="fewer above 10 million weights, 2 at least")
     parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS))
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, default=measure.RESULTS)
     args = parser.parse_args()
     if args.quick:
         args.ranks, args.weights, args.rounds = [2], [200_003], 2

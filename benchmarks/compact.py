@@ -10,7 +10,6 @@ installed. `entries` is the size of the pruned matrices, relative to their dense
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import subprocess
 import tempfile
@@ -28,14 +27,12 @@ from gap_ds.export import compact
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = measure.parser(__doc__)
     parser.add_argument("--presets", nargs="*", default=["base"])
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.8, 0.9, 0.95])
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["bfloat16", "float32"])
     parser.add_argument("--models", nargs="*", type=Path, default=[], help="exported folders, dense")
     parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, default=measure.RESULTS)
     args = parser.parse_args()
     if args.quick:
         args.presets, args.sparsities, args.dtypes, args.vocab_size = ["tiny"], [0.9], ["float32"], 500

@@ -28,7 +28,6 @@ import itertools
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -83,16 +82,12 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE)
     parser.add_argument("--memory", action="store_true", help="peak memory of each form, in separate processes")
     parser.add_argument("--quick", action="store_true", help="one row of preset tiny, for tests")
-    parser.add_argument("--one-form", choices=("dense", "packed", "sparse"), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     if args.quick:
         args = parser.parse_args([*sys.argv[1:], *QUICK])
     torch.set_num_threads(args.threads)
     disable_progress_bar()  # of saving
-    if args.one_form:
-        print(json.dumps(peak(args)))
-        return
     results = read(args.out)
     for preset, sparsity in itertools.product(args.presets, args.sparsities):
         if not args.memory and not any(
@@ -289,39 +284,23 @@ def save_dense(model: Any, folder: Path) -> None:
 
 def memory(row: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """Return the peak resident memory of one translation in each form, each in a fresh process."""
-    found = {}
-    for form in ("dense", "packed", "sparse"):
-        options = [f"--{name}={row[key]}" for name, key in MEMORY_OPTIONS.items()]
-        command = [sys.executable, __file__, "--one-form", form, f"--vocab-size={args.vocab_size}", *options]
-        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        found[form] = json.loads(printed.splitlines()[-1])
+    found = {form: measure.on_ranks(1, peak, form, row, args.vocab_size)[0] for form in ("dense", "packed", "sparse")}
     return {f"{form}_{key}": value for form, figures in found.items() for key, value in figures.items()}
 
 
-MEMORY_OPTIONS = {
-    "presets": "preset",
-    "sparsities": "sparsity",
-    "dtypes": "dtype",
-    "threads": "threads",
-    "batches": "batch",
-    "beams": "beams",
-    "tokens": "tokens",
-}
-
-
-def peak(args: argparse.Namespace) -> dict[str, int]:
+def peak(form: str, row: dict[str, Any], vocab_size: int) -> list[dict[str, int]]:
     """Return MiB of this process: peak of the translation, and peak of making the form before it."""
-    model = build(args.presets[0], args.sparsities[0], getattr(torch, args.dtypes[0]), args.vocab_size)
-    ids = source(args.batches[0], args.vocab_size)
-    beams, tokens = args.beams[0], args.tokens
-    if args.one_form == "packed":
-        sparsify_for_inference(model, args.batches[0] * beams, form="packed")
-    elif args.one_form == "sparse":
+    torch.set_num_threads(row["threads"])
+    model = build(row["preset"], row["sparsity"], getattr(torch, row["dtype"]), vocab_size)
+    ids, beams, tokens = source(row["batch"], vocab_size), row["beams"], row["tokens"]
+    if form == "packed":
+        sparsify_for_inference(model, row["batch"] * beams, form="packed")
+    elif form == "sparse":
         sparsify_for_inference(model, lambda model: translate(model, ids, beams, tokens), seconds=600)
     most = measure.status("VmHWM")
     measure.reset_peak()
     translate(model, ids, beams, tokens)
-    return {"translating_mib": measure.status("VmHWM") >> 20, "choosing_mib": most >> 20}
+    return [{"translating_mib": measure.status("VmHWM") >> 20, "choosing_mib": most >> 20}]
 
 
 def show(row: dict[str, Any]) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import measure
@@ -28,14 +27,12 @@ NOTE = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = measure.parser(__doc__)
     parser.add_argument("--weights", type=int, nargs="+", default=[MILLION, 20 * MILLION], help="of one piece")
     parser.add_argument("--pieces", type=int, default=24, help="of a million weights, one after the other; 0: none")
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument("--density", type=float, default=0.1)
     parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, default=measure.RESULTS)
     args = parser.parse_args()
     sizes = [(1, n) for n in args.weights] + [(args.pieces, MILLION)] * bool(args.pieces)
     if args.quick:

@@ -6,6 +6,7 @@ Markdown table beside it. Rows made by separate commands (`add`) each record the
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import json
 import math
@@ -75,6 +76,14 @@ def command() -> str:
         at = words.index("--out")
         words = words[:at] + words[at + 2 :]
     return " ".join(["python", *words])
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the options of every benchmark, described by the first line of `doc`."""
+    result = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    result.add_argument("--quick", action="store_true", help="a size for tests")
+    result.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    return result
 
 
 def device() -> torch.device:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-from pathlib import Path
 from typing import Any
 
 import measure
@@ -29,12 +28,10 @@ NOTE = "fp32 Adam; sums over 2 ranks (plain: 1) and medians of the repeats; bits
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = measure.parser(__doc__)
     parser.add_argument("--preset", default="base")
     parser.add_argument("--backends", nargs="+", default=list(overhead.BACKENDS), choices=overhead.BACKENDS)
     parser.add_argument("--repeats", type=int, default=3, help="runs of each kind; the median counts")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, default=measure.RESULTS)
     args = parser.parse_args()
     if args.quick:
         args.preset, args.backends, args.repeats = "tiny", args.backends[:1], 1

@@ -50,7 +50,7 @@ VOCABULARY = 6000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = measure.parser(__doc__)
     parser.add_argument("--presets", nargs="+", choices=list(models.PRESETS), default=list(ROWS))
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, help="default: all for small, four for base")
     parser.add_argument("--ranks", type=int, default=2, help="of all backends except plain, which has 1")
@@ -60,8 +60,6 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20, help="of timed steps for each row")
     parser.add_argument("--pairs", type=int, nargs=2, default=[20, 200], help="fewest and most timed pairs of steps")
     parser.add_argument("--boundaries", type=int, default=6, help="timed apart; a multiple of 3")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, default=measure.RESULTS)
     parser.add_argument("--row", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.row:

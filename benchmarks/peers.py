@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import measure
@@ -44,13 +43,11 @@ FRACTION = 0.3
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = measure.parser(__doc__)
     parser.add_argument("--preset", choices=list(models.PRESETS), default="small")
     parser.add_argument("--sparsity", type=float, default=0.9)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, default=measure.RESULTS)
     args = parser.parse_args()
     if args.quick:
         args.preset, args.tokens, args.rounds = "tiny", 64, 2
@@ -165,31 +162,26 @@ def torch_prune(args: argparse.Namespace, device: torch.device) -> Step:
 
 
 def asp(args: argparse.Namespace, device: torch.device) -> Step:
-    model, optimizer = build(args, device)
-    masked = [(module.weight, kept_largest(module.weight.detach(), args.sparsity)) for module in entries(model)]
-    stock = optimizer.step
-
-    def step() -> None:
-        for weight, kept in masked:
-            weight.grad.mul_(kept)
-        stock()
-        with torch.no_grad():
-            for weight, kept in masked:
-                weight.mul_(kept)
-        optimizer.zero_grad(set_to_none=True)
-
-    return training_step(args, model, Tensor.backward, step)
+    return masked(args, device, gradients=True)
 
 
 def rigl(args: argparse.Namespace, device: torch.device) -> Step:
-    model, optimizer = build(args, device)
-    masked = [(module.weight, kept_largest(module.weight.detach(), args.sparsity)) for module in entries(model)]
+    return masked(args, device, gradients=False)
 
+
+def masked(args: argparse.Namespace, device: torch.device, gradients: bool) -> Step:
+    """Boolean masks on the weights after every step, and on the gradients before it if `gradients`."""
+    model, optimizer = build(args, device)
+    masks = [(module.weight, kept_largest(module.weight.detach(), args.sparsity)) for module in entries(model)]
+
+    @torch.no_grad()
     def step() -> None:
+        if gradients:
+            for weight, kept in masks:
+                weight.grad.mul_(kept)
         optimizer.step()
-        with torch.no_grad():
-            for weight, kept in masked:
-                weight.mul_(kept)
+        for weight, kept in masks:
+            weight.mul_(kept)
         optimizer.zero_grad(set_to_none=True)
 
     return training_step(args, model, Tensor.backward, step)

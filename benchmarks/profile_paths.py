@@ -14,9 +14,10 @@ import functools
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import measure
 import torch
@@ -62,12 +63,10 @@ class Parts:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = measure.parser(__doc__)
     parser.add_argument("--preset", choices=list(models.PRESETS), default="base")
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--steps", type=int, default=6, help="of each path that are counted")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, default=measure.RESULTS)
     args = parser.parse_args()
     if args.quick:
         args.preset, args.tokens, args.steps = "tiny", 64, 2
@@ -127,20 +126,13 @@ def boundary(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows("boundary", parts, whole, args.steps, cross)
 
 
-class patched:
-    """Context in which attributes have other values: (owner, name, value)."""
-
-    def __init__(self, *changes: tuple[Any, str, Any]) -> None:
-        self._changes = changes
-
-    def __enter__(self) -> None:
-        self._before = [(owner, name, owner.__dict__.get(name, self)) for owner, name, _ in self._changes]
-        for owner, name, value in self._changes:
-            setattr(owner, name, value)
-
-    def __exit__(self, *_: object) -> None:
-        for owner, name, value in self._before:
-            delattr(owner, name) if value is self else setattr(owner, name, value)
+@contextmanager
+def patched(*changes: tuple[Any, str, Any]) -> Iterator[None]:
+    """Give attributes other values inside the context: (owner, name, value)."""
+    with ExitStack() as stack:
+        for owner, name, value in changes:
+            stack.enter_context(mock.patch.object(owner, name, value))
+        yield
 
 
 def rows(path: str, parts: Parts, whole: float, times: int, work: Callable[[], object]) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ Fresh processes, in turns. `--quick` measures the imports only, once.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -25,10 +24,8 @@ GAP = {"sparsity": 0.9, "partitions": 3, "phase_steps": 100, "rounds": 1, "finet
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = measure.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, default=measure.RESULTS)
     args = parser.parse_args()
     works: dict[str, Callable[[], object]] = {code: (lambda code=code: python(code)) for code in (TORCH, *BEYOND)}
     if not args.quick:

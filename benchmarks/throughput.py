@@ -108,13 +108,11 @@ class InTurns(train.Translation):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = measure.parser(__doc__)
     parser.add_argument("--pairs", nargs="+", choices=list(PAIRS), default=list(PAIRS))
     parser.add_argument("--preset", choices=list(models.PRESETS), default="small")
     parser.add_argument("--tokens", type=int, default=train.Arguments.batch_tokens, help="tokens of a step")
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, default=measure.RESULTS)
     args = parser.parse_args()
     if args.quick:
         args.preset, args.tokens, args.steps, args.pairs = "tiny", 128, 24, ["plain"]
