@@ -87,11 +87,11 @@ docs: env  ## write docs/reference.md from docstrings, settings and options
 	$(RUN) docs/build_reference.py
 
 # Cheap ones first. Each writes aside and is moved whole, so a figure that is not made anew stays as it was.
-BENCHES := masks startup attention peers profile_paths throughput compact boundary scaling memory overhead
+BENCHES := masks startup attention peers profile_paths throughput compact boundary memory overhead
 
 bench: env  ## all benchmarks of a CPU but inference, into benchmarks/results (about an hour on 2 free cores)
 	@started=$$(date +%s); $(MAKE) --no-print-directory -k -j1 -o env $(BENCHES:%=bench-%); status=$$?; \
-	    $(RUN) benchmarks/scaling.py --again || status=1; $(RUN) benchmarks/tables.py || status=1; \
+	    $(RUN) benchmarks/tables.py || status=1; \
 	    echo "== all benchmarks: $$(( ($$(date +%s) - started + 59) / 60 )) minutes"; exit $$status
 
 $(BENCHES:%=bench-%): bench-%: env

@@ -1,9 +1,9 @@
-"""Implementations of attention that transformers offers, on a training step of the translation example's models.
+"""Time of a training step with the attention implementations of transformers, on the translation example's models.
 
     OMP_NUM_THREADS=1 python benchmarks/attention.py
 
-Forward and backward of the same model and batch under bf16 autocast, in turns: as `models.choose_attention` decides, it
-is the implementation that the example trains with. `--quick` is a size for tests.
+Forward and backward of the same model and batch under bf16 autocast, in turns. `models.choose_attention` selects the
+implementation that the example trains with. `--quick` is a size for tests.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import argparse
 import copy
 import functools
 import sys
-from pathlib import Path
 from typing import Any
 
 import measure
@@ -27,13 +26,11 @@ VOCABULARY = 6000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = measure.parser(__doc__)
     parser.add_argument("--presets", nargs="+", default=["tiny", "base"], choices=models.PRESETS)
     parser.add_argument("--lengths", type=int, nargs="+", default=[12, 24, 48, 128, 512], help="tokens of a sentence")
     parser.add_argument("--tokens", type=int, default=1024, help="of a batch, on each side")
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, default=measure.RESULTS)
     args = parser.parse_args()
     if args.quick:
         args.presets, args.lengths, args.tokens, args.rounds = ["tiny"], [12], 48, 2
@@ -42,7 +39,7 @@ def main() -> None:
 
 
 def compare(args: argparse.Namespace, preset: str, length: int) -> list[dict[str, Any]]:
-    """One row an implementation."""
+    """Return one row per implementation."""
     device = measure.device()
     torch.manual_seed(0)
     model = models.build_model(models.build_config(preset, vocab_size=VOCABULARY, dropout=0.0)).to(device)
@@ -61,7 +58,7 @@ def compare(args: argparse.Namespace, preset: str, length: int) -> list[dict[str
 
 
 def step(model: PreTrainedModel, sources: torch.Tensor, labels: torch.Tensor) -> None:
-    """Forward and backward, as the example does them."""
+    """Run forward and backward as in the example."""
     model.zero_grad()
     with torch.autocast(sources.device.type, torch.bfloat16):
         logits = model(input_ids=sources, decoder_input_ids=labels).logits

@@ -1,4 +1,4 @@
-"""Choosing the largest weights of an entry that is spread over ranks: time, memory and bytes sent, four ways.
+"""Select the largest weights of an entry spread over ranks, by four methods: time, memory and bytes received.
 
     python benchmarks/boundary.py
 
@@ -7,18 +7,16 @@
     kthvalue  every rank gathers the entry and takes all weights from the k-th on (ties are all kept: not exact)
     sort      every rank gathers the entry and sorts it stably
 
-Each ends with this rank's mask. All take turns on the same weights; a time is that of the slowest rank. The memory is
-the rise above what was there before, on rank 0, in a call that is not timed. Bytes are those that a rank receives if an
-all-reduce is a ring. Where there are more ranks than cores they wait for each other: gathering and sorting on 4 ranks
-of 2 cores takes twice what it would take on 4 cores, and the ratios flatter gap_ds. Methods that would take minutes
-are left out above some size (MOST). `--quick` is a size for tests.
+Each method ends with this rank's mask. All take turns on the same weights; times are those of the slowest rank. Memory
+is the rise during an untimed call, on rank 0. Bytes are those that a rank receives if an all-reduce is a ring. With
+more ranks than cores, ranks wait for each other: gathering and sorting on 4 ranks and 2 cores takes twice as long as on
+4 cores, and the ratios favour gap_ds. Methods that would take minutes are left out above a size (MOST). `--quick` is a
+size for tests.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import measure
@@ -38,14 +36,12 @@ KEY = ("weights", "ranks", "method")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = measure.parser(__doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--weights", type=int, nargs="+", default=[m * MILLION for m in (1, 5, 20, 50, 200)])
     parser.add_argument("--density", type=float, default=0.1)
     parser.add_argument("--rounds", type=int, default=7, help="fewer above 10 million weights, 2 at least")
     parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS))
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, default=measure.RESULTS)
     args = parser.parse_args()
     if args.quick:
         args.ranks, args.weights, args.rounds = [2], [200_003], 2
@@ -60,12 +56,12 @@ def main() -> None:
 
 
 def compare(ranks: int, n: int, density: float, rounds: int, peers: list[str]) -> list[dict[str, Any]]:
-    """Runs on every rank."""
+    """Run all methods on every rank; return their rows."""
     group, keep = Counted(ranks), int(density * n)
     device = measure.device() if torch.cuda.device_count() >= ranks else torch.device("cpu")
     per_rank = -(-n // ranks)
     start, numel = min(n, group.rank * per_rank), max(0, min(per_rank, n - group.rank * per_rank))
-    # Drawn on every rank alike and cut, so that the weights do not depend on the number of ranks.
+    # All ranks draw the same weights and cut them: they do not depend on the number of ranks.
     generator = torch.Generator().manual_seed(0)
     piece = torch.randn(n, generator=generator)[start : start + numel].clone().to(device)
 
@@ -75,11 +71,11 @@ def compare(ranks: int, n: int, density: float, rounds: int, peers: list[str]) -
     works = {"gap_ds": lambda: exact(piece, start, keep, group)} | {name: gathered(PEERS[name]) for name in peers}
     memory, received, found = {}, {}, {}
     for name, work in works.items():
-        work()  # libraries are loaded and the allocator has its arenas
+        work()  # loads libraries and fills the allocator's arenas
         group.received = 0
         memory[name] = measure.peak_bytes(lambda name=name, work=work: found.update({name: work()}))
         received[name] = group.received
-    # A stable sort gives ties to the lowest index, as gap_ds does; torch.topk says nothing of them.
+    # A stable sort breaks ties by the lowest index, like gap_ds; torch.topk leaves their order undefined.
     kept = bitmask.unpack(found["gap_ds"], numel)
     assert "sort" not in found or torch.equal(kept, found["sort"]), "the masks differ"
     assert int(group.sum(kept.count_nonzero()[None])) == keep, "another number of weights is kept"
@@ -100,7 +96,7 @@ def compare(ranks: int, n: int, density: float, rounds: int, peers: list[str]) -
 
 
 class Counted(Comm):
-    """The ranks of this benchmark; counts the bytes that this one receives."""
+    """Communication that counts the bytes received by this rank."""
 
     def __init__(self, ranks: int) -> None:
         super().__init__(single=ranks == 1)
@@ -115,7 +111,7 @@ class Counted(Comm):
         return super().all_gather(row)
 
     def gather(self, piece: Tensor, total: int) -> Tensor:
-        """The whole tensor (total,) on every rank."""
+        """Return the whole tensor (total,) on every rank."""
         if self.size == 1:
             return piece
         self.received += 4 * (total - piece.numel())
@@ -152,7 +148,7 @@ def by_sort(whole: Tensor, keep: int) -> Tensor:
 
 
 PEERS = {"topk": by_topk, "kthvalue": by_kthvalue, "sort": by_sort}
-#: Largest entries, times ranks, that a peer is timed on: what follows from smaller ones takes minutes and gigabytes.
+#: Largest entries times ranks for each peer: larger ones take minutes and gigabytes.
 MOST = {"topk": 400 * MILLION, "kthvalue": 200 * MILLION, "sort": 20 * MILLION}
 
 if __name__ == "__main__":

@@ -1,17 +1,15 @@
-"""How small the compact file is, against zip and zstd of the dense one, and how long writing and loading it take.
+"""Size of the compact file, compared with zip and zstd of the dense one, and times of writing and loading it.
 
     python benchmarks/compact.py --presets base --sparsities 0.8 0.9 0.95 --dtypes bfloat16 float32
     python benchmarks/compact.py --presets --models runs/cyclic_80/model
 
-Of presets the weights are random and the smallest of each matrix zero; embeddings are never pruned. Sizes are exact;
-seconds are of one call each, files in the page cache. zstd (level 3, by its command line) is left out where it is not
-installed. `entries` is the share of the dense bytes that the pruned matrices take. `--quick` is a size for tests.
+Presets have random weights, and the smallest of each matrix are zero; embeddings are never pruned. Sizes are exact.
+Seconds are those of one call, with files in the page cache. zstd (level 3, command line) is left out where it is not
+installed. `entries` is the size of the pruned matrices, relative to their dense bytes. `--quick` is a size for tests.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import shutil
 import subprocess
 import tempfile
@@ -29,14 +27,12 @@ from gap_ds.export import compact, compact_file, load_compact
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = measure.parser(__doc__)
     parser.add_argument("--presets", nargs="*", default=["base"])
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.8, 0.9, 0.95])
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["bfloat16", "float32"])
     parser.add_argument("--models", nargs="*", type=Path, default=[], help="exported folders, dense")
     parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, default=measure.RESULTS)
     args = parser.parse_args()
     if args.quick:
         args.presets, args.sparsities, args.dtypes, args.vocab_size = ["tiny"], [0.9], ["float32"], 500
@@ -45,19 +41,14 @@ def main() -> None:
         for sparsity in args.sparsities:
             for dtype in args.dtypes:
                 with tempfile.TemporaryDirectory() as folder:
-                    save(Path(folder), preset, sparsity, getattr(torch, dtype), args.vocab_size)
+                    model = inference.build(preset, sparsity, getattr(torch, dtype), args.vocab_size)
+                    inference.save_dense(model, Path(folder))
                     rows.append(row({"model": preset, "sparsity": sparsity, "dtype": dtype}, Path(folder)))
     measure.write("compact", rows, args.out)
 
 
-def save(folder: Path, preset: str, sparsity: float, dtype: torch.dtype, vocab_size: int) -> None:
-    model = inference.build(preset, sparsity, dtype, vocab_size)
-    model.save_pretrained(folder, max_shard_size="100GB")
-    info = {"signature": "benchmark", "entries": {name: {} for name, _ in inference.entries(model)}}
-    (folder / "gap.json").write_text(json.dumps(info))
-
-
 def row(what: dict[str, Any], dense: Path) -> dict[str, Any]:
+    """Compact a dense export, load both, and return sizes and times."""
     with tempfile.TemporaryDirectory() as name:
         out = Path(name) / "compact"
         write = measure.seconds(lambda: compact(dense, out))

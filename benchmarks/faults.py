@@ -1,8 +1,8 @@
-"""Kills real runs again and again (SIGKILL) and compares where they end with runs that were never disturbed.
+"""Kill real runs repeatedly (SIGKILL) and compare their final weights with those of undisturbed runs.
 
 python benchmarks/faults.py [--kills 12] [--seed 0] --out RUNS
 
-Three runs of the tests' small model: ZeRO-2 and FSDP2 on 2 ranks, and parallel GaP with 2 workers; each is killed
+Three runs of the tests' small model: ZeRO-2 and FSDP2 on 2 ranks, and parallel GaP with 2 workers. Each is killed
 `--kills` times while it steps, saves, crosses a boundary, or exchanges. Writes benchmarks/results/faults.json.
 """
 
@@ -19,9 +19,7 @@ from typing import Any
 
 import measure
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "sharding")]
-RESULT = ROOT / "benchmarks" / "results" / "faults.json"
+sys.path[:0] = [str(measure.ROOT), str(measure.ROOT / "tests" / "sharding")]
 
 MOMENTS = {
     "zero2": ("save", "boundary", "step"),
@@ -41,7 +39,7 @@ def main() -> int:
     shutil.rmtree(args.out, ignore_errors=True)
     rows = []
     for kind, moments in MOMENTS.items():
-        rounds = 4 + 3 * args.kills  # enough of them, so that the run is not over before its last kill
+        rounds = 4 + 3 * args.kills  # enough for the last kill to hit a running process
         wanted = finish(kind, args.out / f"{kind}_undisturbed", [], args.seed, rounds)
         chosen = list(itertools.islice(itertools.cycle(moments), args.kills))
         found = finish(kind, args.out / f"{kind}_killed", chosen, args.seed, rounds)
@@ -52,12 +50,12 @@ def main() -> int:
         "command": f"python benchmarks/faults.py --kills {args.kills} --seed {args.seed} --out RUNS",
         "machine": measure.machine(),
     }
-    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    measure.save_json(measure.RESULTS / "faults.json", result)
     return int(not all(each["same_final_bits"] for each in rows))
 
 
 def row(kind: str, wanted: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-    """What happened to one run."""
+    """Return the figures of one run."""
     by_moment = dict(Counter(kill["moment"] for kill in found["kills"]))
     return {
         "run": kind,

@@ -1,14 +1,14 @@
-"""Whether a sparse model translates alike in all its forms: dense folder, compact folder, sparsified for inference.
+"""Compare the translations of a sparse model in all its forms: dense folder, compact folder, sparsified for inference.
 
     python benchmarks/forms.py --models runs/zero3/model runs/fsdp2/model --dataset FOLDER --split test_2016_flickr
 
     dense    the exported folder
     compact  the compact folder made of it
-    sparse   the dense folder in the forms that `sparsify_for_inference` chooses here, which may be none
-    csr      the dense folder, every sparse layer by compressed rows, unmeasured
+    sparse   the dense folder in the forms chosen here by `sparsify_for_inference`, possibly none
+    csr      the dense folder, every sparse layer in compressed rows, without measuring
 
-For each exported model: BLEU of each form on real sentences, in how many the translations differ from the dense
-folder's, and sentences/s (of one pass each, in this order: an impression, not a measurement).
+For each exported model: BLEU of each form on real sentences, the number of sentences with another translation than the
+dense folder's, and sentences/s (one pass each, in this order: a rough figure).
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def forms(path: Path, sources: list[str], references: list[str], args: argparse.
 
 
 def sparsity(info: dict[str, Any]) -> float | None:
-    """Share of the entries' weights that are zero, by gap.json; None if it does not say."""
+    """Return the share of zeros in the entries by gap.json; None if it has no counts."""
     entries = info.get("entries", {}).values()
     if not entries or not all("nonzero" in entry and "numel" in entry for entry in entries):
         return None

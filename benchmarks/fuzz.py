@@ -1,15 +1,14 @@
-"""Changes every file that gap_ds reads at random, many times: each input must work or end in a ValueError.
+"""Corrupt every kind of file that gap_ds reads, at random: each input must work or raise a ValueError.
 
     python benchmarks/fuzz.py [--inputs 120000] [--seed 1]
 
-The inputs are shared out evenly among the kinds of file (fuzz.py of the unit tests). An input
-that ends in another error stays as found.bin in a temporary folder, which is printed.
+The kinds of file (fuzz.py of the unit tests) get equally many inputs. An input that raises another error stays as
+found.bin in a temporary folder, whose path is printed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import shutil
 import sys
@@ -21,10 +20,8 @@ from pathlib import Path
 import measure
 import torch
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "unit")]
-RESULT = ROOT / "benchmarks" / "results" / "fuzz.json"
-#: Address space that reading may take beyond what the process has when it begins.
+sys.path[:0] = [str(measure.ROOT), str(measure.ROOT / "tests" / "unit")]
+#: Bytes of address space for reading, beyond those of the process at the start.
 SPARE = 2**31
 
 
@@ -50,14 +47,14 @@ def main() -> int:
     shutil.rmtree(folder)
     result = {
         "inputs": sum(row["inputs"] for row in rows.values()),
-        "other_errors": 0,  # the first one would have ended the run
+        "other_errors": 0,  # the first one would end the run
         "kinds": rows,
         "seconds": round(time.time() - started),
         "memory_limit_bytes": SPARE,
         "command": f"python benchmarks/fuzz.py --inputs {args.inputs} --seed {args.seed}",
         "machine": measure.machine(),
     }
-    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    measure.save_json(measure.RESULTS / "fuzz.json", result)
     return 0
 
 

@@ -1,10 +1,10 @@
-"""Every figure that needs a GPU, in one command of a few minutes; needs no network.
+"""Make all figures that need a GPU, in one command of a few minutes without network.
 
     python benchmarks/gpu.py
 
-Runs the other benchmarks on the first GPU and writes gpu.json with all of their rows, after each of them. Needs torch
-with CUDA, transformers, datasets, rich and sacrebleu, and deepspeed for its rows, as wheels: nothing is compiled but
-Triton's kernel. What fails is left out and named. Ends with a message where there is no GPU.
+Runs the other benchmarks on the first GPU and writes all their rows to gpu.json, after each of them. Needs wheels of
+torch with CUDA, transformers, datasets, rich and sacrebleu, and deepspeed for its rows. Only Triton's kernel is
+compiled. gpu.json names the benchmarks that fail. Without a GPU it ends with a message.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import measure
 import torch
 
 STEPS = ["--tokens", "4096", "--seconds", "8", "--pairs", "20", "200"]
-#: (script, its options), those first that the aims are about.
+#: (script, its options). Those with an aim come first.
 RUNS = [
     ("masks", ["--weights", "1000000", "20000000", "176160768", "--rounds", "10"]),
     ("overhead", ["--presets", "big", "small", "base", "--backends", "plain", *STEPS]),
@@ -34,13 +34,13 @@ RUNS = [
     ("profile_paths", ["--preset", "big", "--tokens", "4096"]),
 ]
 LIMIT = 470  # seconds of all of them
-#: No hub is asked, and DeepSpeed does not look for a compiler of CUDA: none of its own kernels is used.
+#: No request to the hub, and no search of DeepSpeed for a CUDA compiler: none of its kernels is used.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "DS_IGNORE_CUDA_DETECTION": "1"}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds, after which what is left is left out")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds; later benchmarks are left out")
     parser.add_argument("--out", type=Path, default=measure.RESULTS)
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -50,9 +50,8 @@ def main() -> int:
 
 
 def run(runs: list[tuple[str, list[str]]], limit: float, out: Path) -> int:
-    """Runs one after the other, and writes gpu.json; 1 if any failed."""
+    """Run one benchmark after the other and write gpu.json. Returns 1 if any failed."""
     started, failed = time.monotonic(), []
-    out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
         for script, words in runs:
             left = limit - (time.monotonic() - started)
@@ -61,14 +60,13 @@ def run(runs: list[tuple[str, list[str]]], limit: float, out: Path) -> int:
             results = {path.stem: json.loads(path.read_text("utf-8")) for path in sorted(Path(name).glob("*.json"))}
             about = {"benchmark": "gpu", "command": measure.command(), "machine": measure.machine()}
             about |= {"seconds": round(time.monotonic() - started), "failed": failed, "results": results}
-            (out / "gpu.json.partial").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-            (out / "gpu.json.partial").replace(out / "gpu.json")
+            measure.save_json(out / "gpu.json", about)
     print(f"{out / 'gpu.json'}: {len(results)} results, {len(failed)} failed, {about['seconds']} s")
     return int(bool(failed))
 
 
 def one(script: str, words: list[str], out: Path, seconds: float) -> str:
-    """What went wrong; nothing if nothing did."""
+    """Run a benchmark. Returns its error as one line, empty on success."""
     command = [sys.executable, str(measure.ROOT / "benchmarks" / f"{script}.py"), *words, "--out", str(out)]
     print("==", script, *words, flush=True)
     if seconds <= 1:

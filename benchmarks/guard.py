@@ -1,14 +1,14 @@
 """Guards the hot paths on one machine: `make bench-guard-baseline` once, `make bench-guard` after every change.
 
-Two kinds, both of CPU time (what other processes take is not in it) at one thread, of the fastest of many calls:
+Two kinds of checks, both of CPU time in one thread, of the fastest of many calls:
 
-- times, against the baseline that was asked for by name: one 25 % above it fails, and goes on failing, because only
-  `make bench-guard-baseline` writes a baseline. It holds on the machine and the versions it was made with, where
-  nothing else runs: processes that share the memory make the large masks up to a third slower, whatever the clock.
-- ratios of two works in turns inside one run, against limits written here, and seconds of the import: they hold on any
-  machine.
+- Times, compared with the baseline. A time 25 % above it fails, and fails again in the next run: only
+  `make bench-guard-baseline` writes a baseline. It is valid on the same idle machine with the same versions: processes
+  that share the memory slow large masks by up to a third, also in CPU time.
+- Ratios of two works in turns within one run, compared with limits in this file, and seconds of the import. They are
+  valid on any machine.
 
-Not part of the tests: these take minutes. benchmarks/results/guard.md has what they find when something is slower.
+Not part of the tests, because they take minutes. benchmarks/results/guard.md shows what they find when code is slower.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -31,10 +30,10 @@ from gap_ds.masks import bitmask, cpu, selection
 
 MILLION = 1_000_000
 CPU = torch.device("cpu")
-#: Of packed masks to a float mul_, of a step with the engine to one without, of a selection to torch.topk.
+#: Limits of ratios: a step with the engine to one without, packed masks to a float mul_, a selection to torch.topk.
 STEP = 1.08
 MASKS, SELECTION = (1.0, 0.45) if cpu.library() else (1.6, 0.65)
-#: CPU seconds beyond `import torch`.
+#: Limit of CPU seconds beyond `import torch`.
 IMPORT = 0.3
 
 
@@ -48,7 +47,7 @@ def one_thread() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("n", [MILLION // 4, MILLION])  # what leaves the caches depends on what else the machine does
+@pytest.mark.parametrize("n", [MILLION // 4, MILLION])  # for larger sizes, other load on the caches matters
 def test_apply_masks(benchmark: Any, n: int, dtype: torch.dtype) -> None:
     weights, bits = torch.randn(n).to(dtype), bitmask.pack(torch.rand(n) < 0.1)
     benchmark.pedantic(bitmask.zero_pruned_, (weights, bits), rounds=200, warmup_rounds=3)
@@ -67,7 +66,7 @@ def test_first_masks(benchmark: Any) -> None:
 
 
 def test_boundary(benchmark: Any) -> None:
-    """Whole boundaries of a cyclic run, one after every step: select, mask, moments, publish, agree."""
+    """Time whole boundaries of a cyclic run, one after every step: select, mask, moments, publish, agree."""
     rounds = 12
     step, engine = overhead.build(args(), CPU, sparse=True, phase_steps=1, rounds=rounds)
     batch, cross = overhead.tokens(args(), CPU), engine.after_step
@@ -113,22 +112,16 @@ def test_import() -> None:
 
 
 def check(limit: float, work: Callable[[], object], base: Callable[[], object], rounds: int) -> None:
-    """The work takes at most `limit` times the base's CPU time, by the fastest of each or in the median of rounds."""
-    times = measure.in_turns({"work": work, "base": base}, rounds, timer=cpu_seconds)
+    """Assert that the work takes at most `limit` times the CPU time of the base, in the fastest or the median round."""
+    times = measure.in_turns({"work": work, "base": base}, rounds, timer=lambda work: measure.both_seconds(work)[1])
     fastest = min(times["work"]) / min(times["base"])
     median = statistics.median(a / b for a, b in zip(times["work"], times["base"], strict=True))
     print(f"ratio {fastest:.3f} of the fastest, {median:.3f} in the median; at most {limit}")
     assert min(fastest, median) <= limit, f"{fastest:.3f} (median {median:.3f}), must be at most {limit}"
 
 
-def cpu_seconds(work: Callable[[], object]) -> float:
-    started = time.process_time()
-    work()
-    return time.process_time() - started
-
-
 def select(weights: torch.Tensor) -> list[torch.Tensor]:
-    """A tenth of each row (entries, N)."""
+    """Select a tenth of each row of (entries, N)."""
     pieces = [
         selection.Piece(f"entry{e}", 0, row.numel(), selection.magnitude_keys(row), e) for e, row in enumerate(weights)
     ]

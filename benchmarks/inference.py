@@ -1,38 +1,33 @@
-"""What other forms of the weights gain on this machine: the same translations in each form, in turns.
+"""Speed of translation with other layouts of the weights.
 
     OMP_NUM_THREADS=1 python benchmarks/inference.py --threads 1 --presets small base big --tokens 8  # the whole table
     python benchmarks/inference.py --quick --out /tmp/inference.json
 
-Four models take turns, so that whatever else the machine does falls on all alike:
+Four models translate the same sentences in turns:
 
     dense    as transformers loads it
-    again    a copy of it: how far its ratio is from 1 is the noise of the row
+    again    a copy of it: the distance of its ratio from 1 is the noise of the row
     packed   all layers dense in oneDNN's blocked layout: the fastest form without sparsity
-    sparse   what `gap_ds.sparsify_for_inference` makes of it, chosen with runs of this very batch, beam and length
+    sparse   made by `gap_ds.sparsify_for_inference`, with runs of this batch, beam and length
 
-Reported are medians over the rounds; ratios are taken within a round, with their range. With one thread seconds are
-those that the process has computed: other processes then cost what they take from the caches, not what they take of
-the core. With more threads they are those that passed.
+Figures are medians over the rounds. Ratios are taken within a round, with their range. With one thread, seconds are CPU
+time, so other processes affect them through the caches alone. With more threads they are wall time.
 
-A model of random weights, its matrices pruned by magnitude, translates random sentences into a fixed number of tokens;
-what the weights say has no influence on how fast they are multiplied. Outputs are compared token by token: with random
-weights many hypotheses are nearly equal, so a rounding may exchange two of them; the logits' largest difference says
-how far the forms are apart. Memory is what the weights of a form take and what a translation needs beside them; with
---memory it is the peak of a process of its own. Files are the dense export and the compact one. Rows that the output
-file has are not measured again: the table can be made in pieces.
+A model of random weights, pruned by magnitude, translates random sentences into a fixed number of tokens; the values of
+weights do not affect the speed. Outputs are compared token by token. With random weights many hypotheses are nearly
+equal, so rounding may exchange two of them; the largest difference of the logits measures the distance of the forms.
+Memory is that of the weights plus that of a translation; with --memory, the peak of a separate process. Files are the
+dense export and the compact one. Rows in the output file are not measured again: the table can be made in pieces.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import ctypes
 import itertools
 import json
 import os
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -59,12 +54,12 @@ from gap_ds.inference.measure import MEASURED
 from gap_ds.inference.tuning import Choice
 
 OUT = measure.RESULTS / "inference.json"
-VERSION = 2  # of the file: rows of another are measured anew
+VERSION = 2  # of the file; rows of other versions are measured again
 SOURCE = 24  # tokens of a source sentence
 KEY = ("preset", "sparsity", "dtype", "threads", "batch", "beams", "tokens")
-#: The table that is wanted, in fp32.
+#: Cells of the full table, in fp32.
 FULL = list(itertools.product(("small", "base", "big"), (0.8, 0.9, 0.95), (1, 4, 16, 64), (1, 4)))
-LONG = 2.0  # seconds of a run from which on it needs no run before it to warm up
+LONG = 2.0  # seconds; longer runs need no warm-up run
 QUICK = [
     "--presets=tiny",
     "--sparsities=0.9",
@@ -84,22 +79,18 @@ def main() -> None:
     parser.add_argument("--beams", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32"])
     parser.add_argument("--tokens", type=int, default=16, help="tokens of each translation")
-    parser.add_argument("--rounds", type=int, default=9, help="timed rounds of all forms, at the most")
-    parser.add_argument("--seconds", type=float, default=20, help="after which no round is begun, if there were three")
+    parser.add_argument("--rounds", type=int, default=9, help="largest number of timed rounds of all forms")
+    parser.add_argument("--seconds", type=float, default=20, help="after which no round begins, once there are three")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE)
-    parser.add_argument("--memory", action="store_true", help="peak memory of each form, in processes of their own")
+    parser.add_argument("--memory", action="store_true", help="peak memory of each form, in separate processes")
     parser.add_argument("--quick", action="store_true", help="one row of preset tiny, for tests")
-    parser.add_argument("--one-form", choices=("dense", "packed", "sparse"), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     if args.quick:
         args = parser.parse_args([*sys.argv[1:], *QUICK])
     torch.set_num_threads(args.threads)
     disable_progress_bar()  # of saving
-    if args.one_form:
-        print(json.dumps(peak(args)))
-        return
     results = read(args.out)
     for preset, sparsity in itertools.product(args.presets, args.sparsities):
         if not args.memory and not any(
@@ -120,16 +111,15 @@ def main() -> None:
             for row in rows:
                 found = memory(row, args) if args.memory else compare(dense, row, args)
                 results[key].append(row | found)
-                # Of the last call that added to the table; the load of each row is in the row.
+                # The machine of the last call that added rows; each row has its load.
                 results["machine"] = machine(args)
                 show(results[key][-1])
                 write(args.out, results)
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What the file has; nothing if there is none, or one that this program no longer writes."""
-    text = path.read_text() if path.is_file() else ""
-    found = json.loads(text) if text.strip() else {}
+    """Return the contents of the file; empty if there is none, or one of another version."""
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return found if found.get("version") == VERSION else {"version": VERSION, "files": [], "speed": [], "memory": []}
 
 
@@ -139,7 +129,7 @@ def machine(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def build(preset: str, sparsity: float, dtype: torch.dtype, vocab_size: int) -> Any:
-    """A model in evaluation mode; of each matrix inside its layers the smallest weights are zero."""
+    """Return a model in evaluation mode, the smallest weights of each matrix inside its layers set to zero."""
     torch.manual_seed(0)
     model = models.build_model(models.build_config(preset, vocab_size=vocab_size)).eval()
     with torch.no_grad():
@@ -150,6 +140,7 @@ def build(preset: str, sparsity: float, dtype: torch.dtype, vocab_size: int) -> 
 
 
 def entries(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return the matrices inside the layers, by name."""
     return [
         (f"{name}.weight", module.weight)
         for name, module in model.named_modules()
@@ -164,7 +155,7 @@ def source(batch: int, vocab_size: int) -> Tensor:
 
 
 def translate(model: Any, ids: Tensor, beams: int, tokens: int) -> Tensor:
-    """All sentences get that many tokens: the token that would end them is one that the vocabulary does not have."""
+    """Translate every sentence into `tokens` tokens: the end token is outside the vocabulary."""
     result: Tensor = model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), num_beams=beams, do_sample=False,
         eos_token_id=model.config.vocab_size, max_new_tokens=tokens, max_length=None,
@@ -179,7 +170,7 @@ def logits(model: Any, ids: Tensor) -> Tensor:
 
 
 def compare(dense: Any, row: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """The same translations in every form, in turns."""
+    """Time the same translations in every form, in turns."""
     batch, beams, tokens = row["batch"], row["beams"], row["tokens"]
     ids = source(batch, dense.config.vocab_size)
 
@@ -189,7 +180,7 @@ def compare(dense: Any, row: dict[str, Any], args: argparse.Namespace) -> dict[s
     begin = time.perf_counter()
     outputs = {"dense": run(dense)}
     once = time.perf_counter() - begin
-    MEASURED.clear()  # the load of another row's minutes is not to choose for this one
+    MEASURED.clear()  # measured under the load of another row
     sparse, begin = copy.deepcopy(dense), time.perf_counter()
     table = sparsify_for_inference(sparse, run, seconds=max(60.0, 10 * once))
     choosing = time.perf_counter() - begin
@@ -236,13 +227,13 @@ def compare(dense: Any, row: dict[str, Any], args: argparse.Namespace) -> dict[s
 
 
 def ratio(name: str, old: list[float], new: list[float]) -> dict[str, Any]:
-    """How many times as fast `new` is: median over the rounds, and range."""
+    """Return the speed of `new` relative to `old`: median over the rounds, and range."""
     ratios = sorted(a / b for a, b in zip(old, new, strict=True))
     return {name: round(statistics.median(ratios), 3), f"{name}_range": [round(ratios[0], 3), round(ratios[-1], 3)]}
 
 
 def in_words(table: list[Choice]) -> str:
-    """How many layers have which form; `dense` alone if none was changed."""
+    """Count the layers by layout, in words; "dense" if none was changed."""
     count = Counter(name for choice in table for name in [choice.layout] * len(choice.names))
     return (
         "dense" if set(count) == {"dense"} else ", ".join(f"{form} {count[form]}" for form in LAYOUTS if form in count)
@@ -250,7 +241,7 @@ def in_words(table: list[Choice]) -> str:
 
 
 def held(model: nn.Module) -> int:
-    """Bytes of all tensors that the modules hold, what is tied or stored twice counted as it lies in memory."""
+    """Return the bytes of all tensors of the modules. Shared storage counts once."""
     found: dict[int, int] = {}
     for module in model.modules():
         own = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
@@ -259,7 +250,7 @@ def held(model: nn.Module) -> int:
             if tensor.layout == torch.sparse_csr:
                 parts = [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
             for part in parts:
-                if part.is_mkldnn:  # has no storage to ask
+                if part.is_mkldnn:  # has no storage
                     found[id(part)] = part.numel() * part.element_size()
                 else:
                     found[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
@@ -271,15 +262,13 @@ def mib(held: int, need: int | None) -> int | None:
 
 
 def files(preset: str, sparsity: float, vocab_size: int) -> list[dict[str, Any]]:
-    """Size of the weights' file, dense and compact."""
+    """Return the sizes of the weights' file, dense and compact."""
     found = []
     for name in ("float32", "bfloat16"):
         model = build(preset, sparsity, getattr(torch, name), vocab_size)
         with tempfile.TemporaryDirectory() as folder:
             dense, small = Path(folder) / "dense", Path(folder) / "compact"
-            model.save_pretrained(dense, max_shard_size="100GB")
-            info = {"signature": "benchmark", "entries": {name: {} for name, _ in entries(model)}}
-            (dense / "gap.json").write_text(json.dumps(info))
+            save_dense(model, dense)
             compact(dense, small)
             sizes = [path.stat().st_size for path in (dense / "model.safetensors", small / FILE)]
         what = {"preset": preset, "sparsity": sparsity, "dtype": name}
@@ -287,44 +276,32 @@ def files(preset: str, sparsity: float, vocab_size: int) -> list[dict[str, Any]]
     return found
 
 
+def save_dense(model: Any, folder: Path) -> None:
+    """Write a dense export: the weights in one file, and their entries."""
+    model.save_pretrained(folder, max_shard_size="100GB")
+    info = {"signature": "benchmark", "entries": {name: {} for name, _ in entries(model)}}
+    (folder / "gap.json").write_text(json.dumps(info))
+
+
 def memory(row: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """Peak resident memory of one translation in each form, of a process that has done nothing else."""
-    found = {}
-    for form in ("dense", "packed", "sparse"):
-        options = [f"--{name}={row[key]}" for name, key in MEMORY_OPTIONS.items()]
-        command = [sys.executable, __file__, "--one-form", form, f"--vocab-size={args.vocab_size}", *options]
-        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        found[form] = json.loads(printed.splitlines()[-1])
+    """Return the peak resident memory of one translation in each form, each in a fresh process."""
+    found = {form: measure.on_ranks(1, peak, form, row, args.vocab_size)[0] for form in ("dense", "packed", "sparse")}
     return {f"{form}_{key}": value for form, figures in found.items() for key, value in figures.items()}
 
 
-MEMORY_OPTIONS = {
-    "presets": "preset",
-    "sparsities": "sparsity",
-    "dtypes": "dtype",
-    "threads": "threads",
-    "batches": "batch",
-    "beams": "beams",
-    "tokens": "tokens",
-}
-
-
-def peak(args: argparse.Namespace) -> dict[str, int]:
-    """MiB of this process after the form was made, and at the most from then on; making it may take more."""
-    model = build(args.presets[0], args.sparsities[0], getattr(torch, args.dtypes[0]), args.vocab_size)
-    ids = source(args.batches[0], args.vocab_size)
-    beams, tokens = args.beams[0], args.tokens
-    if args.one_form == "packed":
-        sparsify_for_inference(model, args.batches[0] * beams, layout="packed")
-    elif args.one_form == "sparse":
+def peak(form: str, row: dict[str, Any], vocab_size: int) -> list[dict[str, int]]:
+    """Return MiB of this process: peak of the translation, and peak of making the form before it."""
+    torch.set_num_threads(row["threads"])
+    model = build(row["preset"], row["sparsity"], getattr(torch, row["dtype"]), vocab_size)
+    ids, beams, tokens = source(row["batch"], vocab_size), row["beams"], row["tokens"]
+    if form == "packed":
+        sparsify_for_inference(model, row["batch"] * beams, layout="packed")
+    elif form == "sparse":
         sparsify_for_inference(model, lambda model: translate(model, ids, beams, tokens), seconds=600)
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # what was freed is the system's again, not a reserve
-        trim(0)
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    most = measure.status("VmHWM")
+    measure.reset_peak()
     translate(model, ids, beams, tokens)
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return {"translating_mib": int(status["VmHWM"].split()[0]) >> 10, "choosing_mib": most}
+    return [{"translating_mib": measure.status("VmHWM") >> 20, "choosing_mib": most >> 20}]
 
 
 def show(row: dict[str, Any]) -> None:
@@ -332,22 +309,13 @@ def show(row: dict[str, Any]) -> None:
 
 
 def write(path: Path, results: dict[str, Any]) -> None:
-    """The JSON, and the same as a table."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(results, indent=1) + "\n")
-    partial.replace(path)
-    path.with_suffix(".md").write_text(table(results))
+    """Write the JSON, and the same as a table."""
+    measure.save_json(path, results)
+    measure.save(path.with_suffix(".md"), table(results))
 
 
 COLUMNS = {
-    "preset": "preset",
-    "sparsity": "sparsity",
-    "dtype": "dtype",
-    "threads": "threads",
-    "batch": "batch",
-    "beams": "beams",
-    "tokens": "tokens",
+    **{key: key for key in KEY},
     "dense_sentences_per_second": "dense /s",
     "packed_sentences_per_second": "packed /s",
     "sparse_sentences_per_second": "sparse /s",
@@ -388,7 +356,7 @@ def cell(row: dict[str, Any], key: str) -> Any:
 
 
 def note(rows: list[dict[str, Any]]) -> str:
-    """Which rows are below the aim, and which cells of the full table are missing."""
+    """Return the number of rows below the aim, and the missing cells of the full table."""
     slow = [row for row in rows if row["ratio"] < 0.95]
     least = min((row["ratio"] for row in rows), default=None)
     have = {(row["preset"], row["sparsity"], row["batch"], row["beams"]) for row in rows if row["dtype"] == "float32"}
@@ -396,15 +364,15 @@ def note(rows: list[dict[str, Any]]) -> str:
     for preset, sparsity, batch, beams in FULL:
         if (preset, sparsity, batch, beams) not in have:
             missing.setdefault((preset, sparsity), []).append(f"{batch}/{beams}")
-    said = [f"{len(rows)} rows; the least ratio is {least}, {len(slow)} are below 0.95."]
+    text = [f"{len(rows)} rows; the least ratio is {least}, {len(slow)} are below 0.95."]
     if missing:
         cells = "; ".join(
             f"{preset} {sparsity:.0%}: {', '.join(names)}" for (preset, sparsity), names in missing.items()
         )
-        said.append(f"Missing of the {len(FULL)} cells in fp32, as batch/beams: {cells}.")
+        text.append(f"Missing of the {len(FULL)} cells in fp32, as batch/beams: {cells}.")
     else:
-        said.append(f"None of the {len(FULL)} cells is missing.")
-    return " ".join(said)
+        text.append(f"None of the {len(FULL)} cells is missing.")
+    return " ".join(text)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,16 @@
-"""Applying a packed mask, against a multiplication by a float mask, by a boolean mask, a copy, and an optimizer step.
+"""Time of applying a packed mask, compared with float and boolean masks, a copy, and an optimizer step.
 
-    OMP_NUM_THREADS=1 python benchmarks/bitmask.py
+    OMP_NUM_THREADS=1 python benchmarks/masks.py
 
-All work on the same weights, in turns: one piece again and again, which stays in the caches as far as it fits, and 24
-pieces one after the other, as a step has them, whose weights and masks come from memory each time. Bytes moved count
-what has to be read and written: weights, masks and results once. On a GPU a time is the mean of 50 calls between two
-events. `--quick` is a size for tests.
+All work on the same weights, in turns: one piece repeatedly, which stays in the caches if it fits, and 24 pieces one
+after the other, as in a step, whose weights and masks come from memory. Bytes moved are weights, masks and results,
+each read or written once. On a GPU a time is the mean of 50 calls. `--quick` is a size for tests.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import measure
@@ -29,14 +27,12 @@ NOTE = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = measure.parser(__doc__)
     parser.add_argument("--weights", type=int, nargs="+", default=[MILLION, 20 * MILLION], help="of one piece")
     parser.add_argument("--pieces", type=int, default=24, help="of a million weights, one after the other; 0: none")
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument("--density", type=float, default=0.1)
     parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, default=measure.RESULTS)
     args = parser.parse_args()
     sizes = [(1, n) for n in args.weights] + [(args.pieces, MILLION)] * bool(args.pieces)
     if args.quick:
@@ -46,6 +42,7 @@ def main() -> None:
 
 
 def compare(args: argparse.Namespace, pieces: int, n: int, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Return one row for each way to mask `pieces` pieces of n weights."""
     device = measure.device()
     torch.manual_seed(0)
     kept = [torch.rand(n, device=device) < args.density for _ in range(pieces)]
@@ -61,7 +58,7 @@ def compare(args: argparse.Namespace, pieces: int, n: int, dtype: torch.dtype) -
         return run
 
     words = [weight.view({2: torch.int16, 4: torch.int32}[size]) for weight in weights]
-    by_numpy = each(bitmask._by_numpy, words, bits)  # what happens where there is no compiler
+    by_numpy = each(bitmask._by_numpy, words, bits)  # the path without a compiler
     work: dict[str, tuple[Callable[[], object], float]] = {
         "packed, in place (gap_ds)": (
             lambda: bitmask.zero_pruned_all_(zip(weights, bits, strict=True)),

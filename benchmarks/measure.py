@@ -1,18 +1,18 @@
-"""What every benchmark says and does alike: machine and versions, work timed in turns, and how results are written.
+"""Shared by all benchmarks: machine and versions, interleaved timing, memory, and files of results.
 
-A result is one JSON file in `benchmarks/results`, {"benchmark", "command", "note", "machine", "rows"}, and the same
-rows as a Markdown table beside it. Where rows are made apart (`add`), each has its command, machine and time itself.
+A result is a JSON file in `benchmarks/results`, {"benchmark", "command", "note", "machine", "rows"}, with its rows as a
+Markdown table beside it. Rows made by separate commands (`add`) each record their command, machine and time.
 """
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import json
 import math
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,17 +24,19 @@ import numpy
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from torch.utils import benchmark as torch_benchmark
+from torch.utils import collect_env
 
 from gap_ds import __version__
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 Measured = TypeVar("Measured")
 
 
 def machine() -> dict[str, Any]:
-    """What a figure depends on besides the command. The load average includes this process."""
+    """Return the hardware, versions and load that figures depend on. The load average includes this process."""
     about = {
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)),
@@ -51,18 +53,12 @@ def machine() -> dict[str, Any]:
 
 
 def _gpu() -> dict[str, Any]:
-    """The device and its software; torch does not know the driver's version, nvidia-smi does."""
-    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        driver = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=True).stdout.split("\n")[0]
-    except (OSError, subprocess.SubprocessError):
-        driver = "unknown"
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     return {
         "gpu": properties.name,
         "gpu_memory_GB": round(properties.total_memory / 1e9, 1),
         "cuda": torch.version.cuda,
-        "driver": driver.strip(),
+        "driver": collect_env.get_nvidia_driver_version(collect_env.run) or "unknown",
         "triton": getattr(sys.modules.get("triton"), "__version__", None),
     }
 
@@ -74,16 +70,24 @@ def _cpu() -> str:
 
 
 def command() -> str:
-    """The command line of this process, without where its output went."""
-    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    """Return the command line of this process, relative to the repository and without `--out`."""
+    words = [str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *sys.argv[1:]]
     if "--out" in words:
         at = words.index("--out")
         words = words[:at] + words[at + 2 :]
-    return "python benchmarks/" + " ".join(words)
+    return " ".join(["python", *words])
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the options of every benchmark, described by the first line of `doc`."""
+    result = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    result.add_argument("--quick", action="store_true", help="a size for tests")
+    result.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    return result
 
 
 def device() -> torch.device:
-    """The GPU of this process where there is one."""
+    """Return the GPU of this process, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -91,7 +95,7 @@ def device() -> torch.device:
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Wall time of one call; on a GPU until its work is done."""
+    """Return the wall time of one call, in seconds. On a GPU it ends when the GPU is idle."""
     synchronize()
     started = time.perf_counter()
     work()
@@ -100,10 +104,10 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def both_seconds(work: Callable[[], object]) -> tuple[float, float]:
-    """Wall time of one call, and the CPU time that all threads of this process spent in it.
+    """Return the wall time of one call and the CPU time of all threads of this process, in seconds.
 
-    CPU time leaves out what other processes took from this one, but not what they did to its caches; of waiting for
-    other ranks it has little. On a GPU it says nothing.
+    CPU time excludes time taken by other processes, but not their effect on the caches, and most of the waiting for
+    other ranks. It is meaningless on a GPU.
     """
     started = time.process_time()
     wall = seconds(work)
@@ -111,19 +115,12 @@ def both_seconds(work: Callable[[], object]) -> tuple[float, float]:
 
 
 def device_seconds(work: Callable[[], object], calls: int = 50) -> float:
-    """Time of one call, as the mean of `calls` in sequence between two events of the GPU: without launch gaps."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    begin.record()
-    for _ in range(calls):
-        work()
-    end.record()
-    torch.cuda.synchronize()
-    return float(begin.elapsed_time(end)) / 1e3 / calls
+    """Return the mean time of `calls` calls in sequence, in seconds. On a GPU launches overlap with its work."""
+    return torch_benchmark.Timer("work()", globals={"work": work}).timeit(calls).mean
 
 
 def synchronize() -> None:
-    """Waits until the GPU of this process, where there is one, has done all it was asked."""
+    """Wait until the GPU of this process, if there is one, is idle."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -134,11 +131,15 @@ def in_turns(
     before: Callable[[], object] = lambda: None,
     timer: Callable[[Callable[[], object]], Measured] = seconds,  # type: ignore[assignment]
 ) -> dict[str, list[Measured]]:
-    """What `timer` says of each work in each round, after one round that is not counted.
+    """Time each work once per round, after one round that does not count. Returns the times by name.
 
-    The order rotates: A B, B A, A B of two works; A B C, B C A, C A B of three. Whatever else the machine does falls
-    on all alike, so ratios within a round are worth more than the times. `before` is called before each work, outside
-    the time.
+    The order rotates: A B, B A, A B of two works; A B C, B C A, C A B of three. Other load on the machine affects all
+    works alike, so ratios within a round are more reliable than times. torch.utils.benchmark and pytest-benchmark time
+    one work after the other.
+
+    Args:
+        before: called before each work, untimed.
+        timer: measures one call of a work.
     """
     names = list(works)
     for work in works.values():
@@ -154,9 +155,9 @@ def in_turns(
 
 
 def compared(times: Mapping[str, Sequence[float]], base: str) -> dict[str, dict[str, Any]]:
-    """For each work its median in ms, and its time over that of `base` in the same round: median and quartiles.
+    """Return for each work the median in ms, and its time relative to `base` in the same round: median, quartiles.
 
-    `interval` is where that median lies at 95 %.
+    `interval` is the 95 % confidence interval of the median ratio.
 
     >>> compared({"a": [1.0, 1.0, 2.0], "b": [2.0, 3.0, 2.0]}, "a")["b"]
     {'ms': 2000.0, 'ratio': 2.0, 'quartiles': [1.5, 2.5], 'interval': [1.0, 3.0]}
@@ -175,9 +176,9 @@ def compared(times: Mapping[str, Sequence[float]], base: str) -> dict[str, dict[
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Between which two of the values their true median lies, at 95 %: order statistics, whatever the distribution.
+    """Return the 95 % confidence interval of the median, by order statistics, for any distribution.
 
-    Unlike quartiles it narrows as values come in. All of them where there are fewer than 6.
+    The whole range for fewer than 6 values.
 
     >>> interval(list(range(100)))
     (39, 60)
@@ -185,7 +186,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     (1, 3)
     """
     n, ordered = len(values), sorted(values)
-    # P(fewer than k of n values below the median) for a fair coin; the largest k with at most 2.5 % on each side.
+    # P(fewer than k of n values below the median), as for a fair coin; the largest k with at most 2.5 % on each side.
     total, k = 0.0, 0
     while k < n // 2 and (total := total + math.comb(n, k) / 2**n) <= 0.025:
         k += 1
@@ -193,7 +194,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def on_ranks(ranks: int, work: Callable[..., list[dict[str, Any]]], *arguments: Any) -> list[dict[str, Any]]:
-    """What `work(*arguments)` returns on rank 0, called in fresh processes that form a group (one: without a group)."""
+    """Call `work(*arguments)` in fresh processes, which form a group if several. Returns the result of rank 0."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_rank, (ranks, folder, work, arguments), nprocs=ranks)  # type: ignore[attr-defined]
         return json.loads((Path(folder) / "rows.json").read_text(encoding="utf-8"))
@@ -214,9 +215,9 @@ def _rank(rank: int, ranks: int, folder: str, work: Callable[..., Any], argument
 
 
 def peak_bytes(work: Callable[[], object]) -> int | None:
-    """How far the memory of this process (on a GPU: of its tensors there) rises above the present while `work` runs.
+    """Return by how many bytes the memory of this process (on a GPU: its tensors there) rises while `work` runs.
 
-    None where the system cannot say.
+    None where the system has no such figure.
     """
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -224,22 +225,29 @@ def peak_bytes(work: Callable[[], object]) -> int | None:
         before = torch.cuda.memory_allocated()
         work()
         return torch.cuda.max_memory_allocated() - before
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # what was freed is the system's again, not a reserve
-        trim(0)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    except OSError:
+    if not reset_peak():
         work()
         return None
-    before = _status("VmRSS")
+    before = status("VmRSS")
     work()
-    return _status("VmHWM") - before
+    return status("VmHWM") - before
+
+
+def reset_peak() -> bool:
+    """Return freed memory to the system and restart the peak `VmHWM` of this process. False if the system cannot."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
 
 
 def tensor_bytes(work: Callable[[], object]) -> tuple[int, int]:
-    """(left, peak): bytes of tensors that `work` leaves allocated beyond those before it, and the most there were.
+    """Return (left, peak) in bytes: tensors that `work` leaves allocated, and their peak, both above the state before.
 
-    Of PyTorch's allocator, to the byte; what NumPy allocates (blocks of a megabyte in `bitmask`) is not in it.
+    Counted by PyTorch's allocator, to the byte. Memory of NumPy (blocks of a megabyte in `bitmask`) is not included.
     """
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -259,22 +267,23 @@ def tensor_bytes(work: Callable[[], object]) -> tuple[int, int]:
 
 
 def memory() -> int:
-    """Bytes that this process has now: on a GPU its tensors there, else its resident memory without mapped files.
+    """Return the bytes of this process: on a GPU its tensors there, else its resident memory without mapped files.
 
-    Pages of libraries are the system's to drop and to read again: between two runs they differ by many megabytes.
+    The system drops and rereads pages of libraries, so with mapped files two runs differ by many megabytes.
     """
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated()
-    return _status("RssAnon") + _status("RssShmem")
+    return status("RssAnon") + status("RssShmem")
 
 
-def _status(key: str) -> int:
+def status(key: str) -> int:
+    """Return a figure of /proc/self/status in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key + ":"))
 
 
 def write(benchmark: str, rows: Sequence[Mapping[str, Any]], out: Path, note: str = "") -> None:
-    """Writes OUT/BENCHMARK.json and .md, and prints the table."""
+    """Write OUT/BENCHMARK.json and .md, and print the table."""
     about = machine()
     result = {"benchmark": benchmark, "command": command(), "note": note, "machine": about, "rows": list(rows)}
     _save(benchmark, result, out, [f"`{result['command']}`", _listed(about), *([note] if note else [])])
@@ -284,12 +293,12 @@ def write(benchmark: str, rows: Sequence[Mapping[str, Any]], out: Path, note: st
 def add(
     benchmark: str, rows: Sequence[Mapping[str, Any]], out: Path, note: str, key: Sequence[str], made: str | None = None
 ) -> None:
-    """Adds rows to OUT/BENCHMARK.json and .md in place of those that are alike in all of `key`.
+    """Add rows to OUT/BENCHMARK.json and .md. They replace rows with equal values of all of `key`.
 
-    So a table can be made in pieces; every row says in "made" by which command, when, and on which machine.
+    A table can thus be made in pieces. "made" in each row has its command, date and machine.
 
     Args:
-        made: the command, where it is not this process's.
+        made: the command, if it is not that of this process.
     """
     about = {"command": made or command(), **machine()}
     path = out / f"{benchmark}.json"
@@ -303,20 +312,26 @@ def add(
 
 
 def _save(benchmark: str, result: dict[str, Any], out: Path, about: Sequence[str]) -> None:
-    """Both files, each whole or as it was."""
-    out.mkdir(parents=True, exist_ok=True)
     shown = [{k: v for k, v in row.items() if k != "made"} | _made(row) for row in result["rows"]]
-    texts = {
-        "json": json.dumps(result, indent=1) + "\n",
-        "md": "\n\n".join([f"# {benchmark}", *about, table(shown)]),
-    }
-    for suffix, text in texts.items():
-        (out / f"{benchmark}.{suffix}.partial").write_text(text, encoding="utf-8")
-        (out / f"{benchmark}.{suffix}.partial").replace(out / f"{benchmark}.{suffix}")
+    save_json(out / f"{benchmark}.json", result)
+    save(out / f"{benchmark}.md", "\n\n".join([f"# {benchmark}", *about, table(shown)]))
+
+
+def save_json(path: Path, result: Any) -> None:
+    """Write a result as JSON. The file is whole or as it was."""
+    save(path, json.dumps(result, indent=1) + "\n")
+
+
+def save(path: Path, text: str) -> None:
+    """Write a text file. It is whole or as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def _made(row: Mapping[str, Any]) -> dict[str, Any]:
-    """When a row was made, with which torch, and how many processes wanted the cores then."""
+    """Return when a row was made, under which load, with which torch."""
     if (made := row.get("made")) is None:
         return {}
     return {"date": made["date"], "load": made["load_average"][0], "torch": made["torch"]}
@@ -327,7 +342,7 @@ def _listed(about: Mapping[str, Any]) -> str:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as Markdown, one column for each key that any row has.
+    """Return rows as Markdown, with one column for each key of any row.
 
     >>> print(table([{"a": 1, "b": [0.5, 2]}, {"a": 2}]), end="")
     | a | b |

@@ -1,13 +1,13 @@
-"""Memory of a run with the engine over the same run without it, on every backend.
+"""Memory of a run with the engine, compared with the same run without it, on every backend.
 
     python benchmarks/memory.py
     python benchmarks/memory.py --backends zero1
 
-Each run has fresh processes; figures are sums over the ranks and medians of the repeats. On a CPU the memory is what
-the system has given them (RSS, without mapped files); on a GPU what the allocator holds. RSS moves in steps of the
-allocator's arenas, so it says little below a megabyte or two. `tensors` are PyTorch's own counts, to the byte: of a
-step's peak over the bare step's, and of what a boundary takes at most while it runs, its new masks included. Rows are
-added to those that are there, so the table can be made in pieces. `--quick` is a size for tests.
+Each run has fresh processes; figures are sums over the ranks and medians of the repeats. On a CPU, memory is RSS
+without mapped files; on a GPU, the allocator's tensors. RSS moves in steps of the allocator's arenas, so differences
+below a megabyte or two are noise. `tensors` are PyTorch's counts, to the byte: a step's peak above the bare step's, and
+the peak of a boundary, new masks included. Rows are added to existing ones: the table can be made in pieces. `--quick`
+is a size for tests.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-from pathlib import Path
 from typing import Any
 
 import measure
@@ -29,16 +28,14 @@ NOTE = "fp32 Adam; sums over 2 ranks (plain: 1) and medians of the repeats; bits
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = measure.parser(__doc__)
     parser.add_argument("--preset", default="base")
     parser.add_argument("--backends", nargs="+", default=list(overhead.BACKENDS), choices=overhead.BACKENDS)
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each kind, of which the median is taken")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, default=measure.RESULTS)
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each kind; the median counts")
     args = parser.parse_args()
     if args.quick:
         args.preset, args.backends, args.repeats = "tiny", args.backends[:1], 1
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # glibc gives back at once what is freed
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # glibc returns freed memory at once
     for backend in args.backends:
         ranks = 1 if backend == "plain" else 2
         runs = {
@@ -71,12 +68,12 @@ def row(preset: str, backend: str, runs: dict[str, list[dict[str, int]]]) -> dic
 
 
 def run(preset: str, backend: str, kind: str) -> list[dict[str, Any]]:
-    """Runs on every rank: some steps, then with the engine some with a boundary after the last of them, twice."""
+    """Run some steps on every rank; with the engine, two more phases with a boundary at the end."""
     device = measure.device()
     args = argparse.Namespace(preset=preset, backend=backend, sparsity=0.9, tokens=64, dtype="fp32")
     step, engine = overhead.build(args, device, kind == "engine", phase_steps=STEPS + 2)
     batch = overhead.tokens(args, device)
-    step(batch)  # the optimizer has made its state
+    step(batch)  # the optimizer makes its state
     base = measure.memory()
     peak = base + (measure.peak_bytes(lambda: [step(batch) for _ in range(STEPS)]) or 0)
     if kind == "bare":
@@ -87,7 +84,7 @@ def run(preset: str, backend: str, kind: str) -> list[dict[str, Any]]:
         "sparse_weights": sum(shards[name].numel for name in engine.mask_state.bits),
         "largest_piece": max(shard.numel for shard in shards.values()),
     }
-    # The last step of the first phase, with the boundary after it; then another phase, and its boundary in tensors.
+    # The last step of the first phase with its boundary; then another phase, and its boundary counted in tensors.
     base = measure.memory()
     figures["boundary_peak"] = base + (measure.peak_bytes(lambda: step(batch)) or 0)
     assert engine.phase.index == 1
@@ -103,12 +100,12 @@ def run(preset: str, backend: str, kind: str) -> list[dict[str, Any]]:
 
 
 def step_tensors(step: Any, batch: dict[str, Any]) -> int:
-    """The peak of a step's tensors above those before it; masks that are there already are not in it."""
+    """Return the peak of a step's tensors above those before it. Existing masks are not included."""
     return measure.tensor_bytes(lambda: step(batch))[1]
 
 
 def totals(**figures: int) -> dict[str, int]:
-    """The sums over the ranks: a rank may own nothing but weights that are dense now."""
+    """Return sums over the ranks: a rank may own dense weights alone."""
     group = Comm()
     return dict(zip(figures, group.sum(torch.tensor(list(figures.values()))).tolist(), strict=True))
 

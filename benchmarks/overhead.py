@@ -1,16 +1,15 @@
-"""What a training step costs with the engine, relative to the same step without it, and what a whole boundary costs.
+"""Time of a training step with the engine, relative to the same step without it, and time of a whole boundary.
 
     OMP_NUM_THREADS=1 python benchmarks/overhead.py
     OMP_NUM_THREADS=1 python benchmarks/overhead.py --presets base --backends zero2 zero3
 
-Every row has processes of its own. Two copies of a model take turns on the same batches: A bare, B inside a GaPEngine,
-in the order A B B A, so that whatever else the machine does falls on both alike. `ratio` is the median of the ratios of
-neighbouring steps, `interval` where that median lies at 95 %, `cpu_ratio` the same of CPU time. On a CPU `own_ms` is
-the time inside the engine's own calls of a step (masks, the loss's watch, counting), which scatters far less than whole
-steps do, but does not see what these calls cost the others, whose cache they share. No boundary falls into these steps:
-six of them are timed apart, from the end of a step until the next one can begin (`boundary_ms`), and given in steps
-with the engine (`boundary_steps`). fairscale names CUDA streams: without a GPU the tests' stand-in for them is used.
-`--quick` is a size for tests.
+Every row has fresh processes. Two copies of a model take turns on the same batches, A bare and B inside a GaPEngine, in
+the order A B B A. `ratio` is the median ratio of neighbouring steps, `interval` its 95 % confidence interval,
+`cpu_ratio` the same for CPU time. On a CPU, `own_ms` is the time inside the engine's calls of a step (masks, loss
+guard, counting). It scatters far less than whole steps, but excludes the effect of these calls on the caches. These
+steps have no boundary. Six boundaries are timed separately, from the end of a step until the next one can begin
+(`boundary_ms`), also in steps with the engine (`boundary_steps`). fairscale uses CUDA streams; without a GPU the tests'
+stand-in replaces them. `--quick` is a size for tests.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ from common import sharding
 from gap_ds import GaPEngine
 
 BACKENDS = ("plain", "ddp", "fsdp1", "fsdp2", "fairscale", "zero0", "zero1", "zero2", "zero3")
-#: Rows that are made where none are asked for.
+#: Default rows.
 ROWS = {"small": BACKENDS, "base": ("plain", "fsdp2", "zero2", "zero3")}
 KEY = ("preset", "backend", "ranks", "tokens", "dtype")
 NOTE = "ratio: of neighbouring steps with the engine and without, median; interval: of that median, at 95 %"
@@ -51,18 +50,16 @@ VOCABULARY = 6000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = measure.parser(__doc__)
     parser.add_argument("--presets", nargs="+", choices=list(models.PRESETS), default=list(ROWS))
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, help="default: all for small, four for base")
-    parser.add_argument("--ranks", type=int, default=2, help="of all backends but plain, which has 1")
+    parser.add_argument("--ranks", type=int, default=2, help="of all backends except plain, which has 1")
     parser.add_argument("--sparsity", type=float, default=0.9)
     parser.add_argument("--tokens", type=int, default=512, help="target tokens of a step of one rank")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--seconds", type=float, default=20, help="of timed steps for each row")
     parser.add_argument("--pairs", type=int, nargs=2, default=[20, 200], help="fewest and most timed pairs of steps")
     parser.add_argument("--boundaries", type=int, default=6, help="timed apart; a multiple of 3")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, default=measure.RESULTS)
     parser.add_argument("--row", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.row:
@@ -84,7 +81,7 @@ def main() -> None:
 
 
 def launch(args: argparse.Namespace) -> dict[str, Any]:
-    """The row that fresh processes make."""
+    """Make a row in fresh processes."""
     with tempfile.TemporaryDirectory() as name:
         out = Path(name) / "row.json"
         words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.ranks)]
@@ -96,14 +93,14 @@ def launch(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def command(args: argparse.Namespace) -> str:
-    """The command line that makes this row alone."""
+    """Return the command line of this row."""
     words = ["--presets", args.preset, "--backends", args.backend, "--ranks", args.ranks, "--sparsity", args.sparsity]
     words += ["--tokens", args.tokens, "--dtype", args.dtype, "--seconds", args.seconds, "--pairs", *args.pairs]
     return "python benchmarks/overhead.py " + " ".join(map(str, [*words, "--boundaries", args.boundaries]))
 
 
 def one(args: argparse.Namespace) -> None:
-    """Runs on every rank: times one row, and rank 0 writes it."""
+    """Time one row, on every rank; rank 0 writes it."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     device = start(args.backend)
     batch = tokens(args, device)
@@ -136,7 +133,7 @@ def one(args: argparse.Namespace) -> None:
 
 
 def own_seconds(engine: GaPEngine) -> list[float]:
-    """Seconds inside the engine's own calls, a number that is added for every step from now on."""
+    """Return a list that collects the seconds inside the engine's calls, one number for every step from now on."""
     steps = [0.0]
 
     def timed(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -163,7 +160,7 @@ def own_seconds(engine: GaPEngine) -> list[float]:
 
 
 def agreed_pairs(args: argparse.Namespace, pair: float, device: torch.device) -> int:
-    """How many pairs of steps, of `pair` seconds each, fit the time; on all ranks what rank 0 says."""
+    """Return the number of pairs of steps, of `pair` seconds each, that fit the time. Rank 0 decides."""
     least, most = args.pairs
     number = torch.tensor(min(most, max(least, int(args.seconds / pair))), device=device)
     if dist.is_initialized():
@@ -172,7 +169,7 @@ def agreed_pairs(args: argparse.Namespace, pair: float, device: torch.device) ->
 
 
 def boundaries(args: argparse.Namespace, device: torch.device, batch: dict[str, Any]) -> list[float]:
-    """Seconds of whole boundaries between cyclic phases of one step, without the first, which loads libraries."""
+    """Time whole boundaries between cyclic phases of one step, in seconds. Drops the first, which loads libraries."""
     step, engine = build(args, device, sparse=True, phase_steps=1, rounds=args.boundaries // 3)
     crossed: list[float] = []
     count = engine.after_step
@@ -191,7 +188,7 @@ def boundaries(args: argparse.Namespace, device: torch.device, batch: dict[str, 
 
 
 def start(backend: str) -> torch.device:
-    """Joins the launcher's processes, if there are any."""
+    """Join the launcher's processes, if there are any."""
     device = measure.device()
     if backend.startswith("zero"):
         import deepspeed
@@ -205,14 +202,14 @@ def start(backend: str) -> torch.device:
 def build(
     args: argparse.Namespace, device: torch.device, sparse: bool, phase_steps: int = 10**9, rounds: int = 1
 ) -> tuple[Callable[[dict[str, Any]], None], Any]:
-    """One training step of a fresh model, bare or inside the engine; and what trains it."""
+    """Return one training step of a fresh model, bare or inside the engine, and the object that trains it."""
     torch.manual_seed(0)
     model = models.build_model(models.build_config(args.preset, vocab_size=VOCABULARY)).to(device)
     models.choose_attention(model, device)
     if not args.backend.startswith("zero"):
         model = wrap(model, args.backend, device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
-    # By default one phase that never ends: two of three partitions are sparse, as in most of a cyclic run.
+    # The default is one endless phase with two of three partitions sparse, as in most of a cyclic run.
     gap = {"sparsity": args.sparsity, "partitions": 3, "phase_steps": phase_steps, "rounds": rounds}
     gap["finetune_steps"] = 1
     trained: Any = model
@@ -246,7 +243,7 @@ def build(
 
 
 def wrap(model: nn.Module, backend: str, device: torch.device) -> nn.Module:
-    """The model as the examples shard it; fairscale on a CPU as the tests do."""
+    """Shard the model as the examples do; fairscale on a CPU as the tests do."""
     if backend != "fairscale" or device.type == "cuda":
         return sharding.wrap(model, "none" if backend == "plain" else backend, device)
     sys.path.insert(0, str(measure.ROOT / "tests" / "sharding"))
@@ -260,7 +257,7 @@ def wrap(model: nn.Module, backend: str, device: torch.device) -> nn.Module:
 
 
 class Bare:
-    """The loop that a user writes without the engine."""
+    """A training loop without the engine."""
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.model, self.optimizer = model, optimizer
@@ -277,7 +274,7 @@ class Bare:
 
 
 def tokens(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """A batch of 16-token sentences (B, 16)."""
+    """Return a batch of 16-token sentences (B, 16)."""
     generator = torch.Generator().manual_seed(0)
     shape = (args.tokens // 16, 16)
     ids = [torch.randint(4, VOCABULARY, shape, generator=generator).to(device) for _ in range(3)]
@@ -285,7 +282,7 @@ def tokens(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 
 
 def summary(args: argparse.Namespace, times: dict[str, list[tuple[float, float]]]) -> dict[str, Any]:
-    """The figures of the steps, as a row."""
+    """Return the figures of the steps as a row."""
     wall = {name: [wall for wall, _ in values] for name, values in times.items()}
     cpu = [b / a for (_, a), (_, b) in zip(times["bare"], times["engine"], strict=True)]
     ratios = [b / a for a, b in zip(wall["bare"], wall["engine"], strict=True)]

@@ -1,11 +1,10 @@
-"""Parallel GaP for real: workers that meet in a folder, undisturbed and with one of them killed in a round.
+"""Train by parallel GaP with workers that exchange through a folder: undisturbed, and with one of them killed.
 
     python benchmarks/parallel.py --data DATA --out RUNS
 
 Trains the translation example on Multi30k twice for each number of workers, by `gap-ds parallel`. In the second run
-worker 1 is killed (SIGKILL) in the middle of the second round and started again by the launcher. Both must end with the
-same exported model, bit for bit. Writes benchmarks/results/parallel.json with the bytes exchanged. About half an hour
-of one core.
+worker 1 is killed (SIGKILL) in the middle of the second round, and the launcher restarts it. Both runs must export the
+same model, bit for bit. Writes benchmarks/results/parallel.json with the bytes exchanged. Half an hour on one core.
 """
 
 from __future__ import annotations
@@ -26,8 +25,6 @@ from typing import Any
 
 import measure
 
-ROOT = Path(__file__).parent.parent
-RESULT = ROOT / "benchmarks" / "results" / "parallel.json"
 ROUNDS = 3
 
 
@@ -36,7 +33,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder with wmt16_multi30k")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs; it is emptied")
     parser.add_argument("--workers", type=int, nargs="+", default=[2, 3])
-    parser.add_argument("--limit", type=int, default=29000, help="sentence pairs; all of them are 247 steps an epoch")
+    parser.add_argument("--limit", type=int, default=29000, help="sentence pairs; all of them make 247 steps an epoch")
     parser.add_argument("--phase", type=int, default=150, help="steps of a round")
     parser.add_argument("--finetune", type=int, default=150, help="steps of the fine-tuning")
     args = parser.parse_args()
@@ -52,19 +49,19 @@ def main() -> int:
         f"--limit {args.limit} --phase {args.phase} --finetune {args.finetune}",
         "machine": measure.machine(),
     }
-    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    measure.save_json(measure.RESULTS / "parallel.json", result)
     return int(not all(row["final_models_are_equal"] for row in rows))
 
 
 def run(args: argparse.Namespace, workers: int, kind: str) -> dict[str, Any]:
-    """One parallel run; what it exchanged and made."""
+    """Run once; return the bytes exchanged and the exported model's hash."""
     folder = args.out / f"{kind}_{workers}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     gap = {"method": "parallel", "sparsity": 0.9, "partitions": workers, "rounds": ROUNDS}
     gap |= {"phase_steps": args.phase, "finetune_steps": args.finetune}
     (folder / "gap.json").write_text(json.dumps(gap), encoding="utf-8")
-    script = [str(ROOT / "examples" / "translation" / "train.py"), "--gap-config", str(folder / "gap.json")]
+    script = [str(measure.ROOT / "examples" / "translation" / "train.py"), "--gap-config", str(folder / "gap.json")]
     script += ["--backend", "none", "--dataset", str(args.data / "wmt16_multi30k"), "--test-split", "test_2016_flickr"]
     script += ["--limit", str(args.limit), "--save-every", str(max(1, args.phase // 3)), "--log-every", "5"]
     script += ["--bf16", "--threads", "1", "--resume"]
@@ -87,7 +84,7 @@ def run(args: argparse.Namespace, workers: int, kind: str) -> dict[str, Any]:
         str(path.relative_to(folder / "run" / "exchange")): path.stat().st_size
         for path in sorted((folder / "run" / "exchange").rglob("*.safetensors"))
     }
-    for round_, worker, size, _ in wrote:  # what is logged is what lies there
+    for round_, worker, size, _ in wrote:  # the log agrees with the files
         assert int(size) in (0, files[f"round_{round_}/worker_{worker}.safetensors"])
     return {
         "signature": results["signature"],
@@ -100,7 +97,7 @@ def run(args: argparse.Namespace, workers: int, kind: str) -> dict[str, Any]:
 
 
 def kill_worker(folder: Path, process: subprocess.Popen[bytes], phase: int) -> int:
-    """Kills worker 1 in the middle of its second round; the step it was seen at."""
+    """Kill worker 1 in the middle of its second round. Returns the step at that time."""
     metrics = folder / "run" / "worker_1" / "metrics.jsonl"
     while process.poll() is None:
         lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []

@@ -1,19 +1,19 @@
-"""A training step and an update of the masks, by this library and by what a user would otherwise do, in turns.
+"""Time of a training step and of a mask update, in this library and in common alternatives, in turns.
 
     OMP_NUM_THREADS=1 python benchmarks/peers.py
 
-    bare              AdamW alone: the yardstick
-    bare again        the same once more: what its ratio differs from 1 by is noise
+    bare              AdamW alone: the reference
+    bare again        the same again: the distance of its ratio from 1 is noise
     gap_ds            GaPEngine, packed masks after the step
     torch_prune       torch.nn.utils.prune: a mask multiplied in every forward pass
-    asp               as apex's ASP: boolean masks on gradients before, on weights after the optimizer's step
-    rigl              boolean masks after the step; an update sorts whole tensors (on every rank, if there are several)
+    asp               like apex's ASP: boolean masks on gradients before, on weights after the optimizer's step
+    rigl              boolean masks after the step; an update sorts whole tensors, on every rank
 
-The peers are short equivalents in stock PyTorch, not the packages themselves, on the same entries and the model as the
-example trains it. `cpu_ratio` is of CPU time, which other processes disturb less. Extra bytes are those of tensors, as
-PyTorch's allocator counts them, beyond the bare run: what masks take, and by how much the peak of a step rises. An
-update prunes by magnitude (torch_prune, asp, gap_ds) or exchanges weights by magnitude and gradient (rigl, and gap_ds
-with its method), all in turns; it ends with the new masks. `--quick` is for tests.
+The peers are short equivalents in stock PyTorch, not the packages themselves, on the same entries and the example's
+model. `cpu_ratio` is that of CPU time, which other processes disturb less. Extra bytes are tensors beyond the bare run,
+counted by PyTorch's allocator: masks, and the rise of a step's peak. An update prunes by magnitude (torch_prune, asp,
+gap_ds) or exchanges weights by magnitude and gradient (rigl, gap_ds with method rigl), and ends with new masks.
+`--quick` is for tests.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import measure
@@ -39,18 +38,16 @@ from gap_ds import GaPEngine
 from gap_ds.method import rules
 
 NEVER = 10**9
-#: Of the kept weights, what an update of RigL exchanges.
+#: Fraction of the kept weights that an update of RigL exchanges.
 FRACTION = 0.3
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = measure.parser(__doc__)
     parser.add_argument("--preset", choices=list(models.PRESETS), default="small")
     parser.add_argument("--sparsity", type=float, default=0.9)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, default=measure.RESULTS)
     args = parser.parse_args()
     if args.quick:
         args.preset, args.tokens, args.rounds = "tiny", 64, 2
@@ -58,7 +55,7 @@ def main() -> None:
     low, high = next(row["interval"] for row in found if row["step by"] == "bare again")
     within = [row["step by"] for row in found if "ratio" in row and low <= row["ratio"] <= high]
     note = "ratio of steps: to the bare step in the same round; interval: of that median, at 95 %; "
-    note += f"{args.preset}, {args.tokens} tokens, fp32, 1 rank; not to be told from the bare step here: "
+    note += f"{args.preset}, {args.tokens} tokens, fp32, 1 rank; equal to the bare step within noise: "
     note += ", ".join(within)
     measure.write("peers", found, args.out, note)
 
@@ -94,7 +91,7 @@ def tensors(
     device: torch.device,
     batch: dict[str, Any],
 ) -> int:
-    """Builds a peer into `steps`; the most bytes its tensors take in its second step, its own and its model's."""
+    """Build a peer into `steps`. Returns the peak bytes of its tensors, model included, in its second step."""
 
     def start() -> None:
         steps[kind.__name__] = step = kind(args, device)
@@ -113,7 +110,7 @@ def build(args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, to
 
 
 def entries(model: nn.Module) -> list[nn.Linear]:
-    """The matrices inside the layers: what the library takes as entries."""
+    """Return the linear layers inside the blocks, the entries of the library."""
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return [module for name, module in found if "layers" in name.split(".")]
 
@@ -151,7 +148,7 @@ def engine(args: argparse.Namespace, device: torch.device, **config: Any) -> GaP
 
 
 def gap_ds(args: argparse.Namespace, device: torch.device) -> Step:
-    """All entries sparse, as with every peer."""
+    """All entries sparse, as for every peer."""
     trained = engine(args, device, method="static", rounds=1, partitions=1, phase_steps=NEVER)
     return training_step(args, trained, trained.backward, trained.step)
 
@@ -160,36 +157,31 @@ def torch_prune(args: argparse.Namespace, device: torch.device) -> Step:
     model, optimizer = build(args, device)
     for module in entries(model):
         prune.l1_unstructured(module, "weight", args.sparsity)
-    # A buffer for the float mask, and in each forward pass the product.
+    # A buffer for the float mask, and a product in each forward pass.
     return training_step(args, model, Tensor.backward, _loop(optimizer))
 
 
 def asp(args: argparse.Namespace, device: torch.device) -> Step:
-    model, optimizer = build(args, device)
-    masked = [(module.weight, kept_largest(module.weight.detach(), args.sparsity)) for module in entries(model)]
-    stock = optimizer.step
-
-    def step() -> None:
-        for weight, kept in masked:
-            weight.grad.mul_(kept)
-        stock()
-        with torch.no_grad():
-            for weight, kept in masked:
-                weight.mul_(kept)
-        optimizer.zero_grad(set_to_none=True)
-
-    return training_step(args, model, Tensor.backward, step)
+    return masked(args, device, gradients=True)
 
 
 def rigl(args: argparse.Namespace, device: torch.device) -> Step:
-    model, optimizer = build(args, device)
-    masked = [(module.weight, kept_largest(module.weight.detach(), args.sparsity)) for module in entries(model)]
+    return masked(args, device, gradients=False)
 
+
+def masked(args: argparse.Namespace, device: torch.device, gradients: bool) -> Step:
+    """Boolean masks on the weights after every step, and on the gradients before it if `gradients`."""
+    model, optimizer = build(args, device)
+    masks = [(module.weight, kept_largest(module.weight.detach(), args.sparsity)) for module in entries(model)]
+
+    @torch.no_grad()
     def step() -> None:
+        if gradients:
+            for weight, kept in masks:
+                weight.grad.mul_(kept)
         optimizer.step()
-        with torch.no_grad():
-            for weight, kept in masked:
-                weight.mul_(kept)
+        for weight, kept in masks:
+            weight.mul_(kept)
         optimizer.zero_grad(set_to_none=True)
 
     return training_step(args, model, Tensor.backward, step)
@@ -203,7 +195,7 @@ def kept_largest(weight: Tensor, sparsity: float) -> Tensor:
 
 
 def updates(args: argparse.Namespace, device: torch.device, batch: dict[str, Any]) -> dict[str, float]:
-    """Milliseconds of one update of all entries' masks, after one step of training; medians of turns."""
+    """Return milliseconds of one update of all masks, after one training step: medians, in turns."""
     model, optimizer = build(args, device)
     training_step(args, model, Tensor.backward, optimizer.step)(batch)
     weights = [module.weight.detach() for module in entries(model)]
@@ -212,7 +204,7 @@ def updates(args: argparse.Namespace, device: torch.device, batch: dict[str, Any
     largest = engine(args, device, method="static", rounds=1, partitions=1, phase_steps=NEVER)
     pruned = {entry: rules.PruneByMagnitude(entry.keep) for entry in largest.plan.entries}
     moving = engine(args, device, method="rigl", phase_steps=NEVER, update_steps=NEVER // 10)
-    # The engine's own `step` would throw the gradients away.
+    # `engine.step` would discard the gradients.
     training_step(args, moving, moving.backward, lambda: moving.mask_state.copy_gradients(moving.optimizer))(batch)
     moved = {e: rules.DropAndGrow(e.keep, int(FRACTION * e.keep), by_gradient=True) for e in moving.plan.entries}
     works = {
@@ -226,7 +218,7 @@ def updates(args: argparse.Namespace, device: torch.device, batch: dict[str, Any
 
 
 def exchange(weight: Tensor, gradient: Tensor, kept: Tensor, fraction: float = FRACTION) -> Tensor:
-    """RigL's update by two sorts of whole tensors."""
+    """Update a mask like RigL, by two sorts of the whole tensor."""
     flat, mask = weight.view(-1), kept.view(-1)
     dropped = int(fraction * int(mask.sum()))
     order = torch.sort(torch.where(mask, flat.abs(), torch.inf)).indices[:dropped]

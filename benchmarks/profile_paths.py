@@ -1,11 +1,10 @@
-"""Where the time of the two hot paths goes: a training step with the engine, and a boundary.
+"""Profile of the two hot paths: a training step with the engine, and a boundary.
 
     OMP_NUM_THREADS=1 python benchmarks/profile_paths.py
 
-`parts` are wall times of the functions that a path is made of, each without those inside it, over some steps; the same
-steps again under torch.profiler say which operators it is (`operators`, their own time on the CPU or the GPU, as shares
-of all operators'). The profiler slows small operators down, so shares of parts are from the run without it. `--quick`
-is a size for tests.
+`parts` are wall times of the functions of a path, each without the functions inside it, over some steps. `operators`
+are the operators' self times on the CPU or the GPU under torch.profiler, as shares of all operators. The profiler slows
+small operators down, so the shares of parts come from a run without it. `--quick` is a size for tests.
 """
 
 from __future__ import annotations
@@ -15,9 +14,10 @@ import functools
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import measure
 import torch
@@ -32,19 +32,19 @@ from gap_ds.masks import selection
 from gap_ds.training import consistency
 from gap_ds.training.mask_state import MaskState
 
-#: Operators of each path that get a row.
+#: Number of operators listed for each path.
 MOST = 8
 
 
 class Parts:
-    """Seconds of functions, each without those of the others inside it."""
+    """Seconds of functions, each without the functions inside it."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self._inside = [0.0]
 
     def of(self, name: str, work: Callable[..., Any]) -> Callable[..., Any]:
-        """The same function; its calls are added to the part `name`."""
+        """Wrap a function so that its seconds are added to the part `name`."""
 
         @functools.wraps(work)
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -63,12 +63,10 @@ class Parts:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = measure.parser(__doc__)
     parser.add_argument("--preset", choices=list(models.PRESETS), default="base")
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--steps", type=int, default=6, help="of each path that are counted")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, default=measure.RESULTS)
     args = parser.parse_args()
     if args.quick:
         args.preset, args.tokens, args.steps = "tiny", 64, 2
@@ -86,7 +84,7 @@ def build(args: argparse.Namespace, phase_steps: int, rounds: int) -> tuple[Call
 
 
 def step(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A step inside a phase."""
+    """Profile a step inside a phase."""
     work, engine = build(args, 10**9, 1)
     for _ in range(2):
         work()
@@ -100,13 +98,13 @@ def step(args: argparse.Namespace) -> list[dict[str, Any]]:
         (engine.mask_state, "zero_pruned", parts.of("masks after the step (gap_ds)", engine.mask_state.zero_pruned)),
         (engine, "step", parts.of("clearing gradients, and counting the step (gap_ds)", engine.step)),
     ):
-        # The hook that was registered calls engine.mask_state.zero_pruned, so it is in the optimizer's time, apart.
+        # The optimizer's hook calls engine.mask_state.zero_pruned: a part inside the optimizer's time.
         whole = sum(measure.seconds(work) for _ in range(args.steps))
     return rows("step", parts, whole, args.steps, work)
 
 
 def boundary(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A boundary of a cyclic run: a partition is pruned, the next one grown."""
+    """Profile a boundary of a cyclic run, which prunes a partition and grows the next one."""
     work, engine = build(args, 1, 2 * args.steps)
     cross, engine.after_step = engine.after_step, lambda: None
     for _ in range(3):
@@ -128,24 +126,17 @@ def boundary(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows("boundary", parts, whole, args.steps, cross)
 
 
-class patched:
-    """Inside its `with`, attributes have other values: (owner, name, value)."""
-
-    def __init__(self, *changes: tuple[Any, str, Any]) -> None:
-        self._changes = changes
-
-    def __enter__(self) -> None:
-        self._before = [(owner, name, owner.__dict__.get(name, self)) for owner, name, _ in self._changes]
-        for owner, name, value in self._changes:
-            setattr(owner, name, value)
-
-    def __exit__(self, *_: object) -> None:
-        for owner, name, value in self._before:
-            delattr(owner, name) if value is self else setattr(owner, name, value)
+@contextmanager
+def patched(*changes: tuple[Any, str, Any]) -> Iterator[None]:
+    """Give attributes other values inside the context: (owner, name, value)."""
+    with ExitStack() as stack:
+        for owner, name, value in changes:
+            stack.enter_context(mock.patch.object(owner, name, value))
+        yield
 
 
 def rows(path: str, parts: Parts, whole: float, times: int, work: Callable[[], object]) -> list[dict[str, Any]]:
-    """The path as a whole, its parts, and what torch.profiler says of one more run of it."""
+    """Return rows of the whole path, of its parts, and of the operators in one more run under torch.profiler."""
     seconds = {**parts.seconds, "the rest": whole - sum(parts.seconds.values())}
     found = [{"path": path, "kind": "whole", "what": "", "ms": _ms(whole / times), "share": 1.0}]
     found += [

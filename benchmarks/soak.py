@@ -1,8 +1,8 @@
-"""Memory and descriptors of a long run with a boundary every 5 steps and a checkpoint every 100, on 2 ranks.
+"""Memory and file descriptors of a long run on 2 ranks: a boundary every 5 steps, a checkpoint every 100.
 
     python benchmarks/soak.py [--steps 2400] [--kinds zero2 zero3 fsdp2]
 
-Writes benchmarks/results/soak.json: per kind and rank the usage every 100 steps.
+Writes benchmarks/results/soak.json: the usage every 100 steps, by kind and rank.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
                     flush=True,
                 )
     result = {"benchmark": "soak", "command": measure.command(), "machine": measure.machine(), "rows": rows}
-    (measure.RESULTS / "soak.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    measure.save_json(measure.RESULTS / "soak.json", result)
 
 
 if __name__ == "__main__":

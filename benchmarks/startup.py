@@ -1,13 +1,12 @@
-"""How long `import gap_ds` takes beyond `import torch`, and the translation example until its first step.
+"""Time of `import gap_ds` beyond `import torch`, and of the translation example until its first step.
 
     python benchmarks/startup.py
 
-Fresh processes, in turns. `--quick` measures the imports alone, once.
+Fresh processes, in turns. `--quick` measures the imports only, once.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -25,10 +24,8 @@ GAP = {"sparsity": 0.9, "partitions": 3, "phase_steps": 100, "rounds": 1, "finet
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = measure.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, default=measure.RESULTS)
     args = parser.parse_args()
     works: dict[str, Callable[[], object]] = {code: (lambda code=code: python(code)) for code in (TORCH, *BEYOND)}
     if not args.quick:
@@ -46,7 +43,7 @@ def python(code: str) -> None:
 
 
 def first_step() -> None:
-    """Starts the example on its generated corpus, tokenizer training included, and ends it after its first step."""
+    """Run the example on the shipped corpus, tokenizer training included, until its first step."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "gap.json").write_text(json.dumps(GAP))

@@ -1,8 +1,8 @@
-"""How long the tests take, part by part, as `make test` runs them.
+"""Time of the tests, part by part, as in `make test`.
 
     python benchmarks/suite.py
 
-Writes test_times.json; asked for by `make test-times` alone, since it means something only where nothing else runs.
+Writes test_times.json. Run it through `make test-times` on an otherwise idle machine.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/performance.md from `benchmarks/results/`, between their markers.
+"""Write the tables of README.md and docs/ from `benchmarks/results/`, between their markers.
 
 python benchmarks/tables.py            rewrite them
 python benchmarks/tables.py --check    exit 1 if one would change
@@ -16,57 +16,60 @@ import platform
 import re
 import shlex
 import sys
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import measure
-
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-TRANSLATION = RESULTS / "translation_multi30k.json"
+import aims
+import figures
+from figures import NO_GPU, SHOWN, Row, as_table, device, is_fp32, read_rows, span
+from measure import ROOT
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--collect", nargs="+", type=Path, default=[])
-    parser.add_argument("--note", default="", help="what a reader must know of how the runs were made")
+    parser.add_argument("--note", default="", help="how the runs were made, for readers of the results")
     args = parser.parse_args()
     if args.collect:
         collect(args.collect, args.note)
     changed = 0
-    for page, sections in {
-        "README.md": {
-            **{"translation": translation(), "quality": methods("cpu"), "vision": methods("vision_cpu")},
-            **{"performance": summary(), "backends": backends(), "tested": tested()},
-        },
-        "docs/inference.md": {"inference": inference()},
-        "docs/performance.md": {
-            **{"no-gpu": no_gpu(), "overhead": overhead(), "performance": performance(), "gpu": gpu()},
-            **{"attention": attention(), "startup": startup(), "aims": aims(), "kernel": kernel()},
-            **{"profile-step": profile("step"), "profile-boundary": profile("boundary")},
-        },
-    }.items():
-        before = (ROOT / page).read_text(encoding="utf-8")
-        after = fill(page, before, sections)
+    for page in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))):
+        before = page.read_text(encoding="utf-8")
+        after = fill(before, SECTIONS | {"performance": aims.summary} if page.name == "README.md" else SECTIONS)
         changed += before != after
-        if not args.check:
-            (ROOT / page).write_text(after, encoding="utf-8")
-    return int(bool(args.check and changed))
+        if not args.check and before != after:
+            page.write_text(after, encoding="utf-8")
+    return int(args.check and changed > 0)
 
 
-def fill(page: str, text: str, sections: dict[str, str]) -> str:
-    """The text with what stands between `<!-- NAME -->` and `<!-- /NAME -->` replaced."""
-    for name, content in sections.items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        assert pattern.search(text), f"{page} has no section {name}"
-        text = pattern.sub(lambda match, content=content: match[1] + content + match[2], text)
-    return text
+def fill(text: str, sections: Mapping[str, Callable[[], str]]) -> str:
+    """Replace the text between `<!-- NAME -->` and `<!-- /NAME -->` by the section of that name.
+
+    >>> fill("<!-- a -->\\nold\\n<!-- /a -->", {"a": lambda: "new\\n"})
+    '<!-- a -->\\nnew\\n<!-- /a -->'
+    """
+    pattern = re.compile(r"(<!-- ([\w-]+) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
+    return pattern.sub(lambda match: match[1] + sections[match[2]]() + match[3], text)
+
+
+# -- runs of the examples ----------------------------------------------------------------------------------------------
+
+TRANSLATION = "translation_multi30k.json"
+
+
+def translation_runs() -> list[Row]:
+    """Return the collected runs of the translation example."""
+    path = figures.RESULTS / TRANSLATION
+    runs: list[Row] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    return runs
 
 
 def collect(runs: list[Path], note: str) -> None:
-    """Adds the results of finished runs, with the command that repeats each."""
-    rows = json.loads(TRANSLATION.read_text(encoding="utf-8")) if TRANSLATION.exists() else []
+    """Add the results of finished runs, with the command that repeats each."""
+    rows = translation_runs()
     for run in runs:
         found = json.loads((run / "results.json").read_text(encoding="utf-8"))
         losses = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -77,11 +80,11 @@ def collect(runs: list[Path], note: str) -> None:
         found["arguments"]["dataset"] = Path(found["arguments"]["dataset"]).name
         found["arguments"].pop("output_dir")
         rows = [row for row in rows if row["name"] != run.name] + [found]
-    TRANSLATION.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (figures.RESULTS / TRANSLATION).write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def command(result: dict[str, Any]) -> str:
-    """The command line of a run: every argument that is not the default."""
+    """Return the command line of a run: every argument that is not the default."""
     sys.path.insert(0, str(ROOT / "examples" / "translation"))
     from train import Arguments
 
@@ -97,12 +100,12 @@ def command(result: dict[str, Any]) -> str:
 
 
 def translation() -> str:
-    """BLEU of dense and sparse runs side by side."""
+    """Return BLEU of dense and sparse runs, side by side."""
     lines = [
         "| preset | run | epochs | entries pruned | whole model pruned | training FLOPs | BLEU | uncased | chrF |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in json.loads(TRANSLATION.read_text(encoding="utf-8")) if TRANSLATION.exists() else []:
+    for row in translation_runs():
         method = "dense" if row["dense"] else "C-GaP"
         epochs = row["applied_steps"] / row["steps_per_epoch"]
         lines.append(
@@ -114,12 +117,12 @@ def translation() -> str:
 
 
 def methods(preset: str) -> str:
-    """A table of benchmarks/quality with a column for each sparsity, the best method of the highest one first."""
+    """Return a table of benchmarks/quality: a column for each sparsity, the best method of the highest one first."""
     sys.path.insert(0, str(ROOT / "benchmarks" / "quality"))
     import records
     import report
 
-    results = report.latest(records.read(RESULTS / f"quality_{preset}.jsonl"))
+    results = report.latest(records.read(figures.RESULTS / f"quality_{preset}.jsonl"))
     sparsities = results.sparsities
     cells = {(cell.row, cell.sparsity): cell for cell in results.cells}
     rows = dict.fromkeys(cell.row for s in (*sparsities[::-1], 0.0) for cell in results.cells if cell.sparsity == s)
@@ -137,72 +140,21 @@ def methods(preset: str) -> str:
 
 
 def _score(cell: Any, bold: bool) -> str:
-    """Mean, and the range over the seeds where there are several."""
+    """Return the mean, with the range over the seeds if there are several."""
     mean = f"**{cell.mean:.1f}**" if bold else f"{cell.mean:.1f}"
     return mean if len(cell.scores) == 1 else f"{mean} ({min(cell.scores):.1f} to {max(cell.scores):.1f})"
 
 
-Row = dict[str, Any]
-
-#: Weights of the rows that are shown; the other sizes are in the results.
-SHOWN = 20_000_000
-
-
-def _rows(name: str, gpu: bool = False) -> list[Row]:
-    """The rows of a result; none where it has not been made."""
-    if gpu:
-        rows: list[Row] = _gpu_results().get(name, {}).get("rows", [])
-        return rows
-    path = RESULTS / f"{name}.json"
-    rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    return rows
-
-
-def _gpu() -> dict[str, Any]:
-    path = RESULTS / "gpu.json"
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return found
-
-
-def _gpu_results() -> dict[str, Any]:
-    found: dict[str, Any] = _gpu().get("results", {})
-    return found
-
-
-def _device() -> str:
-    """The GPU of gpu.json; nothing where it has no result."""
-    machine = _gpu().get("machine", {})
-    return f"{machine['gpu']} (CUDA {machine.get('cuda')}, torch {machine['torch']})" if _gpu_results() else ""
-
-
-def _table(rows: list[Row]) -> str:
-    return measure.table(rows) if rows else ""
-
-
-def _to(values: Any, form: str = "{:.3f}") -> str:
-    return " to ".join(form.format(value) for value in values) if values else ""
-
-
-# -- what is measured, and whether it is what is aimed at --------------------------------------------------------------
-
-
-def summary() -> str:
-    """The aims that say most, a line each, for the README."""
-    rows = [{k: v for k, v in row.items() if k != "main"} for row in _aims() if row["main"]]
-    return "\n".join(part for part in (_table(rows), "" if _device() else NO_GPU) if part)
-
-
 def inference() -> str:
-    """How many times as fast as dense translating is, by preset and sparsity; a column for each batch."""
-    path = RESULTS / "inference.json"
-    rows = json.loads(path.read_text(encoding="utf-8"))["speed"] if path.exists() else []
-    batches, presets = sorted({row["batch"] for row in rows}), ("small", "base", "big")
+    """Return the speed of translating relative to dense, by preset and sparsity; a column for each batch size."""
+    measured = figures.read("inference", "speed")
+    batches, presets = sorted({row["batch"] for row in measured}), ("small", "base", "big")
     found: dict[tuple[Any, ...], dict[int, str]] = {}
-    for row in rows:
-        kind = (row["dtype"] != "float32", presets.index(row["preset"]), row["tokens"], row["beams"], row["sparsity"])
+    for row in measured:
+        kind = (not is_fp32(row), presets.index(row["preset"]), row["tokens"], row["beams"], row["sparsity"])
         times = f"{row['ratio']:.2f} ({row['ratio_to_packed']:.2f})" if row["form"] != "dense" else "dense"
         found.setdefault(kind, {})[row["batch"]] = times
-    return _table(
+    return as_table(
         [
             {"preset": presets[preset], "dtype": "bf16" if is_bf16 else "fp32", "tokens": tokens, "beams": beams}
             | {"pruned": f"{sparsity:.0%}"}
@@ -212,156 +164,20 @@ def inference() -> str:
     )
 
 
-NO_GPU = "GPU figures: not measured yet (`make bench-gpu`).\n"
-
-
-def aims() -> str:
-    """Every aim with its figure, met or not."""
-    return _table([{k: v for k, v in row.items() if k != "main"} for row in _aims()])
-
-
-def _aims() -> list[Row]:
-    """What, its figure, the aim, and whether it is met; `main` for those that the README has."""
-    rows = [*_aims_of_steps(), *_aims_of_masks(), *_aims_of_boundaries(), *_aims_of_memory(), *_aims_of_loops()]
-    for row in _rows("startup"):
-        if row["what"] == "import torch; import gap_ds, beyond the first":
-            seconds = row["ms"] / 1e3
-            rows.append(
-                _aim("`import gap_ds` beyond `import torch`, s", f"{max(0.0, seconds):.2f}", "0.3", _met(seconds, 0.3))
-            )
-    return rows
-
-
-def _aim(what: str, measured: str, aim: str, met: str, main: bool = False) -> Row:
-    return {"what": what, "measured": measured, "aim": aim, "met": met, "main": main}
-
-
-def _met(value: float, limit: float, interval: Any = None) -> str:
-    """Of a median with the interval it lies in: yes or no only where all of the interval says so."""
-    low, high = interval or (value, value)
-    return "yes" if high <= limit else "**no**" if low > limit else "undecided"
-
-
-def _interval(row: Row) -> Any:
-    return row.get("interval") or row["quartiles"]
-
-
-def _aims_of_steps() -> list[Row]:
-    rows = []
-    for gpu in (False, True):
-        found = _rows("overhead", gpu)
-        for preset in dict.fromkeys(row["preset"] for row in found):
-            own = sorted((row for row in found if row["preset"] == preset), key=lambda row: float(row["ratio"]))
-            low, high = own[0], own[-1]
-            measured = f"{low['ratio']:.3f} ({low['backend']})"
-            measured += f" to {high['ratio']:.3f} ({high['backend']})" if low is not high else ""
-            # All of them must meet it, so the one that is furthest from it decides.
-            states = [_met(row["ratio"], 1.01, _interval(row)) for row in own]
-            worst = max(states, key=["yes", "undecided", "**no**"].index)
-            if worst != "yes" and len(own) > 1:
-                worst += f" ({sum(state == 'yes' for state in states)} of {len(own)} yes)"
-            where = " on a GPU" if gpu else ""
-            rows.append(_aim(f"a step{where}, preset {preset}, times the bare one's", measured, "1.01", worst, True))
-            if inside := [row["own_share"] for row in own if row.get("own_share")]:
-                measured = _to(dict.fromkeys(_ends(inside)), "{:.1%}")
-                what = f"the engine's own calls in a step, preset {preset}, of the step"
-                rows.append(_aim(what, measured, "1%", _met(max(inside), 0.01), True))
-            if crossed := [row["boundary_steps"] for row in own if row.get("boundary_steps")]:
-                big, what = gpu and preset == "big", f"a whole boundary{where}, preset {preset}, in steps"
-                met = _met(max(crossed), 2) if big else ""
-                rows.append(_aim(what, _to(dict.fromkeys(_ends(crossed)), "{:.2f}"), "2" if big else "", met, big))
-    if not _rows("overhead", gpu=True):
-        rows.append(_aim("a step on a GPU, times the bare one's", "not measured", "1.01", ""))
-        rows.append(_aim("a whole boundary on a GPU, preset big, in steps", "not measured", "2", ""))
-    return rows
-
-
-def _ends(values: list[float]) -> tuple[float, float]:
-    return min(values), max(values)
-
-
-def _aims_of_masks() -> list[Row]:
-    rows = []
-    for row in _rows("masks"):
-        if "gap_ds" in row["work"]:
-            pieces, main = row.get("pieces", 1), row["weights"] == SHOWN and _fp32(row)
-            size = f"{row['weights']:,} {row['dtype']} weights" + (f" in {pieces} pieces" if pieces > 1 else "")
-            what = f"applying masks to {size}, times a float `mul_`"
-            rows.append(_aim(what, f"{row['ratio']:.2f}", "1.3", _met(row["ratio"], 1.3, _interval(row)), main))
-    of_gpu = [row for row in _rows("masks", gpu=True) if "gap_ds" in row["work"]]
-    for row in of_gpu:
-        share, what = 1 / row["times_copy"], f"applying masks to {row['weights']:,} {row['dtype']} weights on a GPU"
-        met = _met(-share, -0.8)
-        rows.append(_aim(f"{what}, of a copy's bandwidth", f"{share:.0%}", "80%", met, _fp32(row)))
-    if not of_gpu:
-        rows.append(_aim("applying masks on a GPU, of a copy's bandwidth", "not measured", "80%", ""))
-    return rows
-
-
-def _aims_of_boundaries() -> list[Row]:
-    rows = []
-    for row in sorted(_rows("boundary"), key=lambda row: (row["weights"], row["ranks"])):
-        if row["method"] == "gap_ds" and row["to"] == "topk":
-            one, main = row["ranks"] == 1, row["weights"] == SHOWN
-            what = f"choosing a tenth of {row['weights']:,} weights on {row['ranks']} rank{'' if one else 's'}"
-            met = _met(row["ratio"], 0.5, _interval(row)) if one else ""
-            rows.append(_aim(f"{what}, times `topk`", f"{row['ratio']:.2f}", "0.5" if one else "", met, main))
-    # What a process has anyway shows in small entries, so that the largest count.
-    if extra := [row["extra_bytes_per_weight"] for row in _rows("boundary") if _counts(row)]:
-        what = f"choosing from {SHOWN:,} weights or more, extra bytes a weight of the piece (a piece has 4)"
-        rows.append(_aim(what, _to(_ends(extra), "{:.2f}"), "4", _met(max(extra), 4)))
-    return rows
-
-
-def _counts(row: Row) -> bool:
-    return row["method"] == "gap_ds" and row["weights"] >= SHOWN and row["extra_bytes_per_weight"] is not None
-
-
-def _aims_of_memory() -> list[Row]:
-    rows, found = [], _rows("memory")
-    if masks := [row["masks, bits"] for row in found]:
-        what = "the masks, bits for each sparse weight that a rank owns"
-        rows.append(_aim(what, _to(dict.fromkeys(_ends(masks)), "{:.2f}"), "1", _met(round(max(masks), 2), 1)))
-        over = [row["engine over bare, bits"] for row in found]
-        what = "memory over the bare run (RSS), bits for each sparse weight that a rank owns"
-        rows.append(_aim(what, _to(_ends(over), "{:.1f}"), "1 and a constant", "", True))
-    if taken := [(row["a boundary's tensors, MB"], row) for row in found if "a boundary's tensors, MB" in row]:
-        parts = [megabytes / row["largest entry's pieces, MB"] for megabytes, row in taken]
-        what = "tensors of a boundary, its new masks included, in pieces of the largest entry"
-        rows.append(_aim(what, _to(_ends(parts), "{:.2f}"), "1 and the masks", ""))
-    return rows
-
-
-def _aims_of_loops() -> list[Row]:
-    rows = []
-    for gpu in (False, True):
-        found = _rows("throughput", gpu)
-        for row in (row for row in found if row["loop"] == "example"):
-            other = next(r["loop"] for r in found if r["pair"] == row["pair"] and not r["loop"].startswith("example"))
-            what = f"the example's steps{' on a GPU' if gpu else ''}, times those of {_LOOPS.get(other, other)}"
-            ratio = row.get("ratio_of_tokens", row["ratio"])
-            met = _met(ratio, 1, _interval(row))
-            rows.append(_aim(what, f"{ratio:.2f}", "1", met, True))
-    return rows
-
-
-_LOOPS = {"bare DeepSpeed": "a bare DeepSpeed loop", "Seq2SeqTrainer": "transformers' Seq2SeqTrainer"}
-
-
-# -- tables of docs/performance.md -------------------------------------------------------------------------------------
+# -- performance -------------------------------------------------------------------------------------------------------
 
 
 def overhead() -> str:
-    """Time of a step with the engine relative to the step without."""
-    return _overhead(_rows("overhead")) or "Not measured yet (`make bench`).\n"
+    """Return the time of a step with the engine, relative to the step without."""
+    return _overhead(read_rows("overhead")) or "Not measured yet (`make bench`).\n"
 
 
 def _overhead(rows: list[Row]) -> str:
-    return _table(
+    return as_table(
         [
             {key: row[key] for key in ("preset", "backend", "ranks", "tokens")}
             | {"bare step, ms": f"{row['bare_ms']:.0f}", "with the engine": f"{row['engine_ms']:.0f}"}
-            | {"ratio": f"{row['ratio']:.3f}", "95 %": _to(row.get("interval")), "quartiles": _to(row["quartiles"])}
+            | {"ratio": f"{row['ratio']:.3f}", "95 %": span(row.get("interval")), "quartiles": span(row["quartiles"])}
             | {"of CPU time": f"{row['cpu_ratio']:.3f}" if row.get("cpu_ratio") else None}
             | {"in the engine's own calls": f"{row['own_share']:.2%}" if row.get("own_share") else None}
             | {"a boundary, steps": row.get("boundary_steps")}
@@ -372,20 +188,16 @@ def _overhead(rows: list[Row]) -> str:
 
 
 def performance() -> str:
-    """Masks, boundaries, peers, memory, throughput: the rows that say most, from all results that there are."""
+    """Return the most important rows on masks, boundaries, peers, memory and throughput."""
     parts = [_masks(), _boundary(), _peers(), _memory(), _throughput()]
     return "\n".join(part for part in parts if part)
 
 
-def _fp32(row: Row) -> bool:
-    return bool(row["dtype"] == "float32")
-
-
 def _masks(gpu: bool = False) -> str:
-    """One size that does not fit the caches, and pieces as a step has them; on a GPU all sizes."""
-    rows = _rows("masks", gpu)
-    shown = [row for row in rows if _fp32(row) and (gpu or row["weights"] == SHOWN or row.get("pieces", 1) > 1)]
-    return _table(
+    """Return a size beyond the caches, and pieces as in a step; all sizes on a GPU."""
+    rows = read_rows("masks", gpu)
+    shown = [row for row in rows if is_fp32(row) and (gpu or row["weights"] == SHOWN or row.get("pieces", 1) > 1)]
+    return as_table(
         [
             {"masks on fp32 weights": row["work"], "weights": row["weights"], "pieces": row.get("pieces", 1)}
             | {"ms": f"{row['ms']:.2f}", "times a float mask's mul_": f"{row['ratio']:.2f}"}
@@ -396,9 +208,9 @@ def _masks(gpu: bool = False) -> str:
 
 
 def _boundary(gpu: bool = False) -> str:
-    rows = sorted(_rows("boundary", gpu), key=lambda row: (row["weights"], row["ranks"]))
+    rows = sorted(read_rows("boundary", gpu), key=lambda row: (row["weights"], row["ranks"]))
     largest = max((row["weights"] for row in rows), default=0)
-    table = _table(
+    table = as_table(
         [
             {"choosing the largest tenth": row["method"], "ranks": row["ranks"], "weights": row["weights"]}
             | {"ms": f"{row['ms']:.0f}" if row["ms"] >= 10 else row["ms"]}
@@ -410,13 +222,13 @@ def _boundary(gpu: bool = False) -> str:
         ]
     )
     crowded = sorted({(row["ranks"], row["made"]["cores"]) for row in rows if row["ranks"] > row["made"]["cores"]})
-    said = [f"{ranks} ranks share {cores} cores" for ranks, cores in crowded]
-    text = f"\nHere {', '.join(said)}: gathering and sorting would take less time on a core each.\n" if said else ""
+    shared = [f"{ranks} ranks share {cores} cores" for ranks, cores in crowded]
+    text = f"\nHere {', '.join(shared)}: gathering and sorting would take less time on a core each.\n" if shared else ""
     return table + text
 
 
 def _peers(gpu: bool = False) -> str:
-    rows = _rows("peers", gpu)
+    rows = read_rows("peers", gpu)
     names = {"ms": "step, ms", "ratio": "times bare AdamW", "cpu_ratio": "of CPU time", "interval": "95 %"}
     shown = [{names.get(k, k): v for k, v in row.items() if k != "quartiles" or "interval" not in row} for row in rows]
     text = ""
@@ -424,27 +236,27 @@ def _peers(gpu: bool = False) -> str:
         low, high = again["interval"]
         within = [row["step by"] for row in rows if low <= row.get("ratio", 0) <= high and "bare" not in row["step by"]]
         text = f"\nThe bare step differs from itself by {low:.3f} to {high:.3f}"
-        text += f"; within that, and so not to be told from it: {', '.join(within)}.\n" if within else ".\n"
-    return _table(shown) + text
+        text += f"; equal to it within this noise: {', '.join(within)}.\n" if within else ".\n"
+    return as_table(shown) + text
 
 
 def _memory(gpu: bool = False) -> str:
-    return _table([{k: v for k, v in row.items() if k not in ("preset", "made")} for row in _rows("memory", gpu)])
+    return as_table([{k: v for k, v in row.items() if k not in ("preset", "made")} for row in read_rows("memory", gpu)])
 
 
 def _throughput(gpu: bool = False) -> str:
     names = {"pair": "translation example", "tokens_per_s": "tokens/s", "ms": "median step, ms", "interval": "95 %"}
     names |= {"ratio_of_tokens": "time of all tokens", "ratio": "median of steps", "steps": "in steps"}
-    rows = [row for row in _rows("throughput", gpu) if row["loop"] != "loader"]
-    return _table([{names.get(key, key): value for key, value in row.items()} for row in rows])
+    rows = [row for row in read_rows("throughput", gpu) if row["loop"] != "loader"]
+    return as_table([{names.get(key, key): value for key, value in row.items()} for row in rows])
 
 
 def attention() -> str:
-    """Time of a step with plain products, relative to PyTorch's fused attention, by preset and sentence length."""
-    rows = [row for row in _rows("attention") if row["attention"] == "eager"]
+    """Return the time of a step with plain products, relative to fused attention, by preset and sentence length."""
+    rows = [row for row in read_rows("attention") if row["attention"] == "eager"]
     lengths = dict.fromkeys(row["length"] for row in rows)
     cells = {(row["preset"], row["length"]): row["ratio"] for row in rows}
-    return _table(
+    return as_table(
         [
             {"plain products, times fused attention": f"preset {preset}"}
             | {f"{length} tokens": f"{cells[preset, length]:.2f}" for length in lengths if (preset, length) in cells}
@@ -454,13 +266,15 @@ def attention() -> str:
 
 
 def startup() -> str:
-    """Imports, and the example until its first step."""
-    return _table([{"from a fresh process": row["what"], "s": f"{row['ms'] / 1e3:.2f}"} for row in _rows("startup")])
+    """Return the times of the imports, and of the example until its first step."""
+    return as_table(
+        [{"from a fresh process": row["what"], "s": f"{row['ms'] / 1e3:.2f}"} for row in read_rows("startup")]
+    )
 
 
 def profile(path: str) -> str:
-    """Parts of a step or a boundary, and the operators with most time of their own."""
-    rows = [row for row in _rows("profile_paths") if row["path"] == path]
+    """Return the parts of a step or a boundary, and the operators that take most time."""
+    rows = [row for row in read_rows("profile_paths") if row["path"] == path]
     if not rows:
         return "Not profiled yet (`make bench`).\n"
     (whole,) = (row for row in rows if row["kind"] == "whole")
@@ -470,26 +284,29 @@ def profile(path: str) -> str:
         if row["kind"] == "part"
     ]
     names = (f"`{row['what']}` {row['share']:.0%}" for row in rows if row["kind"] == "operator")
-    return f"{_table(parts)}\nOperators by their own time: {', '.join(names)}.\n"
+    return f"{as_table(parts)}\nOperators by their own time: {', '.join(names)}.\n"
 
 
 # -- a GPU -------------------------------------------------------------------------------------------------------------
 
 
 def gpu() -> str:
-    """All tables of gpu.json."""
-    if not _device():
+    """Return all tables of gpu.json."""
+    if not device():
         return NO_GPU
-    failed = ", ".join(f"{each['benchmark']} ({each['error']})" for each in _gpu()["failed"])
-    parts = [f"On one {_device()}, `{_gpu()['command']}`, {_gpu()['seconds']} s:\n", _overhead(_rows("overhead", True))]
+    failed = ", ".join(f"{each['benchmark']} ({each['error']})" for each in figures.gpu()["failed"])
+    parts = [
+        f"On one {device()}, `{figures.gpu()['command']}`, {figures.gpu()['seconds']} s:\n",
+        _overhead(read_rows("overhead", True)),
+    ]
     parts += [_masks(True), _boundary(True), _peers(True), _memory(True), _throughput(True)]
     parts += [f"Left out: {failed}.\n" if failed else ""]
     return "\n".join(part for part in parts if part)
 
 
 def no_gpu() -> str:
-    if _device():
-        return f"Figures of a GPU stand in a section of their own, from one {_device()}; all others are of CPUs.\n"
+    if device():
+        return f"A separate section has figures from one {device()}; all others are from CPUs.\n"
     return (
         "**No figure here is from a GPU.** None has been measured yet; `make bench-gpu` writes "
         "`benchmarks/results/gpu.json`.\n"
@@ -497,20 +314,20 @@ def no_gpu() -> str:
 
 
 def tested() -> str:
-    """The README's line on what it was tried on."""
-    ran = f"The benchmarks have run on one {_device()}." if _device() else "Nothing has been run on a GPU yet."
+    """Return the README's line on tested hardware."""
+    ran = f"The benchmarks have run on one {device()}." if device() else "Nothing has been run on a GPU yet."
     return f"- Tested on CPUs (2 to 4 processes over gloo). {ran}\n"
 
 
 def kernel() -> str:
-    """Whether Triton's kernel has been seen on a GPU."""
+    """Return the sentence on Triton's kernel: run on a GPU or not."""
     equal = "It equals the PyTorch path in Triton's interpreter (`tests/unit/masks/test_triton.py`)"
-    if _rows("masks", gpu=True):
+    if read_rows("masks", gpu=True):
         return f"{equal}; its times on a GPU are in the table above.\n"
     return f"{equal}, and has not run on a GPU yet.\n"
 
 
-#: (backend, test file, how its rows' names begin, what holds of fp32)
+#: (backend, test file, prefix of its rows' names, exactness in fp32)
 BACKENDS = (
     ("DistributedDataParallel", "test_zero", "ddp_", "bit for bit"),
     ("DeepSpeed ZeRO-0", "test_zero", "zero0_", "bit for bit"),
@@ -526,7 +343,7 @@ BACKENDS = (
 
 
 def backends() -> str:
-    """The backends with the variants that the tests really train, from the tests' own tables of rows."""
+    """Return the backends with the variants that the tests train, from the tables of rows in the tests."""
     sys.path.insert(0, str(ROOT / "tests" / "sharding"))
     lines = ["| backend | variants trained by the tests | equal to the reference | tested where |", "|---|---|---|---|"]
     lines.append("| Plain PyTorch | one process (tests/unit/training/test_engine.py) | | CPU |")
@@ -539,6 +356,27 @@ def backends() -> str:
         lines.append(f"| {backend} | {words} | {exactness} | CPU, over gloo |")
     return "\n".join(lines) + "\n"
 
+
+#: The sections of the pages, by the name of their markers. In README.md "performance" is the summary.
+SECTIONS: dict[str, Callable[[], str]] = {
+    "translation": translation,
+    "quality": partial(methods, "cpu"),
+    "vision": partial(methods, "vision_cpu"),
+    "summary": aims.summary,
+    "backends": backends,
+    "tested": tested,
+    "inference": inference,
+    "no-gpu": no_gpu,
+    "overhead": overhead,
+    "performance": performance,
+    "gpu": gpu,
+    "attention": attention,
+    "startup": startup,
+    "aims": aims.aims,
+    "kernel": kernel,
+    "profile-step": partial(profile, "step"),
+    "profile-boundary": partial(profile, "boundary"),
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,17 +1,16 @@
-"""Tokens per second of the translation example's own loop, against loops that a user would write or take.
+"""Tokens per second of the translation example, compared with a bare DeepSpeed loop and transformers' trainer.
 
     OMP_NUM_THREADS=1 python benchmarks/throughput.py
 
-    zero2   the example with the engine over DeepSpeed ZeRO-2, against a bare DeepSpeed loop
-    plain   the example with the engine over PyTorch alone, against transformers' Seq2SeqTrainer
+    zero2   the example with the engine over DeepSpeed ZeRO-2; compared with a bare DeepSpeed loop
+    plain   the example with the engine over PyTorch alone; compared with transformers' Seq2SeqTrainer
 
-The loops of a pair train the same model, as the example builds it, on the same batches in one process and take turns
-step by step: a loop has its turn from the moment it gets a batch until it asks for the next one. None of them comes to
-the end of an epoch, where the example would validate and save. Ratios are times: of all timed steps together
-(`ratio_of_tokens`), and the median over neighbouring steps (`ratio`). The example's three boundaries are taken out of
-its steps into a row of their own, with what all three cost; `example, with its boundaries` has both. A further loop
-has the model as transformers makes it, with PyTorch's fused attention. `loader` is the example's data alone, without
-training. `--quick` is a size for tests.
+The loops of a pair train the example's model on the same batches in one process and take turns step by step: a turn
+lasts from receiving a batch until requesting the next one. No loop reaches the end of an epoch, where the example would
+validate and save. Ratios are those of times: of all timed steps (`ratio_of_tokens`), and the median over neighbouring
+steps (`ratio`). The example's three boundaries are taken out of its steps and have a separate row with their total;
+`example, with its boundaries` has both. One more loop has the model as transformers makes it, with PyTorch's fused
+attention. `loader` is the example's data without training. `--quick` is a size for tests.
 """
 
 from __future__ import annotations
@@ -36,6 +35,7 @@ import torch
 sys.path.insert(0, str(measure.ROOT / "examples"))
 sys.path.insert(0, str(measure.ROOT / "examples" / "translation"))
 
+import batching
 import data
 import model as models
 import train
@@ -47,13 +47,13 @@ from gap_ds.method.schedule import Phase
 PAIRS = {"zero2": ("example", "bare DeepSpeed"), "plain": ("example", "Seq2SeqTrainer")}
 FUSED = ", fused attention"
 WARM_UP = 5
-#: Of glibc's mallopt. Loops in threads of their own would have arenas of their own, which come by large tensors in
-#: another way than the main thread's, where the example runs: that alone made 5 % of a step.
+#: Option of glibc's mallopt. Threads have separate arenas, which allocate large tensors differently from the main
+#: thread, where the example runs: that alone made 5 % of a step.
 M_ARENA_MAX = -8
 
 
 class Turns:
-    """Lets loops in several threads take one step each in turn, and times the steps."""
+    """Lets loops in several threads take turns, one step each, and times the steps."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self._waiting, self._changed = list(names), threading.Condition()
@@ -61,7 +61,7 @@ class Turns:
         self.units: dict[str, list[int]] = {name: [] for name in names}
 
     def batches(self, name: str, steps: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
-        """The steps, each when it is this loop's turn."""
+        """Yield the steps, each when it is this loop's turn."""
         for units, batch in steps:
             with self._changed:
                 assert self._changed.wait_for(lambda: self._waiting[0] == name, timeout=300)
@@ -79,7 +79,7 @@ class Turns:
             self._changed.notify_all()
 
     def leave(self, name: str) -> None:
-        """Its loop has ended, maybe within its turn."""
+        """Remove a loop that has ended, maybe within its turn."""
         with self._changed:
             if name in self._waiting:
                 self._waiting.remove(name)
@@ -87,7 +87,7 @@ class Turns:
 
 
 class InTurns(train.Translation):
-    """The example's task; its batches come in turn. `boundaries` has the seconds of each by its step."""
+    """The example's task with batches in turn. `boundaries` maps steps to the seconds of their boundary."""
 
     def __init__(self, turns: Turns, name: str, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -108,13 +108,11 @@ class InTurns(train.Translation):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = measure.parser(__doc__)
     parser.add_argument("--pairs", nargs="+", choices=list(PAIRS), default=list(PAIRS))
     parser.add_argument("--preset", choices=list(models.PRESETS), default="small")
     parser.add_argument("--tokens", type=int, default=train.Arguments.batch_tokens, help="tokens of a step")
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, default=measure.RESULTS)
     args = parser.parse_args()
     if args.quick:
         args.preset, args.tokens, args.steps, args.pairs = "tiny", 128, 24, ["plain"]
@@ -179,14 +177,14 @@ def compare(args: argparse.Namespace, pair: str) -> list[dict[str, Any]]:
 
 
 def race(args: train.Arguments, folder: Path, turns: Turns, pair: str) -> tuple[int, float, dict[int, float]]:
-    """Trains all loops; target tokens of an epoch, seconds that the loader alone takes for them, the boundaries'."""
+    """Train all loops. Returns the target tokens of an epoch, the loader's seconds for them, and `boundaries`."""
     deepspeed = train.deepspeed_config(args)
     device = runtime.start_processes(args.seed, args.threads, deepspeed=deepspeed is not None)
     folder, _ = run.prepare_folder(args)
     rows = {split: train.load_rows(args, split) for split in ("train", "validation")}
     tokenizer = train.load_tokenizer(args, folder, rows["train"], trained=False)
     encoded = {split: data.encode(rows[split], tokenizer, args.max_length) for split in rows}
-    samplers = {split: data.TokenBatches.of(found, args.batch_tokens) for split, found in encoded.items()}
+    samplers = {split: batching.TokenBatches.of(found, args.batch_tokens) for split, found in encoded.items()}
     pairs = [(encoded[split], samplers[split]) for split in encoded]
 
     def build(fused: bool = False) -> tuple[Any, torch.optim.Optimizer]:
@@ -231,12 +229,12 @@ def endless(task: train.Translation) -> Iterator[tuple[int, Any]]:
 def bare_deepspeed(
     task: train.Translation, build: Build, config: Any, steps: int, folder: Path, turns: Turns, name: str
 ) -> Callable[[], None]:
-    """The loop of DeepSpeed's own tutorial, on the example's forward pass and loss."""
+    """The loop of DeepSpeed's tutorial, with the example's forward pass and loss."""
     import deepspeed
 
     model, optimizer = build()
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    phase = Phase.__new__(Phase)  # asked for only where there is a teacher
+    phase = Phase.__new__(Phase)  # used only with a teacher
 
     def work() -> None:
         for step, (units, (batch,)) in enumerate(turns.batches(name, endless(task))):
@@ -252,17 +250,17 @@ def bare_deepspeed(
 def seq2seq_trainer(
     task: train.Translation, build: Build, config: Any, steps: int, folder: Path, turns: Turns, name: str
 ) -> Callable[[], None]:
-    """transformers' trainer with its own label smoothing, fed with the example's batches."""
+    """transformers' trainer with its label smoothing, on the example's batches."""
     from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
     model, optimizer = build()
-    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # with them the trainer takes a lone process for DDP's
+    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # with them the trainer would use DDP in a single process
         os.environ.pop(variable, None)
 
     class Batches(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
         def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
             for _, (batch,) in turns.batches(name, endless(task)):
-                shifted = batch["labels"].masked_fill(batch["labels"] == data.IGNORED, models.PAD).roll(1, dims=1)
+                shifted = batch["labels"].masked_fill(batch["labels"] == batching.IGNORED, models.PAD).roll(1, dims=1)
                 shifted[:, 0] = model.config.decoder_start_token_id
                 yield {**batch, "decoder_input_ids": shifted}
 

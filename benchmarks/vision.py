@@ -1,11 +1,10 @@
-"""ResNet-50 trained sparse on real pictures: budgets, zeros, and what a step costs with the engine.
+"""Train ResNet-50 sparse on real pictures: budgets, zeros, and the time of a step with the engine.
 
     torchrun --nproc-per-node 2 benchmarks/vision.py --backend zero1 --data DATA/clothing_small_96
 
-C-GaP with 4 partitions at 90 %, ERK over all convolutions and the classifier: every boundary is crossed, and after each
-of them and at the end the kept weights are counted, over all ranks and in an export. For the first `--pairs` steps a
-copy of the model without the engine takes turns with it on the same pictures. Adds a row to
-benchmarks/results/vision_resnet50.json.
+C-GaP with 4 partitions at 90 %, ERK over all convolutions and the classifier. Crosses every boundary and counts the
+kept weights after each, and at the end in an export. For the first `--pairs` steps a copy of the model without the
+engine takes turns with it on the same pictures. Adds a row to benchmarks/results/vision_resnet50.json.
 """
 
 from __future__ import annotations
@@ -87,12 +86,12 @@ def main() -> None:
         print(json.dumps(row, indent=1))
         rows = json.loads(args.out.read_text()) if args.out.exists() else []
         rows = [other for other in rows if other["backend"] != args.backend or other["model"] != args.model] + [row]
-        args.out.write_text(json.dumps(rows, indent=1) + "\n")
+        measure.save_json(args.out, rows)
     runtime.end_processes()
 
 
 def build(args: argparse.Namespace, classes: tuple[str, ...], device: torch.device, sparse: bool) -> Any:
-    """A fresh model and what trains it, with or without the engine."""
+    """Return what trains a fresh model, with or without the engine."""
     torch.manual_seed(0)
     model: nn.Module = classifier.build(args.model, classes)
     classifier.use_own_batch_norm(model, everywhere=False)
@@ -116,7 +115,7 @@ def build(args: argparse.Namespace, classes: tuple[str, ...], device: torch.devi
 
 
 def step(args: argparse.Namespace, trained: Any, batch: dict[str, Any], device: torch.device) -> float:
-    """One training step; the loss, in nats."""
+    """Take one training step and return the loss in nats."""
     mean, deviation = torch.tensor([0.5] * 3, device=device), torch.tensor([0.25] * 3, device=device)
     pixels = images.normalise(batch["pictures"].to(device), mean, deviation)
     autocast = args.dtype == "bf16" and not args.backend.startswith("zero")
@@ -130,7 +129,7 @@ def step(args: argparse.Namespace, trained: Any, batch: dict[str, Any], device: 
 
 
 def check_masks(engine: GaPEngine) -> None:
-    """Every entry outside the dense partition has exactly its budget."""
+    """Assert that every entry outside the dense partition has exactly its budget."""
     plan, stats = engine.plan, engine.stats()["entries"]
     for entry in plan.entries:
         wanted = entry.numel if entry.partition in engine.phase.dense else entry.keep
@@ -138,7 +137,7 @@ def check_masks(engine: GaPEngine) -> None:
 
 
 def check_export(engine: GaPEngine) -> None:
-    """The exported weights have no more than their budgets, in all ERK's total to the weight, and zeros elsewhere."""
+    """Assert that no exported entry has more nonzero weights than its budget."""
     with tempfile.TemporaryDirectory() as folder:
         engine.export(Path(folder) / str(runtime.rank()))
         if runtime.rank() == 0:
@@ -154,7 +153,7 @@ def summary(
     losses: list[float],
     boundaries: list[float],
 ) -> dict[str, Any]:
-    """The figures, and all that it takes to repeat them."""
+    """Return the figures, with everything needed to repeat them."""
     timed = {name: times[2 : args.pairs] for name, times in seconds.items()}  # the first two warm up
     figures = measure.compared(timed, "bare")
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "data")}

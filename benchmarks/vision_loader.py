@@ -1,9 +1,9 @@
-"""How many pictures a second one process decodes, crops, mirrors and hands over, as a worker of examples/vision does.
+"""Pictures per second of one loading process of examples/vision: decode, crop, mirror.
 
     python benchmarks/vision_loader.py --data DATA/clothing_small_96
 
-`large` are the same pictures, enlarged to the usual size of ImageNet's (a shorter side of 375 pixels) and saved as JPEG
-of quality 90: as many pixels to decode, but smoother ones. Process time, so that other work on the machine counts less.
+`large` are the same pictures, enlarged to the usual size of ImageNet's (shorter side 375 pixels) and saved as JPEG of
+quality 90: as many pixels to decode, but smoother ones. Times are CPU time, which other load affects less.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 import PIL
 from PIL import Image
 
+sys.path.insert(0, str(measure.ROOT / "examples"))
 sys.path.insert(0, str(measure.ROOT / "examples" / "vision"))
 
 import images
@@ -43,7 +44,7 @@ def main() -> None:
 
 
 def enlarged(image: Image.Image, shorter: int) -> bytes:
-    """A JPEG file of the picture with a shorter side of so many pixels."""
+    """Return a JPEG file of the picture, enlarged to `shorter` pixels on its shorter side."""
     scale = shorter / min(image.size)
     buffer = io.BytesIO()
     image.resize((round(image.width * scale), round(image.height * scale))).save(buffer, "JPEG", quality=90)
@@ -51,7 +52,7 @@ def enlarged(image: Image.Image, shorter: int) -> bytes:
 
 
 def figures(source: images.Source, change: images.Training | images.Evaluation) -> dict[str, Any]:
-    """Pictures a second of the better of two passes over all."""
+    """Return pictures per second, of the faster of two passes."""
     seconds = []
     for epoch in range(2):
         loader = images.Loader(source, change, seed=0, workers=0, skip=False)

@@ -1,9 +1,9 @@
-"""What BatchNorm's statistics are worth in finished runs of the vision example: the same weights, other statistics.
+"""Effect of BatchNorm's statistics in finished runs of the vision example: equal weights, other statistics.
 
     python benchmarks/vision_statistics.py --dataset DATA/eurosat_rgb32 --runs RUNS/*
 
-Each run's exported model is scored as it is, and with statistics made anew from training pictures: as they are trained
-on (cut out at random and enlarged), and as they are evaluated (whole). No weight changes.
+Scores each run's exported model as it is, and with statistics recomputed from training pictures: cropped as in
+training, and whole as in evaluation. No weight changes.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ def main() -> None:
 
 
 def compare(run: Path, train: images.Source, test: images.Source, batches: int) -> dict[str, Any]:
-    """Accuracies of one run's model."""
-    said = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    """Return the accuracies of one run's model."""
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     folder = str(run / "model")
     model = classifier.load_pretrained(folder, trust_remote_code=True).eval().to(memory_format=torch.channels_last)
     processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
     mean, deviation = torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
-    whole = images.Evaluation(said["arguments"]["image_size"], said["arguments"]["crop_part"])
-    cut = images.Training(whole.size, said["arguments"]["smallest_crop"])
+    whole = images.Evaluation(results["arguments"]["image_size"], results["arguments"]["crop_part"])
+    cut = images.Training(whole.size, results["arguments"]["smallest_crop"])
 
     def forward(pictures: torch.Tensor) -> torch.Tensor:
         pixels = images.normalise(pictures, mean, deviation).contiguous(memory_format=torch.channels_last)

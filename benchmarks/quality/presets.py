@@ -9,21 +9,21 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Example:
-    """A training script, and what a table takes from its results."""
+    """A training script, and the figures that a table takes from its results."""
 
     script: str
-    #: Arguments that change a result, in the order of the set-up's line.
+    #: Arguments that change a result, in the order of the set-up line.
     matter: tuple[str, ...]
-    #: Figures of results.json that a record keeps, by name, with their titles. The first one ranks.
+    #: Scores that a record takes from results.json, with their titles. The first one ranks.
     scores: Mapping[str, str]
-    #: What else a record keeps: name -> keys of results.json.
-    told: Mapping[str, tuple[str, ...]]
-    axis: str  # of the plot
-    entries: str  # what the sparsity is of, as a sentence
+    #: Other figures of a record: name -> path of keys in results.json.
+    figures: Mapping[str, tuple[str, ...]]
+    axis: str  # label of the plot's y axis
+    entries: str  # a sentence on the prunable weights
 
     @property
     def score(self) -> str:
-        """Name of the figure that ranks."""
+        """Name of the score that ranks."""
         return next(iter(self.scores))
 
 
@@ -34,9 +34,9 @@ TRANSLATION = Example(
         "batch_tokens accumulation lr lr_schedule warmup_steps label_smoothing bf16 beams length_penalty".split()
     ),
     scores={"bleu": "BLEU", "bleu_uncased": "BLEU, uncased", "chrf": "chrF"},
-    told={"score_seconds": ("score_seconds",), "bleu_signature": ("signatures", "bleu")},
+    figures={"score_seconds": ("score_seconds",), "bleu_signature": ("signatures", "bleu")},
     axis="BLEU (0 to 100)",
-    entries="Sparsity is of the prunable matrices; embeddings stay dense.",
+    entries="Sparsity is that of the prunable matrices; embeddings stay dense.",
 )
 
 VISION = Example(
@@ -47,10 +47,10 @@ VISION = Example(
         "mixup ema statistics_batches bf16".split()
     ),
     scores={"top1": "top-1", "top5": "top-5"},
-    told={"score_seconds": ("score_seconds",), "inference_flops": ("inference_flops",)},
+    figures={"score_seconds": ("score_seconds",), "inference_flops": ("inference_flops",)},
     axis="top-1 accuracy (%)",
-    entries="Sparsity is of the convolutions inside the blocks; with ERK the first convolution and the classifier are "
-    "entries, too.",
+    entries="Sparsity is that of the convolutions inside the blocks; with ERK the first convolution and the classifier "
+    "are entries as well.",
 )
 
 EXAMPLES = (TRANSLATION, VISION)
@@ -63,18 +63,18 @@ class Preset:
     name: str
     about: str
     epochs: float
-    #: Data sets, as folders of DATA; none: the generated corpus. Several are joined for training; the validation and
-    #: test rows are those of the last.
+    #: Data sets, as folders of DATA; none: the shipped corpus. Several are joined for training; the last one has the
+    #: validation and test rows.
     parts: tuple[str, ...]
-    #: By name; all others of rows.py can be run with --rows.
+    #: Names of rows.py. --rows runs others.
     rows: tuple[str, ...]
-    #: Arguments of the example that are not its defaults.
+    #: Arguments of the example that differ from its defaults.
     arguments: Mapping[str, Any] = field(default_factory=dict)
     example: Example = TRANSLATION
-    #: Settings that a row's GaP config has on this task besides its own, by the row's name.
+    #: Additional settings of a row's GaP config on this task, by the row's name.
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     sparsities: tuple[float, ...] = (0.8, 0.9)
-    seeds: tuple[int, ...] | None = None  # None: each row's own
+    seeds: tuple[int, ...] | None = None  # None: the seeds of each row
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int | None = 1  # CPU threads of a run
     jobs: int = 1
@@ -100,7 +100,7 @@ CPU = Preset(
     jobs=2,
 )
 
-# Three times the budget. With no dropout the loss on the validation set is lowest before epoch 12 and rises to the end.
+# Three times the budget. Without dropout the validation loss is lowest before epoch 12 and then rises.
 # A run takes about half an hour, two at a time on 2 cores.
 CPU_LONG = replace(
     CPU,
@@ -114,10 +114,9 @@ CPU_LONG = replace(
     seeds=(0,),
 )
 
-# Estimated, not measured, for one large GPU: about 2.9 M padded tokens an epoch are 240 steps of about 60 ms, which the
-# launching of kernels decides and not the products; 8 epochs are 2 minutes alone and about 4 beside three others. With
-# tokenizer, encoding and scoring a run takes 5 to 6 minutes, the 13 runs at 4 a time 20 to 25. That is why it has fewer
-# rows than `cpu` and one seed.
+# Estimated, not measured, for one large GPU: about 2.9 M padded tokens an epoch are 240 steps of about 60 ms, bound by
+# kernel launches. 8 epochs take 2 minutes alone and about 4 beside three other runs. With tokenizer, encoding and
+# scoring a run takes 5 to 6 minutes, the 13 runs at 4 a time 20 to 25. Hence fewer rows than `cpu` and one seed.
 GPU = Preset(
     "gpu",
     about="English to German on Tatoeba, Multi30k and the news tests (217,658 sentence pairs), preset base, 8 epochs; "
@@ -159,7 +158,7 @@ SMOKE = Preset(
     seeds=(0,),
 )
 
-# Under ERK all convolutions and the classifier are entries, as in the comparisons of RigL and of the paper.
+# Under ERK all convolutions and the classifier are entries, as in the comparisons of RigL and the paper.
 _ALL_LAYERS = {"include": ["embedder.embedder", "classifier"]}
 
 # Two at a time on 2 cores a run takes 6 to 7 minutes, and the 11 of the table 36.

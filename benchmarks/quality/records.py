@@ -1,11 +1,11 @@
-"""Runs of a table, and their results as one JSON line each.
+"""Runs of a table, and their results, one JSON line each.
 
-A result is known by (row, sparsity, seed, set-up). The set-up is a line with everything that changes a result:
+The key of a result is (row, sparsity, seed, set-up). The set-up is a line with everything else that changes a result:
 
     quality|data:wmt16_multi30k|epochs:8|preset:tiny|...|gap:1f3a90c2
 
-where `gap` is a hash of the row's config without sparsity and seed. Results of another set-up stay in the file and are
-never taken for this one's.
+where `gap` is a hash of the row's config without sparsity and seed. Results of other set-ups stay in the file and are
+not mixed with this one's.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from rows import Row
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-COMMON = "examples/common/arguments.py"  # arguments that all examples have
+COMMON = "examples/common/arguments.py"  # arguments of all examples
 
 Record = dict[str, Any]
 Key = tuple[str, float, int, str]
@@ -49,29 +49,29 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Name of its folder."""
+        """Name of the run's folder."""
         return f"{self.row.name}_s{self.sparsity:g}_seed{self.seed}"
 
     @property
     def config(self) -> dict[str, Any]:
-        """Its GaP config."""
+        """GaP config of the run."""
         more = self.preset.settings.get(self.row.name, {})
         return {**self.row.config(self.sparsity, self.preset.epochs, self.seed), **more}
 
     @property
     def setup(self) -> str:
-        """Everything that changes a result but row, sparsity and seed, in one line."""
+        """Everything that changes a result except row, sparsity and seed, in one line."""
         config = {key: value for key, value in self.config.items() if key not in ("sparsity", "seed")}
-        told = json.dumps([config, self.row.workers], sort_keys=True)
-        return f"{task(self.preset)}|gap:{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+        text = json.dumps([config, self.row.workers], sort_keys=True)
+        return f"{task(self.preset)}|gap:{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
     @property
     def key(self) -> Key:
-        """What its result is known by."""
+        """Key of the run's result."""
         return (self.row.name, self.sparsity, self.seed, self.setup)
 
     def command(self, data: Path, out: Path, python: str = "python") -> list[str]:
-        """Its command line, run in the root of the repository, with the example's `--resume`."""
+        """Return the command line, for the root of the repository, with the example's `--resume`."""
         preset, folder = self.preset, out / self.name
         words = ["--gap-config", str(folder / "gap.json"), "--backend", "none"]
         if preset.parts:
@@ -88,24 +88,24 @@ class Run:
         return [python, *parallel, preset.example.script, *words]
 
     def folders(self, out: Path) -> list[Path]:
-        """The output folders of the example, the first of which holds the final model: it makes one for each worker."""
+        """Return the output folders of the example, one per worker. The first has the final model."""
         folder = out / self.name
         return [folder] if self.row.workers == 1 else [folder / f"worker_{i}" for i in range(self.row.workers)]
 
 
 def key(record: Record) -> Key:
-    """What a result is known by."""
+    """Return the key of a result."""
     return (record["row"], record["sparsity"], record["seed"], record["setup"])
 
 
 def dataset(preset: Preset, data: Path, out: Path) -> Path:
-    """Folder of the data: one of DATA's, or the one in OUT where `joined` put several together."""
+    """Return the folder of the data: one of DATA, or that in OUT where `joined` merges several."""
     return data / preset.parts[0] if len(preset.parts) == 1 else out / "data" / preset.dataset
 
 
 @functools.cache
 def defaults(script: str) -> dict[str, Any]:
-    """Default values of an example's arguments, read from its source: importing it takes seconds."""
+    """Return the defaults of an example's arguments, read from its source: importing it takes seconds."""
     found = {}
     for path, name in ((COMMON, "RunArguments"), (script, "Arguments")):
         tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
@@ -120,20 +120,20 @@ def defaults(script: str) -> dict[str, Any]:
 
 
 def expected(preset: Preset) -> dict[str, Any]:
-    """The arguments of the example that change a result, as every run of a preset has them."""
+    """Return the arguments of the example that change a result, for all runs of a preset."""
     values = {**defaults(preset.example.script), **preset.arguments}
     return {name: values[name] for name in preset.example.matter}
 
 
 @functools.cache
 def version() -> str:
-    """Version of gap_ds, without importing torch."""
+    """Return the version of gap_ds, without importing torch."""
     return str(runpy.run_path(str(ROOT / "gap_ds" / "_version.py"))["__version__"])
 
 
 @functools.cache
 def commit() -> str | None:
-    """The commit of this working tree, with `-dirty` where files differ from it; None outside a repository."""
+    """Return the commit of this working tree, with `-dirty` if files differ; None outside a repository."""
     words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
@@ -141,7 +141,7 @@ def commit() -> str | None:
 
 
 def task(preset: Preset) -> str:
-    """The part of the set-up that all rows of a table share."""
+    """Return the part of the set-up that all rows of a table share."""
     parts = {"data": preset.dataset, "epochs": f"{preset.epochs:g}", **expected(preset)}
     return "|".join(["quality", *(f"{name}:{value}" for name, value in parts.items())])
 
@@ -150,7 +150,7 @@ def task(preset: Preset) -> str:
 
 
 def read(path: Path) -> list[Record]:
-    """All results of a file, oldest first; none where there is no file. ValueError names a damaged line."""
+    """Return all results of a file, oldest first; none if there is no file. ValueError names a damaged line."""
     if not path.exists():
         return []
     found = []
@@ -163,9 +163,9 @@ def read(path: Path) -> list[Record]:
 
 
 def append(path: Path, record: Record) -> bool:
-    """Adds a result in one write, unless there is one with its key; whether it was added.
+    """Add a result in one write, unless the file has its key. Returns True if added.
 
-    Several processes may append at once. What a kill has cut short is removed first.
+    Several processes may append at once. A line cut short by a kill is removed first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
@@ -187,16 +187,16 @@ def append(path: Path, record: Record) -> bool:
 
 
 def check_folder(run: Run, out: Path) -> None:
-    """ValueError if a run's folder holds another one: going on with it would mix the two.
+    """Raise ValueError if a run's folder contains another run, which must not be continued.
 
-    A run that was started by hand may be taken up: it has the same config in gap.json, and `collect` looks at the rest.
+    A run started by hand is accepted if gap.json has the same config; `collect` checks the rest.
     """
     folder = out / run.name
     if not folder.exists() or not any(folder.iterdir()):
         return
-    told, config = folder / "setup.txt", folder / "gap.json"
-    if told.exists():
-        same = told.read_text(encoding="utf-8").strip() == run.setup
+    setup, config = folder / "setup.txt", folder / "gap.json"
+    if setup.exists():
+        same = setup.read_text(encoding="utf-8").strip() == run.setup
     else:
         same = config.exists() and _filled(json.loads(config.read_text(encoding="utf-8"))) == _filled(run.config)
     if not same:
@@ -204,23 +204,23 @@ def check_folder(run: Run, out: Path) -> None:
 
 
 def _filled(config: Record) -> Record:
-    """A config with the defaults that are often left away: compared by value, so 1 is 1.0."""
+    """Return a config with the defaults that are often omitted. Compared by value, so 1 equals 1.0."""
     return {"method": "cyclic", "lr_restart": False, "distribution": "uniform", "seed": 0, **config}
 
 
 def finished(run: Run, out: Path) -> bool:
-    """Whether a run has left all its results."""
+    """Return True if a run has all its results."""
     return all((folder / "results.json").exists() for folder in run.folders(out))
 
 
 def collect(run: Run, out: Path) -> Record:
-    """The result of a finished run, without any path of this machine.
+    """Return the result of a finished run, without paths of this machine.
 
-    Of a run on several workers, scores and losses are those of worker 0, whose model is exported. `training_flops` and
-    `train_seconds` are sums over all workers: relative to ONE dense run of as many epochs, so that workers which train
-    at the same time are no free lunch.
+    With several workers, scores and losses are those of worker 0, whose model is exported. `training_flops` and
+    `train_seconds` are sums over all workers, relative to ONE dense run of the same epochs: parallel work counts.
 
-    ValueError if the run was not the one that its folder says.
+    Raises:
+        ValueError: the run has other arguments than its folder's name and set-up.
     """
     folders = run.folders(out)
     found = [json.loads((folder / "results.json").read_text(encoding="utf-8")) for folder in folders]
@@ -248,7 +248,7 @@ def collect(run: Run, out: Path) -> Record:
         "entry_sparsity": round(first["entry_sparsity"], 5),
         "model_sparsity": round(first["model_sparsity"], 5),
         "train_seconds": round(sum(map(_train_seconds, found, lines)), 1),
-        **{name: functools.reduce(operator.getitem, keys, first) for name, keys in run.preset.example.told.items()},
+        **{name: functools.reduce(operator.getitem, keys, first) for name, keys in run.preset.example.figures.items()},
         "validation_loss": [round(line["loss"], 4) for line in lines[0] if line["kind"] == "validation"],
         "applied_steps": first["applied_steps"],
         "steps_per_epoch": first["steps_per_epoch"],
@@ -271,7 +271,7 @@ def _lines(path: Path) -> list[Record]:
 
 
 def _train_seconds(results: Record, lines: Sequence[Record]) -> float:
-    """Seconds of training of all parts of a run: the example reports those after the last `--resume`."""
+    """Return the training seconds of all parts of a run. The example reports those after the last `--resume`."""
     if not results["trained_from_step"]:
         return float(results["train_seconds"])
     total = last = 0.0
@@ -283,7 +283,7 @@ def _train_seconds(results: Record, lines: Sequence[Record]) -> float:
 
 @functools.cache
 def machine(device: str) -> str:
-    """The machine in words: the kind of its processor, or the GPU's name."""
+    """Return the kind of the processor, or the GPU's name."""
     if device != "cuda":
         return f"{platform.machine()} CPU"
     query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
@@ -298,9 +298,10 @@ def machine(device: str) -> str:
 
 
 def joined(preset: Preset, data: Path, out: Path) -> Path:
-    """The folder of a preset's data, put together in OUT first where it has several parts.
+    """Return the folder of a preset's data. Several parts are merged in OUT first.
 
-    ValueError names the file that is missing.
+    Raises:
+        ValueError: a file is missing.
     """
     folder = dataset(preset, data, out)
     splits = [expected(preset)[f"{name}_split"] for name in ("validation", "test")]
@@ -318,7 +319,7 @@ def joined(preset: Preset, data: Path, out: Path) -> Path:
 
 
 def _join(parts: Sequence[Path], whole: Path) -> None:
-    """Writes the translations of several parquet files to one; whole or absent."""
+    """Merge the translations of several parquet files. The result is whole or absent."""
     import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.compute as pc  # type: ignore[import-untyped]
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
@@ -328,7 +329,7 @@ def _join(parts: Sequence[Path], whole: Path) -> None:
     tables = []
     for part in parts:
         pairs = pq.read_table(part, columns=["translation"]).column("translation")
-        # rebuilt field by field: files may have them in another order, or as large strings
+        # Rebuilt field by field: files may have another order of fields, or large strings.
         texts = {name: pc.struct_field(pairs, name).cast(pa.string()) for name in ("en", "de")}
         pair = pa.Table.from_arrays(list(texts.values()), names=list(texts)).to_struct_array()
         tables.append(pa.table({"translation": pair}))

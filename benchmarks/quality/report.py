@@ -1,9 +1,9 @@
-"""Writes the tables and plots of the results that `run.py` has collected.
+"""Write the tables and plots of the results of `run.py`.
 
     python benchmarks/quality/report.py [--preset cpu ...]
 
-benchmarks/results/quality_<preset>.jsonl becomes quality_<preset>.md and quality_<preset>.png beside it. The plot needs
-matplotlib (`pip install 'gap_ds[plots]'`). Without --preset: all that exist.
+Turns benchmarks/results/quality_<preset>.jsonl into quality_<preset>.md and quality_<preset>.png. The plot needs
+matplotlib (`pip install 'gap_ds[plots]'`). Without --preset: all results.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import records
 from presets import EXAMPLES, PRESETS, Example
 from rows import BY_NAME, ROWS
 
-#: Okabe and Ito's colours, which differ for colour-blind readers too (yellow left out: too pale on white).
+#: Okabe and Ito's colours, also distinct for colour-blind readers (without yellow, too pale on white).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = "osD^vPX<>ph8*d"
 
@@ -31,12 +31,12 @@ class Cell:
     row: str
     sparsity: float
     scores: tuple[float, ...]  # by seed
-    second: float  # of the figure beside it; this and the others: means over the seeds
+    second: float  # second score; this and the others are means over the seeds
     epochs: float
     flops: float  # relative to one dense run of the same epochs
     density: float  # of the prunable weights, averaged over the steps
     seconds: float  # of training
-    paused: bool  # while it was trained, so the seconds mean nothing
+    paused: bool  # during the training: the seconds are meaningless
 
     @property
     def mean(self) -> float:
@@ -50,7 +50,7 @@ class Cell:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes the files; the exit status."""
+    """Write the files; return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--preset", nargs="+", help="such as cpu or cpu_extra; default: all with results")
     parser.add_argument("--results", type=Path, default=records.RESULTS, help="folder of the JSONL files")
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @dataclass(frozen=True)
 class Results:
-    """The results of one set-up, and how many of other set-ups are left out."""
+    """Results of one set-up, and the number of results of other set-ups left out."""
 
     task: str
     kept: list[records.Record]
@@ -84,17 +84,17 @@ class Results:
 
     @property
     def example(self) -> Example:
-        """Whose results these are: that whose figures they have."""
+        """The example of these results, by their figures."""
         return next(example for example in EXAMPLES if example.score in self.kept[0])
 
     @property
     def columns(self) -> tuple[str, str]:
-        """Names of the figure that ranks and of that beside it, the last one."""
+        """Names of the score that ranks and of the last score."""
         return self.example.score, list(self.example.scores)[-1]
 
     @property
     def cells(self) -> list[Cell]:
-        """Dense first, then by sparsity, the best score first."""
+        """Cells by sparsity, dense first, and by score, best first."""
         score, second = self.columns
         groups: dict[tuple[str, float], list[records.Record]] = {}
         for record in sorted(self.kept, key=lambda record: int(record["seed"])):
@@ -115,36 +115,33 @@ class Results:
         return sorted(cells, key=lambda cell: (cell.sparsity, -cell.mean, cell.row))
 
     def spread(self, sparsity: float) -> float:
-        """The most by which two seeds of one method differ; 0 where there is one of each."""
+        """Return the largest difference of two seeds of one method; 0 with one seed each."""
         of_it = [cell.scores for cell in self.cells if cell.sparsity == sparsity]
         return max((max(scores) - min(scores) for scores in of_it), default=0.0)
 
     def leads(self, cell: Cell) -> bool:
-        """Whether no method of its sparsity is better by more than seeds differ; never of the dense run."""
+        """Return True if no method of the same sparsity is better by more than seeds differ; False for dense."""
         best = max(other.mean for other in self.cells if other.sparsity == cell.sparsity)
         return cell.sparsity > 0 and cell.mean >= best - self.spread(cell.sparsity)
 
     @property
     def sparsities(self) -> list[float]:
-        """All but the dense one, in order."""
+        """All sparsities except 0, in order."""
         return sorted({cell.sparsity for cell in self.cells} - {0.0})
 
 
 def latest(found: Sequence[records.Record]) -> Results:
-    """The results of the newest set-up, and of each row those with its newest config: the others must not be mixed in.
-
-    ValueError where there are none.
-    """
+    """Return the results of the newest set-up, and of the newest config of each row. ValueError if there are none."""
     if not found:
         raise ValueError("there are no results yet: run.py makes them.")
     task = _split(found[-1])[0]
-    config = {record["row"]: _split(record)[1] for record in found if _split(record)[0] == task}  # the last one stays
+    config = {record["row"]: _split(record)[1] for record in found if _split(record)[0] == task}  # the last one counts
     kept = [record for record in found if _split(record) == (task, config.get(record["row"]))]
     return Results(task, kept, len(found) - len(kept))
 
 
 def _split(record: records.Record) -> tuple[str, str]:
-    """The set-up of the task, and the hash of the row's config."""
+    """Split a set-up into the task's part and the hash of the row's config."""
     task, _, config = record["setup"].rpartition("|gap:")
     return task, config
 
@@ -153,7 +150,7 @@ def _split(record: records.Record) -> tuple[str, str]:
 
 
 def markdown(name: str, results: Results) -> str:
-    """The page of a table."""
+    """Return the page of a table."""
     preset = PRESETS.get(name.removesuffix("_extra"))
     title, beside = (results.example.scores[column] for column in results.columns)
     lines = [f"# Quality: `{name}`", ""]
@@ -175,35 +172,35 @@ def markdown(name: str, results: Results) -> str:
 
 
 def notes(name: str, results: Results) -> list[str]:
-    """What a reader must know before a figure is believed."""
+    """Return the notes on how to read the figures."""
     kept = results.kept
     seeds = sorted({len(cell.scores) for cell in results.cells})
     counts = " or ".join(str(count) for count in seeds)
-    certainty = "Bold is the best of a sparsity. Each figure is of one seed: how far two differ is not known."
+    certainty = "Bold is the best score of a sparsity. Each figure is of one seed; the spread over seeds is unknown."
     spreads = {s: results.spread(s) for s in results.sparsities if results.spread(s)}
     if spreads:
         score = results.example.scores[results.example.score]
-        told = ", ".join(f"{spread:.1f} {score} at {s:.0%}" for s, spread in spreads.items())
+        largest = ", ".join(f"{spread:.1f} {score} at {s:.0%}" for s, spread in spreads.items())
         certainty = (
-            f"A mean is of {counts} seeds, in their order beside it; those of one method differ by up to {told}: "
-            "smaller differences between methods are none, and bold are all that are no further behind the best."
+            f"Scores are means of {counts} seeds, listed beside them. Seeds of one method differ by up to {largest}; "
+            "smaller differences between methods are noise. Bold are all scores within this distance of the best."
         )
     call = f"--preset {name.removesuffix('_extra')} --data DATA --out OUT"
     call += " --extra benchmarks/quality/extra.json" if name.endswith("_extra") else ""
     lines = [
         certainty,
-        "All methods have the same epochs, batches, peak learning rate and warm-up; none was tuned for its own "
-        "method, and a short budget favours those that need little training.",
+        "All methods have the same epochs, batches, peak learning rate and warm-up. None was tuned for a method. "
+        "A short budget favours methods that need little training.",
         results.example.entries,
-        "FLOPs are of the products with weights, forward and backward, relative to one dense run of the same epochs, "
-        "with all workers added, and counted as if pruned weights cost nothing. The products are dense: no run was "
-        "faster for its sparsity. What RigL spends on dense gradients at its updates is not counted.",
+        "FLOPs are those of products with weights, forward and backward, relative to one dense run of the same epochs, "
+        "summed over workers. Pruned weights count nothing, although the products are dense and no run was faster. "
+        "RigL's dense gradients at its updates are not counted.",
         "Density is that of the prunable weights, averaged over the steps of training.",
-        "Minutes are of training, all workers added, on a machine that did other work at the same time: they say what "
-        "a table takes, and nothing of the methods.",
+        "Minutes are those of training, summed over workers, on a machine with other load. They do not compare "
+        "methods.",
     ]
     if any(record["workers"] > 1 for record in kept):
-        lines.append("Of a method on several workers, epochs and density are those of worker 0.")
+        lines.append("Epochs and density of a method on several workers are those of worker 0.")
     if results.left_out:
         lines.append(f"Left out: {results.left_out} results of other set-ups in the same file.")
     machines = sorted({f"{r['machine']}, {r['cores']} cores, torch {r['torch']}, gap_ds {r['gap_ds']}" for r in kept})
@@ -220,21 +217,21 @@ def notes(name: str, results: Results) -> list[str]:
 
 
 def style(name: str, others: Sequence[str] = ()) -> tuple[str, str]:
-    """Colour and marker of a method: the same in every plot. `others`: all names that are no rows of the table.
+    """Return colour and marker of a method, the same in every plot. others: all names outside the table.
 
     >>> len({style(row.name) for row in ROWS}) == len(ROWS)
     True
     """
     names = [*(row.name for row in ROWS), *sorted(others)]
     index = names.index(name)
-    # The lengths have a common factor: one more step of the marker after each turn keeps the pairs apart.
+    # The lengths have a common factor: one more marker step per turn keeps the pairs distinct.
     return COLOURS[index % len(COLOURS)], MARKERS[(index + index // len(MARKERS)) % len(MARKERS)]
 
 
 def plot(results: Results, path: Path) -> Path:
-    """Scores over training FLOPs, one panel for each sparsity; the path, of a PNG.
+    """Plot scores over training FLOPs, one panel per sparsity. Returns the path of the PNG.
 
-    A line goes from the worst to the best seed. The dense run is a dashed line, because it lies far to the right.
+    A line connects the worst and the best seed. The dense run, far to the right, is a dashed line.
     """
     import matplotlib
 

@@ -1,8 +1,7 @@
-"""The rows of the tables: each is a function (sparsity, epochs) -> GaP config, of exactly that many epochs in all.
+"""Rows of the tables: functions (sparsity, epochs) -> GaP config of exactly that many epochs.
 
-The lengths below are in eighths of the run, so that a row reads as it is at the usual 8 epochs and keeps its shape at
-any other number. All sparse rows but `dsd` fine-tune with fixed masks at the end. Where a row does not say otherwise,
-its sparsity is uniform and one learning-rate schedule goes over the whole run.
+Lengths below are in eighths of the run: epochs at the usual budget of 8. All sparse rows except `dsd` end with a
+fine-tuning with fixed masks. By default sparsity is uniform and one learning-rate schedule covers the whole run.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ class Row:
     title: str
     make: Callable[[float], Config]  # epochs -> config without sparsity and seed
     seeds: tuple[int, ...] = (0,)
-    workers: int = 1  # processes that train parts of the model at the same time (parallel GaP)
-    dense: bool = False  # the row to compare with: run once, whatever the sparsities
+    workers: int = 1  # processes that train parts of the model in parallel (parallel GaP)
+    dense: bool = False  # the baseline: one run for all sparsities
 
     def config(self, sparsity: float, epochs: float, seed: int = 0) -> Config:
-        """The GaP config of a run of exactly `epochs` epochs.
+        """Return the GaP config of a run of exactly `epochs` epochs.
 
         >>> BY_NAME["gradual"].config(0.8, 8)["phase_epochs"], BY_NAME["gradual"].config(0.8, 4)["phase_epochs"]
         (5.0, 2.5)
@@ -42,7 +41,7 @@ class Row:
 
 
 def total_epochs(config: Mapping[str, Any]) -> Fraction:
-    """Epochs of a whole run: dense_epochs + phases x phase_epochs + finetune_epochs.
+    """Return the epochs of a whole run: dense_epochs + phases x phase_epochs + finetune_epochs.
 
     >>> total_epochs({"method": "acdc", "dense_epochs": 1, "rounds": 5, "phase_epochs": 0.5, "finetune_epochs": 2})
     Fraction(8, 1)
@@ -66,7 +65,7 @@ def _partitions(config: Mapping[str, Any]) -> int:
 
 
 def _times(epochs: float, **eighths: float) -> Config:
-    """Lengths in epochs. Multiples of 1/2 stay exact in binary, so the sum is exactly the budget."""
+    """Return lengths in epochs. Multiples of 1/2 are exact in binary, so the sum is exactly the budget."""
     return {f"{name}_epochs": epochs * value / 8 for name, value in eighths.items()}
 
 
@@ -75,19 +74,19 @@ def _dense(epochs: float) -> Config:
 
 
 def _cyclic(partitions: int, **settings: Any) -> Callable[[float], Config]:
-    rounds = 6 // partitions  # six phases of one epoch, however many partitions share them
+    rounds = 6 // partitions  # six phases of one epoch for any number of partitions
     fixed = {"method": "cyclic", "partitions": partitions, "rounds": rounds, **settings}
     return lambda epochs: {**fixed, **_times(epochs, phase=1, finetune=2)}
 
 
 def _dense_first(**settings: Any) -> Callable[[float], Config]:
-    """All dense at first, and gradual pruning in the second half of every phase; one round."""
+    """Dense at first, then one round with gradual pruning in the second half of every phase."""
     fixed = {"method": "cyclic", "partitions": 3, "rounds": 1, "prune_ramp": 0.5, **settings}
     return lambda epochs: {**fixed, **_times(epochs, dense=2, phase=1, finetune=3, update=0.1)}
 
 
 def _gradual_first(epochs: float) -> Config:
-    """Gradual pruning of all but the first partition, and one short round of C-GaP after it."""
+    """Gradual pruning of all but the first partition, then one short round of C-GaP."""
     fixed = {"method": "cyclic", "partitions": 3, "rounds": 1, "prune_ramp": 0.75}
     return {**fixed, **_times(epochs, dense=4, phase=0.5, finetune=2.5, update=0.1)}
 
@@ -128,7 +127,7 @@ def _parallel_dense_first(epochs: float) -> Config:
     return {**fixed, **_times(epochs, dense=2, phase=1, finetune=3, update=0.1)}
 
 
-#: In the order in which they are run: what a table needs first comes first.
+#: In the order of the runs: the rows that a table needs most come first.
 ROWS: tuple[Row, ...] = (
     Row("dense", "dense", _dense, TWO_SEEDS, dense=True),
     Row("cyclic_3", "C-GaP, 3 partitions", _cyclic(3), TWO_SEEDS),
@@ -164,9 +163,10 @@ BY_NAME = {row.name: row for row in ROWS}
 
 
 def extra_rows(path: Path, epochs: float) -> tuple[Row, ...]:
-    """Rows of a JSON file {name: GaP config without sparsity and seed, times in epochs}.
+    """Read rows from a JSON file {name: GaP config without sparsity and seed, times in epochs}.
 
-    ValueError, naming row and setting, where a row could not stand beside the others: another length, a taken name.
+    Raises:
+        ValueError: a row is not comparable, for example by its length or a taken name. Names row and setting.
     """
     try:
         given = json.loads(path.read_text(encoding="utf-8"))

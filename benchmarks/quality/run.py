@@ -1,13 +1,12 @@
-"""Runs a table of methods x sparsities x seeds on one task with one budget, and goes on where it was stopped.
+"""Run a table of methods x sparsities x seeds on one task with one budget; continue after a stop.
 
     python benchmarks/quality/run.py --preset cpu --data DATA --out RUNS [--jobs 2] [--rows NAME...] [--list]
 
-Each run is the training script of an example in a process and a folder of its own, RUNS/<row>_s<sparsity>_seed<seed>/.
-Results go to benchmarks/results/quality_<preset>.jsonl, and `report.py` makes the table of them. Seed 0 of all rows
-comes first.
+Each run is an example's training script in a separate process and folder, RUNS/<row>_s<sparsity>_seed<seed>/. Results
+go to benchmarks/results/quality_<preset>.jsonl, from which `report.py` makes the table. Seed 0 of all rows runs first.
 
-Ctrl-C or SIGTERM (also from `timeout -s INT 570 python ...`) lets the runs save, and ends; the same command goes on. A
-run that fails is reported with the end of its log, and the others go on. Exit status: 0 if all runs are finished, 1 if
+Ctrl-C or SIGTERM (also from `timeout -s INT 570 python ...`) lets the runs save and ends; the same command continues. A
+failed run is reported with the end of its log, and the others continue. Exit status: 0 if all runs are finished, 1 if
 some are not, 2 for a mistake in the command, 130 after Ctrl-C.
 """
 
@@ -38,12 +37,12 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rows import BY_NAME, Row, extra_rows
 
-GRACE_S = 90  # for a run to finish its step and save
-QUIET_S = 300  # between two lines of progress where there is no terminal
+GRACE_S = 90  # seconds for a run to finish its step and save
+QUIET_S = 300  # seconds between two lines of progress without a terminal
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs what is missing of a table; the exit status."""
+    """Run the missing runs of a table; return the exit status."""
     args = parser().parse_args(argv)
     try:
         runs = plan(PRESETS[args.preset], args)
@@ -54,26 +53,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     result = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     result.add_argument("--preset", choices=list(PRESETS), required=True)
-    result.add_argument("--data", type=Path, help="folder with the data sets' folders; smoke needs none")
+    result.add_argument("--data", type=Path, help="folder with the folders of the data sets; smoke needs none")
     result.add_argument("--out", type=Path, help="folder of the runs")
     result.add_argument("--jobs", type=int, help="runs at a time; default: the preset's")
     result.add_argument("--rows", nargs="+", metavar="NAME", help="these rows only; default: the preset's")
     result.add_argument("--sparsities", nargs="+", type=float, metavar="S", help="default: the preset's")
-    result.add_argument("--seeds", nargs="+", type=int, metavar="N", help="of every row; default: each row's own")
+    result.add_argument(
+        "--seeds", nargs="+", type=int, metavar="N", help="of every row; default: the seeds of each row"
+    )
     result.add_argument("--extra", type=Path, metavar="FILE", help="JSON with rows to run instead: name -> GaP config")
     result.add_argument("--results", type=Path, default=records.RESULTS, help="folder of the JSONL file")
-    result.add_argument("--list", action="store_true", help="list the runs and what is done, and start nothing")
+    result.add_argument("--list", action="store_true", help="list the runs and their states; start nothing")
     return result
 
 
-# --- what is to be run ------------------------------------------------------------------------------------------------
+# --- planning ---------------------------------------------------------------------------------------------------------
 
 
 def plan(preset: Preset, args: argparse.Namespace) -> list[Run]:
-    """All runs asked for, in the order in which they are started. ValueError for a name or number that cannot be."""
+    """Return the requested runs, in the order of their start. ValueError for an invalid name or number."""
     if args.extra:
         rows = extra_rows(args.extra, preset.epochs)
         named = {row.name: row for row in rows}
@@ -93,7 +94,7 @@ def plan(preset: Preset, args: argparse.Namespace) -> list[Run]:
 
 
 def order(preset: Preset, rows: Iterable[Row], sparsities: Sequence[float], seeds: Sequence[int] | None) -> list[Run]:
-    """Seed by seed, then sparsity by sparsity: a table that is stopped early is complete as far as it goes."""
+    """Return the runs seed by seed, then sparsity by sparsity: a table stopped early is complete up to there."""
     rows = list(rows)
     runs: list[Run] = []
     for seed in sorted({seed for row in rows for seed in seeds or row.seeds}):
@@ -104,7 +105,7 @@ def order(preset: Preset, rows: Iterable[Row], sparsities: Sequence[float], seed
 
 
 def execute(runs: list[Run], args: argparse.Namespace) -> int:
-    """Takes up what is finished and runs the rest."""
+    """Collect finished runs and run the others."""
     preset, out = PRESETS[args.preset], args.out
     store = args.results / f"quality_{preset.name}{'_extra' if args.extra else ''}.jsonl"
     known = {records.key(record) for record in records.read(store)}
@@ -127,7 +128,7 @@ def execute(runs: list[Run], args: argparse.Namespace) -> int:
 
 
 def state(run: Run, known: set[records.Key], out: Path | None) -> str:
-    """What there is of a run: nothing, a part, or its result."""
+    """Return the state of a run in words."""
     if run.key in known:
         return "finished"
     if out is None or not (out / run.name).exists():
@@ -140,31 +141,31 @@ def state(run: Run, known: set[records.Key], out: Path | None) -> str:
 
 @dataclass
 class Job:
-    """A run that is being trained."""
+    """A run in training."""
 
     run: Run
     process: subprocess.Popen[bytes]
     log: Path
-    offset: int  # where this attempt's part of the log begins
+    offset: int  # start of this attempt in the log, in bytes
     lock: IO[bytes]
     started: float
-    first: float  # fraction that was done before this attempt
-    done: float = 0.0  # fraction that is done now
+    first: float  # fraction done before this attempt
+    done: float = 0.0  # fraction done now
 
 
 class Busy(ValueError):
-    """Another process has the run."""
+    """Another process runs it."""
 
 
 class Queue:
-    """Keeps up to `jobs` runs going until there are none left. A run on several workers counts as that many."""
+    """Keeps up to `jobs` runs going until none is left. A run counts as many as it has workers."""
 
     def __init__(self, runs: Sequence[Run], data: Path, out: Path, store: Path, jobs: int, table: Table) -> None:
         self._waiting, self._running, self._failed = list(runs), list[Job](), list[Run]()
         self._data, self._out, self._store, self._jobs, self._table = data, out, store, jobs, table
 
     def work(self) -> int:
-        """0, or 1 where a run failed; 130 after Ctrl-C, SIGTERM or SIGHUP, with all children ended."""
+        """Run the queue. Returns 0, 1 if a run failed, or 130 after Ctrl-C, SIGTERM or SIGHUP. Ends all children."""
         before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
         try:
             while self._waiting or self._running:
@@ -212,7 +213,7 @@ class Queue:
     def _keep(self, run: Run, before: float = 1.0) -> None:
         record = records.collect(run, self._out)
         records.append(self._store, record)
-        for folder in run.folders(self._out):  # nothing goes on from them, and they are the larger part of a run
+        for folder in run.folders(self._out):  # no longer needed, and most of a run's size
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         self._table.finished(before)
         name, title = next(iter(run.preset.example.scores.items()))
@@ -230,12 +231,12 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def start(run: Run, data: Path, out: Path) -> Job:
-    """Starts a run, or goes on with it, in a session of its own. Busy if another process has it."""
+    """Start or continue a run in a new session. Busy if another process runs it."""
     folder = out / run.name
     folder.mkdir(parents=True, exist_ok=True)
     lock = (folder / "lock").open("ab")
     try:
-        # The child inherits it: as long as it lives, even without us, nobody starts the run a second time.
+        # The child inherits the lock: while it lives, even without this process, the run cannot start again.
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.close()
@@ -244,7 +245,7 @@ def start(run: Run, data: Path, out: Path) -> Job:
     (folder / "gap.json").write_text(json.dumps(run.config, indent=1) + "\n", encoding="utf-8")
     log = folder / "log.txt"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.getenv("PYTHONPATH")]))}
-    if run.preset.threads:  # one thread in tokenizers and the like too
+    if run.preset.threads:  # also one thread in tokenizers and similar libraries
         environment |= {"OMP_NUM_THREADS": str(run.preset.threads), "TOKENIZERS_PARALLELISM": "false"}
     first = fraction(log, 0) if any((each / "checkpoints").exists() for each in run.folders(out)) else 0.0
     with log.open("ab") as file:
@@ -256,14 +257,14 @@ def start(run: Run, data: Path, out: Path) -> Job:
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # a Ctrl-C reaches it through `stop` alone, once
+            start_new_session=True,  # Ctrl-C reaches it once, through `stop`
             pass_fds=(lock.fileno(),),
         )
     return Job(run, process, log, offset, lock, time.monotonic(), first, first)
 
 
 def stop(jobs: Sequence[Job], grace: float = GRACE_S) -> None:
-    """Lets runs save and end, and kills what is left after `grace` seconds, or at a second Ctrl-C."""
+    """Let runs save and end. Kill those left after `grace` seconds, or at a second Ctrl-C."""
     try:
         for job in jobs:
             _signal(job, signal.SIGINT)
@@ -283,13 +284,13 @@ def stop(jobs: Sequence[Job], grace: float = GRACE_S) -> None:
 
 
 def _signal(job: Job, number: int) -> None:
-    """To the run alone: what it has started (workers of parallel GaP) has it passed on."""
+    """Signal the run alone, which passes it on to its workers."""
     if job.process.poll() is None:
         job.process.send_signal(number)
 
 
 def descendants(pid: int) -> list[int]:
-    """All processes that a process has started, and those have; in sessions of their own, too."""
+    """Return all descendants of a process, also those in other sessions."""
     found: list[int] = []
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):
@@ -299,13 +300,13 @@ def descendants(pid: int) -> list[int]:
 
 
 def fraction(log: Path, offset: int) -> float:
-    """How much of a run is done, by the last `step 50/1976` in its log from `offset` bytes on."""
+    """Return the fraction of a run that is done, by the last `step 50/1976` in its log from `offset` bytes on."""
     steps = re.findall(r"^(?:\[worker 0\] )?step (\d+)/(\d+)", _end_of(log, offset), re.MULTILINE)
     return int(steps[-1][0]) / int(steps[-1][1]) if steps else 0.0
 
 
 def tail(log: Path, offset: int, lines: int = 12) -> str:
-    """The last lines of a log from `offset` bytes on."""
+    """Return the last lines of a log from `offset` bytes on."""
     return "\n".join(f"    {line}" for line in _end_of(log, offset).rstrip().splitlines()[-lines:])
 
 
@@ -321,7 +322,7 @@ def _end_of(log: Path, offset: int, size: int = 8192) -> str:
 
 
 class Table:
-    """A bar on a terminal, else plain lines; with the time left, judged by the work that this call has done."""
+    """Progress: a bar on a terminal, else plain lines, with the time left, estimated from the work of this call."""
 
     def __init__(self, total: int, known: int) -> None:
         self.console = Console(highlight=False, soft_wrap=True)
@@ -342,16 +343,16 @@ class Table:
         self._bar.stop()
 
     def finished(self, before: float) -> None:
-        """One more run is done, of which the fraction `before` was done when it was started."""
+        """Count a finished run. before: fraction that was done before this call."""
         self._done += 1
         self._gained += 1 - before
 
     def failed(self) -> None:
-        """One more run will not be done by this call."""
+        """Count a failed run."""
         self._failed += 1
 
     def update(self, jobs: Sequence[Job], waiting: int) -> None:
-        """How far the runs are."""
+        """Show the progress of the runs."""
         for job in jobs:
             job.done = max(job.done, fraction(job.log, job.offset))
         left = self.left(jobs, waiting)
@@ -361,7 +362,7 @@ class Table:
             self.say(f"{', '.join(f'{job.run.name} {job.done:.0%}' for job in jobs)}; {text} finished, {left}")
 
     def left(self, jobs: Sequence[Job], waiting: int) -> str:
-        """Time left in words: as fast as this call was so far."""
+        """Return the time left in words, at the speed of this call so far."""
         gained = self._gained + sum(job.done - job.first for job in jobs)
         to_do = waiting + sum(1 - job.done for job in jobs)
         if gained <= 0 or not to_do:
@@ -369,13 +370,13 @@ class Table:
         return f"about {duration((time.monotonic() - self._began) * to_do / gained)} left"
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a permanent line."""
         self._spoke = time.monotonic()
         self.console.print(escape(f"[{self._done}/{self._total}] {text}"))
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words.
+    """Return seconds in words.
 
     >>> duration(50), duration(600), duration(7500)
     ('1 min', '10 min', '2 h 5 min')

@@ -1,1 +1,1 @@
-"""What the examples share: their scripts put the folder above this one on the path, and import from here."""
+"""Code shared by the examples. Their scripts put the folder above on the path and import from here."""

@@ -1,4 +1,4 @@
-"""The part of an example's command line that is about running: backend, folders, checkpoints, processes."""
+"""Command-line arguments shared by the examples: backend, folders, checkpoints, processes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Parsed = TypeVar("Parsed")
 
 @dataclass
 class RunArguments:
-    """An example adds what it trains and on what; all of that has a default."""
+    """Arguments of every example. An example adds its model and data arguments, each with a default."""
 
     gap_config: str = HfArg(help="GaP config, JSON or YAML (configs/gap)")
     output_dir: str = HfArg(help="folder of the run: checkpoints, metrics, results, the exported model")
@@ -32,18 +32,18 @@ class RunArguments:
     lr: float = HfArg(default=2e-3, help="peak learning rate")
     warmup_steps: int = HfArg(default=200, help="linear warm-up, in optimizer steps")
     label_smoothing: float = HfArg(default=0.1, help="of the training loss")
-    seed: int = HfArg(default=0, help="of weights, batches and dropout; masks have their own in the GaP config")
+    seed: int = HfArg(default=0, help="of weights, batches and dropout; the GaP config has a separate seed for masks")
     bf16: bool = HfArg(default=False, help="autocast to bf16; with DeepSpeed its config decides")
 
-    resume: bool = HfArg(default=False, help="go on from the newest checkpoint in --output-dir, if there is one")
+    resume: bool = HfArg(default=False, help="continue from the newest checkpoint in --output-dir, if there is one")
     overwrite: bool = HfArg(default=False, help="delete the run in --output-dir first")
     save_every: int | None = HfArg(default=None, help="optimizer steps between checkpoints; default: an epoch")
-    keep_checkpoints: int = HfArg(default=2, help="checkpoints to leave in the folder: a damaged one is passed over")
-    portable: bool = HfArg(default=False, help="let --resume go on with another number of ranks or another backend")
+    keep_checkpoints: int = HfArg(default=2, help="checkpoints to keep in the folder; --resume skips a damaged one")
+    portable: bool = HfArg(default=False, help="let --resume continue with another number of ranks or another backend")
     log_every: int = HfArg(default=50, help="optimizer steps between lines of metrics.jsonl")
-    tensorboard: bool = HfArg(default=False, help="write TensorBoard files too")
+    tensorboard: bool = HfArg(default=False, help="also write TensorBoard files")
     threads: int | None = HfArg(default=None, help="CPU threads of each process")
-    local_rank: int = field(default=-1, metadata={"help": "set by launchers; LOCAL_RANK is read instead"})
+    local_rank: int = field(default=-1, metadata={"help": "set by launchers, ignored: LOCAL_RANK is read instead"})
 
     def __post_init__(self) -> None:
         check_at_least(
@@ -56,7 +56,7 @@ class RunArguments:
             raise ValueError(f"lr={self.lr}: must be above 0. Set --lr.")
         if self.resume and self.overwrite:
             raise ValueError(
-                "--resume and --overwrite: one goes on with what is in --output-dir, the other deletes it."
+                "--resume and --overwrite: the first continues the run in --output-dir, the second deletes it. Set one."
             )
         if (self.backend == "deepspeed") > (self.deepspeed_config is not None):
             raise ValueError('backend="deepspeed": needs a config. Set --deepspeed_config (configs/ds).')
@@ -67,27 +67,27 @@ class RunArguments:
 
 
 def check_at_least(args: Any, lowest: Mapping[str, float]) -> None:
-    """ValueError for an argument below its lowest value; one that is None is not looked at."""
+    """Raise ValueError for an argument below its lowest value. None is accepted."""
     for name, bound in lowest.items():
         if (value := getattr(args, name)) is not None and not value >= bound:
             raise ValueError(f"{name}={value}: must be at least {bound}. Set --{name.replace('_', '-')}.")
 
 
 def check_fraction(args: Any, names: Iterable[str]) -> None:
-    """ValueError for an argument that does not lie in [0, 1)."""
+    """Raise ValueError for an argument outside [0, 1)."""
     for name in names:
         if not 0 <= (value := getattr(args, name)) < 1:
             raise ValueError(f"{name}={value}: must lie in [0, 1). Set --{name.replace('_', '-')}.")
 
 
 def parse(kind: type[Parsed], argv: Sequence[str] | None = None) -> Parsed:
-    """The arguments of the command line. ValueError for a mistake in them."""
+    """Parse the command line. ValueError for a mistake in it."""
     parsed: tuple[Parsed, ...] = Parser(kind).parse_args_into_dataclasses(args=argv)
     return parsed[0]
 
 
 class Parser(HfArgumentParser):
-    """One sentence for a mistake, on one rank, instead of forty options on each."""
+    """Raises ValueError with one line for a mistake, instead of printing all options on every rank."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}. --help lists all arguments.")

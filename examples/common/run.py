@@ -1,4 +1,4 @@
-"""A run: its configs, its folder, what a checkpoint must agree with, and the engine around the model."""
+"""A run: configs, folder, consistency of checkpoints, and the engine around the model."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ log = logging.getLogger("examples")
 
 Arguments = TypeVar("Arguments", bound=RunArguments)
 
-#: What a run leaves in its folder, and --overwrite deletes; nothing else in there is touched. The exchange folder of
-#: parallel GaP is no worker's own: others may be using it already.
+#: Files that a run writes and --overwrite deletes; other files stay. The exchange folder of parallel GaP is not among
+#: them: other workers may be using it already.
 FILES = (
     *("results.json", "metrics.jsonl", history.NAME, "model", "model.partial", "checkpoints", "tokenizer"),
     "tensorboard",
@@ -37,7 +37,7 @@ FILES = (
 
 
 def gap_config(args: RunArguments, pretrained: bool) -> GaPConfig:
-    """The GaP config of this run, complete before anything is started."""
+    """Return the GaP config of this run."""
     gap = GaPConfig.load(args.gap_config)
     if args.dense:
         return gap.as_dense()
@@ -49,12 +49,12 @@ def gap_config(args: RunArguments, pretrained: bool) -> GaPConfig:
 def gap_worker(
     args: Arguments, gap: GaPConfig, same: Iterable[str], script: str
 ) -> tuple[Arguments, ParallelWorker | None]:
-    """Of parallel GaP, which worker this is; its folder is one in --output-dir. Otherwise the arguments as they are.
+    """Return the arguments with the worker's folder, and the worker of parallel GaP. Other methods: (args, None).
 
     Args:
-        same: names of the arguments that all workers of a run must have alike, which no signature of the config knows.
+        same: names of arguments that must be equal on all workers and are not in the signature of the config.
     Raises:
-        ValueError: the config has no such worker, or a new run would meet in the exchange folder of an old one.
+        ValueError: the config has no such worker, or the exchange folder belongs to an earlier run.
     """
     if gap.method != "parallel":
         for name in ("gap_worker", "exchange"):
@@ -63,17 +63,17 @@ def gap_worker(
         return args, None
     if args.gap_worker is None:
         raise ValueError(
-            'method="parallel": every worker is a job of its own. Start all by gap-ds parallel --workers '
+            'method="parallel": every worker is a separate job. Start all by gap-ds parallel --workers '
             f"{gap.kappa} -- {script} ..., or each by --gap-worker 0, 1, ..."
         )
     if args.gap_worker >= gap.kappa:
         raise ValueError(f"--gap-worker {args.gap_worker}: must be below {gap.kappa}, the number of partitions.")
     folder = Path(args.output_dir)
-    told = {name: getattr(args, name) for name in same} | _arithmetic(args)
-    text = "|".join(f"{name}:{value}" for name, value in sorted(told.items()))
-    said = text if len(text) <= 1000 else hashlib.sha256(text.encode()).hexdigest()
+    shared = {name: getattr(args, name) for name in same} | _arithmetic(args)
+    text = "|".join(f"{name}:{value}" for name, value in sorted(shared.items()))
+    text = text if len(text) <= 1000 else hashlib.sha256(text.encode()).hexdigest()
     exchange = args.exchange or str(folder / "exchange")
-    worker = ParallelWorker(args.gap_worker, exchange, args.exchange_timeout, said, args.resume)
+    worker = ParallelWorker(args.gap_worker, exchange, args.exchange_timeout, text, args.resume)
     if not args.resume and worker.has_published():
         raise ValueError(
             f"exchange={worker.shown!r}: worker {worker.index} has published there, in a run before. Go on with that "
@@ -84,10 +84,10 @@ def gap_worker(
 
 
 def _arithmetic(args: RunArguments) -> dict[str, Any]:
-    """What changes the numbers of a run by more than a rounding, wherever it is said.
+    """Return the settings that change the numbers of a run by more than rounding, from arguments and DeepSpeed config.
 
-    The backend and the number of ranks alone do not: the workers of a run may differ in them, and one that is started
-    again too (--portable). How many micro-batches a step has over all ranks is compared, as when a run goes on.
+    Backend and number of ranks are not among them: workers may differ in both, also after a restart (--portable). The
+    number of micro-batches in a step over all ranks is.
     """
     config = {} if args.deepspeed_config is None else _read_deepspeed(args.deepspeed_config)
     sections = {name: config.get(name) for name in ("bf16", "bfloat16", "fp16", "torch_autocast")}
@@ -100,10 +100,12 @@ def _arithmetic(args: RunArguments) -> dict[str, Any]:
 
 
 def deepspeed_config(args: RunArguments, batch_flag: str) -> dict[str, Any] | None:
-    """The DeepSpeed config of this run, with what its arguments decide filled in; None without --deepspeed_config.
+    """Return the DeepSpeed config of this run, completed from the arguments; None without --deepspeed_config.
 
     Args:
-        batch_flag: the argument of this example that sets the size of a batch.
+        batch_flag: the example's argument for the size of a batch.
+    Raises:
+        ValueError: the config contradicts the arguments.
     """
     if args.deepspeed_config is None:
         return None
@@ -116,14 +118,14 @@ def deepspeed_config(args: RunArguments, batch_flag: str) -> dict[str, Any] | No
             f"{origin}: gradient_accumulation_steps={given}, but --accumulation {args.accumulation}: set both alike."
         )
     config["gradient_accumulation_steps"] = args.accumulation
-    config["train_micro_batch_size_per_gpu"] = 1  # DeepSpeed asks for it; the example cuts its batches itself
+    config["train_micro_batch_size_per_gpu"] = 1  # required by DeepSpeed; the example cuts its batches itself
     if auto := [key for key, value in _items(config) if value == "auto"]:
         raise ValueError(f'{origin}: {auto[0]}="auto" is for the Trainer of transformers. Set a value, or remove it.')
     return config
 
 
 def _read_deepspeed(path: str) -> dict[str, Any]:
-    """A DeepSpeed config as it is in its file. ValueError if there is no object in it."""
+    """Read a DeepSpeed config. ValueError if the file has no JSON object."""
     origin = f"--deepspeed_config {path}"
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -135,7 +137,7 @@ def _read_deepspeed(path: str) -> dict[str, Any]:
 
 
 def _items(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """All settings of a config, nested ones as "section.key"."""
+    """Yield all settings of a config, nested ones as "section.key"."""
     for key, value in config.items():
         yield key, value
         if isinstance(value, dict):
@@ -146,7 +148,7 @@ def _items(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def prepare_folder(args: RunArguments) -> tuple[Path, bool]:
-    """The run's folder, and whether to go on from a checkpoint; no run is overwritten or continued unasked."""
+    """Return the run's folder, and True to continue from a checkpoint. ValueError where that was not requested."""
     folder = Path(args.output_dir)
     if (folder / "results.json").exists() and args.resume and args.gap_worker is not None:
         if runtime.rank() == 0:
@@ -178,13 +180,13 @@ def prepare_folder(args: RunArguments) -> tuple[Path, bool]:
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> None:
-    """results.json, which says that the run is over; whole or absent."""
+    """Write results.json, the mark of a finished run. The file is whole or absent."""
     (folder / "results.json.partial").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", "utf-8")
     (folder / "results.json.partial").replace(folder / "results.json")
 
 
 def figures(args: RunArguments, engine: GaPEngine, seconds: float, first_step: int) -> dict[str, Any]:
-    """What a run cost, whoever scores it."""
+    """Return the cost figures of a run."""
     mean_density = engine.schedule.mean_density(*engine.plan.per_partition())
     return {
         "signature": engine.signature,
@@ -205,15 +207,15 @@ def figures(args: RunArguments, engine: GaPEngine, seconds: float, first_step: i
 
 
 def begin(args: RunArguments, fixed: Sequence[str], rows: int) -> dict[str, Any]:
-    """The state of a run before its first step, as it goes into checkpoints.
+    """Return the state of a run before its first step, as saved in checkpoints.
 
-    "batches" counts the steps of data that were used: more than the applied steps where fp16 overflowed. "run" is what
-    a run that goes on must have as it was, besides its plan and schedule, which the engine compares. A step may be cut
-    into other micro-batches per rank, as long as there are as many in all.
+    "batches" counts the data steps, which exceed the applied steps where fp16 overflowed. "run" contains the settings
+    that a resumed run must keep; the engine compares plan and schedule itself. The micro-batches of a step may be
+    spread differently over ranks, if their total stays the same.
 
     Args:
-        fixed: names of the arguments that must stay as they were.
-        rows: of the training set.
+        fixed: names of the arguments that a resumed run must keep.
+        rows: number of rows of the training set.
     """
     micro_batches = {"accumulation x ranks": args.accumulation * runtime.world_size()}
     run = {"rows": rows, **{name: getattr(args, name) for name in fixed}, **micro_batches}
@@ -221,18 +223,17 @@ def begin(args: RunArguments, fixed: Sequence[str], rows: int) -> dict[str, Any]
 
 
 def resume(engine: GaPEngine, folder: Path, state: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Goes on from the newest checkpoint: the state saved with it. ValueError if another run saved it."""
+    """Load the newest checkpoint and return the state saved with it. ValueError if another run saved it."""
     saved = same_run(state, engine.load_checkpoint(folder / "checkpoints"))
     if saved["ranks"] != state["ranks"]:
-        # Random states are those of ranks that are no more: new ones, which differ between ranks and from those of
-        # the steps before.
+        # The saved random states belong to other ranks. Draw new ones that differ between ranks and from earlier steps.
         sequence = np.random.SeedSequence((seed, state["ranks"], runtime.rank(), engine.applied_steps))
         runtime.seed_everything(int(sequence.generate_state(1)[0]))
     return {**saved, "ranks": state["ranks"]}
 
 
 def same_run(now: dict[str, Any], saved: Any) -> dict[str, Any]:
-    """The state saved with a checkpoint. ValueError if another run saved it than the one that `now` begins."""
+    """Return the state saved with a checkpoint. ValueError if a run with other settings than `now` saved it."""
     was = saved["run"] if isinstance(saved, dict) and "run" in saved else {}
     if changed := [
         f"{key}={was.get(key)!r} (now {value!r})" for key, value in now["run"].items() if was.get(key) != value
@@ -244,7 +245,7 @@ def same_run(now: dict[str, Any], saved: Any) -> dict[str, Any]:
 
 
 def save(args: RunArguments, engine: GaPEngine, folder: Path, state: dict[str, Any]) -> None:
-    """A checkpoint; the oldest goes once this one is whole."""
+    """Save a checkpoint. The oldest is deleted once this one is complete."""
     engine.save_checkpoint(folder, client_state=state, keep=args.keep_checkpoints, portable=args.portable)
 
 
@@ -261,8 +262,10 @@ def build_engine(
     steps_per_epoch: int,
     shape: Callable[[int, int, int], float],
 ) -> GaPEngine:
-    """The engine over DeepSpeed, or over a model that is wrapped already; `shape` as in `learning_rate`."""
-    built: list[GaPEngine] = []  # the schedule asks the engine for the phase, and the engine is built around it
+    """Build the engine over DeepSpeed, or over a model that is already wrapped. `shape` as in `learning_rate`."""
+    built: list[
+        GaPEngine
+    ] = []  # filled below: the learning rate needs the engine's phase, and the engine needs the scheduler
     relative = learning_rate(gap, steps_per_epoch, args.warmup_steps, shape, lambda: built[0].phase if built else None)
     lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, relative)
     same: dict[str, Any] = {
@@ -283,13 +286,13 @@ def learning_rate(
     shape: Callable[[int, int, int], float],
     phase: Callable[[], schedule.Phase | None],
 ) -> Callable[[int], float]:
-    """The learning rate relative to its peak, by step: of the run, or of each phase where the config restarts it.
+    """Return a function from step to learning rate relative to its peak, over the run, or over each phase (lr_restart).
 
-    The workers of parallel GaP have one learning rate, that of worker 0, although the others end before it.
+    All workers of parallel GaP follow the learning rate of worker 0, although the others end before it.
 
     Args:
-        warmup_steps: of a linear rise from the first step on; at most half of the phase or run.
-        shape: (step, steps of warm-up, steps in all) -> learning rate after the warm-up.
+        warmup_steps: steps of a linear rise from the first step on, at most half of the phase or run.
+        shape: (step, warm-up steps, total steps) -> learning rate after the warm-up.
     """
     whole = schedule.build(gap, steps_per_epoch)
 
@@ -302,12 +305,12 @@ def learning_rate(
 
 
 def inverse_sqrt(step: int, warmup: int, length: int) -> float:
-    """Falls with the square root of the step."""
+    """Learning rate that falls with the square root of the step."""
     return float((warmup / (step + 1)) ** 0.5)
 
 
 def linear(step: int, warmup: int, length: int) -> float:
-    """Falls to 0 in a line.
+    """Learning rate that falls linearly to 0.
 
     >>> linear(10, 10, 20), linear(15, 10, 20), linear(20, 10, 20)
     (1.0, 0.5, 0.0)

@@ -1,4 +1,4 @@
-"""What a training script needs around its recipe: processes, signals, progress, figures. Nothing here is about GaP."""
+"""Processes, signals, progress and metrics of a training script. Nothing here is specific to GaP."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from transformers.utils import logging as transformers_logging
 
 
 def start_processes(seed: int, threads: int | None, deepspeed: bool) -> torch.device:
-    """Joins the processes of torchrun or the deepspeed launcher (or stands alone) and seeds them; this rank's device.
+    """Join the processes of torchrun or the deepspeed launcher, if any, seed them, and return this rank's device.
 
-    On a CPU the cores are shared out among the processes of the machine unless `threads` or OMP_NUM_THREADS says so.
+    On a CPU the processes share the cores evenly, unless `threads` or OMP_NUM_THREADS is set.
     """
     local = int(os.environ.get("LOCAL_RANK", 0))
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
@@ -50,22 +50,22 @@ def start_processes(seed: int, threads: int | None, deepspeed: bool) -> torch.de
         import deepspeed as ds
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        # DeepSpeed calls collectives by names that torch deprecates; its users cannot change that.
+        # DeepSpeed calls collectives by deprecated names; users cannot change that.
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
         ds.init_distributed()
     elif int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
-    # Saving a run of one process without a process group is what we want, not what torch has to guess.
+    # torch warns when a run of one process is saved without a process group; here that is intended.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
     if rank() != 0 or not sys.stderr.isatty():
         datasets.disable_progress_bars()
         transformers_logging.disable_progress_bar()
-    seed_everything(seed)  # every rank builds the same model; their dropout is made to differ afterwards
+    seed_everything(seed)  # every rank builds the same model; the recipe reseeds dropout per rank
     return device
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds Python, NumPy and torch."""
+    """Seed Python, NumPy and torch."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -85,7 +85,7 @@ def barrier() -> None:
 
 
 def end_processes() -> None:
-    """Leaves the process group, once all ranks are done."""
+    """Leave the process group once all ranks are done."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -93,7 +93,7 @@ def end_processes() -> None:
 
 @contextmanager
 def first_rank_first() -> Iterator[bool]:
-    """Rank 0 runs the body before the others do (it fills caches that they read); yields whether this is rank 0."""
+    """Let rank 0 run the body before the others, which read its caches. Yields True on rank 0."""
     if rank() != 0:
         barrier()
     yield rank() == 0
@@ -102,7 +102,7 @@ def first_rank_first() -> Iterator[bool]:
 
 
 def total_over_ranks(*values: float) -> list[float]:
-    """Sums of some numbers over all ranks."""
+    """Return the sums of some numbers over all ranks."""
     if world_size() == 1:
         return list(values)
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
@@ -112,12 +112,12 @@ def total_over_ranks(*values: float) -> list[float]:
 
 
 class Interrupt:
-    """Inside its `with`, SIGINT and SIGTERM on any rank let all ranks finish their step, save and leave together.
+    """Context in which SIGINT or SIGTERM on any rank lets all ranks finish their step, save and end together.
 
     `requested()` is a collective: all ranks call it after the same step and get the same answer, the signal's number or
-    0. It costs one small message over the CPU, and no synchronisation with a GPU. Outside, signals act as usual: one
-    that came too late to be asked for acts when the `with` ends. Once it was answered there is nothing left to do but
-    to leave, and launchers pass on the same Ctrl-C up to three times: then further signals change nothing.
+    0. It sends one small message over the CPU and does not synchronise with a GPU. A signal after the last call acts
+    when the context ends. After `requested()` has returned a signal, further signals are ignored: launchers pass on the
+    same Ctrl-C up to three times.
     """
 
     def __init__(self) -> None:
@@ -148,9 +148,9 @@ class Interrupt:
 
 
 class Monitor:
-    """Progress on rank 0: a bar on a terminal, else plain lines; `metrics.jsonl`; TensorBoard when asked for.
+    """Progress on rank 0: a bar on a terminal, else plain lines; `metrics.jsonl`; TensorBoard on request.
 
-    A run that goes on at step `start` goes on with the lines up to there: later ones are of steps it takes again.
+    A run that continues at step `start` keeps the lines up to that step. Later lines belong to steps that it repeats.
     """
 
     def __init__(self, folder: Path, total: int, start: int, every: int, tensorboard: bool) -> None:
@@ -189,7 +189,7 @@ class Monitor:
                 self._writer.close()
 
     def step(self, step: int, **figures: float | int | str) -> None:
-        """After every step; writes a line every `every` steps."""
+        """Update the progress after a step; write a line every `every` steps."""
         if not self._leads:
             return
         text = "  ".join(
@@ -202,7 +202,7 @@ class Monitor:
                 print(f"step {step}/{self._total}  {text}", file=sys.stderr, flush=True)
 
     def write(self, kind: str, step: int, **figures: Any) -> None:
-        """A line of `metrics.jsonl` (and points in TensorBoard)."""
+        """Write a line of `metrics.jsonl`, and points of TensorBoard."""
         if not self._leads:
             return
         row = {"kind": kind, "step": step, "seconds": round(time.perf_counter() - self._start, 3), **figures}
@@ -215,7 +215,7 @@ class Monitor:
 
 
 def _step_of(line: str) -> float:
-    """The step of a line of `metrics.jsonl`; infinite where a kill has cut it short."""
+    """Return the step of a line of `metrics.jsonl`, infinity for a line cut short by a kill."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
@@ -223,22 +223,22 @@ def _step_of(line: str) -> float:
 
 
 def run(main: Callable[[], int]) -> NoReturn:
-    """Runs a program and ends this process with its exit status.
+    """Run a program and end this process with its exit status.
 
-    What the user can mend becomes one message on one rank: ValueError and OSError (status 2), Ctrl-C where there is
-    nothing to save (130), another rank's end (1). Anything else is a bug and keeps its traceback.
+    ValueError and OSError become one line on one rank (status 2), and so do Ctrl-C with nothing to save (130) and the
+    end of another rank (1). Other errors are bugs and keep their traceback.
     """
     try:
         status = main()
     except KeyboardInterrupt:
         status = 130
         if _launched_rank() == 0:
-            print("interrupted; what was saved before is as it was.", file=sys.stderr)
+            print("interrupted; earlier checkpoints are unchanged.", file=sys.stderr)
     except Exception as error:
         if _lost_a_rank(error):
             status = 1
             if _launched_rank() == 0:
-                print("ends, because another rank has: see its message, or it was killed.", file=sys.stderr)
+                print("ended because another rank has: see its message, or it was killed.", file=sys.stderr)
         elif isinstance(error, ValueError | OSError) or _port_is_taken(error):
             status = _fail(error)
         else:
@@ -246,31 +246,31 @@ def run(main: Callable[[], int]) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     if status:
-        os._exit(status)  # libraries that tidy up at exit would wait for the other ranks
+        os._exit(status)  # libraries that clean up at exit would wait for the other ranks
     sys.exit(0)
 
 
 def _fail(error: Exception) -> int:
-    """Says what is wrong once, whatever the number of ranks; the exit status 2."""
+    """Print an error once, on any number of ranks, and return the exit status 2."""
     own = _launched_rank()
     if own:
-        time.sleep(10)  # where rank 0 fails alike, it speaks first, and the launcher ends the others meanwhile
+        time.sleep(10)  # if rank 0 fails alike, it prints first and the launcher ends the others
     print(f"error{f' on rank {own}' if own else ''}: {error}", file=sys.stderr, flush=True)
     return 2
 
 
 def _launched_rank() -> int:
-    """The rank that the launcher gave, known before (and after) there is a process group."""
+    """Return the launcher's rank, known before and after there is a process group."""
     return int(os.environ.get("RANK", 0))
 
 
 def _port_is_taken(error: BaseException) -> bool:
-    """Whether rank 0 could not listen on MASTER_PORT; the message has the port."""
+    """Return True if rank 0 could not listen on MASTER_PORT. The message contains the port."""
     return isinstance(error, dist.DistNetworkError) and "EADDRINUSE" in str(error)
 
 
 def _lost_a_rank(error: BaseException | None) -> bool:
-    """Whether another process is gone, and a collective failed for it; gloo has no class of its own for that."""
+    """Return True if a collective failed because another process ended. gloo has no error class for that."""
     texts = "Connection closed by peer", "Connection reset by peer", "Broken pipe"
     while error is not None:
         if isinstance(error, dist.DistNetworkError | dist.DistStoreError) and not _port_is_taken(error):

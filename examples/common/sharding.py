@@ -1,4 +1,4 @@
-"""One model, any of PyTorch's or fairscale's sharding libraries around it (DeepSpeed makes its own engine)."""
+"""Wrap a model in one of PyTorch's or fairscale's sharding libraries. DeepSpeed makes its engine itself."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gap_ds.method.plan import clean_name, find_blocks
 
 
 def wrap(model: nn.Module, backend: str, device: torch.device) -> nn.Module:
-    """The model inside a sharding library, each repeated block a unit of its own, over all ranks.
+    """Return the model inside a sharding library over all ranks, each repeated block a separate unit.
 
     Build the optimizer afterwards, from the wrapped model's parameters. The weights stay fp32.
 
@@ -24,7 +24,7 @@ def wrap(model: nn.Module, backend: str, device: torch.device) -> nn.Module:
     if not dist.is_initialized():
         raise ValueError(f'backend="{backend}": needs processes. Start by torchrun, or set --backend none.')
     if backend == "ddp":
-        # A recipe whose buffers move (BatchNorm) keeps them alike itself, on every backend in the same way.
+        # A recipe with changing buffers (BatchNorm) synchronises them itself, on every backend in the same way.
         return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     return {"fsdp1": _fsdp1, "fsdp2": _fsdp2, "fairscale": _fairscale}[backend](model, device)
 

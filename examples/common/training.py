@@ -1,4 +1,4 @@
-"""The training loop of the examples: it knows steps, phases, checkpoints and signals, and not what is learned."""
+"""Training loop of the examples: steps, phases, checkpoints and signals. The task is a parameter."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from gap_ds.method.schedule import Phase
 
 
 class Task(Protocol):
-    """What is learned."""
+    """Data, loss and validation of a training run."""
 
-    #: What the throughput counts, such as "tokens".
+    #: Unit of the throughput, such as "tokens".
     unit: str
     steps_per_epoch: int
 
     def batches(self, epoch: int, start: int) -> Iterator[tuple[int, Sequence[Any]]]:
-        """This rank's steps of an epoch from `start` on: (units of the whole step over all ranks, micro-batches)."""
+        """Yield this rank's steps of an epoch from `start` on: (units of the step over all ranks, micro-batches)."""
         ...
 
     def loss(self, engine: GaPEngine, batch: Any, units: int, phase: Phase) -> Tensor:
-        """Loss of a micro-batch, of which the engine takes the mean over ranks and micro-batches."""
+        """Return the loss of a micro-batch. The engine averages it over ranks and micro-batches."""
         ...
 
     def after_step(self, engine: GaPEngine) -> None:
-        """Called after every optimizer step."""
+        """Run after every optimizer step."""
         ...
 
     def validate(self, engine: GaPEngine, epoch: int) -> dict[str, float]:
-        """Figures of the model as it is now, after an epoch; none where there is nothing to tell."""
+        """Return figures of the model after an epoch; empty if there are none."""
         ...
 
 
 def train(args: RunArguments, engine: GaPEngine, folder: Path, state: dict[str, Any], task: Task) -> tuple[float, int]:
-    """Trains to the end of the schedule: (units seen by this call, 0), or the signal's number where one came.
+    """Train to the end of the schedule, or until a signal. Returns (units seen by this call, the signal's number or 0).
 
-    `state` (see `run.begin`) goes into the checkpoints.
+    `state` (see `run.begin`) is saved in the checkpoints.
     """
     per_epoch = task.steps_per_epoch
     seen, since, total = 0.0, time.perf_counter(), engine.schedule.total_steps
@@ -92,7 +92,7 @@ def train(args: RunArguments, engine: GaPEngine, folder: Path, state: dict[str, 
 
 
 def say_stopped(engine: GaPEngine, number: int) -> int:
-    """Tells how to go on after a signal; the exit status."""
+    """Print how to continue after a signal, and return the exit status."""
     if runtime.rank() == 0:
         print(
             f"stopped at step {engine.applied_steps} and saved. Go on with the same command and --resume.",

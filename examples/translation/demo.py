@@ -1,8 +1,8 @@
-"""The demonstration: a small Transformer trained dense and sparse on a generated corpus, and their BLEU side by side.
+"""Demonstration: train a small Transformer dense and sparse on the shipped corpus and print both BLEU scores.
 
     make demo        or        python examples/translation/demo.py [--output-dir runs/demo]
 
-Everything runs through `train.py` under the DeepSpeed launcher, on the GPUs there are, or on two CPU processes.
+Runs `train.py` under the DeepSpeed launcher, on all GPUs, or in two CPU processes.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main() -> int:
 
 
 def train(folder: Path, flags: list[str]) -> int:
-    """Runs train.py under the DeepSpeed launcher; its exit status."""
+    """Run train.py under the DeepSpeed launcher and return its exit status."""
     ranks = torch.cuda.device_count() or 2
     launcher = Path(sys.executable).with_name("deepspeed")
     command = [str(launcher), "--num_accelerators", str(ranks), str(HERE / "train.py"), "--gap-config", str(GAP)]
@@ -66,7 +66,7 @@ def train(folder: Path, flags: list[str]) -> int:
 
 
 def table(results: dict[str, dict[str, Any]]) -> Table:
-    """Both runs side by side."""
+    """Return the figures of both runs side by side."""
     shown = Table("", *results)
     rows = {
         "BLEU": lambda r: f"{r['bleu']:.1f}",
@@ -82,7 +82,7 @@ def table(results: dict[str, dict[str, Any]]) -> Table:
 
 
 def picture(gap: GaPConfig, steps_per_epoch: int) -> str:
-    """The schedule as text: one line per partition, time from left to right."""
+    """Return the schedule as text: one line per partition, time from left to right."""
     run = schedule.build(gap, steps_per_epoch)
     total, sparse = run.total_steps, 1 - gap.sparsity
     lines = [f"\nThe schedule of the sparse run ({total} steps; █ dense, ▒ between, ░ {gap.sparsity:.0%} sparse)"]

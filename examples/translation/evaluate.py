@@ -1,10 +1,10 @@
-"""Translate with an exported model and score it; or score files of translations.
+"""Translate with an exported model and score the result, or score files of translations.
 
     python evaluate.py --model-dir out/model --dataset path/or/hub-name --split test --beams 4 --out results.json
     python evaluate.py --hypotheses mine.txt --references ref1.txt ref2.txt --json scores.json
 
 Reports BLEU of sacreBLEU, cased and uncased (-lc), and chrF, each with its signature. Under torchrun or the deepspeed
-launcher the sentences are spread over the processes; the translations do not depend on their number.
+launcher the processes share the sentences; the translations do not depend on their number.
 """
 
 from __future__ import annotations
@@ -17,17 +17,16 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from metrics import METRICS, Scorer, count_zeros, score
 from model import load_pretrained
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from sacrebleu.metrics import BLEU, CHRF
-from torch import nn
 from transformers import (
     AutoTokenizer,
     HfArgumentParser,
@@ -38,39 +37,18 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-METRICS = ("bleu", "bleu_uncased", "chrf")
-
-
 # ---------------------------------------------------------------------------------------------------- translation
 
 
 def translate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    sources: Sequence[str],
-    *,
-    beams: int = 4,
-    batch_tokens: int = 2048,
-    length_penalty: float = 1.0,
-    progress: Callable[[int, int], None] | None = None,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sources: Sequence[str], **options: Any
 ) -> list[str]:
-    """The translations of `sources`, in their order, on every rank; all ranks must call it with the same arguments.
+    """Return the translations of `sources`, in their order, on every rank. Options as in `translate_share`.
 
-    Where torch.distributed is initialised every rank translates a share and the shares are gathered. Arguments as in
-    `translate_share`.
+    All ranks must call it with the same arguments. Under torch.distributed every rank translates a share.
     """
     rank, world_size = _rank_and_world_size()
-    share = translate_share(
-        model,
-        tokenizer,
-        sources,
-        beams=beams,
-        batch_tokens=batch_tokens,
-        length_penalty=length_penalty,
-        rank=rank,
-        world_size=world_size,
-        progress=progress,
-    )
+    share = translate_share(model, tokenizer, sources, rank=rank, world_size=world_size, **options)
     return gather(share, len(sources))
 
 
@@ -86,12 +64,17 @@ def translate_share(
     world_size: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[int, str]:
-    """This rank's translations, by position in `sources`. Deterministic, and the same text for any `world_size`.
+    """Return this rank's translations, by position in `sources`. The texts do not depend on `world_size`.
 
-    `model` is the Hugging Face model itself, not its DDP or DeepSpeed wrapper; it is left in the mode it came in.
-    `beams` = 1 is greedy search. A batch holds `batch_tokens` source tokens, padding included (one sentence at least).
-    A translation ends after 1.5 x + 20 tokens at the latest, x being those of its source, and never has more than the
-    model has positions; a longer source is cut to them. `progress(done, total)` counts this rank's sentences.
+    A translation has at most 1.5 x + 20 tokens for x source tokens, and at most as many as the model has positions.
+    Longer sources are cut to the positions.
+
+    Args:
+        model: the Hugging Face model itself, not its DDP or DeepSpeed wrapper. Its mode is restored.
+        beams: width of the beam; 1 is greedy search.
+        batch_tokens: source tokens in a batch, padding included; a batch has at least one sentence.
+        length_penalty: exponent of the length that a hypothesis is divided by.
+        progress: called with (done, total), this rank's sentences.
     """
     if beams < 1 or batch_tokens < 1:
         raise ValueError(f"beams={beams}, batch_tokens={batch_tokens}: at least 1 each. Set --beams, --batch-tokens.")
@@ -100,10 +83,10 @@ def translate_share(
     tokens = tokenizer(list(sources), **cut)["input_ids"] if sources else []
     batches = batches_by_tokens([len(ids) for ids in tokens], batch_tokens)
 
-    # Whole batches are dealt out, so that a sentence has the same neighbours, and the same rounding, at any world size.
+    # Ranks take whole batches: a sentence has the same neighbours, and the same rounding, at any world size.
     mine = batches[rank::world_size]
     total = sum(map(len, mine))
-    # Under ZeRO-3 every forward pass gathers weights from all ranks: they must take part in equally many.
+    # Under ZeRO-3 every forward pass gathers weights from all ranks: all ranks need the same number of passes.
     partitioned = world_size > 1 and any(hasattr(p, "ds_id") for p in model.parameters())
     idle = math.ceil(len(batches) / world_size) - len(mine) if partitioned else 0
 
@@ -111,7 +94,7 @@ def translate_share(
     options.update(num_beams=beams, do_sample=False, use_cache=True, max_length=None)
     if beams > 1:
         options.update(length_penalty=length_penalty, early_stopping=False)
-    # inference_mode is a little faster, but weights gathered under it could not be trained on afterwards.
+    # inference_mode is a little faster, but weights gathered under it cannot be trained afterwards.
     no_grad = torch.no_grad if partitioned else torch.inference_mode
 
     hypotheses: dict[int, str] = {}
@@ -143,7 +126,7 @@ def translate_share(
 
 
 def gather(share: dict[int, str], count: int) -> list[str]:
-    """All ranks' shares as one list of `count` translations in input order, on every rank."""
+    """Merge all ranks' shares into one list of `count` translations in input order, on every rank."""
     _, world_size = _rank_and_world_size()
     shares: list[dict[int, str]] = [share] * world_size
     if world_size > 1:
@@ -154,7 +137,7 @@ def gather(share: dict[int, str], count: int) -> list[str]:
 
 
 def batches_by_tokens(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Positions of sequences grouped by length, longest first, so that rows x longest row <= `batch_tokens`.
+    """Group positions of sequences by length, longest first, so that rows x longest row <= `batch_tokens`.
 
     >>> batches_by_tokens([2, 9, 3, 3], batch_tokens=6)
     [[1], [2, 3], [0]]
@@ -169,7 +152,7 @@ def batches_by_tokens(lengths: Sequence[int], batch_tokens: int) -> list[list[in
 
 
 def max_new_tokens(source_tokens: int, positions: int | None) -> int:
-    """The most tokens a translation may have, `</s>` included, for a model with so many positions (None: any number).
+    """Return the largest number of tokens of a translation, `</s>` included. positions: of the model; None: no limit.
 
     >>> max_new_tokens(10, None), max_new_tokens(10, 30)
     (35, 29)
@@ -179,9 +162,9 @@ def max_new_tokens(source_tokens: int, positions: int | None) -> int:
 
 
 class _EndAt(LogitsProcessor):  # type: ignore[misc]
-    """Leaves only `</s>` to a sentence that has reached its own limit.
+    """Allows only `</s>` once a sentence has reached its limit.
 
-    The limit of the batch alone would let a translation that repeats itself grow with its neighbours' lengths.
+    With one limit for the batch, the length of a translation that repeats itself would depend on its neighbours.
     """
 
     def __init__(self, limits: Sequence[int], beams: int, eos: int | list[int], device: torch.device) -> None:
@@ -198,103 +181,6 @@ class _EndAt(LogitsProcessor):  # type: ignore[misc]
         return torch.where(input_ids.shape[1] >= self.limits, ended, scores)
 
 
-# -------------------------------------------------------------------------------------------------------- scoring
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Corpus scores in percent; a metric that was not asked for is None. `signatures` says how each was computed."""
-
-    bleu: float | None
-    bleu_uncased: float | None
-    chrf: float | None
-    signatures: dict[str, str]
-    sentences: int
-
-    def to_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if value is not None}
-
-    def __str__(self) -> str:
-        names = {"bleu": "BLEU", "bleu_uncased": "BLEU uncased", "chrf": "chrF"}
-        return "\n".join(f"{names[m]:12} {getattr(self, m):6.2f}  {how}" for m, how in self.signatures.items())
-
-
-class Scorer:
-    """Scores any number of systems against the same references, which are tokenised and counted once.
-
-    `references`: one text per sentence, or a list of such lists, one for each set of references; None stands for a
-    reference that a sentence does not have. `metrics`: of METRICS; chrF takes most of the time.
-    """
-
-    def __init__(self, references: Sequence[Any], metrics: Sequence[str] = METRICS) -> None:
-        sets = [references] if len(references) == 0 or isinstance(references[0], str) else references
-        self.sentences = len(sets[0])
-        if self.sentences == 0 or any(len(texts) != self.sentences for texts in sets):
-            raise ValueError(
-                f"references of {', '.join(str(len(texts)) for texts in sets)} lines: must be equally many,"
-                " and at least one, in every set. Set --references."
-            )
-        unknown = sorted(set(metrics) - set(METRICS))
-        if unknown or not metrics:
-            raise ValueError(f"metrics={list(metrics)}: must be of {', '.join(METRICS)}. Set --metrics.")
-        make: dict[str, Callable[[], BLEU | CHRF]] = {
-            "bleu": lambda: BLEU(references=sets),
-            "bleu_uncased": lambda: BLEU(references=sets, lowercase=True),
-            "chrf": lambda: CHRF(references=sets),
-        }
-        self.metrics = {name: make[name]() for name in METRICS if name in metrics}
-
-    def __call__(self, hypotheses: Sequence[str]) -> Scores:
-        if len(hypotheses) != self.sentences:
-            raise ValueError(
-                f"hypotheses of {len(hypotheses)} lines: must be {self.sentences}, as the references have."
-                " Set --hypotheses or --references."
-            )
-        values: dict[str, float] = {}
-        signatures: dict[str, str] = {}
-        for name, metric in self.metrics.items():
-            result = metric.corpus_score(hypotheses, None)
-            values[name] = result.score
-            signatures[name] = f"{result.name}|{metric.get_signature()}"  # complete only after scoring
-        return Scores(
-            bleu=values.get("bleu"),
-            bleu_uncased=values.get("bleu_uncased"),
-            chrf=values.get("chrf"),
-            signatures=signatures,
-            sentences=self.sentences,
-        )
-
-
-def score(hypotheses: Sequence[str], references: Sequence[Any], metrics: Sequence[str] = METRICS) -> Scores:
-    """Scores of one system; arguments as in `Scorer`.
-
-    >>> round(score(["ein Hund schläft hier"], ["Ein Hund schläft hier"]).bleu_uncased, 2)
-    100.0
-    """
-    return Scorer(references, metrics)(hypotheses)
-
-
-def count_zeros(model: nn.Module) -> dict[str, dict[str, float]]:
-    """Weights that are exactly zero: among the entries (matrices inside the repeated blocks) and in the whole model.
-
-    A tied weight counts once. Embeddings, norms and biases are no entries.
-    """
-    names = {
-        f"{prefix}.{name}"
-        for prefix, module in model.named_modules()
-        if any(part.isdigit() for part in prefix.split(".")) and not isinstance(module, nn.Embedding)
-        for name, weight in module.named_parameters(recurse=False)
-        if weight.dim() >= 2
-    }
-    counts = {}
-    for group, wanted in (("entries", names), ("model", None)):
-        weights = [weight for name, weight in model.named_parameters() if wanted is None or name in wanted]
-        numel = sum(weight.numel() for weight in weights)
-        zeros = sum(weight.numel() - int(weight.count_nonzero()) for weight in weights)
-        counts[group] = {"zeros": zeros, "numel": numel, "sparsity": zeros / numel if numel else 0.0}
-    return counts
-
-
 # --------------------------------------------------------------------------------------------------- command line
 
 
@@ -303,7 +189,7 @@ class Arguments:
     """Translate and score (--model-dir, --dataset), or score text files (--hypotheses, --references)."""
 
     model_dir: str | None = field(default=None, metadata={"help": "folder of an exported Hugging Face model"})
-    dataset: str | None = field(default=None, metadata={"help": "folder, file or hub name; default: generated"})
+    dataset: str | None = field(default=None, metadata={"help": "folder, file or hub name; default: shipped corpus"})
     dataset_config: str | None = field(default=None, metadata={"help": "configuration of a hub dataset, e.g. de-en"})
     split: str = field(default="test", metadata={"help": "split of the dataset"})
     source_lang: str = field(default="en", metadata={"help": "language translated from"})
@@ -323,12 +209,12 @@ class Arguments:
         default_factory=lambda: list(METRICS), metadata={"help": "what to score: " + ", ".join(METRICS)}
     )
     out: str | None = field(default=None, metadata={"help": "JSON file for the results", "aliases": ["--json"]})
-    overwrite: bool = field(default=False, metadata={"help": "replace the file --out names"})
-    local_rank: int = field(default=-1, metadata={"help": "set by launchers; ignored, LOCAL_RANK is read instead"})
+    overwrite: bool = field(default=False, metadata={"help": "replace the file of --out"})
+    local_rank: int = field(default=-1, metadata={"help": "set by launchers, ignored: LOCAL_RANK is read instead"})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0, or 2 on every rank with one sentence on rank 0's stderr."""
+    """Return 0, or 2 on every rank after an error; rank 0 prints one line to stderr."""
     rank = int(os.environ.get("RANK", 0))
     with contextlib.ExitStack() as quiet:
         if rank != 0:
@@ -345,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(arguments: Arguments) -> None:
-    """What the command line does. ValueError for settings or files that do not fit together."""
+    """Run the command line. ValueError for settings or files that do not fit together."""
     sources = ("model_dir", "dataset", "hypotheses", "references")
     given = ["--" + name.replace("_", "-") for name in sources if getattr(arguments, name) is not None]
     of_files = given == ["--hypotheses", "--references"]
@@ -355,7 +241,7 @@ def run(arguments: Arguments) -> None:
             " or --hypotheses with --references."
         )
     if arguments.out and Path(arguments.out).exists() and not arguments.overwrite:
-        raise ValueError(f"out={arguments.out!r}: exists and must not be lost. Set another --out, or --overwrite.")
+        raise ValueError(f"out={arguments.out!r}: exists. Set another --out, or --overwrite.")
 
     if of_files:
         results = score_files(arguments)
@@ -367,7 +253,7 @@ def run(arguments: Arguments) -> None:
 
 
 def score_files(arguments: Arguments) -> dict[str, Any]:
-    """Scores of a text file of translations against one or more of references, printed and returned."""
+    """Score a text file of translations against one or more files of references. Prints and returns the scores."""
     assert arguments.hypotheses is not None and arguments.references is not None
     hypotheses = _read_lines(arguments.hypotheses)
     references = [_read_lines(path) for path in arguments.references]
@@ -384,8 +270,8 @@ def score_files(arguments: Arguments) -> dict[str, Any]:
 
 
 def score_model(arguments: Arguments, device: torch.device) -> dict[str, Any]:
-    """Scores of an exported model on a dataset, printed and returned."""
-    from data import load_rows  # here: scoring text files needs no `datasets`
+    """Score an exported model on a dataset. Prints and returns the scores."""
+    from data import load_rows  # not at the top: scoring text files needs no `datasets`
 
     assert arguments.model_dir is not None
     if not Path(arguments.model_dir).is_dir():
@@ -445,7 +331,7 @@ def score_model(arguments: Arguments, device: torch.device) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _processes(wanted: str | None) -> Iterator[torch.device]:
-    """This process's device, with the process group of the launcher, if there is one, set up around it."""
+    """Set up the launcher's process group, if there is one, and yield this process's device."""
     kind = wanted or ("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
     if device.type == "cuda":
@@ -475,7 +361,7 @@ def _rank_and_world_size() -> tuple[int, int]:
 
 
 def _read_lines(path: str) -> list[str]:
-    # Not str.splitlines: news text holds U+2028 and the like inside a sentence, which end no line for sacreBLEU.
+    # Not str.splitlines: news text has characters such as U+2028 inside sentences, which end no line for sacreBLEU.
     with open(path, encoding="utf-8", newline="\n") as file:
         return [line.rstrip() for line in file]
 
@@ -484,7 +370,7 @@ def _write_json(path: Path, results: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)  # a kill leaves either the whole file or none
+    partial.replace(path)  # a kill leaves the whole file or none
 
 
 if __name__ == "__main__":

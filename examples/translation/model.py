@@ -2,13 +2,14 @@
 
 Every preset is an M2M100 of transformers: layer norms before the blocks, sinusoidal positions, and one embedding
 shared by encoder, decoder and output. `big`, with a vocabulary of 33,712, has 176.2 M weights in the q/k/v/out/fc1/fc2
-matrices and 34.5 M in the embedding, as the Transformer-big of the GaP paper (arXiv 2106.09857, section 4).
+matrices and 34.5 M in the embedding, like the Transformer-big of the GaP paper (arXiv 2106.09857, section 4).
 
 Shapes: B sentences, T target positions, V vocabulary, N = B * T rows.
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +17,31 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, M2M100Config, M2M100ForConditionalGeneration, PreTrainedModel
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import pretrained
+
 from gap_ds.cli.presets import PRESETS, Preset
 
-# The specials every tokenizer of this example starts with: <s> 0, <pad> 1, </s> 2, <unk> 3.
+# Special tokens of every tokenizer of this example: <s> 0, <pad> 1, </s> 2, <unk> 3.
 BOS, PAD, EOS, UNK = 0, 1, 2, 3
 
-IGNORE = -100  # label of a position that carries no loss
+IGNORE = -100  # label of a position without loss
 
-# Logits taken to fp32 at once by `loss`: 1 MiB on a CPU, for its cache; 16 MiB elsewhere, to launch few kernels.
+# Logits that `loss` converts to fp32 at once: 1 MiB on a CPU, for its cache; 16 MiB elsewhere, to launch few kernels.
 _CHUNK, _CHUNK_ON_CPU = 2**22, 2**18
 
 
 def build_config(
     preset: str | Preset, *, vocab_size: int, dropout: float = 0.1, max_positions: int = 1024
 ) -> M2M100Config:
-    """The configuration of a preset, for a tokenizer with `</s>` after every sentence and specials 0 to 3 as above.
+    """Return the configuration of a preset, for a tokenizer with `</s>` after every sentence and the specials above.
 
-    `dropout` in [0, 1) is used on activations, attention weights and the hidden layer of the feed-forward block alike.
-    `max_positions` is the longest sequence in tokens, on either side. ValueError for values out of range.
+    Args:
+        dropout: in [0, 1); of activations, attention weights and the hidden layer of the feed-forward block.
+        max_positions: longest sequence in tokens, on either side.
+    Raises:
+        ValueError: a value is out of range.
     """
     size = _preset(preset)
     if not 0 <= dropout < 1:
@@ -54,7 +62,7 @@ def build_config(
         scale_embedding=True,
         max_position_embeddings=max_positions,
         # One deviation for embedding and matrices: half of the usual d^-0.5. Preset tiny learns faster with it than
-        # with d^-0.5 or with transformers' 0.02 (training loss 5.08, 5.30, 5.42 after 300 steps on captions, one seed).
+        # with d^-0.5 or transformers' 0.02 (training loss 5.08, 5.30, 5.42 after 300 steps on captions, one seed).
         init_std=0.5 * size.d_model**-0.5,
         tie_word_embeddings=True,
         bos_token_id=BOS,
@@ -65,48 +73,39 @@ def build_config(
 
 
 def build_model(config: M2M100Config) -> PreTrainedModel:
-    """A freshly initialised model (from torch's global random state), in training mode.
+    """Return a freshly initialised model (from torch's global random state), in training mode.
 
-    Under `with torch.device("meta")` it has shapes and no weights.
+    Under `with torch.device("meta")` no weights are allocated.
     """
     return M2M100ForConditionalGeneration(config)
 
 
 def choose_attention(model: PreTrainedModel, device: torch.device) -> None:
-    """Sets the implementation of attention that is faster for sentences on `device`; the function stays the same.
+    """Set the faster implementation of attention for sentences on `device`. The computed function is the same.
 
-    On a CPU a training step takes 0.5 to 0.9 of its time with plain products instead of PyTorch's fused attention, at
-    12 to 512 tokens (bf16, one thread, torch 2.13; benchmarks/attention.py). Elsewhere the model's own choice is left.
+    On a CPU, plain products reduce the time of a training step to 0.5 to 0.9 of that with PyTorch's fused attention, at
+    12 to 512 tokens (bf16, one thread, torch 2.13; benchmarks/attention.py). On other devices nothing changes.
     """
     if device.type == "cpu":
         model.set_attn_implementation("eager")
 
 
-def load_pretrained(name: str, *, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
-    """A pretrained encoder-decoder from a folder or a hub name; a folder is never looked up on the hub.
-
-    Code that comes with a model is run only where `trust_remote_code` is asked for. `options` go to
-    `from_pretrained` (such as `dtype`). ValueError if there is no such model or it does not translate.
-    """
-    try:
-        return AutoModelForSeq2SeqLM.from_pretrained(
-            name, trust_remote_code=trust_remote_code, local_files_only=Path(name).is_dir(), **options
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(
-            f"model {name!r}: must be a folder or hub name of an encoder-decoder that transformers can load"
-            f' ({reason}). Set "--model-name" or "--model-dir".'
-        ) from error
+def load_pretrained(name: str, **options: Any) -> PreTrainedModel:
+    """Load a pretrained encoder-decoder. Arguments and errors as in `pretrained.load`."""
+    return pretrained.load(AutoModelForSeq2SeqLM, "an encoder-decoder", name, **options)
 
 
 def loss(logits: Tensor, labels: Tensor, *, smoothing: float, denominator: int | float | Tensor) -> Tensor:
-    """Label-smoothed cross entropy in nats, summed over the labels that are not -100, divided by `denominator`.
+    """Return the label-smoothed cross entropy in nats, summed over labels other than -100, divided by `denominator`.
 
-    logits [B, T, V] in any float dtype, labels [B, T]; returns a scalar in fp32. With the number of target tokens of
-    the whole batch, over all ranks and accumulated pieces, as `denominator`, the sum of the pieces' gradients does not
-    depend on how the batch was cut. The target distribution is (1 - smoothing) on the label plus smoothing / V
-    everywhere, as in torch.nn.functional.cross_entropy.
+    The target distribution is (1 - smoothing) on the label plus smoothing / V everywhere, as in
+    torch.nn.functional.cross_entropy. The result is a scalar in fp32.
+
+    Args:
+        logits: (B, T, V), any float dtype.
+        labels: (B, T).
+        denominator: target tokens of the whole batch, over all ranks and micro-batches. Then the sum of the gradients
+            does not depend on how the batch was cut.
 
     >>> logits, labels = torch.zeros(1, 2, 8), torch.tensor([[5, -100]])
     >>> loss(logits, labels, smoothing=0.1, denominator=1).item() == torch.tensor(8.0).log().item()
@@ -118,9 +117,9 @@ def loss(logits: Tensor, labels: Tensor, *, smoothing: float, denominator: int |
 
 
 def distance(logits: Tensor, wanted: Tensor, labels: Tensor, *, denominator: int | float | Tensor) -> Tensor:
-    """Kullback-Leibler divergence of the teacher's distribution from the student's, in nats, over the same positions.
+    """Return the Kullback-Leibler divergence of the teacher's distribution (`wanted`) from the student's, in nats.
 
-    logits, wanted [B, T, V], labels [B, T]; summed over the labels that are not -100, divided by `denominator`.
+    logits, wanted (B, T, V), labels (B, T); summed over labels other than -100, divided by `denominator`.
     Source: Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv 1503.02531, at temperature 1.
 
     >>> logits = torch.zeros(1, 2, 4)
@@ -137,14 +136,13 @@ def distance(logits: Tensor, wanted: Tensor, labels: Tensor, *, denominator: int
 class _SmoothedCrossEntropy(torch.autograd.Function):
     """Sum of the label-smoothed cross entropy, in fp32 over chunks of rows.
 
-    Autograd of `cross_entropy(logits.float())` would hold three fp32 copies of [N, V] (2 GB at 5,120 tokens of the
-    big preset). This keeps the logits it was given and one fp32 number per row, and writes the gradient once, in
-    the dtype of the logits.
+    Autograd of `cross_entropy(logits.float())` holds three fp32 copies of (N, V): 2 GB at 5,120 tokens of the big
+    preset. This keeps the given logits and one fp32 number per row, and writes the gradient once, in their dtype.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-        normaliser = torch.empty(len(logits), dtype=torch.float32, device=logits.device)  # log sum exp, [N]
+        normaliser = torch.empty(len(logits), dtype=torch.float32, device=logits.device)  # log sum exp, (N,)
         total = torch.zeros((), dtype=torch.float32, device=logits.device)
         for rows in _chunks(logits):
             x, label = logits[rows].float(), labels[rows]
@@ -167,7 +165,7 @@ class _SmoothedCrossEntropy(torch.autograd.Function):
             p = (logits[rows] - normaliser[rows].unsqueeze(-1)).exp_()  # fp32, by promotion
             p -= ctx.smoothing / logits.shape[-1]
             p.scatter_add_(-1, label.clamp_min(0), torch.full(label.shape, ctx.smoothing - 1.0, device=p.device))
-            # Scaled before the cast: a loss scale is there to keep small values above the smallest fp16 number.
+            # Scaled before the cast: a loss scale keeps small values above the smallest fp16 number.
             p *= gradients[0]
             grad[rows] = p.masked_fill_(label == IGNORE, 0.0)
         return grad, None, None

@@ -3,12 +3,12 @@
     deepspeed examples/translation/train.py --gap-config configs/gap/cyclic_80.json \\
         --deepspeed_config configs/ds/zero2.json --dataset FOLDER --output-dir runs/cyclic_80
 
-Runs as well under torchrun and plain python; without --deepspeed_config it trains by PyTorch alone. `main` is the
+torchrun and plain python start it as well; without --deepspeed_config it trains with PyTorch alone. `main` is the
 recipe, from top to bottom.
 
-SIGINT (Ctrl-C) or SIGTERM on any rank ends the run after the step it is in: saved, with exit status 130 or 143. Around
-it, the deepspeed launcher answers Ctrl-C with a traceback of its own, and kills ranks that take more than 30 s; a
-SIGTERM to the `deepspeed` command alone reaches no rank: send it to its process group, or to a rank.
+SIGINT (Ctrl-C) or SIGTERM on any rank ends the run after the current step, with a checkpoint and exit status 130 or
+143. The deepspeed launcher itself prints a traceback on Ctrl-C and kills ranks that take more than 30 s. A SIGTERM to
+the `deepspeed` command alone reaches no rank: send it to its process group, or to a rank.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import batching
 import data
 import evaluate
 import model as models
@@ -43,7 +44,7 @@ from gap_ds.method.schedule import Phase
 class Arguments(arguments.RunArguments):
     """Train a sparse translation Transformer by grow-and-prune."""
 
-    dataset: str | None = HfArg(default=None, help="folder, file or hub name; default: a generated corpus")
+    dataset: str | None = HfArg(default=None, help="folder, file or hub name; default: the shipped corpus")
     dataset_config: str | None = HfArg(default=None, help="configuration of a hub dataset, e.g. de-en")
     source_lang: str = HfArg(default="en", help="language to translate from")
     target_lang: str = HfArg(default="de", help="language to translate into")
@@ -53,7 +54,7 @@ class Arguments(arguments.RunArguments):
     limit: int | None = HfArg(default=None, help="use the first N rows of every split only")
 
     preset: Literal["tiny", "small", "base", "big"] = HfArg(default="tiny", help="size of a fresh model")
-    model_name: str | None = HfArg(default=None, help="pretrained model to make sparse instead: folder or hub name")
+    model_name: str | None = HfArg(default=None, help="pretrained model to train sparse instead: folder or hub name")
     trust_remote_code: bool = HfArg(default=False, help="run code that comes with the pretrained model")
     vocab_size: int = HfArg(default=6000, help="of the joint BPE of a fresh model")
     dropout: float = HfArg(default=0.1, help="of a fresh model, everywhere")
@@ -61,7 +62,7 @@ class Arguments(arguments.RunArguments):
 
     batch_tokens: int = HfArg(default=2048, help="tokens of an optimizer step, over all ranks, padding included")
     lr_schedule: Literal["inverse_sqrt", "linear"] = HfArg(default="linear", help="after the warm-up")
-    teacher: str | None = HfArg(default=None, help="exported dense model to learn from in the fine-tuning phase")
+    teacher: str | None = HfArg(default=None, help="exported dense model that teaches the fine-tuning phase")
     distillation: float = HfArg(default=0.5, help="weight of the teacher's distribution in the loss, with --teacher")
 
     beams: int = HfArg(default=4, help="width of the beam when scoring")
@@ -74,7 +75,7 @@ class Arguments(arguments.RunArguments):
         arguments.check_fraction(self, ["dropout", "distillation"])
 
 
-# What a run that goes on must have as it was, besides its plan and schedule, which the engine compares.
+# Arguments that a resumed run must keep. The engine compares plan and schedule itself.
 FIXED = (
     "model_name vocab_size dropout source_lang target_lang max_length batch_tokens seed bf16 "
     "lr lr_schedule warmup_steps label_smoothing teacher distillation"
@@ -84,7 +85,7 @@ LR_SCHEDULES = {"inverse_sqrt": run.inverse_sqrt, "linear": run.linear}
 
 
 def main(args: Arguments) -> int:
-    """Trains, exports and scores; the exit status."""
+    """Train, export and score; return the exit status."""
     gap, deepspeed = run.gap_config(args, pretrained=args.model_name is not None), deepspeed_config(args)
     of_all_workers = (*FIXED, "preset", "dataset", "dataset_config", "train_split", "limit")
     args, worker = run.gap_worker(args, gap, of_all_workers, "examples/translation/train.py")
@@ -99,8 +100,10 @@ def main(args: Arguments) -> int:
             data.encode(rows[split], tokenizer, args.max_length) for split in (args.train_split, args.validation_split)
         )
     ranks = {"world_size": runtime.world_size(), "rank": runtime.rank()}
-    sampler = data.TokenBatches.of(train, args.batch_tokens, accumulation=args.accumulation, seed=args.seed, **ranks)
-    held_out = data.TokenBatches.of(validation, args.batch_tokens, **ranks)
+    sampler = batching.TokenBatches.of(
+        train, args.batch_tokens, accumulation=args.accumulation, seed=args.seed, **ranks
+    )
+    held_out = batching.TokenBatches.of(validation, args.batch_tokens, **ranks)
 
     # Model, optimizer and learning rate of the paper, and the engine around them.
     if args.model_name:
@@ -118,7 +121,7 @@ def main(args: Arguments) -> int:
     # Dropout must differ between ranks, and between the workers of parallel GaP.
     runtime.seed_everything(args.seed + 1 + runtime.rank() + (runtime.world_size() * worker.index if worker else 0))
 
-    # Training, from the newest checkpoint on where there is one.
+    # Training, from the newest checkpoint if there is one.
     state = run.begin(args, FIXED, rows=len(train))
     if resumed:
         state = run.resume(engine, folder, state, args.seed)
@@ -129,14 +132,14 @@ def main(args: Arguments) -> int:
         return training.say_stopped(engine, stopped)
     seconds = time.perf_counter() - started
 
-    if worker is not None and worker.index > 0:  # worker 0 has fine-tuned what all have made, and scores it
+    if worker is not None and worker.index > 0:  # worker 0 fine-tunes the merged model and scores it
         if runtime.rank() == 0:
             print(f"worker {worker.index}: done after {engine.applied_steps} steps.")
             run.write_results(folder, {"worker": worker.index, **run.figures(args, engine, seconds, first_step)})
         runtime.end_processes()
         return 0
 
-    # The final sparse model, and what it is worth: scored as exported, spread over the ranks.
+    # The final sparse model, scored as exported; the ranks share the sentences.
     engine.export(folder / "model", tokenizer=tokenizer, overwrite=True)
     figures = run.figures(args, engine, seconds, first_step)
     figures |= {"tokens_per_second": round(tokens / seconds, 1), "density_at_end": engine.stats()["density"]}
@@ -168,7 +171,7 @@ def main(args: Arguments) -> int:
 
 
 class Translation:
-    """The task of the training loop: cross entropy of the next token, and in the fine-tuning a teacher's distribution.
+    """Task of the training loop: cross entropy of the next token, and a teacher's distribution in the fine-tuning.
 
     Args:
         train, validation: encoded rows and their batches.
@@ -181,8 +184,8 @@ class Translation:
         args: Arguments,
         device: torch.device,
         tokenizer: PreTrainedTokenizerBase,
-        train: tuple[Any, data.TokenBatches],
-        validation: tuple[Any, data.TokenBatches],
+        train: tuple[Any, batching.TokenBatches],
+        validation: tuple[Any, batching.TokenBatches],
     ) -> None:
         self._args, self._device, self._tokenizer = args, device, tokenizer
         self._train, self._validation = train, validation
@@ -192,12 +195,12 @@ class Translation:
         self._autocast = torch.autocast(device.type, torch.bfloat16) if args.bf16 else nullcontext()
 
     def batches(self, epoch: int, start: int) -> Iterator[tuple[int, Sequence[dict[str, torch.Tensor]]]]:
-        """Steps with their target tokens."""
-        for step, micro_batches in data.batches(*self._train, epoch, start, self._tokenizer.pad_token_id):
+        """Yield steps with their target tokens."""
+        for step, micro_batches in batching.batches(*self._train, epoch, start, self._tokenizer.pad_token_id):
             yield step.target_tokens, micro_batches
 
     def loss(self, engine: GaPEngine, batch: dict[str, torch.Tensor], units: int, phase: Phase) -> torch.Tensor:
-        """Label-smoothed cross entropy in nats per target token of the whole step."""
+        """Return the label-smoothed cross entropy in nats per target token of the whole step."""
         args, denominator = self._args, units / self._share
         labels = batch.pop("labels").to(self._device)
         with self._autocast:
@@ -211,13 +214,13 @@ class Translation:
         return loss
 
     def after_step(self, engine: GaPEngine) -> None:
-        """Nothing is left to do."""
+        """Do nothing."""
 
     @torch.no_grad()
     def validate(self, engine: GaPEngine, epoch: int) -> dict[str, float]:
-        """Cross entropy in nats per target token of the validation split, over all ranks."""
+        """Return the cross entropy in nats per target token of the validation split, over all ranks."""
         total, tokens = 0.0, 0
-        for step, micro_batches in data.batches(*self._validation, 0, 0, self._tokenizer.pad_token_id):
+        for step, micro_batches in batching.batches(*self._validation, 0, 0, self._tokenizer.pad_token_id):
             for batch in micro_batches:
                 labels = batch.pop("labels").to(self._device)
                 with self._autocast:
@@ -229,31 +232,31 @@ class Translation:
     def _forward(
         self, engine: GaPEngine, batch: dict[str, torch.Tensor], labels: torch.Tensor, model: nn.Module | None = None
     ) -> torch.Tensor:
-        """Logits (B, T, V) of the engine, or of another model, given the labels shifted by one as decoder's input."""
+        """Return logits (B, T, V) of the engine, or of `model`, with the labels shifted by one as decoder input."""
         inputs = {name: tensor.to(self._device) for name, tensor in batch.items()}
-        shifted = labels.masked_fill(labels == data.IGNORED, self._tokenizer.pad_token_id).roll(1, dims=1)
+        shifted = labels.masked_fill(labels == batching.IGNORED, self._tokenizer.pad_token_id).roll(1, dims=1)
         shifted[:, 0] = engine.module.config.decoder_start_token_id
         return (model or engine)(**inputs, decoder_input_ids=shifted, use_cache=False).logits
 
 
 def deepspeed_config(args: Arguments) -> dict[str, Any] | None:
-    """The DeepSpeed config of this run; None without --deepspeed_config."""
+    """Return the DeepSpeed config of this run; None without --deepspeed_config."""
     config = run.deepspeed_config(args, batch_flag="--batch-tokens")
-    for dtype in ("bf16", "fp16"):  # the model adds its table of positions, a buffer, to the 16-bit embeddings
+    for dtype in ("bf16", "fp16"):  # the model adds its position table, a buffer, to the 16-bit embeddings
         if config is not None and config.get(dtype, {}).get("enabled"):
             config.setdefault("data_types", {}).setdefault("buffer_dtype", dtype)
     return config
 
 
 def load_rows(args: Arguments, split: str) -> Any:
-    """Rows of a split with columns source and target."""
+    """Return the rows of a split with columns source and target."""
     return data.load_rows(
         args.dataset, split, args.source_lang, args.target_lang, config=args.dataset_config, limit=args.limit
     )
 
 
 def load_tokenizer(args: Arguments, folder: Path, rows: Any, trained: bool) -> PreTrainedTokenizerBase:
-    """The pretrained model's tokenizer, or a joint BPE, trained once by rank 0 and kept with the run."""
+    """Return the pretrained model's tokenizer, or a joint BPE that rank 0 trains once and saves with the run."""
     if args.model_name:
         try:
             tokenizer = AutoTokenizer.from_pretrained(args.model_name, trust_remote_code=args.trust_remote_code)
@@ -269,7 +272,7 @@ def load_tokenizer(args: Arguments, folder: Path, rows: Any, trained: bool) -> P
 
 
 def parse(argv: Sequence[str] | None = None) -> Arguments:
-    """The arguments of the command line. ValueError for a mistake in them."""
+    """Parse the command line. ValueError for a mistake in it."""
     return arguments.parse(Arguments, argv)
 
 

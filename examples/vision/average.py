@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights, over whatever piece of them a rank's optimizer updates."""
+"""Exponential moving average of the weights that a rank's optimizer updates."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 
 
 class MovingAverage:
-    """After every step: average = decay * average + (1 - decay) * weight, from the fp32 values with masks applied.
+    """Updates after every step: average = decay * average + (1 - decay) * weight, of the masked fp32 weights.
 
-    The averages lie in the optimizer's state, beside the momentum: so every sharding library cuts, saves and restores
-    them, and the engine zeroes those of newly grown weights, which start at zero. Build it after the engine, whose
-    hook on the optimizer masks the weights, and before a checkpoint is loaded.
+    The averages lie in the optimizer's state, beside the momentum. So every sharding library cuts, saves and restores
+    them, and the engine zeroes those of newly grown weights. Build it after the engine, whose optimizer hook masks the
+    weights, and before a checkpoint is loaded.
 
     Args:
         optimizer: the innermost one, `engine.optimizer`.
@@ -25,7 +25,7 @@ class MovingAverage:
 
     def __init__(self, optimizer: torch.optim.Optimizer, decay: float) -> None:
         self._optimizer, self._decay = optimizer, decay
-        for weight, state in optimizer.state.items():  # libraries restore only what is there
+        for weight, state in optimizer.state.items():  # libraries restore only existing keys
             state[self.KEY] = weight.detach().clone()
         optimizer.register_step_post_hook(self._update)
 
@@ -40,7 +40,7 @@ class MovingAverage:
 
     @contextmanager
     def in_place_of_weights(self) -> Iterator[None]:
-        """Inside, the optimizer's values are the averages: an export takes them, with the masks of the moment."""
+        """Swap weights and averages inside the context: an export writes the averages, with the current masks."""
         self._swap()
         try:
             yield

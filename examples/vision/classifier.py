@@ -1,4 +1,4 @@
-"""Image classifiers: ResNets built from transformers, BatchNorm as sharded training needs it, and what products cost.
+"""Image classifiers: ResNets built from transformers, BatchNorm for sharded training, and a count of products.
 
 Shapes: B pictures, C channels, K classes.
 """
@@ -6,12 +6,12 @@ Shapes: B pictures, C channels, K classes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import small_resnet
 import torch
 import torch.distributed as dist
+from common import pretrained
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForImageClassification, PreTrainedModel, ResNetConfig, ResNetForImageClassification
@@ -20,7 +20,7 @@ _BOTTLENECK = {"layer_type": "bottleneck", "hidden_sizes": [256, 512, 1024, 2048
 _BASIC = {"layer_type": "basic", "hidden_sizes": [64, 128, 256, 512]}
 
 #: Settings of ResNetConfig. Version 1.5: the stride of a bottleneck is in its 3x3 convolution (ResNetConfig's default).
-#: `_small` is for images of about 32 pixels; resnet20_small is that of He et al., section 4.2, with 0.27 M weights.
+#: `_small`: for images of about 32 pixels. resnet20_small follows He et al., section 4.2, with 0.27 M weights.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "resnet50": {**_BOTTLENECK, "depths": [3, 4, 6, 3]},
     "resnet18": {**_BASIC, "depths": [2, 2, 2, 2]},
@@ -36,53 +36,46 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 
 
 def build(preset: str, classes: Sequence[str]) -> PreTrainedModel:
-    """A freshly initialised model of a preset (from torch's global random state), in training mode."""
-    names = {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
-    settings = {**PRESETS[preset], "num_labels": len(classes), **names}
+    """Return a freshly initialised model of a preset (from torch's global random state), in training mode."""
+    settings = {**PRESETS[preset], **_labels(classes)}
     if preset.endswith("_small"):
         return small_resnet.SmallResNetForImageClassification(small_resnet.SmallResNetConfig(**settings))
     return ResNetForImageClassification(ResNetConfig(**settings))
 
 
-def load_pretrained(name: str, classes: Sequence[str] | None = None, trust_remote_code: bool = False) -> Any:
-    """A pretrained image classifier from a folder or a hub name; a folder is never looked up on the hub.
+def load_pretrained(name: str, classes: Sequence[str] | None = None, **options: Any) -> Any:
+    """Load a pretrained image classifier; with `classes`, give it a fresh head for them.
 
-    With `classes` a classifier for other ones gets a fresh head. ValueError if there is no such model.
+    Other arguments and errors as in `pretrained.load`.
     """
-    more: dict[str, Any] = {}
     if classes is not None:
-        more = {"id2label": dict(enumerate(classes)), "label2id": {n: i for i, n in enumerate(classes)}}
-        more |= {"num_labels": len(classes), "ignore_mismatched_sizes": True}
-    try:
-        return AutoModelForImageClassification.from_pretrained(
-            name, trust_remote_code=trust_remote_code, local_files_only=Path(name).is_dir(), **more
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(
-            f"model {name!r}: must be a folder or hub name of an image classifier that transformers can load"
-            f' ({reason}). Set "--model-name" or "--model-dir".'
-        ) from error
+        options |= {**_labels(classes), "ignore_mismatched_sizes": True}
+    return pretrained.load(AutoModelForImageClassification, "an image classifier", name, **options)
+
+
+def _labels(classes: Sequence[str]) -> dict[str, Any]:
+    names = {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
+    return {"num_labels": len(classes), **names}
 
 
 # --- BatchNorm --------------------------------------------------------------------------------------------------------
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """BatchNorm in the dtype of its running statistics whatever that of its weights, over one rank or over all.
+    """BatchNorm that computes in the dtype of its running statistics, over one rank or over all.
 
-    DeepSpeed makes weights bf16 and leaves the running statistics fp32, which torch's kernels refuse, and rightly so:
-    in bf16 a running mean would not move any more.
+    DeepSpeed makes weights bf16 and leaves the running statistics fp32, a mix that torch's kernels refuse. A bf16
+    running mean would stop moving.
 
-    Args:
-        everywhere: the statistics of a batch are those of all ranks together (torch's SyncBatchNorm, which has no
-            kernel for CPUs). All ranks have as many pictures in a batch.
+    Attributes:
+        everywhere: compute the statistics of a batch over all ranks, like torch's SyncBatchNorm, which has no kernel
+            for CPUs. All ranks must have the same number of pictures in a batch.
     """
 
     everywhere = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of (B, C, H, W), in the dtype of x."""
+        """Normalise x (B, C, H, W). The result has the dtype of x."""
         dtype = self.running_mean.dtype
         weight, bias = self.weight.to(dtype), self.bias.to(dtype)
         if self.training:
@@ -104,7 +97,7 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """The sum over all ranks, of the values and, backward, of the gradients."""
+    """Sum over all ranks: of the values, and of the gradients in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
@@ -124,7 +117,7 @@ def _sum(values: Tensor) -> Tensor:
 
 
 def use_own_batch_norm(model: nn.Module, everywhere: bool) -> None:
-    """Puts `BatchNorm` in the place of torch's, with the same weights and names."""
+    """Replace torch's BatchNorm2d by `BatchNorm`, with the same weights and names."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child) is nn.BatchNorm2d:
@@ -135,12 +128,12 @@ def use_own_batch_norm(model: nn.Module, everywhere: bool) -> None:
 
 
 def batch_norms(model: nn.Module) -> list[nn.BatchNorm2d]:
-    """The norms that have running statistics."""
+    """Return the norms with running statistics."""
     return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
 def average_statistics(model: nn.Module) -> None:
-    """Gives all ranks the mean of their running statistics, so that no figure and no export depends on a rank."""
+    """Replace the running statistics by their mean over the ranks. Figures and exports then agree on all ranks."""
     statistics = [b for norm in batch_norms(model) for b in (norm.running_mean, norm.running_var) if b is not None]
     if not statistics or not dist.is_initialized() or dist.get_world_size() == 1:
         return
@@ -151,15 +144,15 @@ def average_statistics(model: nn.Module) -> None:
         buffer.copy_(mean)
 
 
-# --- what products cost -----------------------------------------------------------------------------------------------
+# --- products ---------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def products(model: nn.Module, size: int) -> tuple[dict[str, int], int]:
-    """How often each weight is multiplied with for one picture of (size, size), and all such products of the model.
+    """Return (uses of each weight, products of the model) for one picture of (size, size).
 
-    By the name of the weight tensor, for all convolutions (their positions) and linear layers (tokens, or once).
-    Attention scores are not counted.
+    Uses are by name of the weight tensor: output positions of a convolution; tokens, or 1, of a linear layer. Attention
+    scores are not counted.
     """
     uses: dict[str, int] = {}
     hooks = []

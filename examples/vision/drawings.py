@@ -1,7 +1,7 @@
-"""Pictures that the example draws itself, so that a first run needs no download.
+"""Draw pictures for a first run without a download.
 
 Ten classes: five shapes, each filled with one colour or with stripes. Position, size, rotation, colours, background and
-noise are random and say nothing of the class. A picture is a function of (seed, split, number): the same everywhere.
+noise are random and independent of the class. A picture is a function of (seed, split, number).
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ SIZES = {"train": 4000, "validation": 500, "test": 500}
 
 
 def label(number: int) -> int:
-    """Class of a picture: the classes take turns."""
+    """Return the class of a picture: the classes take turns."""
     return number % len(CLASSES)
 
 
 def draw(split: str, number: int, seed: int = 0, size: int = 48) -> Image.Image:
-    """One picture, RGB, `size` pixels in both directions."""
+    """Draw one picture, RGB, (size, size) pixels."""
     random = np.random.default_rng((seed, list(SIZES).index(split), number))
     shape, striped = SHAPES[label(number) // 2], label(number) % 2
     back, front, stripe = random.integers(0, 256, (3, 3))
-    while np.abs(front - back).sum() < 200:  # a shape that nobody can see has no class
+    while np.abs(front - back).sum() < 200:  # an invisible shape has no class
         front = random.integers(0, 256, 3)
     radius = size * random.uniform(0.2, 0.38)
     x, y = random.uniform(radius, size - radius, 2)
@@ -48,7 +48,7 @@ def _near(one: np.ndarray, other: np.ndarray) -> bool:
 
 
 def _outline(shape: str, x: float, y: float, radius: float, turn: float) -> list[tuple[float, float]]:
-    """Corners of a shape around (x, y); a circle is a polygon of 40."""
+    """Return the corners of a shape around (x, y); a circle is a polygon with 40 corners."""
     if shape == "circle":
         points = [(radius * 0.85, 2 * math.pi * i / 40) for i in range(40)]
     elif shape == "star":

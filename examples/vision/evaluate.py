@@ -2,8 +2,8 @@
 
     python examples/vision/evaluate.py --model-dir OUT/model --dataset FOLDER --split validation
 
-Size, crop, mean and deviation are those that were exported with the model. Under torchrun the pictures are spread over
-the processes; every picture is counted once.
+Size, crop, mean and deviation come from the exported model. Under torchrun the processes share the pictures; every
+picture counts once.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Arguments:
 
 
 def main(args: Arguments) -> int:
-    """Scores; the exit status."""
+    """Score, and return the exit status."""
     device = runtime.start_processes(seed=0, threads=args.threads, deepspeed=False)
     columns = {"image_column": args.image_column, "label_column": args.label_column}
     source = images.load(args.dataset, args.split, config=args.dataset_config, limit=args.limit, **columns)
@@ -87,12 +87,12 @@ def main(args: Arguments) -> int:
 
 
 def _side(size: dict[str, int]) -> int:
-    """Pixels of a side, as image processors tell them in one way or another."""
+    """Return the pixels of a side. Image processors store them under different keys."""
     return size.get("shortest_edge") or size["height"]
 
 
 def parse(argv: Sequence[str] | None = None) -> Arguments:
-    """The arguments of the command line. ValueError for a mistake in them."""
+    """Parse the command line. ValueError for a mistake in it."""
     return arguments.parse(Arguments, argv)
 
 

@@ -1,9 +1,9 @@
-"""From a data set to batches of pictures, with the same optimizer steps for any number of ranks.
+"""Read pictures and batch them, with the same optimizer steps for any number of ranks.
 
     load -> Source -> Batches -> DataLoader workers: decode, crop, flip -> uint8 (B, H, W, 3) and labels (B,)
 
-Pictures are decoded, resized and coloured by Pillow. They leave the workers as bytes and are normalised where the model
-is. What happens to a picture depends on (seed, epoch, row) alone, not on workers, ranks or where a run was resumed.
+Pillow decodes, resizes and colours pictures. They leave the workers as bytes and are normalised on the model's device.
+Augmentation depends on (seed, epoch, row) alone, not on workers, ranks or the step at which a run was resumed.
 Shape legend: B pictures of a micro-batch, H and W pixels.
 """
 
@@ -22,21 +22,25 @@ import datasets
 import drawings
 import numpy as np
 import torch
+from common import sources
 from PIL import Image, ImageEnhance
 from torch.utils.data import DataLoader, Dataset
 
-IGNORED = -100  # label of a row that only fills up a batch, as torch and transformers have it
+IGNORED = -100  # label of a row that only fills a batch, as in torch and transformers
 FILES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
-PADDING = -1  # number of a row that is no picture
+PADDING = -1  # row number without a picture
 
 # --- sources ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Source:
-    """The pictures of a split, none decoded yet.
+    """The pictures of a split, not decoded.
 
-    labels: class of each row, (N,). read: the picture of a row, in any mode. name: what a message calls a row.
+    Attributes:
+        labels: class of each row, (N,).
+        read: returns the picture of a row, in any mode.
+        name: returns the name of a row for messages.
     """
 
     labels: np.ndarray
@@ -57,14 +61,15 @@ def load(
     label_column: str = "label",
     limit: int | None = None,
 ) -> Source:
-    """The pictures of one split.
+    """Return the pictures of one split.
 
-    dataset: None (drawn by drawings.py), a folder, a parquet file, or a name on the Hugging Face hub. A folder holds
-        `<split>/<class>/<picture>` as ImageNet's does, or `<split>.parquet`, also in shards
-        `<split>-00000-of-00002.parquet`. Rows of parquet files and of the hub have a picture and an integer label.
-    limit: at most that many rows, chosen at random but always the same: trees of folders are sorted by class.
-
-    Raises ValueError, with the file or the argument to change, for anything that cannot be read as such rows.
+    Args:
+        dataset: None (drawn by drawings.py), a folder, a parquet file, or a name on the Hugging Face hub. A folder
+            contains `<split>/<class>/<picture>`, like ImageNet's, or `<split>.parquet`, or shards
+            `<split>-00000-of-00002.parquet`. Rows of parquet files and of the hub have a picture and an integer label.
+        limit: largest number of rows, a fixed random choice, because folders are sorted by class.
+    Raises:
+        ValueError: no such rows can be read. The message names the file or the argument to change.
     """
     if dataset is None:
         source = _drawn(split)
@@ -99,7 +104,7 @@ def _drawn(split: str) -> Source:
 
 
 def _folder(folder: Path) -> Source:
-    """A tree `<class>/<picture>`: classes in alphabetical order, and their pictures too."""
+    """Read a tree `<class>/<picture>`: classes and their pictures in alphabetical order."""
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     if not classes:
         raise ValueError(f"{folder}: has no folders: a folder for each class is needed. Set --dataset.")
@@ -114,7 +119,7 @@ def _folder(folder: Path) -> Source:
             )
         paths += found
         labels += [label] * len(found)
-    table = np.array(paths)  # one block of memory, which workers share
+    table = np.array(paths)  # one block of memory, shared with the workers
     return Source(np.array(labels), tuple(classes), lambda row: Image.open(table[row]), lambda row: str(table[row]))
 
 
@@ -130,34 +135,10 @@ def _read(dataset: str, split: str, config: str | None) -> datasets.Dataset:
                 f"--dataset {dataset}: has no split {split!r}, neither as a folder of classes nor as {split}.parquet "
                 f"({'only ' + ', '.join(sorted(splits)) if splits else 'it is empty'}). Set --dataset or the split."
             )
-        return _parquet(files, dataset)
+        return sources.from_files(files, "parquet", dataset)
     if path.is_file():
-        return _parquet([path], dataset)
-    if dataset.startswith((".", "/", "~")) or dataset.endswith(("/", ".parquet")) or dataset.count("/") > 1:
-        raise ValueError(f"--dataset {dataset}: no such file or folder (looked in {Path.cwd()}). Set --dataset.")
-    try:
-        return datasets.load_dataset(dataset, config, split=split)
-    except Exception as error:  # network, missing name, missing configuration, missing split: one class each
-        raise ValueError(
-            f"--dataset {dataset}: neither a local file or folder, nor could split {split!r} be loaded from the hub "
-            f"({_line(error)}). Set --dataset or --dataset-config."
-        ) from error
-
-
-def _parquet(files: Sequence[Path], dataset: str) -> datasets.Dataset:
-    try:
-        return datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
-    except Exception as error:  # pyarrow and datasets each have their own errors for a damaged file
-        raise ValueError(
-            f"--dataset {dataset}: {files[0].name} cannot be read as parquet ({_line(error)}). Set --dataset."
-        ) from error
-
-
-def _line(error: BaseException) -> str:
-    """The kind of an error and the first line of its deepest cause: one line is what a user reads."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+        return sources.from_files([path], "parquet", dataset)
+    return sources.from_hub(dataset, split, config, endings=(".parquet",))
 
 
 def _rows(rows: datasets.Dataset, where: str, image_column: str, label_column: str) -> Source:
@@ -166,9 +147,9 @@ def _rows(rows: datasets.Dataset, where: str, image_column: str, label_column: s
             raise ValueError(f"{where}: has no column {column!r}, only {', '.join(rows.column_names)}. Set {flag}.")
     feature = rows.features[label_column]
     labels = np.asarray(rows.data.column(label_column).to_numpy())
-    if labels.dtype.kind not in "iu":  # text, or integers with gaps, which Arrow hands over as floats
+    if labels.dtype.kind not in "iu":  # text, or integers with gaps, which Arrow returns as floats
         raise ValueError(f"{where}: column {label_column!r} holds {feature}, must hold an integer in every row.")
-    # The feature is asked for bytes, so that a file that cannot be decoded is met by `decode`, which knows its name.
+    # Read bytes here, so that `decode`, which knows the file's name, meets a damaged file.
     rows = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
 
     def name(row: int) -> str:
@@ -186,7 +167,7 @@ def _rows(rows: datasets.Dataset, where: str, image_column: str, label_column: s
 
 
 def check_labels(source: Source, classes: int) -> None:
-    """ValueError, with the first row's file, where a label is no class."""
+    """Raise ValueError, naming the first row's file, if a label is not a class."""
     if len(wrong := np.flatnonzero((source.labels < 0) | (source.labels >= classes))):
         row = int(wrong[0])
         raise ValueError(
@@ -199,27 +180,29 @@ def check_labels(source: Source, classes: int) -> None:
 
 
 class Damaged(ValueError):
-    """A picture that cannot be decoded; the message has its name."""
+    """A picture that cannot be decoded. The message contains its name."""
 
 
 def decode(source: Source, row: int) -> Image.Image:
-    """A row's picture in RGB, whatever it was: grey, CMYK, with a palette, or with transparency (which is dropped).
+    """Return a row's picture in RGB, from any mode. Transparency is dropped.
 
     Raises:
-        Damaged: it is cut short, is no picture, or has more pixels than Pillow takes for an honest one.
+        Damaged: the file is cut short, is not a picture, or exceeds Pillow's limit of pixels.
     """
     try:
         return source.read(row).convert("RGB")
     except (OSError, ValueError, SyntaxError, KeyError, TypeError, Image.DecompressionBombError) as error:
-        raise Damaged(f"{source.name(row)}: cannot be decoded ({_line(error)}).") from error
+        raise Damaged(f"{source.name(row)}: cannot be decoded ({sources.first_line(error)}).") from error
 
 
 @dataclass(frozen=True)
 class Training:
-    """Random resized crop, mirroring, and colours if asked for.
+    """Random resized crop, mirroring, and jitter of colours.
 
-    smallest: part of the picture's area that a crop has at least; its ratio of sides lies between 3/4 and 4/3.
-    jitter: brightness, contrast and saturation are each multiplied by a random factor in [1 - jitter, 1 + jitter].
+    Attributes:
+        size: pixels of a side.
+        smallest: smallest area of a crop, as a fraction of the picture. Its ratio of sides is between 3/4 and 4/3.
+        jitter: brightness, contrast and saturation are each multiplied by a random factor in [1 - jitter, 1 + jitter].
 
     Source of the crop: Szegedy et al., "Going Deeper with Convolutions", arXiv 1409.4842, section 6.
     """
@@ -229,9 +212,9 @@ class Training:
     jitter: float = 0.0
 
     def __call__(self, image: Image.Image, random: np.random.Generator) -> Image.Image:
-        """The picture as (size, size)."""
+        """Return the picture as (size, size)."""
         box = random_box(image.width, image.height, self.smallest, random)
-        # Cut out first: `resize(box=...)` would let pixels from outside the box into its edges.
+        # Crop first: `resize(box=...)` would blend pixels from outside the box into its edges.
         image = image.crop(box).resize((self.size, self.size), Image.Resampling.BILINEAR)
         if random.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -243,13 +226,13 @@ class Training:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The shorter side becomes size / part, and the middle of (size, size) is cut out."""
+    """Resizes the shorter side to size / part and crops the middle (size, size)."""
 
     size: int
     part: float = 0.875
 
     def __call__(self, image: Image.Image, random: np.random.Generator | None = None) -> Image.Image:
-        """The picture as (size, size)."""
+        """Return the picture as (size, size)."""
         shorter = int(self.size / self.part)
         width, height = image.size
         longer = int(shorter * max(width, height) / min(width, height))
@@ -261,9 +244,9 @@ class Evaluation:
 
 
 def random_box(width: int, height: int, smallest: float, random: np.random.Generator) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of a crop in whole pixels, of a random area, ratio of sides and place.
+    """Return (left, top, right, bottom) of a crop in pixels, with random area, ratio of sides and place.
 
-    Ten tries; if none fits into the picture, the largest crop in its middle that is not too narrow.
+    After ten crops that do not fit, the largest crop in the middle with a ratio of sides between 3/4 and 4/3.
     """
     for _ in range(10):
         area = width * height * random.uniform(smallest, 1.0)
@@ -285,8 +268,8 @@ Key = tuple[int, int]  # epoch, row
 class Batches:
     """Cuts every epoch's permutation of the rows into optimizer steps of exactly `batch_size` pictures.
 
-    What is left at the end of an epoch is left out of it. The step is the same for any number of ranks and
-    micro-batches; micro-batch m of a step is number m // world_size of rank m % world_size.
+    The remainder of an epoch is dropped. Steps do not depend on the number of ranks and micro-batches. Micro-batch m of
+    a step is number m // world_size of rank m % world_size.
     """
 
     def __init__(
@@ -307,7 +290,7 @@ class Batches:
         self.steps_per_epoch = rows // batch_size
 
     def micro_batches(self, epoch: int, start: int = 0) -> Iterator[list[Key]]:
-        """This rank's micro-batches from a step of an epoch on, without end."""
+        """Yield this rank's micro-batches from a step of an epoch on, without end."""
         while True:
             order = np.random.default_rng((self._seed, epoch)).permutation(self._rows)
             for step in range(start, self.steps_per_epoch):
@@ -317,7 +300,7 @@ class Batches:
 
 
 def evaluation_batches(rows: int, batch_size: int, *, world_size: int = 1, rank: int = 0) -> list[list[Key]]:
-    """Every row on one rank, in as many batches on each rank: what is missing on some is filled up with PADDING."""
+    """Return this rank's batches: every row is on one rank, and PADDING makes the batches equal in number."""
     own = list(range(rank, rows, world_size))
     most = -(-rows // world_size)
     own += [PADDING] * (most - len(own))
@@ -325,7 +308,7 @@ def evaluation_batches(rows: int, batch_size: int, *, world_size: int = 1, rank:
 
 
 class _Pictures(Dataset[Any]):
-    """What workers do: a key becomes (picture (H, W, 3) as bytes, label), or a message where it is damaged."""
+    """Data set of the workers: a key becomes (picture (H, W, 3) as bytes, label), or a message if it is damaged."""
 
     def __init__(self, source: Source, change: Training | Evaluation, seed: int) -> None:
         self._source, self._change, self._seed = source, change, seed
@@ -337,7 +320,7 @@ class _Pictures(Dataset[Any]):
         try:
             image = decode(self._source, row)
         except Damaged as error:
-            return str(error)  # raised where it is read: a worker would wrap it into its traceback
+            return str(error)  # raised by the reader: a worker would wrap it in a traceback
         changed = self._change(image, np.random.default_rng((self._seed, 1, epoch, row)))
         return np.asarray(changed), int(self._source.labels[row])
 
@@ -352,19 +335,17 @@ def _collate(found: list[tuple[np.ndarray, int] | str]) -> dict[str, Any]:
 
 
 def _start_worker(_: int) -> None:
-    """A Ctrl-C is for the rank, which lets the run save; its workers end with it."""
+    """Ignore Ctrl-C: the rank handles it, saves, and ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class Loader:
-    """Batches of pictures, made by workers ahead of their use.
-
-    A batch is {"pictures": uint8 (B, H, W, 3), "labels": int64 (B,)}.
+    """Batches of pictures: {"pictures": uint8 (B, H, W, 3), "labels": int64 (B,)}. Worker processes read ahead.
 
     Args:
-        workers: processes; 0: this one.
-        skip: leave damaged pictures out, and keep their messages in `skipped`, instead of ending with the first one.
+        workers: number of processes; 0: read in this one.
+        skip: leave out damaged pictures and add their messages to `skipped`, instead of raising at the first.
     """
 
     def __init__(self, source: Source, change: Training | Evaluation, seed: int, workers: int, skip: bool) -> None:
@@ -372,10 +353,10 @@ class Loader:
         self.skipped: set[str] = set()
 
     def __call__(self, keys: Iterator[list[Key]] | Sequence[list[Key]]) -> Iterator[dict[str, Any]]:
-        """The batches of some keys, in their order.
+        """Yield the batches of some keys, in their order.
 
         Raises:
-            ValueError: a picture is damaged, and must not be skipped, or it was all that its batch had.
+            ValueError: a picture is damaged and `skip` is off, or all pictures of a batch are damaged.
         """
         loader = DataLoader(
             self._pictures,
@@ -397,5 +378,5 @@ class Loader:
 
 
 def normalise(pictures: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
-    """Bytes (B, H, W, 3) as fp32 (B, 3, H, W), channels last in memory: (x / 255 - mean) / deviation, per channel."""
+    """Return bytes (B, H, W, 3) as fp32 (B, 3, H, W), channels last: (x / 255 - mean) / deviation, per channel."""
     return ((pictures.float() / 255 - mean) / deviation).permute(0, 3, 1, 2)

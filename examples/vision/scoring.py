@@ -1,4 +1,4 @@
-"""Accuracy over all ranks, with every picture counted once, and BatchNorm's statistics made anew."""
+"""Accuracy over all ranks, every picture counted once, and recomputed statistics of BatchNorm."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Forward = Callable[[Tensor], Tensor]
 
 @torch.no_grad()
 def score(forward: Forward, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """Per cent of pictures whose class is the first, and among the first five; mean cross entropy in nats.
+    """Return top-1 and top-5 accuracy in per cent, and the mean cross entropy in nats.
 
     All ranks must call this, each with its batches of `images.evaluation_batches`.
     """
@@ -38,11 +38,10 @@ def score(forward: Forward, batches: Iterable[dict[str, Any]]) -> dict[str, floa
 
 @torch.no_grad()
 def recompute_statistics(model: nn.Module, forward: Forward, batches: Iterable[dict[str, Any]]) -> None:
-    """Replaces BatchNorm's running statistics by means over some batches, the same on all ranks.
+    """Replace BatchNorm's running statistics by means over some batches, the same on all ranks.
 
-    The running ones are of pictures as they are trained on, and after a prune of activations that the model no longer
-    has. Nothing else of the model changes; one without BatchNorm stays as it is. All ranks must call this with as many
-    batches.
+    The running statistics belong to the crops of training and, after pruning, to activations of the model before it.
+    Nothing else changes. All ranks must call this with the same number of batches.
     """
     norms = classifier.batch_norms(model)
     if not norms:
@@ -54,7 +53,7 @@ def recompute_statistics(model: nn.Module, forward: Forward, batches: Iterable[d
         norm.reset_running_stats()
     for number, batch in enumerate(batches, 1):
         for norm in norms:
-            norm.momentum = 1 / number  # so that the running mean is the mean so far
+            norm.momentum = 1 / number  # the running mean is then the mean so far
         forward(batch["pictures"])
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

@@ -1,8 +1,8 @@
 """A ResNet for small images: the first convolution is 3x3 with stride 1, and no pooling follows it.
 
-As in He et al., "Deep Residual Learning for Image Recognition", arXiv 1512.03385, section 4.2; the stages are those of
-any `ResNetConfig`. An exported model holds this file: `from_pretrained(..., trust_remote_code=True)` reads it anywhere,
-and where this module was imported nothing more is needed.
+Source: He et al., "Deep Residual Learning for Image Recognition", arXiv 1512.03385, section 4.2. Any `ResNetConfig`
+defines the stages. An exported model contains this file: load it with `from_pretrained(..., trust_remote_code=True)`,
+or import this module first.
 """
 
 from __future__ import annotations

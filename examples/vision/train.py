@@ -3,8 +3,8 @@
     deepspeed examples/vision/train.py --gap-config configs/gap/resnet50_cyclic_90_erk.json \\
         --deepspeed_config configs/ds/zero1.json --dataset FOLDER --output-dir runs/resnet50
 
-Runs as well under torchrun and plain python; without --deepspeed_config it trains by PyTorch alone. `main` is the
-recipe, from top to bottom. Signals act as in the translation example: saved after the step, exit status 130 or 143.
+torchrun and plain python start it as well; without --deepspeed_config it trains with PyTorch alone. `main` is the
+recipe, from top to bottom. Signals act as in the translation example: a checkpoint after the step, status 130 or 143.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Arguments(arguments.RunArguments):
             raise ValueError(f"jitter={self.jitter}: must lie in [0, 1). Set --jitter.")
 
 
-# What a run that goes on must have as it was, besides its plan and schedule, which the engine compares.
+# Arguments that a resumed run must keep. The engine compares plan and schedule itself.
 FIXED = (
     "model_name sync_batchnorm image_size smallest_crop jitter batch_size lr lr_schedule warmup_steps momentum "
     "weight_decay label_smoothing mixup ema statistics_batches validate_every seed bf16"
@@ -111,7 +111,7 @@ FIXED = (
 
 
 def cosine(step: int, warmup: int, length: int) -> float:
-    """Half a cosine, from 1 to 0.
+    """Learning rate along half a cosine, from 1 to 0.
 
     >>> cosine(10, 10, 20), round(cosine(15, 10, 20), 6), cosine(20, 10, 20)
     (1.0, 0.5, 0.0)
@@ -120,7 +120,7 @@ def cosine(step: int, warmup: int, length: int) -> float:
 
 
 def step(step: int, warmup: int, length: int) -> float:
-    """A tenth of it after 1/3, 2/3 and 8/9 of the steps: epochs 30, 60 and 80 of 90.
+    """Learning rate divided by 10 after 1/3, 2/3 and 8/9 of the steps: epochs 30, 60 and 80 of 90.
 
     >>> [step(s, 5, 90) for s in (29, 30, 60, 80)]
     [1.0, 0.1, 0.01, 0.001]
@@ -132,7 +132,7 @@ LR_SCHEDULES = {"cosine": cosine, "step": step, "linear": run.linear}
 
 
 def main(args: Arguments) -> int:
-    """Trains, exports and scores; the exit status."""
+    """Train, export and score; return the exit status."""
     gap = run.gap_config(args, pretrained=args.model_name is not None)
     check_average(args, gap)
     deepspeed = run.deepspeed_config(args, batch_flag="--batch-size")
@@ -162,7 +162,7 @@ def main(args: Arguments) -> int:
     # Dropout must differ between ranks, and between the workers of parallel GaP.
     runtime.seed_everything(args.seed + 1 + runtime.rank() + (runtime.world_size() * worker.index if worker else 0))
 
-    # Training, from the newest checkpoint on where there is one.
+    # Training, from the newest checkpoint if there is one.
     state = run.begin(args, FIXED, rows=len(train))
     if resumed:
         state = run.resume(engine, folder, state, args.seed)
@@ -174,20 +174,20 @@ def main(args: Arguments) -> int:
     seconds = time.perf_counter() - started
 
     figures = run.figures(args, engine, seconds, first_step) | flops(engine, uses, dense)
-    if worker is not None and worker.index > 0:  # worker 0 has fine-tuned what all have made, and scores it
+    if worker is not None and worker.index > 0:  # worker 0 fine-tunes the merged model and scores it
         if runtime.rank() == 0:
             print(f"worker {worker.index}: done after {engine.applied_steps} steps.")
             run.write_results(folder, {"worker": worker.index, **figures})
         runtime.end_processes()
         return 0
 
-    # The final sparse model, and what it is worth: scored as exported, spread over the ranks.
+    # The final sparse model, scored as exported; the ranks share the pictures.
     with averages.in_place_of_weights() if averages else nullcontext():
         engine.export(folder / "model", tokenizer=processor, overwrite=True)
     figures |= {"pictures_per_second": round(pictures / seconds, 1), "density_at_end": engine.stats()["density"]}
     del engine, optimizer, model, averages
     exported = classifier.load_pretrained(str(folder / "model")).to(device)
-    if args.ema and args.statistics_batches:  # those that were exported are of the weights, not of their averages
+    if args.ema and args.statistics_batches:  # the exported statistics belong to the weights, not to their averages
         task.recompute_statistics(exported, lambda pixels: exported(pixel_values=pixels).logits, epoch=0)
         if runtime.rank() == 0:
             export.save_pretrained(exported, folder / "model")
@@ -211,7 +211,7 @@ def main(args: Arguments) -> int:
 
 
 class Vision:
-    """The task of the training loop: label-smoothed cross entropy of mixed pictures."""
+    """Task of the training loop: label-smoothed cross entropy of mixed pictures."""
 
     unit = "pictures"
 
@@ -239,11 +239,11 @@ class Vision:
 
     @property
     def skipped(self) -> set[str]:
-        """What was left out by this rank and why, with --skip-damaged."""
+        """Messages of the pictures that this rank left out, with --skip-damaged."""
         return self._loader.skipped | self._skipped_unchanged
 
     def batches(self, epoch: int, start: int) -> Iterator[tuple[int, Sequence[dict[str, Any]]]]:
-        """Steps with their pictures. The workers go on from epoch to epoch, ahead of the steps."""
+        """Yield steps with their pictures. The workers read ahead, also across epochs."""
         if self._stream is None:
             self._stream = self._loader(self._batches.micro_batches(epoch, start))
         for number in range(start, self.steps_per_epoch):
@@ -254,7 +254,7 @@ class Vision:
             yield self._args.batch_size, micro_batches
 
     def loss(self, engine: GaPEngine, batch: dict[str, Any], units: int, phase: Phase) -> torch.Tensor:
-        """Mean cross entropy in nats. Each picture is mixed with the one as far from the other end of its batch.
+        """Return the mean cross entropy in nats. Picture i is mixed with the i-th from the end of its batch.
 
         Source of mixup: Zhang et al., arXiv 1710.09412.
         """
@@ -269,11 +269,11 @@ class Vision:
         return loss
 
     def after_step(self, engine: GaPEngine) -> None:
-        """Keeps BatchNorm's statistics alike on all ranks."""
+        """Average BatchNorm's statistics over the ranks."""
         classifier.average_statistics(engine.module)
 
     def validate(self, engine: GaPEngine, epoch: int) -> dict[str, float]:
-        """Accuracy of the validation split; where masks changed also with the running statistics of training."""
+        """Return the accuracy on the validation split; after a change of masks also with the running statistics."""
         due = self._args.validate_every and (engine.finished or (epoch + 1) % self._args.validate_every == 0)
         held_out, figures = self._validation if due else None, dict[str, float]()
         if self._args.statistics_batches and (held_out is not None or engine.finished):
@@ -283,13 +283,13 @@ class Vision:
         return {} if held_out is None else {**self.score(engine, held_out), **figures}
 
     def _masks_changed(self, engine: GaPEngine) -> bool:
-        """Whether any mask changed within the last epoch; by the schedule, so that a resumed run knows it, too."""
+        """Return True if a mask changed within the last epoch. Follows from the schedule, also in a resumed run."""
         now = engine.applied_steps
         before, phase = max(0, now - self.steps_per_epoch), engine.phase
         return engine.schedule.phase_at(before) is not phase or any(before < at <= now for at in phase.updates)
 
     def score(self, model: Any, source: images.Source) -> dict[str, float]:
-        """Figures of a model, or of the engine, on a split."""
+        """Return the figures of a model, or of the engine, on a split."""
         ranks = {"world_size": runtime.world_size(), "rank": runtime.rank()}
         keys = images.evaluation_batches(len(source), max(1, self._args.batch_size // ranks["world_size"]), **ranks)
         loader = self._load(source, self._evaluation)
@@ -298,9 +298,9 @@ class Vision:
         return scores
 
     def recompute_statistics(self, model: nn.Module, forward: scoring.Forward, epoch: int) -> None:
-        """BatchNorm's statistics of a model, from training pictures as they are evaluated.
+        """Recompute BatchNorm's statistics of a model from training pictures, resized as in evaluation.
 
-        In crops of training things are larger than in the whole pictures that the statistics are used for.
+        Objects are larger in the crops of training than in the whole pictures of evaluation.
         Source: Touvron et al., "Fixing the train-test resolution discrepancy", arXiv 1906.06423.
         """
         keys = itertools.islice(self._batches.micro_batches(epoch), self._args.statistics_batches)
@@ -313,19 +313,19 @@ class Vision:
 
     def _pixels(self, pictures: torch.Tensor) -> torch.Tensor:
         pixels = images.normalise(pictures.to(self._device, non_blocking=True), self._mean, self._deviation)
-        # Convolutions hand the format of their input on. Weights stay as they are: shards and masks flatten them.
+        # Convolutions keep the format of their input. Weights stay contiguous: shards and masks flatten them.
         wanted = torch.channels_last if self._args.channels_last else torch.contiguous_format
         return pixels.contiguous(memory_format=wanted)
 
     def _forward(self, model: Any, pixels: torch.Tensor) -> torch.Tensor:
-        """Logits (B, K) in fp32; pixels in the dtype of the weights, which DeepSpeed may have made bf16."""
+        """Return logits (B, K) in fp32. Pixels take the dtype of the weights, bf16 under DeepSpeed with bf16."""
         module = model.module if isinstance(model, GaPEngine) else model
         with self._autocast:
             return model(pixel_values=pixels.to(next(module.parameters()).dtype)).logits.float()
 
 
 def check_average(args: Arguments, gap: GaPConfig) -> None:
-    """ValueError where the moving average would be lost."""
+    """Raise ValueError if the moving average would be lost."""
     if args.ema and gap.optimizer_state == "reset":
         raise ValueError(
             '--ema: lies in the optimizer\'s state, which optimizer_state="reset" clears. Remove one of the two.'
@@ -333,7 +333,7 @@ def check_average(args: Arguments, gap: GaPConfig) -> None:
 
 
 def load_splits(args: Arguments) -> tuple[images.Source, images.Source | None, images.Source]:
-    """Training, validation (if it is looked at) and test pictures, with one list of classes."""
+    """Return training, validation (None if unused) and test pictures, with one list of classes."""
 
     def load(split: str) -> images.Source:
         return images.load(
@@ -356,7 +356,7 @@ def load_splits(args: Arguments) -> tuple[images.Source, images.Source | None, i
 
 
 def same_classes(train: images.Source, other: images.Source) -> None:
-    """ValueError where another split has a class that the training split does not have."""
+    """Raise ValueError if another split has a class that the training split does not have."""
     if unknown := [name for name in other.classes if name not in train.classes]:
         raise ValueError(
             f"{other.name(0)}: its split has a class {unknown[0]!r} that the training split does not have "
@@ -370,15 +370,15 @@ def same_classes(train: images.Source, other: images.Source) -> None:
 
 
 def build_model(args: Arguments, classes: Sequence[str]) -> tuple[nn.Module, Any]:
-    """The model, and what `AutoImageProcessor` reads beside it: size, crop, mean and deviation."""
+    """Return the model and its image processor: size, crop, mean and deviation."""
     mean, deviation = IMAGENET
     if args.model_name:
-        model = classifier.load_pretrained(args.model_name, classes, args.trust_remote_code)
+        model = classifier.load_pretrained(args.model_name, classes, trust_remote_code=args.trust_remote_code)
         try:
             known = AutoImageProcessor.from_pretrained(args.model_name, trust_remote_code=args.trust_remote_code)
             mean, deviation = known.image_mean, known.image_std
         except (OSError, ValueError, AttributeError) as error:
-            log.info("%s: has no mean and deviation of its own, ImageNet's are used (%s)", args.model_name, error)
+            log.info("%s: has no mean and deviation; using those of ImageNet (%s)", args.model_name, error)
     else:
         model = classifier.build(args.preset, classes)
     processor = ConvNextImageProcessorPil(
@@ -392,7 +392,7 @@ def build_model(args: Arguments, classes: Sequence[str]) -> tuple[nn.Module, Any
 
 
 def groups(model: nn.Module, undecayed: set[str], weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups of the optimizer: with weight decay, and norms and biases without."""
+    """Return two parameter groups of the optimizer: with weight decay, and without (norms and biases)."""
     named = [(clean_name(name).removeprefix("module."), p) for name, p in model.named_parameters() if p.requires_grad]
     return [
         {"params": [p for name, p in named if name not in undecayed], "weight_decay": weight_decay},
@@ -401,10 +401,10 @@ def groups(model: nn.Module, undecayed: set[str], weight_decay: float) -> list[d
 
 
 def flops(engine: GaPEngine, uses: dict[str, int], dense: int) -> dict[str, float]:
-    """FLOPs relative to the dense network, of convolutions and linear layers at the run's image size.
+    """Return FLOPs relative to the dense network, of convolutions and linear layers at the run's image size.
 
-    `inference_flops` of the final model; `training_flops` of the run, forward and backward alike, replaces the
-    engine's own figure, which counts every weight once: a weight of an early stage is used far more often.
+    `inference_flops` is that of the final model. `training_flops` is that of the run, forward and backward alike. It
+    replaces the engine's figure, which counts every weight once, although early stages use their weights more often.
     """
     plan = engine.plan
     keep, numel = [0] * plan.kappa, [0] * plan.kappa
@@ -420,13 +420,13 @@ def flops(engine: GaPEngine, uses: dict[str, int], dense: int) -> dict[str, floa
 
 
 def workers(device: torch.device) -> int:
-    """Decoding processes of a rank: the cores that it has for itself less one, at most 8."""
+    """Return the number of decoding processes of a rank: its share of the cores less one, at most 8."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
     return min(8, len(os.sched_getaffinity(0)) // here - 1) if device.type == "cuda" else 0
 
 
 def parse(argv: Sequence[str] | None = None) -> Arguments:
-    """The arguments of the command line. ValueError for a mistake in them."""
+    """Parse the command line. ValueError for a mistake in it."""
     return arguments.parse(Arguments, argv)
 
 

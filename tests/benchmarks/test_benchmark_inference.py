@@ -1,4 +1,4 @@
-"""benchmarks/inference.py runs, at its size for tests, goes on where it stopped, and says what is missing."""
+"""benchmarks/inference.py runs at its size for tests, keeps finished rows, and lists missing ones."""
 
 from __future__ import annotations
 
@@ -42,6 +42,6 @@ def test_a_row_from_an_old_file_and_once_more(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_memory_in_processes_of_their_own(tmp_path: Path) -> None:
+def test_memory_in_separate_processes(tmp_path: Path) -> None:
     (row,) = run(tmp_path / "inference.json", "--memory")["memory"]
     assert all(row[f"{form}_translating_mib"] > 0 for form in ("dense", "packed", "sparse"))

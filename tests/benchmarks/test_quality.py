@@ -1,46 +1,31 @@
-"""The tables of benchmarks/quality: their rows, what is run, how results are kept, and the pages made of them."""
+"""The tables of benchmarks/quality: rows, plan of the runs, results, and pages."""
 
 from __future__ import annotations
 
 import doctest
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from quality_runs import ROOT, SMALL, leave_results, record, small_run
 
 pytest.importorskip("rich")
 
-ROOT = Path(__file__).resolve().parents[2]
-QUALITY = ROOT / "benchmarks" / "quality"
-sys.path[:0] = [str(QUALITY), str(ROOT / "examples")]
+import presets
+import records
+import report
+import rows
+import run as runner
+from common import arguments
+from common import run as common
 
-import presets  # noqa: E402
-import records  # noqa: E402
-import report  # noqa: E402
-import rows  # noqa: E402
-import run as runner  # noqa: E402
-from common import arguments  # noqa: E402
-from common import run as common  # noqa: E402
-
-from gap_ds import GaPConfig  # noqa: E402
-from gap_ds.method import schedule  # noqa: E402
-
-SMALL = replace(presets.SMOKE, rows=("dense", "static", "cyclic_3"))
-
-
-def small_run(name: str = "static", seed: int = 0, preset: presets.Preset = SMALL) -> records.Run:
-    row = rows.BY_NAME[name]
-    return records.Run(preset, row, 0.0 if row.dense else 0.8, seed)
-
+from gap_ds import GaPConfig
+from gap_ds.method import schedule
 
 # --- rows -------------------------------------------------------------------------------------------------------------
 
@@ -125,7 +110,7 @@ def test_extra_rows_are_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().out.split() == ["ramped_s0.8_seed0", "to", "run"]
 
 
-# --- what is run ------------------------------------------------------------------------------------------------------
+# --- planning ---------------------------------------------------------------------------------------------------------
 
 
 def planned(*arguments: str) -> list[str]:
@@ -175,7 +160,7 @@ def test_a_row_of_several_workers_has_another_command() -> None:
     assert " ".join(words).startswith(
         "python -m gap_ds.cli parallel --workers 3 --ranks-per-worker 1 -- examples/translation/train.py --gap-config "
     )
-    # Results are looked for where the example puts each worker's.
+    # `folders` are the output folders of the example's workers.
     given = arguments.RunArguments(gap_config=words[-1], output_dir=words[words.index("--output-dir") + 1])
     for index, folder in enumerate(run.folders(Path("OUT"))):
         of_worker, worker = common.gap_worker(replace(given, gap_worker=index), GaPConfig(**run.config), (), "train.py")
@@ -194,33 +179,18 @@ def test_a_set_up_is_what_changes_a_result() -> None:
 
 @pytest.mark.parametrize("example", presets.EXAMPLES, ids=lambda example: Path(example.script).parent.name)
 def test_defaults_are_those_of_the_example(example: presets.Example) -> None:
-    """Asked in a process of its own: the scripts of all examples are called `train`."""
+    """Read in a separate process: the scripts of all examples are called `train`."""
     pytest.importorskip("transformers")
     script = ROOT / example.script
     code = "import json, sys, train; print(json.dumps(vars(train.Arguments(gap_config='', output_dir=''))))"
-    told = subprocess.run([sys.executable, "-c", code], cwd=script.parent, capture_output=True, text=True, check=True)
-    values = json.loads(told.stdout.splitlines()[-1])
+    result = subprocess.run([sys.executable, "-c", code], cwd=script.parent, capture_output=True, text=True, check=True)
+    values = json.loads(result.stdout.splitlines()[-1])
     assert {name: records.defaults(example.script)[name] for name in example.matter} == {
         name: values[name] for name in example.matter
     }
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
-
-
-def record(run: records.Run, bleu: float = 30.0, **others: Any) -> records.Record:
-    """As `collect` makes it, with made-up figures."""
-    figures = {"bleu": bleu, "chrf": 55.0, "epochs": 8.0, "training_flops": 0.6, "mean_density": 0.4}
-    figures |= {"train_seconds": 90.0}
-    machine = {"machine": "x86_64 CPU", "cores": 2, "torch": "2.13.0", "gap_ds": "0.1.0"}
-    known = {
-        "row": run.row.name,
-        "sparsity": run.sparsity,
-        "seed": run.seed,
-        "setup": run.setup,
-        "workers": run.row.workers,
-    }
-    return {**known, **figures, **machine, **others}
 
 
 def test_a_result_is_appended_once(tmp_path: Path) -> None:
@@ -240,27 +210,6 @@ def test_what_a_kill_has_cut_short_is_removed(tmp_path: Path) -> None:
         records.read(path)
     records.append(path, record(small_run(seed=1)))
     assert [found["seed"] for found in records.read(path)] == [0, 1]
-
-
-def leave_results(run: records.Run, out: Path, **others: Any) -> None:
-    """The files of a finished run, as the example writes them."""
-    for number, folder in enumerate(run.folders(out)):
-        folder.mkdir(parents=True)
-        arguments = {**records.expected(run.preset), "seed": run.seed, "threads": 1, "dataset": None}
-        results = {
-            **{"bleu": 30.12345, "bleu_uncased": 31.0, "chrf": 55.0, "signatures": {"bleu": "BLEU|..."}},
-            **{"signature": "gap|...", "applied_steps": 80, "steps_per_epoch": 10, "dense": False, "device": "cpu"},
-            **{"training_flops": 0.5 + number, "mean_density": 0.4, "entry_sparsity": 0.8, "model_sparsity": 0.7},
-            **{"train_seconds": 4.0, "trained_from_step": 0, "score_seconds": 1.0, "torch": "2.13.0"},
-            **{"arguments": {**arguments, **others.pop("arguments", {})}, **others},
-        }
-        (folder / "results.json").write_text(json.dumps(results))
-        lines = [
-            {"kind": "train", "step": 10, "seconds": 7.0, "loss": 3.0},
-            {"kind": "validation", "step": 10, "seconds": 8.0, "loss": 2.00006},
-            {"kind": "validation", "step": 20, "seconds": 4.0, "loss": 1.5},
-        ]
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def test_a_finished_run_becomes_a_record(tmp_path: Path) -> None:
@@ -334,114 +283,6 @@ def test_sets_are_joined(tmp_path: Path) -> None:
         records.joined(replace(both, parts=("one", "three")), tmp_path, tmp_path / "out")
 
 
-# --- running, with a script in place of the example -------------------------------------------------------------------
-
-SCRIPT = """
-import json, pathlib, sys, time
-folder = pathlib.Path(sys.argv[1])
-print("step 3/4", flush=True)
-{body}
-(folder / "results.json").write_text((folder / "prepared.json").read_text())
-"""
-
-
-@pytest.fixture
-def scripted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]], list[str]]:
-    """Sets what the runs do, by name; returns the arguments of `main`."""
-
-    def prepare(bodies: dict[str, str]) -> list[str]:
-        def command(run: records.Run, data: Path, out: Path, python: str = "python") -> list[str]:
-            folder = out / run.name
-            if not (folder / "prepared.json").exists() and python != "python":
-                leave_results(run, tmp_path / "prepared")
-                source = tmp_path / "prepared" / run.name
-                (source / "results.json").rename(folder / "prepared.json")
-                (source / "metrics.jsonl").rename(folder / "metrics.jsonl")
-            return [python, "-c", SCRIPT.format(body=bodies.get(run.row.name, "")), str(folder)]
-
-        monkeypatch.setattr(records.Run, "command", command)
-        rows = ["--rows", "dense", "static", "cyclic_3"]
-        return ["--preset", "smoke", *rows, "--out", str(tmp_path / "out"), "--results", str(tmp_path / "results")]
-
-    return prepare
-
-
-def stored(tmp_path: Path) -> list[str]:
-    return [found["row"] for found in records.read(tmp_path / "results" / "quality_smoke.jsonl")]
-
-
-def test_a_run_that_fails_does_not_stop_the_others_and_is_run_again(
-    scripted: Callable[[dict[str, str]], list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = scripted({"static": "sys.exit('the reason')"})
-    assert runner.main([*arguments, "--jobs", "2"]) == 1
-    told = capsys.readouterr().out
-    assert "static_s0.8_seed0: FAILED, ended with status 1" in told and "the reason" in told
-    assert sorted(stored(tmp_path)) == ["cyclic_3", "dense"]
-    arguments = scripted({"dense": "sys.exit('must not be run again')"})
-    assert runner.main([*arguments, "--list"]) == 0
-    listed = re.findall(r"seed0 +(.*)", capsys.readouterr().out)
-    assert listed == ["finished", "to go on", "finished"]
-    assert runner.main(arguments) == 0
-    told = capsys.readouterr().out
-    assert "2 of 3 runs are finished already" in told and "FAILED" not in told
-    assert stored(tmp_path)[-1] == "static"
-
-
-def test_a_finished_run_is_collected_without_being_run(
-    scripted: Callable[[dict[str, str]], list[str]], tmp_path: Path
-) -> None:
-    arguments = scripted({})
-    assert runner.main(arguments) == 0
-    (tmp_path / "results" / "quality_smoke.jsonl").unlink()
-    assert runner.main(scripted(dict.fromkeys(("dense", "static", "cyclic_3"), "sys.exit(1)"))) == 0
-    assert stored(tmp_path) == ["dense", "static", "cyclic_3"]
-
-
-def test_an_interrupt_ends_the_children(
-    scripted: Callable[[dict[str, str]], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    marker = tmp_path / "saved"
-    waits = f"try:\n    time.sleep(60)\nfinally:\n    pathlib.Path({str(marker)!r}).touch()"
-    arguments = scripted({"dense": waits})
-    seen: list[runner.Job] = []
-
-    def update(table: runner.Table, jobs: list[runner.Job], waiting: int) -> None:
-        if "step 3/4" in jobs[0].log.read_text():  # the child is inside its `try`, or about to enter it
-            seen.append(jobs[0])
-            time.sleep(0.2)
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(runner.Table, "update", update)
-    before = signal.getsignal(signal.SIGTERM)
-    assert runner.main([*arguments, "--jobs", "1"]) == 130
-    assert signal.getsignal(signal.SIGTERM) == before
-    assert marker.exists() and seen[0].process.returncode
-    assert not (tmp_path / "results").exists()
-
-
-def test_a_run_is_not_started_twice(tmp_path: Path, scripted: Callable[[dict[str, str]], list[str]]) -> None:
-    scripted({"static": "time.sleep(60)"})
-    run = small_run()
-    job = runner.start(run, tmp_path, tmp_path / "out")
-    try:
-        with pytest.raises(runner.Busy, match="another process"):
-            runner.start(run, tmp_path, tmp_path / "out")
-    finally:
-        runner.stop([job], grace=20)
-    assert job.process.returncode
-
-
-def test_progress_is_read_from_the_log(tmp_path: Path) -> None:
-    log = tmp_path / "log.txt"
-    assert runner.fraction(log, 0) == 0.0
-    log.write_text("step 50/200  loss 3\nsomething\nstep 100/200  loss 2\nmore\n")
-    assert runner.fraction(log, 0) == 0.5
-    assert runner.fraction(log, log.stat().st_size) == 0.0
-    log.write_text("[worker 1] step 9/10\n[worker 0] step 1/10  loss 3\n")
-    assert runner.fraction(log, 0) == 0.1
-
-
 # --- the pages --------------------------------------------------------------------------------------------------------
 
 
@@ -471,7 +312,7 @@ def test_the_table(results: Path) -> None:
         "| fixed random mask, learning-rate restarts | 80% | 30.0 | 30.0 | 55.0 | 8 | 0.60 | 0.40 | 1.5 |",
         "| fixed random mask, learning-rate restarts | 90% | **29.0** | 29.0 | 55.0 | 8 | 0.60 | 0.40 | 1.5 |",
     ]
-    assert "up to 1.0 BLEU at 80%:" in page and "no run was faster" in page and "Left out" not in page
+    assert "up to 1.0 BLEU at 80%;" in page and "no run was faster" in page and "Left out" not in page
 
 
 def test_results_of_another_set_up_are_left_out(results: Path) -> None:
@@ -503,23 +344,3 @@ def test_presets_name_rows_that_exist() -> None:
         assert set(preset.arguments) <= set(preset.example.matter)
         assert set(preset.settings) <= set(preset.rows)
         assert preset.parts or preset is presets.SMOKE
-
-
-# --- all of it, for real ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_the_smoke_table(tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
-    command = [sys.executable, str(QUALITY / "run.py"), "--preset", "smoke", "--out", str(tmp_path / "runs")]
-    command += ["--results", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = {line["row"]: line for line in records.read(tmp_path / "quality_smoke.jsonl")}
-    assert tuple(found) == presets.SMOKE.rows
-    assert all(line["epochs"] == 8 and len(line["validation_loss"]) == 8 for line in found.values())
-    assert found["dense"]["training_flops"] == 1 > found["cyclic_3"]["training_flops"] > found["rigl"]["training_flops"]
-    assert str(tmp_path) not in (tmp_path / "quality_smoke.jsonl").read_text()
-    assert report.main(["--results", str(tmp_path), "--no-plot"]) == 0
-    again = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert again.returncode == 0 and "4 of 4 runs are finished already" in again.stdout

@@ -1,4 +1,4 @@
-"""The demonstration around its two trainings, which are replaced: what is started, and what is shown at the end."""
+"""examples/translation/demo.py with both trainings replaced: its commands and its output."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ RESULT = {
 
 @pytest.fixture
 def commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
-    """The commands that the demonstration starts, each of which leaves RESULT."""
+    """Commands that the demonstration starts. Each writes RESULT."""
     started: list[list[str]] = []
 
     def run(command: list[str], **_: Any) -> SimpleNamespace:

@@ -127,7 +127,7 @@ def test_what_is_too_long_to_be_told_is_told_as_a_hash(here: Path, tmp_path: Pat
     [
         (GAP, ["--gap-worker", "0"], r'--gap-worker: has no effect with method="cyclic". Remove it.'),
         (GAP, ["--exchange", "x"], r'--exchange: has no effect with method="cyclic". Remove it.'),
-        (PARALLEL, [], r"every worker is a job of its own. Start all by gap-ds parallel --workers 2 -- "),
+        (PARALLEL, [], r"every worker is a separate job. Start all by gap-ds parallel --workers 2 -- "),
         (PARALLEL, ["--gap-worker", "2"], r"--gap-worker 2: must be below 2, the number of partitions."),
         (PARALLEL, ["--gap-worker", "-1"], r"gap_worker=-1: must be at least 0. Set --gap-worker."),
         (GAP, ["--teacher", "nowhere", "--distillation", "1"], r"distillation=1.0: must lie in \[0, 1\)"),

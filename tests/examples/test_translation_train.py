@@ -614,8 +614,8 @@ def test_only_damaged_checkpoints(here: Path, finished: Path, run: Callable[...,
     "error, status, said",
     [
         (ValueError("lr=0: must be above 0"), 2, "error: lr=0: must be above 0\n"),
-        (KeyboardInterrupt(), 130, "interrupted; what was saved before is as it was.\n"),
-        (RuntimeError("Connection closed by peer [127.0.0.1]"), 1, "ends, because another rank has"),
+        (KeyboardInterrupt(), 130, "interrupted; earlier checkpoints are unchanged.\n"),
+        (RuntimeError("Connection closed by peer [127.0.0.1]"), 1, "ended because another rank has"),
     ],
 )
 def test_the_end_of_a_process(

@@ -1,9 +1,10 @@
-"""The model of benchmarks/scaling_model.py against the code it is of, and docs/scaling.md against the committed fit."""
+"""scaling_model.py against the code that it models, and README.md against the committed fit: `pytest studies`."""
 
 from __future__ import annotations
 
 import doctest
 import importlib
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,30 +13,40 @@ from typing import Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-NAMES = ("scaling", "scaling_model", "scaling_points")
+HERE = Path(__file__).resolve().parent
+NAMES = ("scaling", "scaling_model", "scaling_network", "scaling_points")
 
 
 @pytest.fixture(scope="module")
 def code() -> Iterator[Any]:
-    """The modules, by their names without `scaling_`; none of the benchmarks' modules stays behind."""
+    """The modules, by their names without `scaling_`. They are unloaded afterwards."""
     before, path = set(sys.modules), list(sys.path)
-    sys.path.insert(0, str(BENCHMARKS))
+    sys.path.insert(0, str(HERE))
     try:
         yield SimpleNamespace(**{name.removeprefix("scaling_"): importlib.import_module(name) for name in NAMES})
     finally:
         sys.path[:] = path
+        folders = str(HERE), str(HERE.parents[1] / "benchmarks")
         for name in set(sys.modules) - before:
-            if str(getattr(sys.modules[name], "__file__", None)).startswith(str(BENCHMARKS)):
+            if str(getattr(sys.modules[name], "__file__", None)).startswith(folders):
                 del sys.modules[name]
 
 
 def test_rows_and_page_come_from_the_committed_fit(code: Any) -> None:
-    assert not code.scaling.check(), "run `python benchmarks/scaling.py --again`"
+    assert not code.scaling.check(), "run `python studies/scaling/scaling.py --again`"
+
+
+def test_it_runs_at_a_small_size(code: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run compares the masks of 4 simulated ranks with those of one, and the bytes sent with the forecast."""
+    monkeypatch.setattr(sys, "argv", [str(HERE / "scaling.py"), "--quick", "--out", str(tmp_path)])
+    assert code.scaling.main() == 0
+    result = json.loads((tmp_path / "scaling.json").read_text(encoding="utf-8"))
+    assert result["command"] == "python studies/scaling/scaling.py --quick" and result["rows"]
+    assert (tmp_path / "scaling.png").stat().st_size > 1000
 
 
 def test_examples(code: Any) -> None:
-    for module in (code.scaling, code.model, code.points):
+    for module in (code.scaling, code.model, code.network, code.points):
         assert not doctest.testmod(module).failed
 
 
@@ -54,7 +65,7 @@ def row(code: Any, name: str, backend: str, ranks: int, **changes: float) -> Any
 @pytest.mark.parametrize("ranks", [8, 64, 500])
 @pytest.mark.parametrize("backend", ["fsdp2", "zero2", "zero3"])
 def test_the_layout_is_that_of_the_cut_model(code: Any, backend: str, ranks: int) -> None:
-    """Cut weight by weight as the backend does, the busiest rank has what the model says, but for rounding."""
+    """The busiest rank of a model cut weight by weight has the modelled share, up to rounding."""
     layers, rows, width = 48, 512, 4
     model = code.model.Model("", 3 * layers * rows * width, 3 * layers, rows, tokens=1, matrices=1)
     places = list(code.points.cuts(backend, ranks, model.pruned, model.entries))
@@ -73,8 +84,8 @@ def test_the_layout_is_that_of_the_cut_model(code: Any, backend: str, ranks: int
     assert holders <= found.holders <= holders + 1
 
 
-def test_what_is_published(code: Any) -> None:
-    """As much as every step of ZeRO-2 gathers: all weights in 16 bits but a rank's own; nothing elsewhere."""
+def test_published_bytes(code: Any) -> None:
+    """ZeRO-2: all weights in 16 bits except the rank's share, as in every step. Other backends: nothing."""
     assert row(code, "7B", "zero2", 64)["publish_MB"] == pytest.approx(2 * 7e9 * 63 / 64 / 1e6)
     assert 0 < row(code, "7B", "zero3", 64)["publish_MB"] < 1
     for backend in ("ddp", "hsdp", "fsdp1", "fsdp2"):
@@ -82,14 +93,14 @@ def test_what_is_published(code: Any) -> None:
 
 
 def test_a_flat_buffer_makes_one_rank_do_all_of_it(code: Any) -> None:
-    """K times an even share in a selection, and no moments to clear: what is grown lies on other ranks."""
+    """K times an even share in a selection, no moments to clear: the grown weights lie on other ranks."""
     for changes in ({"core": code.model.Work(1.0, 0, 0, 0, 0, 0)}, {"core": code.model.Work(0, 0, 0, 0, 1.0, 0)}):
         flat, even = (row(code, "7B", backend, 64, **changes)["own_core_s"] for backend in ("zero2", "zero3"))
         assert flat == pytest.approx(3 * even if changes["core"].select_weight else even)
 
 
-def test_a_shard_group_of_its_own(code: Any) -> None:
-    """Hybrid sharding: own work, counts and ties do not fall or grow beyond a group; only the checks see all ranks."""
+def test_hybrid_shard_groups(code: Any) -> None:
+    """Own work, counts and ties depend on the group alone; only the checks depend on all ranks."""
     small, large = (row(code, "7B", "hsdp", ranks) for ranks in (64, 4096))
     for key in ("own_core_s", "own_accelerator_s", "counts_s", "ties_s", "mask_MB", "shard_group"):
         assert small[key] == large[key]

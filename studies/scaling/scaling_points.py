@@ -1,13 +1,11 @@
-"""What the model of `scaling.py` is fitted to and checked with: the code that training runs, on this machine.
+"""Measurements that fit and check the model of `scaling.py`: the code that training runs, on this machine.
 
-Own work is timed as processor time of one thread, so that what else the machine does falls out of it, but for what that
-does to caches. Time between ranks is wall time.
+Work of a rank is timed as CPU time of one thread. Other processes affect it through the caches alone.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import statistics
 import threading
 import time
@@ -16,10 +14,9 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
-import measure
 import numpy as np
 import torch
-from scaling_model import Fitted, Model, Network, Work, layout, tie_sums
+from scaling_model import Fitted, Model, Work, layout, tie_sums
 from torch import Tensor, nn
 
 from gap_ds import GaPEngine
@@ -35,7 +32,7 @@ Point = dict[str, Any]
 
 
 def least(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
-    """Coefficients of least squares of the relative error; none below zero.
+    """Coefficients that minimize the squared relative error, none below zero.
 
     >>> [round(c, 6) for c in least([[1, 1], [2, 1], [4, 1]], [3, 5, 9])]
     [2.0, 1.0]
@@ -53,7 +50,7 @@ def least(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[flo
 
 
 def medians(works: Mapping[Any, Callable[[], float]], rounds: int) -> dict[Any, float]:
-    """For each work the median of the seconds that it returns, in turns, after one that does not count."""
+    """Median of the seconds that each work returns; works take turns, and the first turn does not count."""
     found: dict[Any, list[float]] = {key: [] for key in works}
     for _ in range(rounds + 1):
         for key, work in works.items():
@@ -71,12 +68,12 @@ def thread_seconds(work: Callable[[], object]) -> float:
 
 
 def drawn(entries: int, size: int, steps: int = 1024) -> Tensor:
-    """Weights (entries, size) in so many steps for a standard deviation, so that a selection has ties to break."""
+    """Weights (entries, size) rounded to `steps` steps per standard deviation: a selection has ties to break."""
     return (torch.randn(entries, size, generator=torch.Generator().manual_seed(0)) * steps).round_()
 
 
 def select(pieces: Sequence[tuple[int, Tensor]], keep: int, group: selection.Reduce) -> list[Tensor]:
-    """This rank's masks of its (start, weights) of each entry, `keep` weights of every entry."""
+    """Masks of this rank's (start, weights) of each entry, with `keep` weights kept in every entry."""
     own = [
         selection.Piece(f"entry{e}", start, piece.numel(), selection.magnitude_keys(piece), e)
         for e, (start, piece) in enumerate(pieces)
@@ -85,7 +82,7 @@ def select(pieces: Sequence[tuple[int, Tensor]], keep: int, group: selection.Red
 
 
 class Alike:
-    """R ranks that all have what this one has. What they send is counted."""
+    """R ranks with equal pieces. Counts the bytes that they send."""
 
     def __init__(self, ranks: int) -> None:
         self.ranks, self.sent = ranks, 0
@@ -96,12 +93,12 @@ class Alike:
 
 
 def selections(sizes: Sequence[tuple[int, int, int]], rounds: int) -> list[Point]:
-    """Selections of (weights in all, pieces, entries) on one rank; entries without a piece are another rank's."""
+    """Time selections of (total weights, pieces, entries) on one rank; the other entries belong to another rank."""
 
     def work(weights: Tensor, entries: int) -> float:
         empty = [(0, weights.new_empty(0))] * (entries - len(weights))
         pieces = [*((0, row) for row in weights), *empty]
-        # The other rank has the weights of its own entries; here it is asked for none of them.
+        # The other rank keeps the weights of those entries; this rank keeps none.
         keep = [weights.shape[1] // 5] * len(weights) + [0] * len(empty)
         own = [
             selection.Piece(f"entry{e}", start, piece.numel(), selection.magnitude_keys(piece), e)
@@ -117,7 +114,7 @@ def selections(sizes: Sequence[tuple[int, int, int]], rounds: int) -> list[Point
 
 
 class Blocks(nn.Module):
-    """As many equal matrices as three partitions need, each a block of its own."""
+    """Equal matrices for three partitions of `entries` entries, each in a separate block."""
 
     def __init__(self, entries: int, rows: int) -> None:
         super().__init__()
@@ -128,8 +125,10 @@ class Blocks(nn.Module):
 
 
 def boundaries(sizes: Sequence[tuple[int, int]], rounds: int) -> list[Point]:
-    """The masks of a step and a whole change of masks, by the engine's own code: (rows of a matrix, entries of a
-    partition), square matrices, three partitions, AdamW."""
+    """Time the masks of a step and a whole change of masks in the engine's code.
+
+    sizes: (rows of a square matrix, entries of a partition). Three partitions, AdamW.
+    """
 
     def engine_of(rows: int, entries: int) -> tuple[GaPEngine, torch.optim.Optimizer]:
         model = Blocks(entries, rows)
@@ -145,7 +144,7 @@ def boundaries(sizes: Sequence[tuple[int, int]], rounds: int) -> list[Point]:
         return thread_seconds(lambda: engine.mask_state.zero_pruned(optimizer))
 
     def change(engine: GaPEngine) -> float:
-        """Prunes the partition that is dense, and grows the next one."""
+        """Prune the dense partition and grow the next one."""
         left = next(e.partition for e in engine.plan.entries if e.name not in engine.mask_state.bits)
         updates: dict[Any, rules.Update] = {e: rules.Keep() for e in engine.plan.entries}
         for entry in engine.plan.entries:
@@ -168,7 +167,7 @@ def boundaries(sizes: Sequence[tuple[int, int]], rounds: int) -> list[Point]:
 
 
 class Stub(Comm):
-    """The real code of a group of R ranks whose collectives do nothing: what is left is the work around them."""
+    """A group of R ranks whose collectives do nothing: what remains is the work around them."""
 
     def __init__(self, ranks: int) -> None:
         super().__init__(single=True)
@@ -180,7 +179,7 @@ class Stub(Comm):
 
 
 def around_ranks(ranks: Sequence[int], rounds: int) -> list[Point]:
-    """Work that grows with the ranks: an all-gather of a position, and where the pieces of 8 entries lie."""
+    """Time work that grows with the ranks: the all-gather of a position, and locating the pieces of 8 entries."""
 
     def gather(comm: Comm) -> float:
         with Stub.silent():
@@ -197,7 +196,7 @@ def around_ranks(ranks: Sequence[int], rounds: int) -> list[Point]:
 
 
 def per_byte(rounds: int) -> dict[str, float]:
-    """Seconds of a checksum (as `consistency.check_masks` makes it) and of a SHA-256 for each byte."""
+    """Seconds per byte of a checksum (as in `consistency.check_masks`) and of a SHA-256."""
     size = 1 << 24
     bits, data = torch.zeros(size, dtype=torch.uint8), bytes(size)
     works = {
@@ -208,7 +207,7 @@ def per_byte(rounds: int) -> dict[str, float]:
 
 
 def fit(points: Mapping[str, Any]) -> Fitted:
-    """The model's coefficients, from the points of this file."""
+    """Fit the model's coefficients to the points of this file."""
     chosen = points["selections"]
     select_ = least([[p["weights"], p["pieces"], p["entries"], 1] for p in chosen], [p["measured_s"] for p in chosen])
     steps = [p for p in points["boundaries"] if p["what"] == "step"]
@@ -233,7 +232,7 @@ def fit(points: Mapping[str, Any]) -> Fitted:
 
 
 def modelled(points: Mapping[str, Any], fitted: Fitted) -> list[Point]:
-    """The points of own work beside what the fit says of them. Whole changes of masks were not fitted to."""
+    """Points of a rank's work with their modelled times. Whole changes of masks are not in the fit."""
     core = fitted.core
     rows = [
         {"point": "selection", "in the fit": "yes", "weights": p["weights"], "pieces": p["pieces"]}
@@ -254,9 +253,9 @@ def modelled(points: Mapping[str, Any], fitted: Fitted) -> list[Point]:
 
 
 def by_ranks(ranks: Sequence[int], n: int, entries: int, rounds: int) -> list[Point]:
-    """One rank's selection with its n weights, whatever the number of ranks that have as much; ties in all entries.
+    """Time the selection on one of R ranks with n weights each and ties in all entries.
 
-    Beside it, what dividing the ties took when the counts of all ranks were gathered and gone through entry by entry.
+    Also time the division of ties by the former method: gather the counts of all ranks and loop over the entries.
     """
     weights = drawn(entries, n // entries)
     pieces = [(1 << 30, row) for row in weights]
@@ -287,7 +286,7 @@ def by_ranks(ranks: Sequence[int], n: int, entries: int, rounds: int) -> list[Po
 
 
 def divided_by_gathering(entries: int, comm: Comm) -> list[int]:
-    """How ties were divided before: two numbers of each entry from every rank, then a loop over the entries."""
+    """Divide ties by the former method: two numbers of each entry from every rank, then a loop over the entries."""
     own = torch.zeros(entries, dtype=torch.int64)
     ties, starts = comm.all_gather(own), comm.all_gather(own)
     left, quota = own.clone(), []
@@ -299,7 +298,7 @@ def divided_by_gathering(entries: int, comm: Comm) -> list[int]:
 
 
 class Together:
-    """Ranks that are threads, of which one works at a time. The sum of what all of them give is made once, for all."""
+    """Ranks as threads that take turns. Each sum over the ranks is computed once, for all of them."""
 
     def __init__(self, ranks: int) -> None:
         self.turn, self.barrier = threading.Lock(), threading.Barrier(ranks, self._complete, timeout=600)
@@ -311,7 +310,7 @@ class Together:
         self._sum, self._adding = self._adding, None
 
     def sum(self, counts: Tensor) -> Tensor:
-        """Called by the rank that has the turn, which it has again when all have called."""
+        """Add this rank's counts. The caller holds the turn, and holds it again on return."""
         self._adding = counts.clone() if self._adding is None else self._adding.add_(counts)
         self.turn.release()
         try:
@@ -322,7 +321,7 @@ class Together:
 
 
 class Counted:
-    """A rank of them: counts what it hands over, and the processor time that this takes here."""
+    """One rank of `Together`: counts the bytes that it sends and the CPU time of sending."""
 
     def __init__(self, group: Together) -> None:
         self._group, self.sent, self.seconds = group, 0, 0.0
@@ -336,8 +335,10 @@ class Counted:
 
 
 def cuts(backend: str, ranks: int, n: int, entries: int) -> Iterator[list[tuple[int, int]]]:
-    """For each rank the (begin, end) of its piece of each entry: an even share of every entry, or (zero2) of one flat
-    buffer, of which these entries are the first third."""
+    """Yield for each rank the (begin, end) of its piece of each entry.
+
+    An even share of every entry; for zero2 of one flat buffer, whose first third these entries are.
+    """
     size = n // entries
     for rank in range(ranks):
         if backend == "zero2":
@@ -348,9 +349,9 @@ def cuts(backend: str, ranks: int, n: int, entries: int) -> Iterator[list[tuple[
 
 
 def simulate(backend: str, ranks: int, n: int, entries: int, fitted: Fitted) -> Point:
-    """The real selection on ranks that are threads: masks against one rank's; bytes, own time against the model's."""
+    """Run the selection on ranks as threads; compare masks with one rank's, bytes and CPU time with the model's."""
     size = n // entries
-    # So few values that ties are to be broken in every entry.
+    # Few distinct values: every entry has ties to break.
     weights, places, group = drawn(entries, size, 64), list(cuts(backend, ranks, n, entries)), Together(ranks)
     results: list[Any] = [None] * ranks
 
@@ -384,7 +385,7 @@ def simulate(backend: str, ranks: int, n: int, entries: int, fitted: Fitted) -> 
     assert {sent for _, sent, _ in results} == {forecast.selection_bytes(entries) + sum(ties)}, "bytes differ"
     assert sum(ties) <= sum(tie_sums(like))
     where = layout(backend, like, ranks)
-    # All ranks have an even share; or those that have most, which is up to K times as much.
+    # Shares are even, or (flat buffer) the largest is up to K times an even one.
     most = max(sum(hi - lo for lo, hi in place) for place in places)
     busiest = [s for (_, _, s), place in zip(results, places, strict=True) if sum(hi - lo for lo, hi in place) >= most]
     found = {
@@ -394,78 +395,3 @@ def simulate(backend: str, ranks: int, n: int, entries: int, fitted: Fitted) -> 
         "modelled_s": fitted.core.select_s(where.pruned, where.pieces, entries),
     }
     return {**found, "measured / modelled": found["measured_s"] / found["modelled_s"]}
-
-
-# -- between ranks -----------------------------------------------------------------------------------------------------
-
-
-def collectives(sizes: Sequence[int], rounds: int) -> list[Point]:
-    """On each rank of a group: wall seconds of a sum and of a gathering of so many bytes; the slowest rank's median."""
-    comm, rows = Comm(), []
-    for size in sizes:
-        row = torch.zeros(size // 8, dtype=torch.int64)
-        for kind, work in (("sum", comm.sum), ("all_gather", comm.all_gather)):
-            times = []
-            for _ in range(rounds + 3):
-                comm.barrier()
-                times.append(measure.seconds(partial(work, row.clone())))
-            slowest = float(comm.all_gather(torch.tensor([statistics.median(times[3:])])).max())
-            rows.append({"kind": kind, "bytes": size, "ranks": comm.size, "measured_s": slowest})
-    return rows
-
-
-def _network_s(network: Network, point: Point) -> float:
-    call = network.reduce_s if point["kind"] == "sum" else network.gather_s
-    return call(point["bytes"], point["ranks"])
-
-
-def fit_network(found: Sequence[Point]) -> tuple[Network, list[Point]]:
-    """Latency and bandwidth of every other size on two ranks, and what they say of all points."""
-    small = [p for p in found if p["ranks"] == 2]
-    sizes = sorted({p["bytes"] for p in small})[::2]
-    used = [p for p in small if p["bytes"] in sizes]
-    # Of two ranks: a sum is a ring of two steps with half of the bytes each, a gathering is one with all of them.
-    latency, inverse = least(
-        [[2 if p["kind"] == "sum" else 1, p["bytes"]] for p in used], [p["measured_s"] for p in used]
-    )
-    network = Network(latency, 1 / inverse if inverse else float("inf"))
-    rows = [{**p, "modelled_s": _network_s(network, p), "in the fit": "yes" if p in used else "no"} for p in found]
-    return network, [{**row, "measured / modelled": row["measured_s"] / row["modelled_s"]} for row in rows]
-
-
-def committed(fitted: Fitted, network: Network, cores: int) -> dict[str, Any]:
-    """The rows of benchmarks/boundary.py on 2 and 4 ranks, predicted.
-
-    Of gap_ds nothing is fitted to them. Of the others, which gather the weights, the time on one rank is taken from the
-    rows of one rank, and the bandwidth of gathering is fitted to those of two ranks; those of four are left out.
-    """
-    path = measure.RESULTS / "boundary.json"
-    made = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    rows = {ranks: [row for row in made if row["ranks"] == ranks] for ranks in (1, 2, 4)}
-    alone = {(row["method"], row["weights"]): row["ms"] / 1e3 for row in rows[1]}
-    points = [
-        {"method": row["method"], "ranks": r, "weights": row["weights"], "measured_s": row["ms"] / 1e3}
-        for r in (2, 4)
-        for row in rows[r]
-        if (row["method"], row["weights"]) in alone
-    ]
-    # What all ranks do at once takes turns where there are fewer cores.
-    share = {r: max(1.0, r / cores) for r in (2, 4)}
-    gathering = [p for p in points if p["method"] != "gap_ds"]
-    used = [p for p in gathering if p["ranks"] == 2]
-    spent = [(p, p["measured_s"] - alone[p["method"], p["weights"]] * share[2]) for p in used]
-    # A row that took no longer than on one rank says nothing of the bandwidth, but that it is not what took the time.
-    rates = [4 * p["weights"] / 2 / seconds for p, seconds in spent if seconds > 0]
-    bandwidth = statistics.median(rates) if rates else network.bandwidth
-    found = []
-    for p in points:
-        n, r = p["weights"], p["ranks"]
-        if p["method"] == "gap_ds":
-            counts = forecast.selection_bytes(1)
-            sent = 3 * network.reduce_s(counts / 3, r)
-            says = fitted.core.select_s(n / r, 1, 1) * share[r] + sent
-        else:
-            says = alone[p["method"], n] * share[r] + 4 * n * (r - 1) / r / bandwidth
-        found.append({**p, "in the fit": "yes" if p in used else "no", "modelled_s": says})
-    found = [{**row, "measured / modelled": row["measured_s"] / row["modelled_s"]} for row in found]
-    return {"gathering_bytes_per_s": bandwidth, "rows": found}

@@ -1,8 +1,8 @@
-"""What a boundary, a step's masks and an exchange cost on many ranks, as pure functions. `scaling.py` is the command.
+"""Costs of a boundary, a step's masks and an exchange on many ranks, as pure functions. `scaling.py` is the command.
 
 N weights in the entries of a model, N' of them in a partition, E' entries of a partition, K partitions, R ranks. Times
-are those of the slowest rank. Three kinds of figures go in, and are kept apart: sizes, which follow from the code;
-`Fitted`, times measured on one core of this machine; `Assumed`, everything about accelerators, networks and files.
+are those of the slowest rank. The model takes three kinds of figures: sizes that follow from the code; `Fitted`, times
+measured on one core; `Assumed`, everything about accelerators, networks and files.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _because(value: float, reason: str) -> Any:
 
 @dataclass(frozen=True)
 class Assumed:
-    """What is assumed and not measured, each with what it is. An accelerator is an H100 SXM by its data sheet."""
+    """Assumed figures, with their meaning. The accelerator is an H100 SXM by its data sheet."""
 
     flops: float = _because(989e12, "FLOP/s of an accelerator in bf16, dense")
     utilisation: float = _because(
@@ -89,7 +89,7 @@ class Assumed:
 
 @dataclass(frozen=True)
 class Work:
-    """Seconds of a rank's own work on its pieces, by one kind of processor.
+    """Seconds of a rank's work on its pieces, on one kind of processor.
 
     select_*: a selection, for each weight, for each piece that is not empty, for each entry, and once.
     zero_*: `bitmask.zero_pruned_`, for each fp32 weight and for each piece.
@@ -111,17 +111,16 @@ class Work:
         return self.zero_weight * weights + self.zero_piece * pieces
 
 
-#: Counted in gap_ds/masks for an accelerator: bytes that kernels read and write for a weight
-#: in a selection; launches for a piece in it; bytes for a weight that is masked (the kernel stores zeros only, but a
-#: sector of memory that is stored in part is read as well).
+#: Counted in gap_ds/masks for an accelerator: bytes read and written for a weight in a selection; launches for a piece
+#: in it; bytes for a masked weight (the kernel stores zeros only, but partly stored memory sectors are read as well).
 SELECT_BYTES, SELECT_LAUNCHES, ZERO_BYTES = 160, 80, 8.125
 
 
 def accelerator(assumed: Assumed, core: Work) -> Work:
     """The same work on an accelerator, assumed to be bound by its memory and by launches.
 
-    What the host does for each entry, and for each piece that is masked (one launch is for all of them), is as fitted
-    to a core, and not hidden behind what the device has to do.
+    The host's work for each entry and for each masked piece (one launch serves all) is as fitted to a core. None of it
+    overlaps with the device.
     """
     return Work(
         select_weight=SELECT_BYTES / assumed.memory_bandwidth,
@@ -186,17 +185,17 @@ BACKENDS = ("ddp", "hsdp", "fsdp1", "fsdp2", "zero2", "zero3")
 
 @dataclass(frozen=True)
 class Layout:
-    """How a backend spreads a model, seen from the rank that has most to do.
+    """Spread of a model under a backend, for the busiest rank.
 
-    group: ranks among which the pieces of one entry are spread; where they are fewer than all, each group decides for
-        itself, and all compare their masks.
-    imbalance: what the slowest rank has of the pruned partition, over an even share of it.
-    pruned, grown: the weights it has of the partition that a boundary prunes, and of the one that it grows.
-    sparse: weights under masks, of the rank that has most of them.
-    pieces: entries of a partition of which it has something.
-    holders: ranks that have something of one entry.
-    publish: bytes that a rank receives when a change of fp32 weights between two steps is made known to all.
-    state: bytes of weights, gradients and two moments that a rank holds.
+    group: ranks that share the pieces of one entry. If smaller than all ranks, each group selects separately and all
+        groups compare their masks.
+    imbalance: the slowest rank's share of the pruned partition, over an even share.
+    pruned, grown: its weights in the partition that a boundary prunes, and in the one that it grows.
+    sparse: weights under masks, on the rank with most of them.
+    pieces: entries of a partition with a piece on this rank.
+    holders: ranks with a piece of one entry.
+    publish: bytes that a rank receives when changed fp32 weights are published between two steps.
+    state: bytes of weights, gradients and two moments on a rank.
     """
 
     group: int
@@ -215,18 +214,18 @@ class Layout:
 
 
 def layout(backend: str, model: Model, ranks: int) -> Layout:
-    """How a backend spreads a model over R >= K ranks, by gap_ds/backends.
+    """Return the spread of a model over R >= K ranks, as in gap_ds/sharding/backends.
 
         ddp        whole on every rank
         fsdp2      each matrix by rows, ceil(rows / R) on a rank: where there are more ranks than rows, some have none
         hsdp       the same within groups of 64 ranks
         fsdp1      each block as one flat parameter, so a rank has a piece of one or two of its matrices
         zero3      each matrix in R equal pieces
-        zero2      all of the model as one flat buffer (as zero1): a rank has consecutive layers, so about R / K ranks
-                   have all of a partition, and the others nothing of it
+        zero2      the whole model as one flat buffer (as zero1): a rank has consecutive layers, so about R / K ranks
+                   hold all of a partition and the others none of it
 
-    Published are, by zero2, all weights in 16 bits (DeepSpeed's `update_lp_params`, which is what every step of it does
-    at its end); by zero3 the norms, which it keeps on every rank. FSDP gathers weights before it computes anyway.
+    zero2 publishes all weights in 16 bits (DeepSpeed's `update_lp_params`, as at the end of every step). zero3
+    publishes the norms, which every rank keeps. FSDP publishes nothing: it gathers weights before computing.
     """
     n, entries = model.weights, model.entries
     group = {"ddp": 1, "hsdp": min(ranks, HYBRID)}.get(backend, ranks)
@@ -264,7 +263,7 @@ def layout(backend: str, model: Model, ranks: int) -> Layout:
 
 
 def tie_sums(model: Model) -> list[int]:
-    """Bytes of each all-reduce that divides ties in every entry (`selection._divide`): whatever the number of ranks.
+    """Bytes of each all-reduce that divides ties in every entry (`selection._divide`), for any number of ranks.
 
     >>> tie_sums(Model("tiny", 3 * 7 * 2**12, layers=3, rows=64, tokens=1))
     [568, 3584, 3584]
@@ -277,8 +276,8 @@ def tie_sums(model: Model) -> list[int]:
 def boundary(model: Model, backend: str, ranks: int, fitted: Fitted, assumed: Assumed) -> dict[str, float]:
     """Seconds and megabytes of one boundary of C-GaP that prunes a partition, breaks ties in every entry, grows one.
 
-    By the order of `GaPEngine._cross`: the ranks compare where they are and their masks; select; zero weights, and the
-    moments of what is grown; publish; compare their masks again.
+    The order is that of the engine: the ranks compare their position and masks; select; zero pruned weights and the
+    moments of grown ones; publish; compare their masks again.
     """
     where, net = layout(backend, model, ranks), Network(assumed.latency, assumed.bandwidth)
     copies, entries = where.group < ranks, model.entries
@@ -286,7 +285,7 @@ def boundary(model: Model, backend: str, ranks: int, fitted: Fitted, assumed: As
     counts, ties = forecast.selection_bytes(entries), tie_sums(model)
     select_net = passes * net.reduce_s(counts / passes, where.group) if where.group > 1 else 0.0
     ties_net = sum(net.reduce_s(size, where.group) for size in ties) if where.group > 1 else 0.0
-    # 4 numbers of every rank's position; with copies twice a sum of a checksum for each entry, and a number of each.
+    # 4 numbers for every rank's position; with copies, twice: a sum of a checksum per entry, and a number per rank.
     checks_net = net.gather_s(4 * 8, ranks)
     checks_own = fitted.row * ranks
     if copies:
@@ -310,7 +309,7 @@ def boundary(model: Model, backend: str, ranks: int, fitted: Fitted, assumed: As
         "counts_MB": (counts if where.group > 1 else 0) / 1e6,
         "ties_MB": (sum(ties) if where.group > 1 else 0) / 1e6,
         "publish_MB": where.publish / 1e6,
-        # What selecting on gathered weights would bring to every rank instead.
+        # Bytes on every rank if the selection gathered the weights.
         "gather_instead_MB": 4 * model.pruned * (where.group - 1) / where.group / 1e6,
     }
 
@@ -321,11 +320,11 @@ SCRATCH = {"core": 25e6, "accelerator": 24.0 * selection._DEVICE_CHUNK}
 
 
 def memory(model: Model, backend: str, ranks: int) -> dict[str, float]:
-    """Megabytes of a rank: masks; at a boundary new ones, keys held (at most 2 bits a weight), a chunk's scratch."""
+    """Megabytes on a rank: masks; at a boundary new masks, held keys (at most 2 bits a weight), scratch of a chunk."""
     where = layout(backend, model, ranks)
     own = bitmask.nbytes(math.ceil(where.pruned)) + 4 * where.pruned / selection._FEW
     return {
-        # A piece that does not end with a byte has a last one for itself.
+        # A piece that ends inside a byte still takes a whole last byte.
         "mask_MB": (bitmask.nbytes(math.ceil(where.sparse)) + where.pieces * (model.partitions - 1)) / 1e6,
         "boundary_scratch_MB": (own + SCRATCH["accelerator"] * min(1.0, where.pruned / selection._DEVICE_CHUNK)) / 1e6,
         "counts_scratch_MB": forecast.selection_bytes(model.entries) / 2 / 1e6,
@@ -333,7 +332,7 @@ def memory(model: Model, backend: str, ranks: int) -> dict[str, float]:
 
 
 def step_masks(model: Model, backend: str, ranks: int, fitted: Fitted, assumed: Assumed) -> dict[str, float]:
-    """Seconds that the post-step hook adds to a step. It runs before the library spreads weights: nothing travels."""
+    """Seconds that the post-step hook adds to a step. It runs before the library spreads weights: nothing is sent."""
     where = layout(backend, model, ranks)
     pieces = where.pieces * (model.partitions - 1)
     return {
@@ -345,15 +344,15 @@ def step_masks(model: Model, backend: str, ranks: int, fitted: Fitted, assumed: 
 def exchange(
     model: Model, backend: str, ranks: int, fitted: Fitted, assumed: Assumed, density: float = 0.2
 ) -> dict[str, float]:
-    """Seconds of an exchange of parallel GaP, K workers of R ranks each, beyond the boundary (gap_ds/exchange).
+    """Seconds of an exchange of parallel GaP, K workers of R ranks each, beyond the boundary (gap_ds/parallel).
 
-    Rank 0 receives a partition tensor by tensor (a byte for each weight's mask, 4 for each kept one), hashes and writes
-    it; then it alone reads and hashes all K files, while the others wait; each rank reads its own pieces; all publish.
+    Rank 0 receives a partition tensor by tensor (1 byte per weight for the mask, 4 per kept weight), hashes and writes
+    it. It then reads and hashes all K files while the others wait. Each rank reads its pieces; all publish.
     """
     where, net = layout(backend, model, ranks), Network(assumed.latency, assumed.bandwidth)
     entries, workers = model.entries, model.partitions
     size = bitmask.nbytes(model.pruned) + 4 * density * model.pruned
-    # Two tensors for each entry, from all ranks that have something of them, one after the other.
+    # Two tensors for each entry, from each rank with a piece of it, one after the other.
     messages = 2 * entries * where.holders * assumed.latency if where.group > 1 else 0.0
     # Four meetings for each entry that is written, one for each that is read.
     meetings = 4 * entries + workers * (entries + 2)
@@ -370,7 +369,7 @@ def exchange(
 
 
 def row(model: Model, backend: str, ranks: int, fitted: Fitted, assumed: Assumed) -> dict[str, Any]:
-    """Everything of one model, backend and number of ranks; times of a boundary on accelerators also in steps."""
+    """All figures for one model, backend and number of ranks; times of a boundary on accelerators also in steps."""
     where, step = layout(backend, model, ranks), assumed.step_s(model, ranks)
     at = boundary(model, backend, ranks, fitted, assumed)
     every = step_masks(model, backend, ranks, fitted, assumed)

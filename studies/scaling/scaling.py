@@ -1,12 +1,12 @@
-"""What a boundary, a step's masks and an exchange cost on many ranks: a model, fitted here, checked by simulated ranks.
+"""Cost of a boundary, of a step's masks and of an exchange on many ranks: a model with fitted coefficients.
 
-    python benchmarks/scaling.py            measure, fit, simulate; write the results, the picture and docs/scaling.md
-    python benchmarks/scaling.py --again    all but the measuring: what was fitted is taken from scaling_fit.json
-    python benchmarks/scaling.py --check    exit 1 if `--again` would change a figure or a table
+    python studies/scaling/scaling.py            measure, fit, simulate; write results, picture and README.md
+    python studies/scaling/scaling.py --again    reuse the fit in scaling_fit.json, measure nothing
+    python studies/scaling/scaling.py --check    exit 1 if `--again` would change a figure or a table
 
-The model is `scaling_model.py`; what it is fitted to and checked with is measured by `scaling_points.py`. Writes
-scaling.json and scaling.md (all rows), scaling_fit.json (points, fit, checks) and scaling.png. `--quick` is a size for
-tests. The page is written only with the committed results.
+`scaling_model.py` is the model. `scaling_points.py` measures the points that fit it and check it. Writes scaling.json
+and scaling.md (all rows), scaling_fit.json (points, fit, checks) and scaling.png. README.md changes only with the
+committed results. `--quick` is a size for tests.
 """
 
 from __future__ import annotations
@@ -16,16 +16,21 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
 import measure
 import scaling_model as model
+import scaling_network
 import scaling_points
 import torch
 from scaling_model import Assumed, Fitted, Work
 
-PAGE = measure.ROOT / "docs" / "scaling.md"
+HERE = Path(__file__).parent
+RESULTS, PAGE = HERE / "results", HERE / "README.md"
 MILLION = 10**6
 
 #: (weights, pieces, entries) of selections on one rank; (rows, entries) of changes of masks; (backend, ranks, weights,
@@ -62,7 +67,7 @@ def main() -> int:
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, default=measure.RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     if args.check:
         return check()
@@ -75,13 +80,13 @@ def main() -> int:
     about = json.loads(path.read_text(encoding="utf-8"))
     found = rows(about)
     if args.again:
-        # The machine and the time that stand in the result are those of what was measured.
+        # Nothing was measured: keep the machine and the time of the measurement.
         result = json.loads((args.out / "scaling.json").read_text(encoding="utf-8"))
         (args.out / "scaling.json").write_text(json.dumps({**result, "rows": found}, indent=1) + "\n", encoding="utf-8")
     else:
         measure.write("scaling", found, args.out, NOTE)
     plot(found, args.out / "scaling.png")
-    if args.out == measure.RESULTS:
+    if args.out == RESULTS:
         PAGE.write_text(page(about, found), encoding="utf-8")
     return 0
 
@@ -92,14 +97,14 @@ NOTE = (
 
 
 def check() -> int:
-    """Whether the committed rows and the page are not what the committed fit and this code make."""
-    about = json.loads((measure.RESULTS / "scaling_fit.json").read_text(encoding="utf-8"))
-    found = json.loads((measure.RESULTS / "scaling.json").read_text(encoding="utf-8"))["rows"]
+    """Return 1 if the committed fit and this code make other rows or another page than the committed ones."""
+    about = json.loads((RESULTS / "scaling_fit.json").read_text(encoding="utf-8"))
+    found = json.loads((RESULTS / "scaling.json").read_text(encoding="utf-8"))["rows"]
     return int(found != rows(about) or PAGE.read_text(encoding="utf-8") != page(about, found))
 
 
 def measured(size: dict[str, Any], rounds: int) -> dict[str, Any]:
-    """Points, what is fitted to them, and how far points that were not fitted to are from the model."""
+    """Measured points, coefficients fitted to them, and the model's error on points outside the fit."""
     points = {
         "selections": scaling_points.selections(size["selections"], rounds),
         "boundaries": scaling_points.boundaries(size["boundaries"], rounds),
@@ -109,10 +114,10 @@ def measured(size: dict[str, Any], rounds: int) -> dict[str, Any]:
     collectives = [
         point
         for ranks in size["groups"]
-        for point in measure.on_ranks(ranks, scaling_points.collectives, size["bytes"], 3 * rounds)
+        for point in measure.on_ranks(ranks, scaling_network.collectives, size["bytes"], 3 * rounds)
     ]
     fitted = scaling_points.fit(points)
-    network, gloo = scaling_points.fit_network(collectives)
+    network, gloo = scaling_network.fit_network(collectives)
     about = {
         "machine": measure.machine(),
         "fitted": dataclasses.asdict(fitted),
@@ -123,14 +128,14 @@ def measured(size: dict[str, Any], rounds: int) -> dict[str, Any]:
             "by_ranks": scaling_points.by_ranks(size["ranks"], *size["by_ranks"], rounds),
             "simulated": [scaling_points.simulate(*each, fitted) for each in size["simulations"]],
             "gloo": gloo,
-            "boundary": scaling_points.committed(fitted, network, measure.machine()["cores"]),
+            "boundary": scaling_network.committed(fitted, network, measure.machine()["cores"]),
         },
     }
     return rounded(about)
 
 
 def rounded(value: Any, digits: int = 4) -> Any:
-    """Plain data with all floats to so many digits.
+    """Round all floats of plain data to `digits` significant digits.
 
     >>> rounded({"a": [1.23456, 7]})
     {'a': [1.235, 7]}
@@ -143,7 +148,7 @@ def rounded(value: Any, digits: int = 4) -> Any:
 
 
 def rows(about: dict[str, Any]) -> list[dict[str, Any]]:
-    """The model's rows by a fit, of what fits into memory."""
+    """Rows of the model under a fit, without those that exceed the memory."""
     fitted = Fitted(**{**about["fitted"], "core": Work(**about["fitted"]["core"])})
     found = model.rows(fitted, Assumed())
     return [{key: value for key, value in row.items() if key != "fits"} for row in rounded(found) if row["fits"]]
@@ -155,17 +160,15 @@ def rows(about: dict[str, Any]) -> list[dict[str, Any]]:
 def page(about: dict[str, Any], found: Sequence[dict[str, Any]]) -> str:
     from tables import fill
 
-    sections = {
-        **{"assumed": assumed(), "fitted": fitted_table(about), "simulated": simulated(about)},
-        **{"ties": ties(about), "own": own(about), "gloo": gloo(about)},
-        **{"backends": backends(found), "boundary": boundary(found), "exchange": exchange(found)},
-        **{"limits": limits(found)},
-    }
-    return fill("docs/scaling.md", PAGE.read_text(encoding="utf-8"), sections)
+    of_fit = {"fitted": fitted_table, "simulated": simulated, "ties": ties, "own": own, "gloo": gloo}
+    of_rows = {"backends": backends, "boundary": boundary, "exchange": exchange, "limits": limits}
+    sections = {name: partial(make, about) for name, make in of_fit.items()}
+    sections |= {name: partial(make, found) for name, make in of_rows.items()}
+    return fill(PAGE.read_text(encoding="utf-8"), {**sections, "assumed": assumed})
 
 
 def _short(value: float) -> str:
-    """Two or three digits, without an exponent where a person would not write one.
+    """Format a number with two or three digits, without an exponent for ordinary sizes.
 
     >>> [_short(x) for x in (0.0, 0.01234, 5.93, 81.2, 1234.5, 2.5e-8)]
     ['0', '0.012', '5.9', '81', '1,234', '2.5e-08']
@@ -330,14 +333,13 @@ def exchange(found: Sequence[dict[str, Any]]) -> str:
     )
 
 
-#: What is called negligible: at most so many steps for a boundary, so much of a step for its masks, so many steps for
-#: an exchange. With 100 steps from boundary to boundary and 1,000 from exchange to exchange, each is 1 %.
+#: Limits of "negligible": share of a step for its masks, steps for a boundary, steps for an exchange. With 100 steps
+#: between boundaries and 1,000 between exchanges, each limit is 1 % of a run.
 MOST = {"masks_share": 0.01, "boundary_steps": 1.0, "exchange_steps": 10.0}
 
 
 def limits(found: Sequence[dict[str, Any]]) -> str:
-    """For each backend and model the first number of ranks from which each is above what is negligible, and its
-    largest term there."""
+    """First number of ranks above each limit of MOST, with its largest term there, by backend and model."""
     terms = {"masks_share": {}, "boundary_steps": _TERMS, "exchange_steps": _EXCHANGE}
     titles = {"masks_share": "masks above 1 % of a step", "boundary_steps": "boundary above 1 step"}
     titles["exchange_steps"] = "exchange above 10 steps"
@@ -366,7 +368,7 @@ def _from(own: Sequence[dict[str, Any]], above: Sequence[dict[str, Any]], terms:
 
 
 def plot(found: Sequence[dict[str, Any]], path: Path) -> None:
-    """A boundary, the masks of a step and an exchange by ranks, each over a step's arithmetic."""
+    """Plot a boundary, the masks of a step and an exchange against ranks, each relative to a step's arithmetic."""
     import matplotlib
 
     matplotlib.use("Agg")
