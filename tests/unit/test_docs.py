@@ -210,7 +210,8 @@ def test_the_readme_runs(tmp_path: Path, command_line: Callable[..., tuple[int, 
     torch.manual_seed(0)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(compile(code, "README.md", "exec"), {})
-    assert printed.getvalue() == "0.200 of the weights in the pruned matrices are kept\n"
+    # DeepSpeed may print when transformers imports it.
+    assert "0.200 of the weights in the pruned matrices are kept" in printed.getvalue().splitlines()
     assert (tmp_path / "sparse-model" / "model.safetensors").exists()
     skipped = set()
     for words in commands(README):
@@ -224,7 +225,7 @@ def test_the_readme_runs(tmp_path: Path, command_line: Callable[..., tuple[int, 
 
 
 def rows_of(page: Path) -> dict[str, dict[str, str]]:
-    """The rows of all tables with a column `method`: {method: {column: cell}}."""
+    """The first row of each method in the tables whose first column is `method`: {method: {column: cell}}."""
     found: dict[str, dict[str, str]] = {}
     columns: list[str] = []
     for line in page.read_text(encoding="utf-8").splitlines():
@@ -234,7 +235,7 @@ def rows_of(page: Path) -> dict[str, dict[str, str]]:
         elif not columns:
             columns = cells
         elif columns[0] == "method" and not cells[0].startswith("---"):
-            found.setdefault(cells[0], {}).update(zip(columns[1:], cells[1:], strict=True))
+            found.setdefault(cells[0], dict(zip(columns[1:], cells[1:], strict=True)))
     return found
 
 
