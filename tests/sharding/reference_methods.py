@@ -73,7 +73,7 @@ class Scenario:
         return {name: self.budget(name) for name in names}
 
     @property
-    def pooled(self) -> bool:
+    def shared_budget(self) -> bool:
         """Whether the entries of a partition share their budgets."""
         return self.gap.get("distribution") == "global"
 
