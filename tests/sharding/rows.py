@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 
+#: Every test that was collected, as FILE::NAME, and its markers; before any was deselected.
+COLLECTED = pytest.StashKey[dict[str, set[str]]]()
+
 
 def marked(rows: Iterable[Any], short: Collection[str], name: Callable[[Any], str] = str) -> list[Any]:
     """Rows as pytest takes them; those whose names are not in `short` have the marker `full`."""

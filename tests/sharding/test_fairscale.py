@@ -28,16 +28,18 @@ ROWS += [
     for name, row in {
         "fsdp_evaluate": {"kind": "fsdp", "evaluate": True},
         "fsdp_flat_evaluate": {"kind": "fsdp", "flat": True, "evaluate": True},
+        "fsdp_bf16": {"kind": "fsdp", "bf16": True},
         "fsdp_flat_bf16": {"kind": "fsdp", "flat": True, "bf16": True},
         "fsdp_flat_clip": {"kind": "fsdp", "flat": True, "clip": 0.5},
         "oss_clip": {"kind": "oss", "clip": 0.5},
+        "oss_bf16": {"kind": "oss", "bf16": True},
         "oss_no_buckets": {"kind": "oss", "buffer": 0},
     }.items()
 ]
 EARLY: list[Row] = [{"name": "oss_early", "what": "early", "kind": "oss", "optimizer": "adamw"}]
 REFUSED: Row = {"name": "refused", "what": "refused", "optimizer": "sgd"}
 
-SHORT = ["fsdp_adamw", "fsdp_flat_adamw", "fsdp_flat_bf16", "oss_adamw"]
+SHORT = [f"{kind}_{row}" for kind in ("fsdp", "fsdp_flat", "oss") for row in ("adamw", "bf16")]
 
 
 def table(rows: list[Row]) -> list[Any]:

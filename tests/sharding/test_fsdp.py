@@ -41,6 +41,7 @@ ROWS += [
         "ddp_compile": {"kind": "ddp", "compile": True},
         "fsdp1_clip": {"kind": "fsdp1", "clip": 0.5},
         "fsdp2_clip": {"kind": "fsdp2", "clip": 0.5},
+        "fsdp1_bf16": {"kind": "fsdp1", "bf16": True},
         "fsdp1_flat_bf16": {"kind": "fsdp1", "flat": True, "bf16": True},
         "fsdp2_bf16": {"kind": "fsdp2", "bf16": True},
         "fsdp2_offload": {"kind": "fsdp2", "offload": True},
@@ -63,8 +64,8 @@ ROWS_4: list[Row] = [
 ]
 
 #: Of each kind of sharding one row in each precision, and one that saves before the first step.
-SHORT = ["fsdp1_adamw", "fsdp1_flat_adamw", "fsdp2_adamw", "fsdp1_flat_bf16", "fsdp2_bf16", "ddp_compile"]
-SHORT += ["fsdp1_flat_early", "fsdp2_overflow"]
+SHORT = ["fsdp1_adamw", "fsdp1_flat_adamw", "fsdp2_adamw", "fsdp1_bf16", "fsdp1_flat_bf16", "fsdp2_bf16"]
+SHORT += ["ddp_compile", "fsdp1_flat_early", "fsdp2_overflow"]
 
 
 def table(rows: list[Row]) -> list[Any]:
