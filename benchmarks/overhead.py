@@ -150,7 +150,7 @@ def own_seconds(engine: GaPEngine) -> list[float]:
         return wrapper
 
     engine.mask_state.zero_pruned = timed(engine.mask_state.zero_pruned)
-    engine._watch.accepts = timed(engine._watch.accepts)
+    engine._run.guard.accepts = timed(engine._run.guard.accepts)
     count = timed(engine.after_step)
 
     def ended() -> bool:

@@ -27,6 +27,7 @@ from gap_ds.method.plan import Plan
 from gap_ds.method.schedule import Phase
 from gap_ds.sharding.comm import Comm, summarize_error
 from gap_ds.training.mask_state import MaskState
+from gap_ds.training.observer import Observer
 
 NAME = "gap_history.jsonl"
 FORMAT, VERSION = "gap_ds.history", 1
@@ -34,15 +35,15 @@ FORMAT, VERSION = "gap_ds.history", 1
 _SEEN, _BEFORE = "seen.safetensors", "before.safetensors"
 
 
-class History:
+class History(Observer):
     """Records the masks of a run into a file. All ranks call `record`, `write` and `read` together; rank 0 writes.
 
     The file is not touched before the second record or a checkpoint, so that a run that goes on keeps what it has. A
     disk that refuses it is a warning: no run ends for its diary.
     """
 
-    def __init__(self, path: Path, plan: Plan, signature: str, masking: MaskState, comm: Comm, world: Comm) -> None:
-        self._path, self._plan, self._masking, self._comm, self._world = path, plan, masking, comm, world
+    def __init__(self, path: Path, plan: Plan, signature: str, mask_state: MaskState, comm: Comm, world: Comm) -> None:
+        self._path, self._plan, self._mask_state, self._comm, self._world = path, plan, mask_state, comm, world
         entries = [[entry.name, entry.numel, entry.partition] for entry in plan.entries]
         header = {"format": FORMAT, "version": VERSION, "signature": signature, "entries": entries}
         self._header = json.dumps(header)
@@ -55,11 +56,11 @@ class History:
         #: What was ever active of each entry. An entry that was dense is not in it: all of it was.
         self._seen: dict[str, Tensor] = {}
 
-    def record(self, step: int, phase: Phase) -> None:
+    def masks_changed(self, step: int, phase: Phase) -> None:
         """Adds a line: the masks as they are before a step."""
         first = self._last is None
         if self._last is None:
-            self._last, self._seen = {}, dict(self._masking.bits)
+            self._last, self._seen = {}, dict(self._mask_state.bits)
         rows = [self._row(entry.name, self._last) for entry in self._plan.entries]
         counts = self._comm.sum(torch.tensor([[n or 0 for n in row] for row in rows], dtype=torch.int64).flatten())
         summed = counts.view(-1, 4).tolist()
@@ -68,11 +69,11 @@ class History:
             columns[name] = [None if own[i] is None else all_[i] for own, all_ in zip(rows, summed, strict=True)]
         self._lines.append(json.dumps({"step": step, "phase": phase.index, **columns}))
         if not first:
-            self.flush()
+            self._flush()
 
     def _row(self, name: str, last: dict[str, Tensor]) -> tuple[int, int | None, int | None, int]:
         """(kept, came, went, active) of this rank's piece of an entry."""
-        numel, bits, before = self._masking.shards[name].numel, self._masking.bits.get(name), last.get(name)
+        numel, bits, before = self._mask_state.shards[name].numel, self._mask_state.bits.get(name), last.get(name)
         if bits is None:
             self._seen.pop(name, None)
             return numel, None, None, numel
@@ -84,8 +85,11 @@ class History:
             return bitmask.count(bits), None, None, active
         return bitmask.count(bits), bitmask.count(bits & ~before), bitmask.count(before & ~bits), active
 
-    def flush(self) -> None:
+    def close(self) -> None:
         """Writes what was recorded."""
+        self._flush()
+
+    def _flush(self) -> None:
         if self._world.rank == 0 and self._lines:
             try:
                 self._append()
@@ -111,17 +115,17 @@ class History:
 
     def write(self, folder: Path) -> None:
         """Saves what the next record compares with, beside the masks of a checkpoint."""
-        self.flush()
-        before = {name: bits for name, bits in (self._last or {}).items() if name not in self._masking.bits}
+        self._flush()
+        before = {name: bits for name, bits in (self._last or {}).items() if name not in self._mask_state.bits}
         for name, bits in ((_SEEN, self._seen), (_BEFORE, before)):
-            checkpoint.write_masks(folder / name, self._plan, self._masking.shards, bits, self._comm)
+            checkpoint.write_masks(folder / name, self._plan, self._mask_state.shards, bits, self._comm)
 
     def read(self, folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
         """What `write` saved, to be given to `restore`; None if that run recorded no history."""
         if not (folder / _SEEN).is_file():
             return None
         seen, before = (
-            checkpoint.read_masks(folder / name, self._plan, None, self._masking.shards, self._comm)
+            checkpoint.read_masks(folder / name, self._plan, None, self._mask_state.shards, self._comm)
             for name in (_SEEN, _BEFORE)
         )
         return seen, before
@@ -134,9 +138,9 @@ class History:
         """
         self._lines, self._head, self._last = [], [self._header], None
         if found is None:
-            return self.record(step, phase)
-        seen, before = (self._masking.on_device(pieces) for pieces in found)
-        self._seen, self._last = seen, {**before, **self._masking.bits}
+            return self.masks_changed(step, phase)
+        seen, before = (self._mask_state.on_device(pieces) for pieces in found)
+        self._seen, self._last = seen, {**before, **self._mask_state.bits}
         if self._world.rank == 0:
             self._head += self._earlier(step)
 

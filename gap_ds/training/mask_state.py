@@ -1,4 +1,4 @@
-"""`Masking`: this rank's masks, and what changes with them: weights, moments, the values that pruned weights had.
+"""`MaskState`: this rank's masks, and what changes with them: weights, moments, the values that pruned weights had.
 
 The engine decides when, a rule (rules.py) what is to happen to each entry; here it is done, exactly and over all
 shards. E entries; a piece is this rank's part of an entry.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -201,6 +202,22 @@ class MaskState:
         ]
         counts: list[int] = self._backend.comm.sum(torch.tensor(local, dtype=torch.int64)).tolist()
         return counts
+
+    def stats(self) -> dict[str, Any]:
+        """Exact figures of the masks over all ranks, as `GaPEngine.stats` returns them."""
+        kept = self.kept()
+        total, numel = sum(kept), self._plan.numel
+        return {
+            "kept": total,
+            "numel": numel,
+            "density": total / numel,
+            "model_sparsity": (numel - total) / self._plan.total,
+            "mask_bytes": sum(bits.numel() for bits in self.bits.values()),
+            "entries": {
+                e.name: {"kept": n, "numel": e.numel, "partition": e.partition, "dense": e.name not in self.bits}
+                for e, n in zip(self._plan.entries, kept, strict=True)
+            },
+        }
 
     def write(self, folder: Path, about: Mapping[str, str]) -> None:
         """Writes masks, and with `regrow: last_value` what pruned weights were."""

@@ -32,6 +32,7 @@ from gap_ds.method import plan, schedule
 from gap_ds.parallel import exchange as exchange_worker
 from gap_ds.report import runs as report_runs
 from gap_ds.sharding.comm import Comm
+from gap_ds.training.exchanging import Exchanging
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -259,16 +260,17 @@ def _exchange(folder: Path) -> dict[str, Target]:
     where = str(folder / "exchange")
     engines = [trained(1, config, worker=ParallelWorker(i, where, timeout=0.05)) for i in (0, 1)]
 
+    def exchange_of(engine: GaPEngine) -> Any:
+        return next(o.exchange for o in engine._run.observers if isinstance(o, Exchanging))
+
     def items(engine: GaPEngine) -> list[Any]:
         buffers = dict(export.buffers(engine.module))
         return exchange_worker.file.items_of(engine.plan, engine._backend.shards(), buffers)
 
     for engine in engines:
         engine.finish()  # its partition is pruned, as at the end of a round
-        assert engine._exchange is not None
-        engine._exchange.publish(0, items(engine), engine.mask_state.bits)
-    reader = engines[0]._exchange
-    assert reader is not None
+        exchange_of(engine).publish(0, items(engine), engine.mask_state.bits)
+    reader = exchange_of(engines[0])
 
     def read() -> None:
         list(reader.read(0, items(engines[0]), reader.wait(0)))

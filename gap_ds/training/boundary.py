@@ -1,0 +1,53 @@
+"""What happens between two phases: select, mask, exchange, reset, restart. All ranks call each function together."""
+
+from __future__ import annotations
+
+from gap_ds.method import rules
+from gap_ds.method.schedule import Phase
+from gap_ds.sharding.comm import operation
+from gap_ds.training.optimizer_state import reset
+from gap_ds.training.run import Run
+
+
+def cross(run: Run, before: Phase | None, after: Phase, step: int) -> tuple[int, int]:
+    """Crosses the boundary between two phases before a step, or does an update inside one (`before is after`).
+
+    Returns:
+        the numbers of entries that were pruned or whose mask moved, and of those that were grown.
+    Raises:
+        ValueError: ranks disagree on the place, the plan or a mask, or a loss was not finite.
+    """
+    place = f"the boundary at step {step}"
+    with operation(place):
+        run.agree(step, place)
+        updates: list[rules.Update] = []
+        for left, entered in rules.stages(run.config, before, after):
+            of_stage = {entry: run.rule(entry, left, entered, step) for entry in run.plan.entries}
+            run.mask_state.apply(of_stage, step)
+            updates += of_stage.values()
+            if left is not None and entered is not after:
+                for observer in run.observers:
+                    observer.round_pruned(left.round)
+        run.agree_on_masks()
+        if before is not None and before is not after:
+            if run.config.optimizer_state == "reset":
+                reset(run.backend.optimizer)
+            if run.config.lr_restart:
+                run.learning_rate.restart()
+        for observer in run.observers:
+            observer.masks_changed(step, after)
+    grown = sum(isinstance(update, rules.Grow) for update in updates)
+    changed = sum(not isinstance(update, rules.Grow | rules.Keep) for update in updates)
+    return changed, grown
+
+
+def finish(run: Run, phase: Phase, step: int) -> int:
+    """Prunes what is dense in a phase, as the last boundary would; returns the number of entries."""
+    dense = run.to_prune(phase)
+    if dense:
+        place = f"the end at step {step}"
+        with operation(place):
+            run.agree(step, place)
+            run.mask_state.apply(dense, step)
+            run.agree_on_masks()
+    return len(dense)

@@ -1,0 +1,106 @@
+"""`Run`: the parts of a run, the same objects while it trains. The engine drives them, saving.py stores them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from gap_ds._version import __version__
+from gap_ds.checkpoint.run_state import State
+from gap_ds.export import folder as export
+from gap_ds.method import rules
+from gap_ds.method.config import GaPConfig
+from gap_ds.method.plan import Entry, Plan
+from gap_ds.method.schedule import Phase, Schedule
+from gap_ds.parallel import ParallelWorker
+from gap_ds.sharding.backends import Backend
+from gap_ds.sharding.comm import Comm
+from gap_ds.training import consistency
+from gap_ds.training.learning_rate import LearningRate
+from gap_ds.training.mask_state import MaskState
+from gap_ds.training.observer import Observer
+
+log = logging.getLogger("gap_ds")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is kept (config, rule, schedule, plan), where it lies (backend), and the state that training changes.
+
+    world: all ranks of the job. guard: this rank's losses. observers: optional parts, in the order they are called.
+    """
+
+    config: GaPConfig
+    rule: rules.Rule
+    schedule: Schedule
+    plan: Plan
+    worker: ParallelWorker | None
+    backend: Backend
+    world: Comm
+    mask_state: MaskState
+    learning_rate: LearningRate
+    grad_scaler: Any
+    guard: consistency.LossGuard
+    observers: list[Observer]
+
+    @property
+    def signature(self) -> str:
+        """One line with every setting of the method that changes a result."""
+        return self.config.signature(__version__)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The model's persistent buffers by name."""
+        return dict(export.buffers(self.backend.module))
+
+    def agree(self, step: int, place: str) -> None:
+        """Checks that all ranks are at the same step of the same run, with finite losses and the same masks.
+
+        Call it before anything that cannot be undone.
+
+        Args:
+            place: what comes now, for the message.
+        Raises:
+            ValueError: on all ranks, with the ranks that disagree and what they disagree on.
+        """
+        consistency.check_position(self.world, step, self.signature, self.plan.fingerprint, self.guard.take(), place)
+        self.agree_on_masks()
+
+    def agree_on_masks(self) -> None:
+        """Checks that all copies of every mask are equal, else raises ValueError on all ranks with the first entry."""
+        state = self.mask_state
+        consistency.check_masks(self.plan, state.bits, state.shards, self.backend.comm, self.world)
+
+    def to_prune(self, phase: Phase) -> Mapping[Entry, rules.PruneByMagnitude]:
+        """What is left to prune for the final model: the entries that are dense in this phase, those of a ramp too."""
+        return {
+            entry: rules.PruneByMagnitude(entry.keep)
+            for entry in self.plan.entries
+            if entry.partition in phase.dense and entry.keep < entry.numel
+        }
+
+    def state(self, step: int, client_state: Any = None) -> State:
+        """The record of this run in a checkpoint before a step."""
+        return State(
+            applied_steps=step,
+            signature=self.signature,
+            plan=self.plan.fingerprint,
+            entries=[(e.name, list(e.shape), e.partition, e.keep, list(e.dims)) for e in self.plan.entries],
+            worker=None if self.worker is None else self.worker.index,
+            first_steps=[phase.first_step for phase in self.schedule.phases],
+            ranks=self.world.size,
+            backend=self.backend.name,
+            lr_scheduler=self.learning_rate.state(),
+            grad_scaler=None if self.grad_scaler is None else self.grad_scaler.state_dict(),
+            counters=self.backend.counters(),
+            manifest=True,
+            client_state=client_state,
+        )
+
+    def say(self, message: str, level: int = logging.INFO) -> None:
+        """Logs on rank 0."""
+        if self.world.rank == 0:
+            log.log(level, message)
