@@ -57,7 +57,7 @@ FAULTS = {
         (CONSISTENCY + "test_skip_goes_on_as_long_as_good_micro_batches_come_between",),
     ),
     "scale_not_restored": Fault(
-        "self._grad_scaler.load_state_dict(state.grad_scaler)",
+        "run.grad_scaler.load_state_dict(state.grad_scaler)",
         "pass",
         (UPDATES + "test_a_step_that_the_gradient_scaler_skips_is_none_for_the_learning_rate",),
     ),
@@ -72,8 +72,8 @@ FAULTS = {
         (UPDATES + "test_a_moving_mask_changes_at_its_updates_alone_and_what_comes_is_new",),
     ),
     "ramp_exported": Fault(
-        "if e.partition in dense and e.keep < e.numel",
-        "if e.partition in dense and e.keep < e.numel and e.name not in self.mask_state.bits",
+        "if entry.partition in phase.dense and entry.keep < entry.numel",
+        "if entry.partition in phase.dense and entry.name not in self.mask_state.bits and entry.keep < entry.numel",
         (UPDATES + "test_an_export_in_a_ramp_has_the_final_budget",),
     ),
     "last_values_forgotten": Fault(
@@ -92,7 +92,7 @@ FAULTS = {
         (UPDATES + "test_a_moving_mask_changes_at_its_updates_alone_and_what_comes_is_new",),
     ),
     "random_state_of_rank_0": Fault(
-        'read_json(path / "gap" / f"rng_{self._world.rank}.json", RandomState)',
+        'read_json(path / "gap" / f"rng_{run.world.rank}.json", RandomState)',
         'read_json(path / "gap" / "rng_0.json", RandomState)',
         (SHARDING + "fsdp.py", "-k", "test_invariants and fsdp2_adamw"),
     ),
