@@ -69,7 +69,7 @@ test-full: test test-rest  ## all tests but those of many minutes and of a GPU
 test-rest: env  ## what test-full has beyond test
 	$(RUN) -m pytest -m "full and not slow and not gpu" $(or $(PYTEST_ARGS),$(SPREAD))
 
-test-slow: env  ## soak and kill tests, of many minutes
+test-slow: env  ## soak, kill and benchmark runs, of many minutes
 	$(RUN) -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
 
 mutants: env  ## put faults into a copy of the package, one at a time, and say which the tests find; FAULTS: some alone

@@ -98,6 +98,7 @@ def tables(folder: Path) -> str:
     return python("-c", TABLES, str(BENCHMARKS), str(folder))
 
 
+@pytest.mark.full
 def test_the_quick_ones(tmp_path: Path) -> None:
     """boundary compares masks with a stable sort, scaling compares 4 ranks with one and bytes with the forecast's."""
     for name, result in run(tmp_path, "masks", "boundary", "scaling", "peers").items():
