@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from rows import COLLECTED
+from table_rows import COLLECTED
 
 collect_ignore_glob = ["worker_*.py", "preload.py"]
 

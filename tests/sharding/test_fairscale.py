@@ -10,7 +10,7 @@ import parity
 import pytest
 from launch import run_workers
 from parity import Row
-from rows import marked, needed
+from table_rows import marked, needed
 
 pytest.importorskip("fairscale")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from launch import run_workers
 from parity import Row
-from rows import marked, needed
+from table_rows import marked, needed
 
 import toy  # isort: skip
 from gap_ds import GaPEngine

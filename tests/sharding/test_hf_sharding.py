@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from launch import run_workers
-from rows import marked, needed
+from table_rows import marked, needed
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from launch import run_workers
 from parity import largest_difference, result
-from rows import marked, needed
 from safetensors.torch import load_file
+from table_rows import marked, needed
 
 from gap_ds import GaPConfig
 from gap_ds.method import schedule

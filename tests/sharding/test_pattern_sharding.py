@@ -10,8 +10,8 @@ import pytest
 import torch
 from launch import run_workers
 from parity import largest_difference, result
-from rows import marked, needed
 from safetensors.torch import load_file
+from table_rows import marked, needed
 
 import toy  # isort: skip
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from launch import run_workers
 from parity import result
-from rows import marked, needed
+from table_rows import marked, needed
 
 KINDS = ["zero2", "zero3", "fsdp2"]
 #: Name of the checkpoint, on whose ranks it was saved -> backend and ranks that go on.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from rows import COLLECTED
+from table_rows import COLLECTED
 
 #: backend -> file, row in fp32, row in 16 bits
 ROWS = {

@@ -11,8 +11,8 @@ import parity
 import pytest
 import torch
 from launch import run_workers
-from rows import marked, needed
 from safetensors.torch import load_file
+from table_rows import marked, needed
 
 import toy  # isort: skip
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from launch import run_workers
 from parity import result
-from rows import marked, needed
+from table_rows import marked, needed
 
 MODELS = "t5 bart m2m100 marian whisper gpt2 llama qwen2 mistral mixtral opt bert roberta vit resnet".split()
 BACKENDS = ("zero3", "fsdp2")
