@@ -13,7 +13,8 @@ import socket
 import sys
 import time
 import traceback
-from multiprocessing import connection, forkserver
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from unittest import mock
 
@@ -22,7 +23,9 @@ import torch
 HERE = Path(__file__).parent
 PYTHONPATH = os.pathsep.join([str(HERE), str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")])
 
-_fork = multiprocessing.get_context("forkserver")
+#: Processes that come from a fork cannot use CUDA, if the server has looked for it: with a GPU each starts afresh.
+_context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+_context.set_forkserver_preload(["preload"])
 
 
 def free_port() -> int:
@@ -40,11 +43,10 @@ def environment() -> dict[str, str]:
     return found if torch.cuda.is_available() else {**found, "DS_ACCELERATOR": "cpu"}
 
 
-def start(script: str, arguments: tuple[str, ...], variables: dict[str, str], log: Path) -> forkserver.Popen:
+def start(script: str, arguments: tuple[str, ...], variables: dict[str, str], log: Path) -> BaseProcess:
     """One process that runs `python SCRIPT ...` with these environment variables; its output goes to a file."""
-    _fork.set_forkserver_preload(["preload"])
     with mock.patch.dict(os.environ, environment()):  # for the server, if this is the first process
-        process = _fork.Process(target=_work, args=(script, arguments, variables, log))
+        process = _context.Process(target=_work, args=(script, arguments, variables, log))
         process.start()
     return process
 
@@ -60,8 +62,9 @@ def _work(script: str, arguments: tuple[str, ...], variables: dict[str, str], lo
     sys.path.insert(0, str(path.parent))
     status = 0
     try:
-        assert "preload" in sys.modules, "the server has not imported preload.py"
-        assert sys.modules["preload"].threads == 1, "an import of preload.py has started threads"
+        import preload  # the server has it already
+
+        assert preload.threads == 1 or torch.cuda.is_available(), "an import of preload.py has started threads"
         runpy.run_path(str(path), run_name="__main__")
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
