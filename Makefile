@@ -21,7 +21,7 @@ export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env demo docs test test-slow test-gpu test-times lint format bench bench-gpu bench-guard bench-guard-baseline \
+.PHONY: help env demo docs test test-full test-rest test-slow test-gpu test-times mutants lint format bench bench-gpu bench-guard bench-guard-baseline \
     clean distclean
 
 help:  ## list the targets
@@ -58,17 +58,22 @@ $(STAMP): pyproject.toml constraints.txt
 demo: env  ## train a small Transformer dense and sparse, print both BLEU scores (about 5 minutes on 2 CPU cores)
 	$(RUN) examples/translation/demo.py
 
-test: lint  ## everything a change must pass: lint, types, floors, doctests, tests; a part by PYTEST_ARGS
-ifdef PYTEST_ARGS
-	$(RUN) -m pytest $(PYTEST_ARGS)
-else
-	@# In the order of the folders: the examples' long files come first. Sharded runs have two processes each, one run after the other.
-	$(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --ignore tests/sharding
-	$(RUN) -m pytest tests/sharding
-endif
+# A file stays with one process. In the order of the folders: the long files, of examples and sharded runs, come first.
+SPREAD := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-test-slow: env  ## the long tests
+test: lint  ## what a change must pass, below 10 minutes on 2 free cores: lint, types, floors, tests; a part by PYTEST_ARGS
+	$(RUN) -m pytest $(or $(PYTEST_ARGS),$(SPREAD))
+
+test-full: test test-rest  ## all tests but those of many minutes and of a GPU
+
+test-rest: env  ## what test-full has beyond test
+	$(RUN) -m pytest -m "full and not slow and not gpu" $(or $(PYTEST_ARGS),$(SPREAD))
+
+test-slow: env  ## soak, kill and benchmark runs, of many minutes
 	$(RUN) -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
+
+mutants: env  ## put faults into a copy of the package, one at a time, and say which the tests find; FAULTS: some alone
+	$(RUN) tests/mutants.py $(FAULTS)
 
 test-gpu: env  ## the tests that need a CUDA device
 	$(RUN) -m pytest -m gpu $(PYTEST_ARGS)

@@ -23,6 +23,7 @@ def run(out: Path, *options: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.full
 def test_a_row_from_an_old_file_and_once_more(tmp_path: Path) -> None:
     out = tmp_path / "inference.json"
     out.write_text(json.dumps({"machine": {}, "speed": [{"preset": "tiny"}]}))  # of an earlier version: dropped

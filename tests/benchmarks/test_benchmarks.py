@@ -97,6 +97,7 @@ def tables(folder: Path) -> str:
     return python("-c", TABLES, str(BENCHMARKS), str(folder))
 
 
+@pytest.mark.full
 def test_the_quick_ones(tmp_path: Path) -> None:
     """boundary compares its masks with those of a stable sort."""
     for name, result in run(tmp_path, "masks", "boundary", "peers").items():

@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 from gap_ds import sparsify_for_inference
 from gap_ds.export import compact
 
+pytestmark = pytest.mark.full
+
 ROOT = Path(__file__).parents[2]
 GAP = {"sparsity": 0.8, "partitions": 2, "phase_steps": 2, "rounds": 1, "finetune_steps": 2}
 

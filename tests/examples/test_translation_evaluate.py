@@ -301,6 +301,7 @@ def test_exported_folder(folder: Path, dataset: Path, tmp_path: Path, capsys: py
     check_results(out, capsys.readouterr().out, world_size=1)
 
 
+@pytest.mark.full
 def test_exported_folder_by_two_processes(folder: Path, dataset: Path, tmp_path: Path) -> None:
     out = tmp_path / "results.json"
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

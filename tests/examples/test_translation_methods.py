@@ -34,6 +34,7 @@ from gap_ds.sharding.comm import Comm
 PARALLEL = {**GAP, "method": "parallel", "phase_steps": 4, "rounds": 2, "finetune_steps": 4}
 
 
+@pytest.mark.full
 def test_workers_meet_and_worker_0_is_scored(here: Path) -> None:  # noqa: F811
     gap, out = write_json(here / "parallel.json", PARALLEL), here / "parallel"
     launcher = [sys.executable, "-m", "gap_ds.cli", "parallel", "--workers", "2", "--", SCRIPT]

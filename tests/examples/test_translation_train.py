@@ -204,6 +204,7 @@ def zero2(here: Path) -> Path:
     return here / "zero2"
 
 
+@pytest.mark.full
 def test_deepspeed_run_is_complete(zero2: Path) -> None:
     found = results(zero2)
     assert found["bleu"] > 50 and found["signatures"]["bleu"].startswith("BLEU|nrefs:1|case:mixed")
@@ -229,6 +230,7 @@ def test_deepspeed_run_is_complete(zero2: Path) -> None:
     assert rows(zero2, "validation")[-1]["step"] == STEPS
 
 
+@pytest.mark.full
 def test_exported_folder_scores_alike(zero2: Path, here: Path) -> None:
     scores = str(here / "scores.json")
     tokenizer = AutoTokenizer.from_pretrained(zero2 / "model")
@@ -264,6 +266,7 @@ def killed(here: Path, zero2: Path) -> Path:
     return out
 
 
+@pytest.mark.full
 def test_resumed_run_equals_an_undisturbed_one(here: Path, zero2: Path, killed: Path) -> None:
     out = here / "resumed"
     shutil.copytree(killed, out)
@@ -280,6 +283,7 @@ def test_resumed_run_equals_an_undisturbed_one(here: Path, zero2: Path, killed: 
         assert one == other
 
 
+@pytest.mark.full
 def test_all_ranks_pass_over_what_one_rank_s_file_has_damaged(here: Path, killed: Path, zero2: Path) -> None:
     out = here / "damaged"
     shutil.copytree(killed, out)
@@ -295,6 +299,7 @@ def test_all_ranks_pass_over_what_one_rank_s_file_has_damaged(here: Path, killed
     assert same_weights(out, zero2)
 
 
+@pytest.mark.full
 def test_error_of_all_ranks_is_said_once(here: Path) -> None:
     gap = write_json(here / "many.json", {**GAP, "partitions": 5})
     with deepspeed(*arguments(here, here / "many", gap=gap)) as job:
@@ -303,6 +308,7 @@ def test_error_of_all_ranks_is_said_once(here: Path) -> None:
     assert "Traceback" not in job.text and not (here / "many" / "checkpoints").exists()
 
 
+@pytest.mark.full
 def test_torchrun_ddp_dense_with_restarts_and_accumulation(here: Path) -> None:
     gap = write_json(here / "restart.json", {**GAP, "lr_restart": True})
     with torchrun(*arguments(here, here / "ddp", "--dense", "--accumulation", "2", gap=gap)) as job:
@@ -527,6 +533,7 @@ REFUSED_BY_THE_ENGINE = {
 }
 
 
+@pytest.mark.full
 def test_deepspeed_config_that_is_refused(here: Path, tmp_path: Path) -> None:
     """All in one process of their own: DeepSpeed is set up once in a process, and never taken down."""
     config = json.loads(Path(ZERO2).read_text(encoding="utf-8"))

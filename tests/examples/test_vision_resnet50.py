@@ -14,7 +14,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_resnet50_on_three_libraries(tmp_path: Path) -> None:
     """benchmarks/vision.py counts the masks after every boundary and the export at the end, and ends with an error."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -176,7 +176,7 @@ def test_a_pretrained_vit_gets_a_head_of_its_own(here: Path, run: Callable[[list
         assert torch.equal(model.state_dict()[name], weight), name
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_parallel_gap_of_two_workers(here: Path, tmp_path: Path) -> None:
     """Both end with one model, whose masks keep the budget of each entry."""
     gap = tmp_path / "gap.json"
@@ -234,6 +234,7 @@ def pair(here: Path) -> Path:
     return out
 
 
+@pytest.mark.full
 def test_batch_norm_over_all_ranks_is_that_of_one(pair: Path) -> None:
     """Gradients of a network, and the running statistics, against torch's BatchNorm on the whole batch."""
     far = json.loads((pair / "synchronised.json").read_text())
@@ -241,6 +242,7 @@ def test_batch_norm_over_all_ranks_is_that_of_one(pair: Path) -> None:
     assert max(far.values()) < 1e-5, max(far, key=lambda name: far[name])
 
 
+@pytest.mark.full
 def test_zero1_keeps_budgets_and_resumes_exactly(pair: Path) -> None:
     found = results(pair / "zero1")
     assert found["ranks"] == 2 and found["trained_from_step"] == 5
@@ -251,6 +253,7 @@ def test_zero1_keeps_budgets_and_resumes_exactly(pair: Path) -> None:
     assert figures(pair / "zero1", "validation") == figures(pair / "zero1 undisturbed", "validation")
 
 
+@pytest.mark.full
 def test_a_run_moves_to_another_number_of_ranks(
     pair: Path, here: Path, run: Callable[[list[str]], int], tmp_path: Path
 ) -> None:

@@ -171,6 +171,17 @@ def final_state(engine: GaPEngine) -> dict[str, dict[str, Any]]:
     return {"weights": {s.name: w for s, w in zip(shards, weights, strict=True)}, "moments": moments}
 
 
+def draw_by_rank() -> None:
+    """Before a checkpoint: every rank's random numbers are its own from now on."""
+    torch.manual_seed(100 + dist.get_rank())
+
+
+def drawn_by_rank() -> list[str]:
+    """After it was loaded: what is wrong with the next random number."""
+    wanted = torch.rand(1, generator=torch.Generator().manual_seed(100 + dist.get_rank()))
+    return [] if torch.equal(torch.rand(1), wanted) else ["the random state is not that of this rank"]
+
+
 def mask_bits(engine: GaPEngine) -> tuple[int, int, int]:
     """(bits that the masks take, weights they cover, number of masks) on this rank."""
     bits = sum(mask.numel() * 8 for mask in engine.mask_state.bits.values())

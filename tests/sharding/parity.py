@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from safetensors.torch import load_file
 
 import toy  # isort: skip
 from gap_ds import GaPConfig
+from gap_ds.cli.export import export
 from gap_ds.method import plan
 
 Row = dict[str, Any]
@@ -97,18 +96,19 @@ def check_early(out: Path, row: Row, ranks: int) -> None:
             assert largest_difference(found[name], found["plain"]) == 0, name
 
 
-def export_offline(out: Path, names: list[str]) -> dict[str, str | None]:
-    """Exports the checkpoints of these rows in a process of its own, and compares each with the engine's export then.
+def export_offline(out: Path, name: str) -> str | None:
+    """Exports a row's checkpoint in this process, without its ranks, and compares it with the engine's export then.
 
-    What could not be exported, and why, by name; None for what could.
+    Returns why it could not be exported; None if it could.
     """
-    command = [sys.executable, str(Path(__file__).parent / "worker_offline.py"), str(out), *names]
-    subprocess.run(command, check=True, timeout=300)
-    said: dict[str, str | None] = json.loads((out / "offline.json").read_text())
-    for name in (name for name, reason in said.items() if reason is None):
-        offline, wanted = (load_file(out / kind / name / "model.safetensors") for kind in ("offline", "mid"))
-        # A weight that is tied has several names in a library's own files.
-        assert wanted.keys() <= offline.keys(), name
-        for key, weight in wanted.items():
-            assert torch.equal(offline[key], weight), (name, key)
-    return said
+    offline = out / "offline" / name
+    try:
+        export(out / "checkpoints" / name, offline, "dense", None, "float32", False, lambda *_: None)
+    except ValueError as error:
+        return str(error)
+    found, wanted = (load_file(folder / "model.safetensors") for folder in (offline, out / "mid" / name))
+    # A weight that is tied has several names in a library's own files.
+    assert wanted.keys() <= found.keys(), name
+    for key, weight in wanted.items():
+        assert torch.equal(found[key], weight), (name, key)
+    return None

@@ -111,6 +111,7 @@ def test_a_rank_without_memory_for_a_piece_ends_all_ranks_at_once(jobs: Any) -> 
     assert list((jobs[0] / "elsewhere").glob("round_*/worker_0*")) == []
 
 
+@pytest.mark.full
 def test_two_processes_meet_at_a_url_and_one_is_killed_while_it_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,6 +149,7 @@ def test_two_processes_meet_at_a_url_and_one_is_killed_while_it_writes(
         check(torch.load(tmp_path / f"alone.{worker}.pt", weights_only=False))
 
 
+@pytest.mark.full
 def test_two_jobs_that_run_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ports = iter((23461, 23467))  # both would look for a free one at the same moment
     monkeypatch.setattr("launch.free_port", lambda: next(ports))

@@ -15,6 +15,7 @@ from gap_ds.cli.export import export
 from gap_ds.export import load_compact
 
 
+@pytest.mark.full
 def test_rank_0_holds_once_what_the_last_of_four_ranks_has(tmp_path: Path) -> None:
     run_workers("worker_export.py", 4, tmp_path, "assemble", timeout=240)
     found = [json.loads((tmp_path / f"assemble.{rank}").read_text()) for rank in range(4)]

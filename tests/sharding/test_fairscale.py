@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import parity
 import pytest
 from launch import run_workers
 from parity import Row
+from table_rows import marked, needed
 
 pytest.importorskip("fairscale")
 
@@ -26,23 +28,33 @@ ROWS += [
     for name, row in {
         "fsdp_evaluate": {"kind": "fsdp", "evaluate": True},
         "fsdp_flat_evaluate": {"kind": "fsdp", "flat": True, "evaluate": True},
+        "fsdp_bf16": {"kind": "fsdp", "bf16": True},
         "fsdp_flat_bf16": {"kind": "fsdp", "flat": True, "bf16": True},
         "fsdp_flat_clip": {"kind": "fsdp", "flat": True, "clip": 0.5},
         "oss_clip": {"kind": "oss", "clip": 0.5},
+        "oss_bf16": {"kind": "oss", "bf16": True},
         "oss_no_buckets": {"kind": "oss", "buffer": 0},
     }.items()
 ]
 EARLY: list[Row] = [{"name": "oss_early", "what": "early", "kind": "oss", "optimizer": "adamw"}]
 REFUSED: Row = {"name": "refused", "what": "refused", "optimizer": "sgd"}
 
-ALL = [pytest.param(row, id=row["name"]) for row in ROWS]
-EXACT = [pytest.param(row, id=row["name"]) for row in ROWS if not row.get("bf16")]
+SHORT = [f"{kind}_{row}" for kind in ("fsdp", "fsdp_flat", "oss") for row in ("adamw", "bf16")]
 
 
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def table(rows: list[Row]) -> list[Any]:
+    names = {row["name"] for row in rows}
+    return marked(rows, [name for name in SHORT if name in names], lambda row: row["name"])
+
+
+ALL = table(ROWS)
+EXACT = table([row for row in ROWS if not row.get("bf16")])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     out = tmp_path_factory.mktemp("fairscale")
-    (out / "rows.json").write_text(json.dumps([*ROWS, *EARLY, REFUSED]))
+    (out / "rows.json").write_text(json.dumps([*needed(request, "row"), REFUSED]))
     run_workers("worker_fairscale.py", 2, out, timeout=400)
     return out
 
@@ -76,7 +88,7 @@ def test_export_is_the_sparse_model_and_reloads(trained: Path, row: Row) -> None
     parity.check_export(trained, row)
 
 
-@pytest.mark.parametrize("row", EARLY, ids=lambda row: row["name"])
+@pytest.mark.parametrize("row", table(EARLY))
 def test_a_checkpoint_before_the_first_step_changes_nothing(trained: Path, row: Row) -> None:
     parity.check_early(trained, row, ranks=2)
 

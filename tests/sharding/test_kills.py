@@ -22,6 +22,7 @@ MOMENTS = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", MOMENTS)
 def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path: Path, kind: str) -> None:
     wanted = finish(kind, tmp_path / "undisturbed", [], seed=0, rounds=4)

@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 
 from gap_ds.parallel import launch
 
+pytestmark = pytest.mark.full  # three jobs of two ranks, by the launcher
+
 #: Rows of two and of three workers, and the reference of each.
 TWO = {"ddp": "two_False", "zero2": "two_True", "zero3": "two_True", "fsdp2": "two_False"}
 THREE = {

@@ -54,6 +54,7 @@ def build(row: dict[str, Any], **training: Any) -> GaPEngine:
     training = {"gradient_accumulation_steps": toy.ACCUMULATION, "gradient_clipping": row.get("clip", 0.0), **training}
     model, gap = toy.build(), row.get("gap", toy.GAP)
     if row["kind"] == "oss":
+        model = model.bfloat16() if row.get("bf16") else model
         kind, rest = {
             "sgd": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}),
             "adamw": (torch.optim.AdamW, {"lr": 1e-2}),

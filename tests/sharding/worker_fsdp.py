@@ -164,6 +164,7 @@ def run(
     name = row["name"]
 
     def save_and_export() -> None:
+        observe.draw_by_rank()
         engine.save_checkpoint(out / "checkpoints" / name, client_state={"row": name})
         engine.export(out / "mid" / name)
 
@@ -178,6 +179,7 @@ def run(
 
     resumed = build(row)
     client_state = resumed.load_checkpoint(out / "checkpoints" / name)
+    result["wrong"] += observe.drawn_by_rank()
     again = observe.train(resumed, working_copy(resumed, weights), first=5)
     result["wrong"] += again["wrong"] + ([] if client_state == {"row": name} else ["client_state is lost"])
     result["resumed"] = observe.final_state(resumed) | {"masks": observe.full_masks(resumed)}

@@ -25,6 +25,7 @@ import worker_fsdp
 import worker_zero
 from reference_methods import SCENARIOS, Scenario
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from gap_ds import GaPEngine
 
@@ -51,10 +52,11 @@ class Alone:
 
 def build(row: dict[str, Any]) -> tuple[GaPEngine, dict[str, Any]]:
     """The engine of a row, and how its library shows a whole parameter."""
-    if row.get("kind") == "plain":
-        model = toy.build()
+    if row.get("kind") in ("plain", "ddp"):
+        model = toy.build().to(torch.bfloat16 if row["dtype"] == "bf16" else torch.float32)
         optimizer = toy.OPTIMIZERS[row["optimizer"]](toy.groups(model))
-        engine = GaPEngine(model, row["gap"], optimizer=optimizer, gradient_accumulation_steps=toy.ACCUMULATION)
+        wrapped = model if row["kind"] == "plain" else DistributedDataParallel(model, find_unused_parameters=True)
+        engine = GaPEngine(wrapped, row["gap"], optimizer=optimizer, gradient_accumulation_steps=toy.ACCUMULATION)
         return engine, {"working_copy": dict(model.named_parameters()).__getitem__, "full_fp32": None}
     if "stage" in row:
         engine = worker_zero.build(row)

@@ -83,6 +83,7 @@ def run(row: dict[str, Any], out: Path) -> dict[str, Any]:
     name = row["name"]
 
     def save_and_export() -> None:
+        observe.draw_by_rank()
         engine.save_checkpoint(out / "checkpoints" / name, client_state={"row": name})
         engine.export(out / "mid" / name)
 
@@ -94,6 +95,7 @@ def run(row: dict[str, Any], out: Path) -> dict[str, Any]:
 
     resumed = build(row)
     client_state = resumed.load_checkpoint(out / "checkpoints" / name)
+    result["wrong"] += observe.drawn_by_rank()
     again = observe.train(resumed, **observers(resumed, row), skip=skip, first=5)
     result["wrong"] += again["wrong"] + ([] if client_state == {"row": name} else ["client_state is lost"])
     result["resumed"] = observe.final_state(resumed) | {"masks": observe.full_masks(resumed)}

@@ -1,8 +1,10 @@
-"""Every model of the zoo, a few steps with two boundaries, under ZeRO-3 in bf16 and under FSDP2 in fp32."""
+"""Models of the zoo, a few steps with two boundaries, under ZeRO-3 in bf16 or under FSDP2 in fp32.
+
+python worker_zoo.py OUT MODEL_BACKEND ...
+"""
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import sys
@@ -120,14 +122,14 @@ def run(kind: Kind, backend: str) -> dict[str, Any]:
     return {"wrong": wrong, "entries": set(entries), "boundaries": boundaries, "sparse": set(masks)}
 
 
-def main(out: Path) -> None:
+def main(out: Path, rows: list[str]) -> None:
     deepspeed.init_distributed()
     torch.set_num_threads(1)
-    rows = itertools.product(ZOO, SHARDED)
-    observe.work_through(out, {f"{name}_{backend}": partial(run, ZOO[name], backend) for name, backend in rows})
+    pairs = {row: row.split("_") for row in rows}
+    observe.work_through(out, {row: partial(run, ZOO[model], backend) for row, (model, backend) in pairs.items()})
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])
     sys.stdout.flush()
     os._exit(0)  # results are handed over: no library's clean-up at exit can spoil them

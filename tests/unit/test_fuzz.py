@@ -32,15 +32,17 @@ def test_all_kinds_are_listed(targets: dict[str, fuzz.Target]) -> None:
     assert sorted(targets) == sorted(KINDS)
 
 
+@pytest.mark.parametrize("inputs", [30, pytest.param(120, marks=pytest.mark.full)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_changed_files_work_or_are_refused(targets: dict[str, fuzz.Target], kind: str) -> None:
+def test_changed_files_work_or_are_refused(targets: dict[str, fuzz.Target], kind: str, inputs: int) -> None:
     target = targets[kind]
     assert target.run(target.original), "the file as it was written is taken"
-    tally = fuzz.fuzz(target, inputs=120, seed=0)
-    assert tally.inputs == 120 and tally.taken + tally.refused == 120
+    tally = fuzz.fuzz(target, inputs, seed=0)
+    assert tally.inputs == inputs and tally.taken + tally.refused == inputs
     assert target.run(target.original)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["masks/masks.safetensors", "portable", "exchange/safetensors", "masks/state.json"])
 def test_files_cut_or_flipped_at_every_byte(targets: dict[str, fuzz.Target], kind: str) -> None:
     target = targets[kind]

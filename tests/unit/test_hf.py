@@ -138,6 +138,16 @@ def test_the_callback_equals_a_loop_with_an_engine(tmp_path: Path) -> None:
     assert same(trainer.model, plain)
 
 
+def test_the_last_step_of_an_epoch_may_have_fewer_micro_batches(tmp_path: Path) -> None:
+    """9 examples are 5 batches of 2, and with an accumulation over 2 they are 3 steps."""
+    gap = {"sparsity": 0.75, "partitions": 2, "phase_epochs": 1, "rounds": 1, "finetune_epochs": 1}
+    callback = GaPCallback(gap)
+    trainer = Trainer(model(), arguments(tmp_path, num_train_epochs=3), train_dataset=data(9), callbacks=[callback])
+    trainer.train()
+    assert callback.engine is not None and callback.engine.applied_steps == 9
+    assert [phase.end_step for phase in callback.engine.schedule.phases] == [3, 6, 9]
+
+
 def test_resuming_equals_never_having_stopped(tmp_path: Path) -> None:
     straight, _, seen = train(tmp_path, save_strategy="steps", save_steps=4, dropout=0.2)
     resumed, callback, witness = train(tmp_path, str(tmp_path / "checkpoint-4"), dropout=0.2)

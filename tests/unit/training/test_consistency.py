@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from fake_ranks import Rank, Ranks
 from torch import Tensor, nn
 
 from gap_ds import GaPEngine
@@ -85,6 +88,29 @@ def test_a_mask_that_differs_names_the_first_entry() -> None:
         consistency.check_masks(*mine, Rows(), Rows(other))
 
 
+def test_copies_on_groups_of_ranks_are_compared() -> None:
+    """Hybrid sharding: a world of 4, in which each of 2 groups holds the model once, cut in two pieces."""
+    kept = [[True, False, True, True], [True, True, False, False]]
+
+    def check(masks: list[list[list[bool]]]) -> Callable[[Any], None]:
+        groups = [Ranks(2), Ranks(2)]
+
+        def work(world: Any) -> None:
+            copy, place = divmod(world.rank, 2)
+            pieces = [mask[2 * place : 2 * place + 2] for mask in masks[copy]]
+            plan, bits, shards = masks_of(*pieces)
+            shards = {n: replace(shard, start=2 * place) for n, shard in shards.items()}
+            consistency.check_masks(plan, bits, shards, Rank(groups[copy], place), world)
+
+        return work
+
+    assert Ranks(4).run(check([kept, kept])) == [None] * 4
+    other = [kept[0], [True, False, True, False]]
+    for error in Ranks(4).run(check([kept, other])):
+        assert isinstance(error, ValueError)
+        assert str(error).startswith("layers.1.weight: its masks differ between ranks 0 and 2, 3, so the run has")
+
+
 def test_one_group_has_nothing_to_compare() -> None:
     group = Rows(same)
     group.all_gather = group.sum = None  # type: ignore[assignment,method-assign]
@@ -149,6 +175,14 @@ def test_skip_gives_up_when_nothing_is_finite_any_more() -> None:
     with pytest.raises(ValueError, match=f"not finite in {consistency.MOST_SKIPPED + 1} micro-batches in a row"):
         train(gap, *[float("nan")] * 100)
     assert gap.applied_steps == 0
+
+
+def test_skip_goes_on_as_long_as_good_micro_batches_come_between() -> None:
+    """The limit is of micro-batches in a row, not of all."""
+    gap = engine(nonfinite_loss="skip")
+    for _ in range(3):
+        train(gap, *[float("nan")] * (consistency.MOST_SKIPPED - 1), 1.0)
+    assert gap.applied_steps == 3
 
 
 def test_an_unknown_policy() -> None:

@@ -1,0 +1,158 @@
+"""Puts subtle faults into a copy of the package, one at a time, and says which of them the tests find.
+
+python tests/mutants.py [NAME ...]      all faults, or some; the exit status is 1 if one is not found
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMEOUT = 600  # seconds for the tests of one fault
+UPDATES = "tests/unit/training/test_updates.py::"
+CONSISTENCY = "tests/unit/training/test_consistency.py::"
+SHARDING = "tests/sharding/test_"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A text of the package that occurs once, what stands in its place then, and the tests that fail then."""
+
+    text: str
+    wrong: str
+    tests: tuple[str, ...]
+
+
+FAULTS = {
+    "early_end_kept": Fault(
+        "self.applied_steps, self._updated, self._over = step, False, False",
+        "self.applied_steps, self._updated = step, False",
+        (UPDATES + "test_a_checkpoint_undoes_an_early_end",),
+    ),
+    "epoch_rounded_down": Fault(
+        "return max(1, math.ceil(batches / per_step))",
+        "return max(1, batches // per_step)",
+        ("tests/unit/test_hf.py::test_the_last_step_of_an_epoch_may_have_fewer_micro_batches",),
+    ),
+    "hybrid_groups_not_compared": Fault(
+        "if comm.size == world.size:",
+        "if comm.size > 1:",
+        (CONSISTENCY + "test_copies_on_groups_of_ranks_are_compared",),
+    ),
+    "learning_rate_of_a_skipped_step": Fault(
+        "if training.lr_scheduler is not None and not skipped:",
+        "if training.lr_scheduler is not None:",
+        (UPDATES + "test_a_step_that_the_gradient_scaler_skips_is_none_for_the_learning_rate",),
+    ),
+    "left_out_counted_in_all": Fault(
+        "self._in_a_row = self._in_a_row + 1 if self.skipping else 0",
+        "self._in_a_row = self._in_a_row + self.skipping",
+        (CONSISTENCY + "test_skip_goes_on_as_long_as_good_micro_batches_come_between",),
+    ),
+    "scale_not_restored": Fault(
+        "run.grad_scaler.load_state_dict(state.grad_scaler)",
+        "pass",
+        (UPDATES + "test_a_step_that_the_gradient_scaler_skips_is_none_for_the_learning_rate",),
+    ),
+    "moments_kept": Fault(
+        "        if before is not None:\n            self._forget_moments(shard, before)\n",
+        "",
+        (UPDATES + "test_a_moving_mask_changes_at_its_updates_alone_and_what_comes_is_new",),
+    ),
+    "gradient_too_early": Fault(
+        "rules.needs_gradient(self.config, self.phase, self.applied_steps + 1)",
+        "rules.needs_gradient(self.config, self.phase, self.applied_steps + 2)",
+        (UPDATES + "test_a_moving_mask_changes_at_its_updates_alone_and_what_comes_is_new",),
+    ),
+    "ramp_exported": Fault(
+        "if entry.partition in phase.dense and entry.keep < entry.numel",
+        "if entry.partition in phase.dense and entry.name not in self.mask_state.bits and entry.keep < entry.numel",
+        (UPDATES + "test_an_export_in_a_ramp_has_the_final_budget",),
+    ),
+    "last_values_forgotten": Fault(
+        "values += self._last[shard.name]",
+        "pass",
+        (UPDATES + "test_last_values_are_those_that_each_weight_had_when_it_was_pruned",),
+    ),
+    "growth_not_published": Fault(
+        'if selected or self._config.regrow == "last_value":',
+        "if selected:",
+        (UPDATES + "test_every_change_of_weights_is_published_after_it",),
+    ),
+    "update_too_late": Fault(
+        "self.applied_steps in before.updates",
+        "self.applied_steps - 1 in before.updates",
+        (UPDATES + "test_a_moving_mask_changes_at_its_updates_alone_and_what_comes_is_new",),
+    ),
+    "random_state_of_rank_0": Fault(
+        'read_json(path / "gap" / f"rng_{run.world.rank}.json", RandomState)',
+        'read_json(path / "gap" / "rng_0.json", RandomState)',
+        (SHARDING + "fsdp.py::test_invariants_hold_after_every_step[fsdp2_adamw]",),
+    ),
+    "persistent_parameters_not_published": Fault(
+        "if optimizer.persistent_parameters:",
+        "if False:",
+        (SHARDING + "zero.py::test_invariants_hold_after_every_step[zero3_fp32_persistent]",),
+    ),
+    "flat_offset_lost": Fault(
+        "offset=0 if original else piece.offset_in_shard or 0",
+        "offset=0",
+        (SHARDING + "fsdp.py::test_invariants_hold_after_every_step[fsdp1_flat_adamw]",),
+    ),
+    "reduced_after_the_wrong_micro_batch": Fault(
+        "self.sync((self.micro_step + 1) %",
+        "self.sync(self.micro_step %",
+        (SHARDING + "fsdp.py::test_fp32_equals_the_independent_reference[fsdp2_adamw]",),
+    ),
+}
+
+
+def file_of(fault: Fault, root: Path) -> Path:
+    """The one file of the package that has a fault's text, once."""
+    places = {path: path.read_text(encoding="utf-8").count(fault.text) for path in root.rglob("gap_ds/**/*.py")}
+    found = [path for path, n in places.items() for _ in range(n)]
+    if len(found) != 1:
+        raise SystemExit(f"{fault.text!r}: is {len(found)} times in the package, must be there once")
+    return found[0]
+
+
+def passes(root: Path, tests: Iterable[str]) -> bool:
+    """True if all tests pass, False if one fails; ends the program if there are no such tests."""
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--timeout", str(TIMEOUT), *tests]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    if done.returncode not in (0, 1):
+        raise SystemExit(f"{' '.join(tests)}: pytest ended with {done.returncode}\n{done.stdout[-3000:]}")
+    return done.returncode == 0
+
+
+def main(names: list[str]) -> int:
+    if unknown := set(names) - FAULTS.keys():
+        raise SystemExit(f"{sorted(unknown)}: must be some of {', '.join(FAULTS)}")
+    chosen = {name: fault for name, fault in FAULTS.items() if not names or name in names}
+    lost = []
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "copy"
+        shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(".*", "__pycache__", "build", "runs"), symlinks=True)
+        places = {name: file_of(fault, root) for name, fault in chosen.items()}
+        if not passes(root, dict.fromkeys(test for fault in chosen.values() for test in fault.tests)):
+            raise SystemExit("the tests fail without a fault")
+        for name, fault in chosen.items():
+            whole = places[name].read_text(encoding="utf-8")
+            places[name].write_text(whole.replace(fault.text, fault.wrong), encoding="utf-8")
+            lost += [name] if passes(root, fault.tests) else []
+            places[name].write_text(whole, encoding="utf-8")
+            print(f"{'NOT FOUND' if name in lost else 'found':10} {name}", flush=True)
+    print(f"{len(chosen) - len(lost)} of {len(chosen)} faults found")
+    return int(bool(lost))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
