@@ -19,16 +19,7 @@ from torch import Tensor
 
 from gap_ds.masks import bitmask
 from gap_ds.parallel import identity
-from gap_ds.parallel.items import (
-    FORMAT,
-    VERSION,
-    Item,
-    Received,
-    check_items,
-    check_kept,
-    layout,
-    selected,
-)
+from gap_ds.parallel.items import FORMAT, VERSION, Item, Received, check_items, check_kept, layout, selected
 from gap_ds.parallel.ranks import on_rank_zero
 from gap_ds.parallel.reading import Reader
 from gap_ds.parallel.records import Manifest, Records
@@ -50,14 +41,14 @@ class Exchange:
     Errors are raised on all ranks alike, so that no rank waits for one that has left.
 
     Args:
-        worker: which one this job is.
+        worker: the worker that this job is.
         workers: K, the number of workers, which is the plan's number of partitions.
         signature: of the run; its last part, `|v:...`, may differ between workers.
         fingerprint: of the plan.
         tensors: fingerprint of what is exchanged (`identity.of_tensors`).
         world: all ranks of the job.
         comm: the ranks among which the pieces of a parameter are spread.
-        unpartitioned: what becomes of the tensors in no partition: their mean over the workers, or worker 0's.
+        unpartitioned: rule for the tensors in no partition: "average" over the workers, or "first", those of worker 0.
     Raises:
         ValueError: the worker's values are impossible, or the folder cannot be used or belongs to another run.
     """
@@ -220,11 +211,7 @@ class Exchange:
     # -- read ------------------------------------------------------------------------------------------------------
 
     def read(
-        self,
-        round: int,
-        items: Sequence[Item],
-        manifests: Sequence[Manifest],
-        receive: Callable[[Received], None],
+        self, round: int, items: Sequence[Item], manifests: Sequence[Manifest], receive: Callable[[Received], None]
     ) -> None:
         """Call `receive` with this rank's piece of every item: partition k from worker k's file, shared ones from all.
 
