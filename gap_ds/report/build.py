@@ -22,7 +22,7 @@ from gap_ds.storage.errors import printable
 from gap_ds.storage.safetensors import chunks, open_tensors
 
 try:
-    from gap_ds.report import plots
+    from gap_ds.report import drawing, plots
 except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] != "matplotlib":
         raise
@@ -140,7 +140,7 @@ def _schedule(run: Run) -> bytes:
             rounds.setdefault(name, phase.first_step)
     first_steps = [phase.first_step for phase in schedule.phases if phase.steps]
     named = [(step, name) for name, step in rounds.items()]
-    return plots.png(plots.schedule(marks, rows, first_steps, named, run.train, run.validation, run.bleu))
+    return drawing.png(plots.schedule(marks, rows, first_steps, named, run.train, run.validation, run.bleu))
 
 
 def _marks(schedule: Schedule) -> list[int]:
@@ -170,11 +170,11 @@ def _density_points(run: Run) -> list[tuple[float, float]]:
 
 
 def _density(run: Run) -> bytes:
-    return plots.png(plots.density([plots.Curve(run.name, _density_points(run))], whole_run=True))
+    return drawing.png(plots.density([drawing.Curve(run.name, _density_points(run))], whole_run=True))
 
 
 def _losses(run: Run) -> bytes:
-    return plots.png(plots.losses(run.train, run.validation, run.bleu))
+    return drawing.png(plots.losses(run.train, run.validation, run.bleu))
 
 
 def _layers_over_time(run: Run) -> bytes:
@@ -183,16 +183,16 @@ def _layers_over_time(run: Run) -> bytes:
     marks = [boundary.step for boundary in history.boundaries]
     end = max(run.steps or 0, marks[-1] + 1)
     kept = [[boundary.kept[i] / numel for boundary in history.boundaries] for i, numel in enumerate(history.numel)]
-    return plots.png(plots.layers_over_time(plots.shorten(history.names), [*marks, end], kept))
+    return drawing.png(plots.layers_over_time(drawing.shorten(history.names), [*marks, end], kept))
 
 
 def _exploration(run: Run) -> bytes:
     assert run.history is not None
     history = run.history
     partitions = sorted(set(history.partition))
-    fresh = [plots.Curve(f"partition {k}", _fresh(history, k), k) for k in partitions]
-    active = [plots.Curve(f"partition {k}", _active(history, k), k) for k in partitions]
-    return plots.png(plots.exploration(fresh, active, run.steps or history.boundaries[-1].step))
+    fresh = [drawing.Curve(f"partition {k}", _fresh(history, k), k) for k in partitions]
+    active = [drawing.Curve(f"partition {k}", _active(history, k), k) for k in partitions]
+    return drawing.png(plots.exploration(fresh, active, run.steps or history.boundaries[-1].step))
 
 
 def _fresh(history: History, k: int) -> list[tuple[float, float]]:
@@ -215,7 +215,7 @@ def _active(history: History, k: int) -> list[tuple[float, float]]:
 def _layers(run: Run) -> bytes:
     names = list(run.layers)
     partitions = [run.results.entries[name].partition for name in names]
-    return plots.png(plots.layers(plots.shorten(names), partitions, list(run.layers.values())))
+    return drawing.png(plots.layers(drawing.shorten(names), partitions, list(run.layers.values())))
 
 
 def _magnitudes(run: Run) -> bytes | None:
@@ -237,7 +237,7 @@ def _magnitudes(run: Run) -> bytes | None:
                         counts[k] += row
                         zeros[k] += none
     exponents = [_LOWEST + i / _PER_OCTAVE for i in range(bins + 1)]
-    return plots.png(plots.magnitudes(exponents, counts.tolist(), zeros)) if int(counts.sum()) else None
+    return drawing.png(plots.magnitudes(exponents, counts.tolist(), zeros)) if int(counts.sum()) else None
 
 
 def histogram(weights: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -263,31 +263,31 @@ def _comparisons(runs: Sequence[Run]) -> list[_Job]:
     if len(runs) < 2:
         return []
     jobs: list[_Job] = []
-    train = [plots.Curve(run.name, run.train, i) for i, run in enumerate(runs) if run.train]
-    validation = [plots.Curve(run.name, run.validation, i) for i, run in enumerate(runs) if run.validation]
+    train = [drawing.Curve(run.name, run.train, i) for i, run in enumerate(runs) if run.train]
+    validation = [drawing.Curve(run.name, run.validation, i) for i, run in enumerate(runs) if run.validation]
     if train or validation:
         caption = "The first losses of fresh weights may lie above the picture."
-        jobs.append(_Job(None, "losses", caption, lambda: plots.png(plots.compare_losses(train, validation))))
+        jobs.append(_Job(None, "losses", caption, lambda: drawing.png(plots.compare_losses(train, validation))))
     bars = _bars(runs)
     if bars:
         caption = "FLOPs are of products with weights, relative to dense training of the same length."
         names = [run.name for run in runs]
-        jobs.append(_Job(None, "scores and cost", caption, lambda: plots.png(plots.compare_bars(names, bars))))
+        jobs.append(_Job(None, "scores and cost", caption, lambda: drawing.png(plots.compare_bars(names, bars))))
     key = next((key for key in SCORES if sum(key in run.scores for run in runs) > 1), None)
     points = [
-        plots.Curve(run.name, [(run.results.training_flops, run.scores[key])], i)
+        drawing.Curve(run.name, [(run.results.training_flops, run.scores[key])], i)
         for i, run in enumerate(runs)
         if key in run.scores and run.results.training_flops is not None
     ]
     if key is not None and len(points) > 1:
         heading, caption = SCORES[key], "Up and to the left is better."
         jobs.append(
-            _Job(None, "score against cost", caption, lambda: plots.png(plots.cost_against_score(points, heading)))
+            _Job(None, "score against cost", caption, lambda: drawing.png(plots.cost_against_score(points, heading)))
         )
-    curves = [plots.Curve(run.name, density, i) for i, run in enumerate(runs) if (density := _density_points(run))]
+    curves = [drawing.Curve(run.name, density, i) for i, run in enumerate(runs) if (density := _density_points(run))]
     if curves:
         caption = "Of all prunable weights together."
-        jobs.append(_Job(None, "density", caption, lambda: plots.png(plots.density(curves, whole_run=True))))
+        jobs.append(_Job(None, "density", caption, lambda: drawing.png(plots.density(curves, whole_run=True))))
     return jobs
 
 
