@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from gap_ds.export.folder import Progress, weight_files
+from gap_ds.export.folder import weight_files
 from gap_ds.method.schedule import Schedule
 from gap_ds.report import page as report_page
 from gap_ds.report import runs as report_runs
@@ -19,7 +19,7 @@ from gap_ds.report.page import Picture
 from gap_ds.report.runs import SCORES, History, Run
 from gap_ds.storage.atomic import replacing
 from gap_ds.storage.errors import printable
-from gap_ds.storage.safetensors import chunks, open_tensors
+from gap_ds.storage.safetensors import Progress, chunks, open_tensors
 
 try:
     from gap_ds.report import drawing, plots
@@ -28,7 +28,7 @@ except ModuleNotFoundError as error:
         raise
     raise ValueError('matplotlib is not installed: the report needs it. Run pip install "gap_ds[plots]".') from None
 
-#: Densities of entries that differ by less are told in a sentence: a picture of them is a straight line.
+#: Densities of entries that differ by less become a sentence: a picture of them is a straight line.
 _EVEN = 0.005
 #: Steps at which densities are drawn: a picture has about as many columns.
 _MOST_MARKS = 1500
@@ -40,7 +40,7 @@ def report(folders: Sequence[Path], page: Path, progress: Progress) -> dict[str,
     """Writes the page and the pictures beside it; returns the figures of all runs, for JSON.
 
     Raises:
-        ValueError: a folder is none of a run, a file in it is damaged, or the page cannot be written.
+        ValueError: a folder holds no run, a file in it is damaged, or the page cannot be written.
     """
     folders = report_runs.find(folders)
     names = [printable(name) for name in report_runs.names_of(folders)]
@@ -92,7 +92,7 @@ def _slug(job: _Job) -> str:
 
 
 def _pictures(run: Run) -> list[_Job]:
-    """What can be shown of a run, in the order of the page."""
+    """The pictures of a run, in the order of the page."""
     jobs: list[_Job] = []
 
     def add(title: str, caption: str, draw: Callable[[], bytes | None]) -> None:
@@ -144,7 +144,7 @@ def _schedule(run: Run) -> bytes:
 
 
 def _marks(schedule: Schedule) -> list[int]:
-    """The steps at which the density of a partition can change, as far as they can be told apart, and the end."""
+    """The steps at which the density of a partition can change, thinned to those a picture can show, and the end."""
     steps = sorted({step for phase in schedule.phases for step in (phase.first_step, *phase.updates)})
     steps = steps[:: -(-len(steps) // _MOST_MARKS)]
     return sorted({*steps, schedule.total_steps})
@@ -196,7 +196,7 @@ def _exploration(run: Run) -> bytes:
 
 
 def _fresh(history: History, k: int) -> list[tuple[float, float]]:
-    """Where the entries of a partition got masks and had had some: the part of the kept weights that came."""
+    """(step, part of the kept weights that is new) where entries of a partition got another mask."""
     points = []
     for boundary in history.boundaries:
         rows = [(boundary.came[i], boundary.kept[i]) for i, p in enumerate(history.partition) if p == k]

@@ -51,7 +51,7 @@ WIDTH = 10.0  # inches
 _DPI = 130
 #: Points of a curve that are drawn at most; more are averaged.
 _MOST_POINTS = 2000
-#: Entries with a name of their own on an axis.
+#: Entries whose names fit on an axis.
 _MOST_NAMES = 40
 #: Runs and partitions that get a line each.
 MOST_LINES = len(COLOURS) * len(_DASHES)
@@ -123,7 +123,7 @@ def smooth(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
 
 
 def line_look(i: int) -> dict[str, Any]:
-    """The i-th line's colour and, so that it can be told without colour, its dashes."""
+    """Colour of the i-th line, and its dashes for those who do not see the colour."""
     return {
         "color": COLOURS[i % len(COLOURS)],
         "linestyle": _DASHES[(i % len(COLOURS) + i // len(COLOURS)) % len(_DASHES)],

@@ -198,7 +198,7 @@ def layers_over_time(names: Sequence[str], marks: Sequence[int], kept: Sequence[
 
 @styled
 def exploration(fresh: Sequence[Curve], active: Sequence[Curve], end: int) -> Figure:
-    """How much of each partition's mask is new at each boundary, and how many of its weights were ever active.
+    """The new part of each partition's mask at each boundary, and the part of its weights that was ever active.
 
     Args:
         fresh: for each partition: (step, part of the kept weights that the last mask had pruned). Not drawn if no
