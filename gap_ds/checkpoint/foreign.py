@@ -1,6 +1,6 @@
 """The weights in a sharding library's own checkpoint, read by one process without the ranks that wrote it.
 
-What each library offers for its format is used: DeepSpeed's consolidation (zero_to_fp32), torch.distributed.checkpoint.
+Each library's own reader is used: DeepSpeed's consolidation (zero_to_fp32), torch.distributed.checkpoint.
 Both unpickle: DeepSpeed all of its files, torch the small `.metadata`.
 """
 
@@ -29,7 +29,7 @@ _AT_ONCE = 2**27
 def weights(folder: Path) -> Mapping[str, Tensor]:
     """Parameters and buffers of a checkpoint FOLDER/TAG by name, in fp32 where the optimizer has them so.
 
-    A parameter that is tied may be there under each of its names. Each is read, or put together, when it is asked for.
+    A tied parameter may be there under each of its names. Each tensor is read, or put together, when it is looked up.
 
     Raises:
         ValueError: the files do not say enough to be read like this, or cannot be read; one sentence.
@@ -55,7 +55,7 @@ def _distributed(folder: Path) -> Mapping[str, Tensor]:
     """The model in a checkpoint of torch.distributed.checkpoint, read a few tensors at a time."""
     try:
         stored = FileSystemReader(folder).read_metadata().state_dict_metadata
-    except Exception as error:  # whatever unpickling a damaged file raises
+    except Exception as error:  # unpickling a damaged file can raise anything
         raise ValueError(f"{folder}: torch.distributed.checkpoint cannot read it ({error}).") from error
     prefix = "model."
     about = {
@@ -97,9 +97,9 @@ def _consolidated(folder: Path) -> Mapping[str, Tensor]:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
     except ModuleNotFoundError:
         raise ValueError(f"{folder}: deepspeed, which reads it, is not installed. Run pip install deepspeed.") from None
-    said = io.StringIO()  # it prints what it does
+    printed = io.StringIO()  # it prints its progress
     try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             found = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), folder.name, lazy_mode=True)
         # ZeRO-1 lists only what the optimizer has; what is frozen is whole in the working copy, where there is one.
         for path in folder.glob("mp_rank_00_model_states.pt"):

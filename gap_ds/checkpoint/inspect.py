@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,12 @@ from gap_ds.method.plan import Entry, Plan
 from gap_ds.method.schedule import Phase, Schedule
 from gap_ds.storage.errors import printable
 from gap_ds.storage.json import read_json
-from gap_ds.storage.safetensors import CHUNK, chunk_rows, chunks, open_tensors
+from gap_ds.storage.safetensors import CHUNK, Progress, chunk_rows, chunks, open_tensors
 
 _COLUMNS = ("weights", "keep", "kept")
 
 
-def inspect(folder: Path, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
+def inspect(folder: Path, progress: Progress) -> dict[str, Any]:
     """The figures of a checkpoint FOLDER/TAG, for JSON; `problems` has a sentence for each thing that is wrong.
 
     Raises:
@@ -80,7 +80,7 @@ def inspect(folder: Path, progress: Callable[[str, int, int], None]) -> dict[str
 
 
 def _masks(
-    folder: Path, state: State, plan: Plan, progress: Callable[[str, int, int], None]
+    folder: Path, state: State, plan: Plan, progress: Progress
 ) -> tuple[dict[str, dict[str, int]], list[str]]:
     """Kept weights and bits of each mask, by entry; and sentences on what is wrong with the masks."""
     path = folder / "gap" / "masks.safetensors"

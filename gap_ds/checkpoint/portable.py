@@ -1,6 +1,6 @@
 """Weights and optimizer state for another number of ranks or another backend, in coordinates of the full parameters.
 
-    FOLDER/TAG/gap/portable_R.safetensors    what rank R owns, as vectors:
+    FOLDER/TAG/gap/portable_R.safetensors    the pieces of rank R, as vectors:
         weight:NAME     its piece of a parameter, as the optimizer updates it
         exp_avg:NAME    its piece of each moment, by the optimizer's own name for it
         buffer:NAME     rank 0: a buffer, whole
@@ -9,8 +9,8 @@
         numbers         {NAME: {"step": 5}}: optimizer state that is not per weight
         groups          settings of the parameter groups that are numbers, such as the learning rate of the next step
 
-A piece that several ranks hold is written once. Each rank of the run that goes on reads the ranges that overlap its own
-pieces, whichever files they are in. Nothing is gathered, neither here nor there.
+A piece that several ranks hold is written once. Each rank of the resumed run reads the ranges that overlap its own
+pieces, from any of the files. Nothing is gathered, neither in writing nor in reading.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ VERSION = 1
 
 
 def exists(folder: Path) -> bool:
-    """Whether a checkpoint was saved with `portable=True`."""
+    """True if a checkpoint was saved with `portable=True`."""
     return any(folder.glob("portable_*.safetensors"))
 
 
@@ -101,7 +101,7 @@ def _number(kind: str, value: Any, optimizer: str) -> float:
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a parameter group is a number, or a few; `step` is the optimizer's own business."""
+    """The settings of a parameter group that are numbers, or lists of numbers, but for `step`."""
     plain = {
         key: float(value) if isinstance(value, Tensor) else value for key, value in group.items() if key != "params"
     }
@@ -151,13 +151,13 @@ class _File:
         return _File(path, tensors, flat, files, pieces, numbers, groups)
 
     def kinds(self, name: str) -> set[str]:
-        """The moments that it has of a parameter."""
+        """The moments of a parameter in this file."""
         kinds = {key.removesuffix(f":{name}") for key in self.lengths if key.endswith(f":{name}")}
         return {kind for kind in kinds if ":" not in kind} - {"weight", "buffer"}
 
 
 def read(folder: Path, backend: Backend, buffers: Mapping[str, Tensor], world: Comm) -> None:
-    """Sets weights, optimizer state and buffers of this rank; the caller makes them known. All ranks must call this.
+    """Sets weights, optimizer state and buffers of this rank; the caller publishes them. All ranks must call this.
 
     Raises:
         ValueError: the files do not hold what this model and optimizer need; nothing was changed. On all ranks alike.
@@ -181,7 +181,7 @@ def _check(
     buffers: Mapping[str, Tensor],
     optimizers: Optimizers,
 ) -> None:
-    """Everything that can be wrong, before anything is changed."""
+    """Checks the files before anything is changed."""
     _check_complete(folder, files)
     for shard in shards:
         ranges = sorted(overlap[2:] for overlap in _overlaps(files, "weight", shard))
@@ -236,7 +236,7 @@ def _check_complete(folder: Path, files: Sequence[_File]) -> None:
 
 
 def _overlaps(files: list[_File], kind: str, shard: Shard) -> Iterator[tuple[_File, int, int, int]]:
-    """(file, where in its piece, where in this rank's piece, how many) of what both have of a vector."""
+    """(file, start in its piece, start in this rank's piece, length) of the parts of a vector that both have."""
     for file in files:
         start, numel = file.pieces.get(shard.name, (0, 0))
         lo, hi = max(start, shard.start), min(start + numel, shard.start + shard.numel)
@@ -264,7 +264,7 @@ def _restore(files: list[_File], shards: list[Shard], buffers: Mapping[str, Tens
 
 
 def _restore_state(files: list[_File], owner: Tensor, shards: list[Shard], optimizer: torch.optim.Optimizer) -> None:
-    """The optimizer's state of one tensor that it updates; none, if none was saved of what lies in it."""
+    """Sets the optimizer's state of one tensor that it updates; without saved state it has none."""
     kinds = {kind for shard in shards for file in files for kind in file.kinds(shard.name)}
     numbers: dict[str, float] = {}
     for name, file in ((shard.name, file) for shard in shards for file in files):

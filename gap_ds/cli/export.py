@@ -12,8 +12,9 @@ import torch
 from gap_ds.cli import models
 from gap_ds.export import compact, compact_file, expand
 from gap_ds.export.convert import check_out
-from gap_ds.export.folder import Progress, place
+from gap_ds.export.folder import place
 from gap_ds.export.from_checkpoint import export_checkpoint, find_whole
+from gap_ds.storage.safetensors import Progress
 
 
 def export(

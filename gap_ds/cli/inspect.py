@@ -9,7 +9,7 @@ from gap_ds import checkpoint, export
 from gap_ds.checkpoint import inspect as inspect_checkpoint
 from gap_ds.export import compact_file
 from gap_ds.export import inspect as inspect_export
-from gap_ds.export.folder import Progress
+from gap_ds.storage.safetensors import Progress
 
 
 def inspect(folder: Path, progress: Progress) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The compact form of a sparse model: mask bits and kept weights of each entry, all other tensors whole.
 
     FOLDER/compact.safetensors   all weights; a safetensors file, described in docs/inference.md
-    FOLDER/...                   config, tokenizer, gap.json and whatever else lay beside the weights
+    FOLDER/...                   config, tokenizer, gap.json and the other files beside the weights
 
 A weight is kept if any of its bits is set: NaN, infinities and -0.0 come back as they were, and the model that
 `load_compact` returns equals the dense export bit for bit. An entry of N weights, k of them kept, takes N / 8 + k * b
@@ -27,12 +27,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from gap_ds.export.folder import Progress
 from gap_ds.masks import bitmask, codec
 from gap_ds.storage.atomic import replacing
 from gap_ds.storage.errors import printable
 from gap_ds.storage.json import parse_table
 from gap_ds.storage.safetensors import (
+    Progress,
     DTYPES,
     NAMES,
     Layout,

@@ -13,12 +13,12 @@ from torch import Tensor
 from gap_ds.export import compact_file
 from gap_ds.export import folder as folders
 from gap_ds.export.card import fit_card
-from gap_ds.export.folder import Progress, is_weights, place, weight_files, write_weights
+from gap_ds.export.folder import is_weights, place, weight_files, write_weights
 from gap_ds.export.info import INFO, ExportKeys, is_export, renew_digests
 from gap_ds.storage.atomic import replacing_folder
 from gap_ds.storage.errors import printable
 from gap_ds.storage.json import read_json
-from gap_ds.storage.safetensors import LazyTensors, open_tensors
+from gap_ds.storage.safetensors import Progress, LazyTensors, open_tensors
 
 
 def compact(
@@ -91,7 +91,7 @@ def _opened(source: Path) -> Iterator[Mapping[str, Tensor]]:
             file = stack.enter_context(open_tensors(path))
             names = list(file.keys())
             if lost := sorted(set(expected or ()) - set(names)):
-                raise ValueError(f"{path}: lacks {printable(lost[0])}, which the index says it has.")
+                raise ValueError(f"{path}: lacks {printable(lost[0])}, which the index lists.")
             for name in names:
                 if name in homes:
                     raise ValueError(f"{path}: holds {printable(name)}, which another file holds, too.")

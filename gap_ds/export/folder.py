@@ -22,12 +22,9 @@ from gap_ds.sharding.shard import Shard
 from gap_ds.storage.atomic import replacing_folder
 from gap_ds.storage.errors import summarize_error
 from gap_ds.storage.json import Record, read_json, write_json
-from gap_ds.storage.safetensors import Writer, name_of, offsets
+from gap_ds.storage.safetensors import Progress, Writer, name_of, offsets
 
 T = TypeVar("T")
-
-#: Called with (name of a tensor, bytes done, bytes in all).
-Progress = Callable[[str, int, int], None]
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------

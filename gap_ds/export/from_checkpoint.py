@@ -1,4 +1,4 @@
-"""The final sparse model from the files of a checkpoint, by one process, whatever backend wrote them.
+"""The final sparse model from the files of a checkpoint, by one process, from any backend.
 
 Weights are read one at a time: from the portable files if there are any, else from the sharding library's own. An
 entry that is dense at that step is pruned in the copy, exactly as `GaPEngine.export` would have done it then.
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gap_ds import checkpoint
 from gap_ds.checkpoint import foreign, portable
 from gap_ds.checkpoint.run_state import State
-from gap_ds.export.folder import Progress, buffers, check_range, copy_config, describe, write_weights
+from gap_ds.export.folder import buffers, check_range, copy_config, describe, write_weights
 from gap_ds.export.info import ExportInfo
 from gap_ds.masks import bitmask, selection
 from gap_ds.method.pattern import Unstructured
@@ -29,7 +29,7 @@ from gap_ds.sharding.shard import Shard
 from gap_ds.storage.atomic import replacing_folder
 from gap_ds.storage.errors import printable
 from gap_ds.storage.json import read_json
-from gap_ds.storage.safetensors import LazyTensors
+from gap_ds.storage.safetensors import Progress, LazyTensors
 
 
 def find_whole(folder: Path) -> Path | None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gap_ds.export import compact_file
-from gap_ds.export.folder import Progress, weight_files
+from gap_ds.export.folder import weight_files
 from gap_ds.export.info import INFO, EntryInfo, ExportInfo
 from gap_ds.masks.legality import Legality, multiple
 from gap_ds.method import pattern
@@ -24,7 +24,7 @@ from gap_ds.method.pattern import Pattern, Unstructured
 from gap_ds.storage.atomic import sha256
 from gap_ds.storage.errors import printable
 from gap_ds.storage.json import Record, read_json
-from gap_ds.storage.safetensors import NAMES, chunk_rows, chunks, open_tensors
+from gap_ds.storage.safetensors import Progress, NAMES, chunk_rows, chunks, open_tensors
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _COLUMNS = ("entries", "weights", "keep", "nonzero")
@@ -50,7 +50,7 @@ def inspect(folder: Path, progress: Progress) -> dict[str, Any]:
     for path, expected in paths.items():
         with _opened(path) as tensors:
             if expected is not None and (lost := sorted(set(expected) - set(tensors))):
-                count.problems.append(f"{path.name}: lacks {printable(lost[0])}, which the index says it has")
+                count.problems.append(f"{path.name}: lacks {printable(lost[0])}, which the index lists")
             for name, tensor in tensors.items():
                 count.add(name, tensor, info.entries.get(name), the_pattern)
     entries, problems = count.entries, count.problems

@@ -95,7 +95,7 @@ def _check_shapes(folder: Path, architecture: Any, config: Any, stored: Sequence
 
 
 def _can_be_filled(places: Mapping[str, Tensor], stored: Sequence[CompactTensor]) -> bool:
-    """Whether each tensor has a place of its own in the model, as it is.
+    """True if each tensor has a separate place in the model, in which it can be stored as it is.
 
     If not (earlier names, one weight under two names, quantization, other devices), transformers must see the values.
     """
@@ -110,7 +110,7 @@ def _can_be_filled(places: Mapping[str, Tensor], stored: Sequence[CompactTensor]
 
 @contextmanager
 def _usable(path: Path) -> Iterator[None]:
-    """Turns whatever transformers says of a file that it cannot use into one sentence."""
+    """Turns any error of transformers about a file into one sentence."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Whether weights or masks follow a pattern, counted chunk by chunk. M of N:M, blocks of H x W."""
+"""Checks weights or masks against a pattern, chunk by chunk. M of N:M, blocks of H x W."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from gap_ds.method.pattern import Block, NofM, Pattern
 
 
 class Legality:
-    """Counts what breaks a pattern in one entry, from chunks along its first dimension.
+    """Counts violations of a pattern in one entry, from chunks along its first dimension.
 
-    An entry whose `dims` are not known is legal if it is so along any of those that its shape can have.
+    An entry whose `dims` are not known is legal if it is legal along any dims that its shape can have.
 
     Args:
         dims: output and input dimension; None if not known.
@@ -59,7 +59,7 @@ class Legality:
             self._broken[dims] += int(((used > 0) & (used < a * b * kernel)).sum())
 
     def problem(self) -> str | None:
-        """What is wrong, in words; None if the pattern is kept."""
+        """A sentence on how the pattern is broken; None if it is kept."""
         pattern = self._pattern
         if not self._broken:
             return f"a tensor of {' x '.join(map(str, self._shape))} cannot have the pattern {pattern}"
@@ -76,7 +76,7 @@ class Legality:
 
 
 def multiple(pattern: Pattern) -> int:
-    """Rows that a chunk must have a multiple of, so that no group or block is cut, whatever the entry's dims."""
+    """Chunks must have a multiple of this many rows, so that no group or block is cut along any dims."""
     if isinstance(pattern, NofM):
         return pattern.m
     return math.lcm(pattern.height, pattern.width) if isinstance(pattern, Block) else 1

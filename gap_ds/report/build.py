@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from gap_ds.export.folder import Progress, weight_files
+from gap_ds.export.folder import weight_files
 from gap_ds.method.schedule import Schedule
 from gap_ds.report import page as report_page
 from gap_ds.report import runs as report_runs
@@ -19,16 +19,16 @@ from gap_ds.report.page import Picture
 from gap_ds.report.runs import SCORES, History, Run
 from gap_ds.storage.atomic import replacing
 from gap_ds.storage.errors import printable
-from gap_ds.storage.safetensors import chunks, open_tensors
+from gap_ds.storage.safetensors import Progress, chunks, open_tensors
 
 try:
-    from gap_ds.report import plots
+    from gap_ds.report import drawing, plots
 except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] != "matplotlib":
         raise
     raise ValueError('matplotlib is not installed: the report needs it. Run pip install "gap_ds[plots]".') from None
 
-#: Densities of entries that differ by less are told in a sentence: a picture of them is a straight line.
+#: Densities of entries that differ by less become a sentence: a picture of them is a straight line.
 _EVEN = 0.005
 #: Steps at which densities are drawn: a picture has about as many columns.
 _MOST_MARKS = 1500
@@ -40,7 +40,7 @@ def report(folders: Sequence[Path], page: Path, progress: Progress) -> dict[str,
     """Writes the page and the pictures beside it; returns the figures of all runs, for JSON.
 
     Raises:
-        ValueError: a folder is none of a run, a file in it is damaged, or the page cannot be written.
+        ValueError: a folder holds no run, a file in it is damaged, or the page cannot be written.
     """
     folders = report_runs.find(folders)
     names = [printable(name) for name in report_runs.names_of(folders)]
@@ -92,7 +92,7 @@ def _slug(job: _Job) -> str:
 
 
 def _pictures(run: Run) -> list[_Job]:
-    """What can be shown of a run, in the order of the page."""
+    """The pictures of a run, in the order of the page."""
     jobs: list[_Job] = []
 
     def add(title: str, caption: str, draw: Callable[[], bytes | None]) -> None:
@@ -140,11 +140,11 @@ def _schedule(run: Run) -> bytes:
             rounds.setdefault(name, phase.first_step)
     first_steps = [phase.first_step for phase in schedule.phases if phase.steps]
     named = [(step, name) for name, step in rounds.items()]
-    return plots.png(plots.schedule(marks, rows, first_steps, named, run.train, run.validation, run.bleu))
+    return drawing.png(plots.schedule(marks, rows, first_steps, named, run.train, run.validation, run.bleu))
 
 
 def _marks(schedule: Schedule) -> list[int]:
-    """The steps at which the density of a partition can change, as far as they can be told apart, and the end."""
+    """The steps at which the density of a partition can change, thinned to those a picture can show, and the end."""
     steps = sorted({step for phase in schedule.phases for step in (phase.first_step, *phase.updates)})
     steps = steps[:: -(-len(steps) // _MOST_MARKS)]
     return sorted({*steps, schedule.total_steps})
@@ -170,11 +170,11 @@ def _density_points(run: Run) -> list[tuple[float, float]]:
 
 
 def _density(run: Run) -> bytes:
-    return plots.png(plots.density([plots.Curve(run.name, _density_points(run))], whole_run=True))
+    return drawing.png(plots.density([drawing.Curve(run.name, _density_points(run))], whole_run=True))
 
 
 def _losses(run: Run) -> bytes:
-    return plots.png(plots.losses(run.train, run.validation, run.bleu))
+    return drawing.png(plots.losses(run.train, run.validation, run.bleu))
 
 
 def _layers_over_time(run: Run) -> bytes:
@@ -183,20 +183,20 @@ def _layers_over_time(run: Run) -> bytes:
     marks = [boundary.step for boundary in history.boundaries]
     end = max(run.steps or 0, marks[-1] + 1)
     kept = [[boundary.kept[i] / numel for boundary in history.boundaries] for i, numel in enumerate(history.numel)]
-    return plots.png(plots.layers_over_time(plots.shorten(history.names), [*marks, end], kept))
+    return drawing.png(plots.layers_over_time(drawing.shorten(history.names), [*marks, end], kept))
 
 
 def _exploration(run: Run) -> bytes:
     assert run.history is not None
     history = run.history
     partitions = sorted(set(history.partition))
-    fresh = [plots.Curve(f"partition {k}", _fresh(history, k), k) for k in partitions]
-    active = [plots.Curve(f"partition {k}", _active(history, k), k) for k in partitions]
-    return plots.png(plots.exploration(fresh, active, run.steps or history.boundaries[-1].step))
+    fresh = [drawing.Curve(f"partition {k}", _fresh(history, k), k) for k in partitions]
+    active = [drawing.Curve(f"partition {k}", _active(history, k), k) for k in partitions]
+    return drawing.png(plots.exploration(fresh, active, run.steps or history.boundaries[-1].step))
 
 
 def _fresh(history: History, k: int) -> list[tuple[float, float]]:
-    """Where the entries of a partition got masks and had had some: the part of the kept weights that came."""
+    """(step, part of the kept weights that is new) where entries of a partition got another mask."""
     points = []
     for boundary in history.boundaries:
         rows = [(boundary.came[i], boundary.kept[i]) for i, p in enumerate(history.partition) if p == k]
@@ -215,7 +215,7 @@ def _active(history: History, k: int) -> list[tuple[float, float]]:
 def _layers(run: Run) -> bytes:
     names = list(run.layers)
     partitions = [run.results.entries[name].partition for name in names]
-    return plots.png(plots.layers(plots.shorten(names), partitions, list(run.layers.values())))
+    return drawing.png(plots.layers(drawing.shorten(names), partitions, list(run.layers.values())))
 
 
 def _magnitudes(run: Run) -> bytes | None:
@@ -237,7 +237,7 @@ def _magnitudes(run: Run) -> bytes | None:
                         counts[k] += row
                         zeros[k] += none
     exponents = [_LOWEST + i / _PER_OCTAVE for i in range(bins + 1)]
-    return plots.png(plots.magnitudes(exponents, counts.tolist(), zeros)) if int(counts.sum()) else None
+    return drawing.png(plots.magnitudes(exponents, counts.tolist(), zeros)) if int(counts.sum()) else None
 
 
 def histogram(weights: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -263,31 +263,31 @@ def _comparisons(runs: Sequence[Run]) -> list[_Job]:
     if len(runs) < 2:
         return []
     jobs: list[_Job] = []
-    train = [plots.Curve(run.name, run.train, i) for i, run in enumerate(runs) if run.train]
-    validation = [plots.Curve(run.name, run.validation, i) for i, run in enumerate(runs) if run.validation]
+    train = [drawing.Curve(run.name, run.train, i) for i, run in enumerate(runs) if run.train]
+    validation = [drawing.Curve(run.name, run.validation, i) for i, run in enumerate(runs) if run.validation]
     if train or validation:
         caption = "The first losses of fresh weights may lie above the picture."
-        jobs.append(_Job(None, "losses", caption, lambda: plots.png(plots.compare_losses(train, validation))))
+        jobs.append(_Job(None, "losses", caption, lambda: drawing.png(plots.compare_losses(train, validation))))
     bars = _bars(runs)
     if bars:
         caption = "FLOPs are of products with weights, relative to dense training of the same length."
         names = [run.name for run in runs]
-        jobs.append(_Job(None, "scores and cost", caption, lambda: plots.png(plots.compare_bars(names, bars))))
+        jobs.append(_Job(None, "scores and cost", caption, lambda: drawing.png(plots.compare_bars(names, bars))))
     key = next((key for key in SCORES if sum(key in run.scores for run in runs) > 1), None)
     points = [
-        plots.Curve(run.name, [(run.results.training_flops, run.scores[key])], i)
+        drawing.Curve(run.name, [(run.results.training_flops, run.scores[key])], i)
         for i, run in enumerate(runs)
         if key in run.scores and run.results.training_flops is not None
     ]
     if key is not None and len(points) > 1:
         heading, caption = SCORES[key], "Up and to the left is better."
         jobs.append(
-            _Job(None, "score against cost", caption, lambda: plots.png(plots.cost_against_score(points, heading)))
+            _Job(None, "score against cost", caption, lambda: drawing.png(plots.cost_against_score(points, heading)))
         )
-    curves = [plots.Curve(run.name, density, i) for i, run in enumerate(runs) if (density := _density_points(run))]
+    curves = [drawing.Curve(run.name, density, i) for i, run in enumerate(runs) if (density := _density_points(run))]
     if curves:
         caption = "Of all prunable weights together."
-        jobs.append(_Job(None, "density", caption, lambda: plots.png(plots.density(curves, whole_run=True))))
+        jobs.append(_Job(None, "density", caption, lambda: drawing.png(plots.density(curves, whole_run=True))))
     return jobs
 
 

@@ -1,10 +1,10 @@
-"""What is known of a run from its folder, finished or not, as plain data. E entries.
+"""A run as plain data, read from its folder; it may be unfinished. E entries.
 
 results.json      scores, counts by entry, cost: written when the run is over
 metrics.jsonl     a line every so many steps (kind "train") and at the end of an epoch (kind "validation")
 gap_history.jsonl a line for each boundary and update: see `History`
 model/            the export, with its own gap.json
-checkpoints/      the latest one's state.json knows the signature of a run that is not over
+checkpoints/      the latest one's state.json has the config of a run that is not over
 gap.json          the config, if the run was given one in its folder
 """
 
@@ -87,7 +87,7 @@ class _Header(Record):
 
 
 class Boundary(Record):
-    """What masks did before one step: a line of the history after its first. A value for each entry, in its order.
+    """Changes of the masks before one step: a line of the history after its first, with a value for each entry.
 
     kept: weights active in the steps that follow; all of a dense entry. came, went: weights that the entry's new mask
     keeps and its last one did not, and the reverse; null for an entry that gets no mask here, or never had one before.
@@ -110,7 +110,7 @@ class Boundary(Record):
 
 @dataclass(frozen=True)
 class History:
-    """gap_history.jsonl: the names, sizes and partitions of E entries, and what every boundary did to them."""
+    """gap_history.jsonl: names, sizes and partitions of E entries, and the changes at every boundary."""
 
     names: list[str]
     numel: list[int]
@@ -119,13 +119,13 @@ class History:
 
     @property
     def ever_sparse(self) -> bool:
-        """Whether any entry ever had a mask; of a dense run there is nothing to draw."""
+        """True if any entry ever had a mask; of a dense run there is nothing to draw."""
         return any(boundary.kept != self.numel for boundary in self.boundaries)
 
 
 @dataclass
 class Run:
-    """A run. `missing` says what the report cannot show of it and why; curves are (step, value) pairs.
+    """A run. `missing`: parts that the report cannot show, with the reason; curves are (step, value) pairs.
 
     density: as it was logged. epochs: (step, number of epochs that have ended by then).
     """
@@ -177,7 +177,7 @@ class Run:
         return keep, numel
 
     def figures(self) -> dict[str, Any]:
-        """What the table and `--json` have of it."""
+        """The figures for the table and `--json`."""
         results = self.results
         return {
             "name": self.name,
@@ -206,10 +206,10 @@ def _last(curve: Sequence[tuple[int, float]]) -> float | None:
 
 
 def find(folders: Sequence[Path]) -> list[Path]:
-    """The folders of runs that are meant: those of the workers, where a folder is one of parallel GaP.
+    """The folders of runs; a folder of parallel GaP stands for those of its workers.
 
     Raises:
-        ValueError: a folder is none of a run.
+        ValueError: a folder holds no run.
     """
     found: list[Path] = []
     for folder in folders:
@@ -226,7 +226,7 @@ def load(folder: Path, name: str) -> Run:
     """A run from its folder.
 
     Raises:
-        ValueError: results.json or the export's gap.json is damaged. Damaged lines of metrics are left out and told.
+        ValueError: results.json or the export's gap.json is damaged. Damaged lines of metrics are counted in `missing`.
     """
     results = read_json(folder / "results.json", Results) if (folder / "results.json").is_file() else Results()
     export = read_json(folder / "model" / INFO, ExportInfo) if (folder / "model" / INFO).is_file() else None

@@ -1,4 +1,4 @@
-"""Files and folders that are written aside, flushed to disk and renamed: whole or absent after a kill at any moment."""
+"""Files and folders that are written aside, flushed to disk and renamed: after a kill they are whole or absent."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-#: End of the names of what is being written, or was when its process was killed.
+#: End of the names of files and folders that are being written, or were when their process was killed.
 PARTIAL = ".partial"
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` for a file that takes its place when the block ends well, and is deleted when it does not.
+    """Yields a path to write a file to, which replaces `path` when the block ends without an error.
 
-    The name is one that no other process has. Leftovers of killed writers of the same file are deleted.
+    The path is beside `path` under a random name. Leftovers of killed writers of the same file are deleted.
 
     Raises:
         OSError: the disk refuses the file, or another process has replaced `path` in the meantime.
@@ -44,18 +44,18 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def aside_of(folder: Path) -> Path:
-    """Where `replacing_folder` has the contents of a folder written; for the other ranks of a job."""
+    """The path that `replacing_folder(folder)` yields, for the other ranks of a job."""
     return folder.with_name(folder.name + PARTIAL) / "new"
 
 
 def old_of(folder: Path) -> Path:
-    """Where a killed `replacing_folder` may have left the contents that a folder had before."""
+    """The path where a killed `replacing_folder(folder)` may have left the earlier contents."""
     return folder.with_name(folder.name + PARTIAL) / "old"
 
 
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder that takes the place of `folder` when the block ends well, and is deleted when it does not.
+    """Yields an empty folder, which replaces `folder` when the block ends without an error, and is deleted otherwise.
 
         FOLDER.partial/new    `aside_of(folder)`: the contents to come; a rename makes it FOLDER
         FOLDER.partial/old    `old_of(folder)`: the contents before, from just before that rename until after it

@@ -48,6 +48,9 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
+#: Called with (name of a tensor, bytes done, bytes in all).
+Progress = Callable[[str, int, int], None]
+
 #: dtype and shape of the tensors of a file by name, in the order of their bytes.
 Layout = Mapping[str, tuple[torch.dtype, Sequence[int]]]
 

@@ -29,8 +29,8 @@ from PIL import Image
 from gap_ds import GaPConfig
 from gap_ds.method.schedule import build
 from gap_ds.report import build as report
+from gap_ds.report import drawing, plots
 from gap_ds.report import page as report_page
-from gap_ds.report import plots
 from gap_ds.report import runs as report_runs
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -193,8 +193,8 @@ def test_masks_that_a_run_never_had_are_not_drawn(run: Run) -> None:
     make_run(Path("a"), config, history=True)
     names = ["schedule", "density", "magnitudes"]
     assert json.loads(run("report", "a", "--json")[1])["pictures"] == [f"report-a-{name}.png" for name in names]
-    active = [plots.Curve("partition 0", [(0, 0.1), (5, 1.0)])]
-    one, two = (plots.exploration([plots.Curve("partition 0", points)], active, 9) for points in ([], [(5, 0.3)]))
+    active = [drawing.Curve("partition 0", [(0, 0.1), (5, 1.0)])]
+    one, two = (plots.exploration([drawing.Curve("partition 0", points)], active, 9) for points in ([], [(5, 0.3)]))
     assert (len(one.axes), len(two.axes)) == (1, 2)
 
 
@@ -248,16 +248,16 @@ def test_schedules_of_any_size(kappa: int, phases: int) -> None:
     marks = list(range(phases + 1))
     density = [[float(k == p % kappa) for p in range(phases)] for k in range(kappa)]
     points = [(float(step), 1.0) for step in marks]
-    image = Image.open(io.BytesIO(plots.png(plots.schedule(marks, density, marks[:-1], [(0, "$r")], points, [], []))))
+    image = Image.open(io.BytesIO(drawing.png(plots.schedule(marks, density, marks[:-1], [(0, "$r")], points, [], []))))
     assert image.width == 1300
 
 
 def test_many_points_and_long_names() -> None:
     points = [(float(step), 1.0 / (1 + step)) for step in range(100_000)]
-    curves = [plots.Curve(f"$run_{i}^{'x' * 200}", points[i::10], i) for i in range(30)]
-    assert plots.png(plots.compare_losses(curves, curves))
+    curves = [drawing.Curve(f"$run_{i}^{'x' * 200}", points[i::10], i) for i in range(30)]
+    assert drawing.png(plots.compare_losses(curves, curves))
     names = [f"model.layers.{i}.{'y' * 80}.weight" for i in range(700)]
-    assert plots.png(plots.layers(plots.shorten(names), [i // 100 for i in range(700)], [0.1] * 700))
+    assert drawing.png(plots.layers(drawing.shorten(names), [i // 100 for i in range(700)], [0.1] * 700))
 
 
 # -- unfinished, damaged and hostile -----------------------------------------------------------------------------------
