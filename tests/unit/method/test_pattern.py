@@ -345,7 +345,7 @@ def test_a_weight_that_is_nan_stops_the_boundary() -> None:
     with pytest.raises(ValueError, match=message):
         after = engine.schedule.phases[1]
         engine.mask_state.select(
-            {e: engine._run.rule(e, engine.phase, after, after.first_step) for e in engine.plan.entries[:6]}, 0
+            {e: engine.run.rule(e, engine.phase, after, after.first_step) for e in engine.plan.entries[:6]}, 0
         )
 
 
