@@ -66,7 +66,7 @@ def forecast(
         "mean_density": mean_density,
         "training_flops": the_plan.training_flops(mean_density),
         "training_flops_counted": COUNTED,
-        "partitions": _partitions(model, the_plan),
+        "partitions": _partitions(the_plan),
         "unit": unit,
         "length": _number(Fraction(the_schedule.total_steps, per_unit)),
         "steps_per_epoch": steps_per_epoch,
@@ -137,8 +137,8 @@ def _selected(the_plan: Plan, config: GaPConfig, the_schedule: Schedule) -> list
 # -- partitions --------------------------------------------------------------------------------------------------------
 
 
-def _partitions(model: nn.Module, the_plan: Plan) -> list[dict[str, Any]]:
-    block_of = _blocks(model, the_plan)
+def _partitions(the_plan: Plan) -> list[dict[str, Any]]:
+    block_of = _blocks(the_plan)
     partitions_of: dict[str, set[int]] = {}
     for entry in the_plan.entries:
         partitions_of.setdefault(block_of[entry.name], set()).add(entry.partition)
@@ -160,11 +160,9 @@ def _partitions(model: nn.Module, the_plan: Plan) -> list[dict[str, Any]]:
     return rows
 
 
-def _blocks(model: nn.Module, the_plan: Plan) -> dict[str, str]:
+def _blocks(the_plan: Plan) -> dict[str, str]:
     """The block of each entry; of an entry outside every block, its module."""
-    modules = {plan.clean_name(name): module for name, module in model.named_modules()}
-    shapes = {plan.clean_name(name): tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
-    blocks = set(plan.find_blocks(modules, shapes))
+    blocks = set(the_plan.blocks)
 
     def block(name: str) -> str:
         module = name.rpartition(".")[0]
