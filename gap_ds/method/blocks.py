@@ -16,7 +16,7 @@ from torch import nn
 from gap_ds.method.names import ancestors
 
 #: Share of a member's matrix weights that its inner lists hold where the member is no more than a shell around them.
-_SHELL = 0.7
+_SHELL = 0.8
 
 
 def find_stacks(
@@ -26,15 +26,19 @@ def find_stacks(
 
     A stack is an outermost list of modules (`ModuleList`, `Sequential`, a `ModuleDict` with numbered keys) that have
     submodules and hold matrices. Members without matrices (a norm, Identity, None) are passed over. Members may be of
-    different classes and a list may have one member. In a Sequential, which also joins parts that are no blocks, the
-    members from the first to the last of its most frequent class count, and there must be two of that class, or one
-    of a class that is repeated elsewhere.
+    different classes and a list may have one member. A Sequential also joins parts that are no blocks: there the
+    members from the first to the last of a repeated class count, or a single one of a class that is repeated
+    elsewhere. A model without such lists may have its blocks in numbered attributes (`layer1`, `layer2`).
 
     Args:
         modules: every module by its clean name, in module order; a shared one under its first name.
         matrices: names of the parameters that may be pruned.
     """
     search = _Search(modules, matrices, shapes)
+    return _stacks(modules, search) or _stacks(modules, _Numbered(modules, matrices, shapes))
+
+
+def _stacks(modules: Mapping[str, nn.Module], search: _Search) -> list[str]:
     stacks: dict[str, list[str]] = {}
     for name in modules:
         if not any(prefix in stacks for prefix in ancestors(name)) and (members := search.members(name)):
@@ -80,16 +84,18 @@ class _Search:
             return nested if is_deep else []
         if not isinstance(module, nn.Sequential) or not nested:
             return []
-        counts = Counter(type(self._modules[member]) for member in nested)
-        most = max(counts.values())
-        places = [i for i, member in enumerate(nested) if counts[type(self._modules[member])] == most]
-        return nested[places[0] : places[-1] + 1] if most > 1 else []
+        # Members with one matrix, a convolution and its norm, are blocks only where there is nothing else.
+        is_plain = len(nested) == len(module._modules) and self._is_list(name)
+        deep = [member for member in nested if is_plain or self._matrices[member] > 1]
+        counts = Counter(type(self._modules[member]) for member in deep)
+        places = [nested.index(member) for member in deep if counts[type(self._modules[member])] > 1]
+        return nested[places[0] : places[-1] + 1] if places else []
 
     def refine(self, members: list[str]) -> list[str]:
-        """The inner blocks of members that are shells around lists of modules of one class; else the members."""
+        """The inner blocks of members that are shells around one list of modules of one class; else the members."""
         inner = [self._lists(member) for member in members]
         blocks = [block for lists in inner for name in lists for block in self.nested(name)]
-        is_staged = all(inner) and any(len(self._children(name)) > 1 for lists in inner for name in lists)
+        is_staged = all(len(lists) == 1 for lists in inner) and len(blocks) > len(members)
         held = sum(self._weights[block] for block in blocks)
         return blocks if is_staged and held > _SHELL * sum(self._weights[member] for member in members) else members
 
@@ -103,3 +109,16 @@ class _Search:
         children = [self._modules[child] for child in self._children(name)]
         is_list = isinstance(self._modules[name], nn.ModuleList | nn.Sequential)
         return is_list and len({type(child) for child in children}) == 1 and bool(self.nested(name))
+
+
+class _Numbered(_Search):
+    """The search in which every module is a list of its children with numbered names."""
+
+    def members(self, name: str) -> list[str]:
+        counts = Counter(member.rstrip("0123456789") for member in self.nested(name))
+        return [member for member in self.nested(name) if counts[member.rstrip("0123456789")] > 1]
+
+    def _is_list(self, name: str) -> bool:
+        nested = self.nested(name)
+        kinds = {type(self._modules[member]) for member in nested}
+        return len(kinds) == 1 and all(member[-1].isdigit() for member in nested)

@@ -34,6 +34,8 @@ _CONVOLUTIONS = nn.modules.conv._ConvNd
 _TRANSPOSED = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 #: Bare parameters that are added, looked up or passed through a function in which 0 has no special place.
 _TABLE = re.compile(r"(^|_)(\w*bias|pos|position\w*|rel_pos\w*|\w*embed\w*|\w*tokens?|\w*table|\w*scale|\w*log)(_|$)")
+#: Modules that compute such a table.
+_MAKES_TABLE = re.compile(r"\.(\w*bias_\w*|\w*_bias|cpb_mlp|rel_pos)\.")
 #: Attributes in which modules keep the number of experts that a router picks from.
 _EXPERTS = re.compile(r"(moe_)?(num|n)_(local_|routed_|total_)?experts")
 #: Attributes in which modules keep the size of their input and output.
@@ -75,10 +77,11 @@ class Matrices:
             if use[name] in ("matrix", "bare"):
                 of_block[block].append(name)
         for block, names in of_block.items():
-            width = self._width([name for name in names if use[name] == "matrix"] or names)
+            width = self._width(names)
             use |= {name: self._beside(name, use[name], width) for name in names}
             # Thin ones too: a mixture may have four experts.
-            use |= dict.fromkeys(self._routers(block, [name for name in names if use[name] != "bare"]), "router")
+            tried = [name for name in names if use[name] in ("matrix", "thin")]
+            use |= dict.fromkeys(self._routers(block, tried), "router")
         use |= {name: "table" for name in use if use[name] == "bare"}
         self._use = use
 
@@ -133,9 +136,10 @@ class Matrices:
         if min(_sides(shape, owner)) == 1:
             return "vector"
         if leaf.endswith("weight"):
-            groups = getattr(owner, "groups", None) if _is_convolution(owner) else None
-            is_depthwise = 1 < groups == owner.in_channels if groups else len(shape) > 2 and shape[1] == 1
-            return "depthwise" if is_depthwise else "matrix" if weight == name else "computed"
+            is_depthwise = isinstance(owner, _CONVOLUTIONS) and 1 < owner.groups == owner.in_channels
+            if is_depthwise or (len(shape) > 2 and shape[1] == 1):
+                return "depthwise"
+            return "matrix" if weight == name else "computed"
         if isinstance(owner, nn.RNNBase):
             return "matrix"
         return "table" if _TABLE.search(leaf) else "bare"
@@ -161,7 +165,9 @@ class Matrices:
         shape = self._shapes[name]
         side = min(_sides(shape, self._modules[parent(name)]))
         if side <= _THIN and _WIDE * side <= width:
-            return "thin"
+            return "bare" if use == "bare" else "thin"
+        if _MAKES_TABLE.search(name.removeprefix(self.block_of[name])):
+            return "table"
         if use == "matrix" or self._flat_experts(name):
             return "matrix"
         # A bare parameter is multiplied with if it is as wide as the block, and about as long; or if it holds such

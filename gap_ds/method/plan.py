@@ -273,9 +273,11 @@ def _assign(
         current = block or current
         units[-1].append(name)
     if kappa > len(units):
+        number = "1 block" if len(units) == 1 else f"{len(units)} blocks"
+        lower = f'Lower "partitions" to {len(units)} or less.'
         raise ValueError(
-            f"partitions={kappa}: the model has {len(units)} blocks with entries, and a partition needs at least one. "
-            f'Lower "partitions" to {len(units)} or less.'
+            f"partitions={kappa}: the model has {number} with entries, and a partition needs at least one. "
+            + (lower if len(units) > 1 else 'Write "partitions" as lists of name patterns.')
         )
     if config.partition_assignment == "random":
         random.Random(f"assign {config.seed}").shuffle(units)
