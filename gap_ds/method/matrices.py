@@ -164,10 +164,10 @@ class Matrices:
     def _beside(self, name: str, use: str, width: int) -> str:
         shape = self._shapes[name]
         side = min(_sides(shape, self._modules[parent(name)]))
-        if side <= _THIN and _WIDE * side <= width:
-            return "bare" if use == "bare" else "thin"
         if _MAKES_TABLE.search(name.removeprefix(self.block_of[name])):
             return "table"
+        if side <= _THIN and _WIDE * side <= width:
+            return "bare" if use == "bare" else "thin"
         if use == "matrix" or self._flat_experts(name):
             return "matrix"
         # A bare parameter is multiplied with if it is as wide as the block, and about as long; or if it holds such
@@ -257,15 +257,14 @@ class Matrices:
     def _experts_dims(self, name: str) -> tuple[int, int] | None:
         """The dimensions of matrices stacked in one tensor (..., a, b).
 
-        In this order: transformers' `is_transposed`; the sizes that the module keeps; the bias beside it, which has
-        the size of the output; the matrices that lie beside it, of which those that lead out of the block's width are
-        the largest or the first; another module of its class.
+        In this order: transformers' `is_transposed`, the sizes that the module keeps, or the bias beside it, which
+        has the size of the output; the same of another module of its class; the matrices that lie beside it, of which
+        those that lead out of the block's width are the largest or the first; those beside another of its class.
         """
         last = len(self._shapes[name])
-        if (is_transposed := self._transposed(name)) is None:
-            kind = type(self._modules[parent(name)])
-            others = (self._transposed(other) for other in self._tensors_of.get(kind, []))
-            is_transposed = next((answer for answer in others if answer is not None), None)
+        tensors = [name, *self._tensors_of.get(type(self._modules[parent(name)]), [])]
+        answers = (look(tensor) for look in (self._by_module, self._by_neighbours) for tensor in tensors)
+        is_transposed = next((answer for answer in answers if answer is not None), None)
         return None if is_transposed is None else ((last - 1, last - 2) if is_transposed else (last - 2, last - 1))
 
     @cached_property
@@ -276,7 +275,7 @@ class Matrices:
             found[type(module)] += [name for name in self._parameters(path) if len(self._shapes[name]) == 3]
         return found
 
-    def _transposed(self, name: str) -> bool | None:
+    def _by_module(self, name: str) -> bool | None:
         """True if the matrices of a tensor are (in, out), False if they are (out, in), None if nothing shows it."""
         owner, sizes = self._modules[parent(name)], self._shapes[name][-2:]
         if isinstance(known := getattr(owner, "is_transposed", None), bool):
@@ -287,7 +286,7 @@ class Matrices:
         for bias in biases:
             if bias and len(bias) == 2 and sizes[0] != sizes[1] and bias[-1] in sizes:
                 return bool(bias[-1] == sizes[1])
-        return self._by_neighbours(name)
+        return None
 
     def _by_neighbours(self, name: str) -> bool | None:
         beside = [
