@@ -145,7 +145,7 @@ class GaPCallback(TrainerCallback):  # type: ignore[misc]
             what = f"the best model ({state.best_model_checkpoint})"
             engine.load_masks(Path(state.best_model_checkpoint, FOLDER))
         phase = engine.phase
-        if phase.dense and self.config.method != "dense":
+        if phase.dense and self.config.record.prunes:
             density = engine.density
             if self.prune_at_end:
                 engine.finish()
@@ -194,7 +194,7 @@ class GaPCallback(TrainerCallback):  # type: ignore[misc]
                 "GaP config."
             )
         last, some_dense = schedule.phases[-1].first_step, any(phase.dense for phase in schedule.phases[:-1])
-        if args.load_best_model_at_end and some_dense and self.config.method != "dense" and state.global_step == 0:
+        if args.load_best_model_at_end and some_dense and self.config.record.prunes and state.global_step == 0:
             by_steps = _text(args.eval_strategy) == "steps"
             wanted = last if by_steps else math.ceil(last * state.num_train_epochs / max(state.max_steps, 1))
             if (args.eval_delay or 0) < wanted and state.is_world_process_zero:
@@ -228,7 +228,7 @@ def prepare(
         ValueError: as GaPEngine.
     """
     settings = GaPConfig.load(config)
-    if settings.method == "parallel":
+    if settings.record.has_workers:
         _refuse(settings)
     # A DeepSpeed engine brings both itself.
     inner = None if brings_optimizer(model) else getattr(scheduler, "scheduler", scheduler)
@@ -275,7 +275,7 @@ class _MasksOfState:
 
 
 def _refuse(config: GaPConfig) -> None:
-    if config.method == "parallel":
+    if config.record.has_workers:
         raise ValueError(
             'method="parallel": a worker of parallel GaP is a job of its own, which neither the Trainer nor Accelerate '
             "starts. Use gap-ds parallel with a GaPEngine, or another method."
@@ -337,7 +337,7 @@ def _steps_per_epoch(config: GaPConfig, args: Any, loader: Any) -> int | None:
 def _figures(engine: GaPEngine) -> dict[str, float]:
     """What is logged, as numbers: a plot has no room for a set of partitions."""
     dense, partitions = sorted(engine.phase.dense), engine.config.kappa
-    if engine.config.method == "dense" or len(dense) > 1:
+    if not engine.config.record.prunes or len(dense) > 1:
         partition = partitions
     else:
         partition = dense[0] if dense else -1

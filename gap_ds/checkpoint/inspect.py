@@ -156,7 +156,7 @@ def _against_schedule(state: State, phase: Phase, plan: Plan, found: Mapping[str
     wanted: Counter[int] = Counter()
     kept: Counter[int] = Counter()
     for entry in plan.entries:
-        has, should = entry.name in found, phase.is_masked(entry.partition, step) and config.method != "dense"
+        has, should = entry.name in found, phase.is_masked(entry.partition, step) and config.record.prunes
         if has != should:
             problems.append(f"{printable(entry.name)}: {'has a' if has else 'lacks its'} mask in {phase}")
         if not (has and should):

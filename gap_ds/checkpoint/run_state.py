@@ -75,7 +75,7 @@ class State(Record):
                 f"{path}: was written for another plan ({self.plan}, now {now.plan}): the model, the sparsity, the "
                 "distribution, the pattern or the partitions differ. Restore them, or start in a new folder."
             )
-        if self.config.signature("") != now.config.signature(""):
+        if _signature(self.config) != _signature(now.config):
             was, is_ = (s.config.model_dump(exclude={"mask_file"}) for s in (self, now))
             changed = [f"{key}={was[key]!r} (now {is_[key]!r})" for key in was if was[key] != is_[key]]
             raise ValueError(
@@ -94,6 +94,13 @@ class State(Record):
         ):
             if then and current and [state.keys() for state in then] != [state.keys() for state in current]:
                 raise ValueError(f"{path}: was written with another {name}. Build the same one, or start anew.")
+
+
+def _signature(config: GaPConfig) -> str:
+    """The settings that decide how a run goes on: not how its first masks were chosen."""
+    if not config.reuses_masks:
+        config = config.model_copy(update={"mask_init": "random"})
+    return config.signature("")
 
 
 class RandomState(Record):

@@ -115,10 +115,11 @@ class GaPConfig(BaseModel):
         None, ge=0, description="Length of the final phase with fixed masks, in epochs."
     )
     finetune_steps: int | None = Field(None, ge=0, description="Length of the final phase with fixed masks, in steps.")
-    mask_init: Literal["random", "magnitude", "from_weights", "from_file"] = Field(
-        "random",
-        description="First masks: random (fresh weights) or by magnitude (pretrained weights). With static also those "
-        "of a sparse model: its nonzero weights, or the content of a file of masks.",
+    mask_init: Literal["auto", "random", "magnitude", "from_weights", "from_file"] = Field(
+        "auto",
+        description="First masks: random, by magnitude, or auto: by magnitude if the model was loaded by "
+        "from_pretrained, else random. With static also those of a sparse model: its nonzero weights, or the content "
+        "of a file of masks.",
     )
     mask_file: str | None = Field(
         None,
@@ -394,7 +395,7 @@ class GaPConfig(BaseModel):
             parts["dist"] = self.distribution if isinstance(self.distribution, str) else json.dumps(self.distribution)
             parts["pat"] = self.pattern
         if self.record.reads_setting("mask_init"):
-            parts["init"] = self.mask_init
+            parts["init"] = "random" if self.mask_init == "auto" else self.mask_init
         parts["lr"] = "restart" if self.lr_restart else "continuous"
         if self.updates:
             parts["every"] = self._length("update")

@@ -196,7 +196,7 @@ def first_mask(config: Settings, entry: Budget) -> Update:
     """
     if config.mask_init == "from_file":
         return LoadMask()
-    return PruneRandomly(entry.keep) if config.mask_init == "random" else PruneByMagnitude(entry.keep)
+    return PruneRandomly(entry.keep) if config.mask_init in ("random", "auto") else PruneByMagnitude(entry.keep)
 
 
 def grow_and_prune(config: Settings, entry: Budget, before: Phase | None, after: Phase, step: int) -> Update:

@@ -58,6 +58,8 @@ def build(
     steps = _steps(steps_per_epoch, batches_per_epoch, backend.micro_batches) if config.in_epochs else None
     if steps != (steps_per_epoch or batches_per_epoch):
         phases = schedule.build(config, steps, worker.index if worker else 0)
+    if config.mask_init == "auto":
+        config = config.model_copy(update={"mask_init": "magnitude" if _pretrained(backend.module) else "random"})
     of_model = _plan(config, backend, masks_from)
     state = MaskState(of_model, config, backend)
     guard = LossGuard(nonfinite_loss, world, harmless=backend.skips_overflow)
@@ -109,12 +111,12 @@ def _steps(steps: int | None, batches: int | None, micro_batches: int) -> int | 
 
 
 def _check_worker(config: GaPConfig, worker: ParallelWorker | None) -> None:
-    if config.method == "parallel" and worker is None:
+    if config.record.has_workers and worker is None:
         raise ValueError(
             'method="parallel": every worker is a separate job and must know its number and where to meet the others. '
             "Start them with gap-ds parallel, or pass worker=ParallelWorker(index, exchange)."
         )
-    if config.method != "parallel" and worker is not None:
+    if not config.record.has_workers and worker is not None:
         raise ValueError(f'worker {worker.index}: has no effect with method="{config.method}". Set "method".')
     started = os.environ.get("GAP_DS_WORKERS")  # set by gap-ds parallel
     if worker is not None and started and started != str(config.kappa):
@@ -122,6 +124,11 @@ def _check_worker(config: GaPConfig, worker: ParallelWorker | None) -> None:
             f"GAP_DS_WORKERS={started}: as many workers were started, and there are {config.kappa} partitions, one for "
             f'each worker. Start {config.kappa} (gap-ds parallel --workers {config.kappa}), or change "partitions".'
         )
+
+
+def _pretrained(module: nn.Module) -> bool:
+    """True if transformers has loaded the model's weights by from_pretrained."""
+    return bool(getattr(getattr(module, "config", None), "_name_or_path", ""))
 
 
 def _check_held(state: MaskState, backend: Backend) -> None:
