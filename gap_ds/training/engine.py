@@ -104,7 +104,7 @@ class GaPEngine:
         self.last_boundary_seconds = 0.0
         gradient = lambda: rules.needs_gradient(self.config, self.phase, self.applied_steps + 1)  # noqa: E731
         self._updates = Updates(self.run, gradient)
-        self.run.say(self.signature)
+        self.run.say(f"{self.signature}\n{self.plan.summary()}")
         if masks_from is None:
             self._enter(None, self.phase)
         else:
