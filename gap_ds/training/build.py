@@ -137,13 +137,20 @@ def _pretrained(module: nn.Module) -> bool:
 
 
 def _check_held(state: MaskState, backend: Backend) -> None:
-    """Checks that the optimizers update every entry of which this rank has a piece; ValueError if not."""
+    """Checks that the optimizers update every entry of which this rank has a piece; ValueError if not.
+
+    Where parameters are spread over ranks and an optimizer holds other tensors than their pieces, it was built from
+    other parameters than those that are trained: then every trained parameter is checked.
+    """
     held = backend.optimizers.held()
-    missing = [name for name, shard in state.shards.items() if shard.numel and id(shard.owner()) not in held]
+    own = {shard.name: shard for shard in backend.shards() if shard.trainable and shard.numel}
+    foreign = backend.comm.size > 1 and not held <= {id(shard.owner()) for shard in own.values()}
+    wanted = own if foreign else {name: shard for name, shard in state.shards.items() if shard.numel}
+    missing = [name for name, shard in wanted.items() if id(shard.owner()) not in held]
     if missing:
         raise ValueError(
-            f"optimizer={backend.optimizers.names}: does not hold {missing[0]} ({len(missing)} of {len(state.shards)} "
-            "entries are missing), so it would be pruned and not trained. Build the optimizer from the wrapped model's "
+            f"optimizer={backend.optimizers.names}: does not hold {missing[0]} ({len(missing)} of {len(wanted)} "
+            "are missing), so it would not be trained. Build the optimizer from the wrapped model's "
             "parameters(), after the model is wrapped and before its first forward pass; pass all optimizers as a "
             "list (optimizer=[muon, adamw]); or freeze what is not trained (requires_grad_(False))."
         )
