@@ -76,12 +76,14 @@ class MaskState:
         One pass over the weights, and over all that they could come back from: the library's copies of them, and other
         sequences of the optimizer.
         """
+        names: list[str] = []
+        pieces: list[tuple[Tensor, Tensor]] = []
         for name, shard in self._masked():
-            bits = self.bits[name]
             for piece in (shard.weight(), *shard.copies(), *self._backend.optimizers.sequences(shard)):
-                if found := bitmask.count_revived(piece, bits.to(piece.device)):
-                    return name, found
-        return None
+                names.append(name)
+                pieces.append((piece, self.bits[name].to(piece.device)))
+        found = bitmask.count_revived_all(pieces)
+        return next(((name, n) for name, n in zip(names, found, strict=True) if n), None)
 
     # -- changing masks --------------------------------------------------------------------------------------------
 
