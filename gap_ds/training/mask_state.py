@@ -63,6 +63,11 @@ class MaskState:
         """The entries that an update should have masked on this rank, without those that it has."""
         return [name for name, _ in self._masked() if name not in masked]
 
+    def unheld(self) -> list[str]:
+        """The entries of which this rank has a piece that no optimizer updates."""
+        held = self._backend.optimizers.held()
+        return [name for name, shard in self.shards.items() if shard.numel and id(shard.owner()) not in held]
+
     def copy_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         """Copies the gradients of that step, because libraries free or overwrite them before the boundary."""
         owners = {id(p) for group in optimizer.param_groups for p in group["params"]}

@@ -144,7 +144,11 @@ def test_reset_is_a_fresh_optimizer(name: str) -> None:
             if (mask := engine.mask(entry.name)) is not None:
                 weight = model.get_parameter(entry.name).detach().view(-1)
                 weight[~mask] = 0
-                for own in [o.state.get(model.get_parameter(entry.name), {}) for o in fresh] if isinstance(fresh, list) else [fresh.state[model.get_parameter(entry.name)]]:
+                for own in (
+                    [o.state.get(model.get_parameter(entry.name), {}) for o in fresh]
+                    if isinstance(fresh, list)
+                    else [fresh.state[model.get_parameter(entry.name)]]
+                ):
                     for key in TABLE[name][2]:
                         if key in own:
                             own[key].view(-1)[~mask] = 0
@@ -159,7 +163,9 @@ def test_regrown_weights_have_the_first_values_of_their_moments(name: str) -> No
     train(engine, 2)
     mask = engine.mask(grown)
     assert mask is not None
-    before = {key: value.flatten()[~mask].clone() for key, value in state(engine).get(grown, {}).items() if key in firsts}
+    before = {
+        key: value.flatten()[~mask].clone() for key, value in state(engine).get(grown, {}).items() if key in firsts
+    }
     assert before.keys() == firsts.keys()
     assert all(bool((before[key] != first).any()) for key, first in firsts.items())
     train(engine, 1)
@@ -178,7 +184,10 @@ def test_masks_hold_in_every_sequence_of_the_weights(name: str) -> None:
         train(engine, 1)
         for entry in engine.plan.entries:
             if (mask := engine.mask(entry.name)) is not None:
-                pieces = [engine.module.get_parameter(entry.name), *(state(engine)[entry.name][key] for key in sequences)]
+                pieces = [
+                    engine.module.get_parameter(entry.name),
+                    *(state(engine)[entry.name][key] for key in sequences),
+                ]
                 for piece in pieces:
                     assert not piece.detach().flatten()[~mask].count_nonzero()
     assert engine.stats()["kept"] == 36
