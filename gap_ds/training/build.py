@@ -132,8 +132,13 @@ def _check_worker(config: GaPConfig, worker: ParallelWorker | None) -> None:
 
 
 def _pretrained(module: nn.Module) -> bool:
-    """True if transformers has loaded the model's weights by from_pretrained."""
-    return bool(getattr(getattr(module, "config", None), "_name_or_path", ""))
+    """True if transformers (5.x) has loaded weights of the model by from_pretrained.
+
+    The config's `_name_or_path` does not show it: a model built from a downloaded config has it, and random weights.
+    """
+    return any("_weight_conversions" in vars(part) for part in module.modules()) or any(
+        getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters()
+    )
 
 
 def _check_held(state: MaskState, backend: Backend) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -85,11 +86,17 @@ def require_world(ranks: int) -> None:
 
 
 def whole_shards(module: nn.Module) -> list[Shard]:
-    """Shards that are the parameters themselves.
+    """Shards that are the parameters themselves, looked up in their modules at every use: they may be replaced.
 
     Raises:
         ValueError: a parameter does not lie in memory in the order of its indices.
     """
+
+    holders = {
+        id(parameter): partial(holder._parameters.__getitem__, leaf)
+        for holder in module.modules()
+        for leaf, parameter in holder._parameters.items()
+    }
 
     def shard(name: str, parameter: nn.Parameter) -> Shard:
         if not parameter.is_contiguous():
@@ -98,7 +105,8 @@ def whole_shards(module: nn.Module) -> list[Shard]:
                 "Convert the activations only: x.to(memory_format=torch.channels_last) makes convolutions as fast."
             )
         shape = tuple(parameter.shape)
-        return Shard(clean_name(name), shape, 0, parameter.numel(), 0, lambda: parameter, parameter.requires_grad)
+        owner = cast(Callable[[], Tensor], holders[id(parameter)])
+        return Shard(clean_name(name), shape, 0, parameter.numel(), 0, owner, parameter.requires_grad)
 
     return [shard(name, parameter) for name, parameter in module.named_parameters()]
 
