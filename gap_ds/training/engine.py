@@ -37,7 +37,7 @@ class GaPEngine:
 
     Use it like DeepSpeed's engine, with any backend::
 
-        engine = GaPEngine(model_or_deepspeed_engine, "cyclic_80", optimizer=optimizer, steps_per_epoch=len(loader))
+        engine = GaPEngine(model_or_deepspeed_engine, "cyclic_80", optimizer=optimizer, batches_per_epoch=len(loader))
         for batch in loader:
             loss = engine(**batch).loss
             engine.backward(loss)
