@@ -130,7 +130,7 @@ def faults(out: Path) -> None:
         "tokenizer": (lambda: engine.export(model, overwrite=True, tokenizer=odd), None),
         "full_disk": (
             lambda: engine.export(model, overwrite=True),
-            mock.patch("gap_ds.export.folder.save_file", full_disk),
+            mock.patch("gap_ds.export.writing.write_weights", full_disk),
         ),
         "no_rename": (lambda: engine.export(model, overwrite=True), mock.patch("pathlib.Path.rename", no_rename)),
     }

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from test_engine import CYCLIC, Model, train, weights
-from torch import Tensor, nn
+from torch import nn
 
 from gap_ds import GaPEngine
 
