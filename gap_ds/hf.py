@@ -27,7 +27,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from gap_ds.method.config import GaPConfig
 from gap_ds.sharding.backends import brings_optimizer
-from gap_ds.training import history
+from gap_ds.training import history, saving
 from gap_ds.training.engine import GaPEngine
 
 log = logging.getLogger("gap_ds")
@@ -104,7 +104,7 @@ class GaPCallback(TrainerCallback):  # type: ignore[misc]
             fresh=self.fresh,
         )
         if self.history or _text(args.save_strategy) != "no":
-            self.engine.require_shared(args.output_dir)
+            saving.require_shared(self.engine.run, Path(args.output_dir))
         self._check_length(self.engine, args, state)
         self._watch(trainer, self.engine)
         # First of all callbacks: what the others see and report in a step is then the state after its boundary.
@@ -114,7 +114,7 @@ class GaPCallback(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         assert self.engine is not None
         before = self.engine.phase
-        self._idle = 0 if self.engine.after_step() or self.engine.skips_overflow else self._idle + 1
+        self._idle = 0 if self.engine.after_step() or self.engine.run.backend.skips_overflow else self._idle + 1
         if self._idle >= _MOST_IDLE:
             raise ValueError(
                 f"the Trainer has made {self._idle} steps, but no step of optimizer={args.optim} was seen, so masks "

@@ -79,9 +79,7 @@ def inspect(folder: Path, progress: Progress) -> dict[str, Any]:
 # -- masks -------------------------------------------------------------------------------------------------------------
 
 
-def _masks(
-    folder: Path, state: State, plan: Plan, progress: Progress
-) -> tuple[dict[str, dict[str, int]], list[str]]:
+def _masks(folder: Path, state: State, plan: Plan, progress: Progress) -> tuple[dict[str, dict[str, int]], list[str]]:
     """Kept weights and bits of each mask, by entry; and sentences on what is wrong with the masks."""
     path = folder / "gap" / "masks.safetensors"
     entries = {entry.name: entry for entry in plan.entries}

@@ -18,7 +18,7 @@ from gap_ds.export.info import INFO, ExportKeys, is_export, renew_digests
 from gap_ds.storage.atomic import replacing_folder
 from gap_ds.storage.errors import printable
 from gap_ds.storage.json import read_json
-from gap_ds.storage.safetensors import Progress, LazyTensors, open_tensors
+from gap_ds.storage.safetensors import LazyTensors, Progress, open_tensors
 
 
 def compact(

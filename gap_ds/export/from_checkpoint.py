@@ -29,7 +29,7 @@ from gap_ds.sharding.shard import Shard
 from gap_ds.storage.atomic import replacing_folder
 from gap_ds.storage.errors import printable
 from gap_ds.storage.json import read_json
-from gap_ds.storage.safetensors import Progress, LazyTensors
+from gap_ds.storage.safetensors import LazyTensors, Progress
 
 
 def find_whole(folder: Path) -> Path | None:

@@ -24,7 +24,7 @@ from gap_ds.method.pattern import Pattern, Unstructured
 from gap_ds.storage.atomic import sha256
 from gap_ds.storage.errors import printable
 from gap_ds.storage.json import Record, read_json
-from gap_ds.storage.safetensors import Progress, NAMES, chunk_rows, chunks, open_tensors
+from gap_ds.storage.safetensors import NAMES, Progress, chunk_rows, chunks, open_tensors
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _COLUMNS = ("entries", "weights", "keep", "nonzero")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,42 +28,45 @@ from gap_ds.training.run import Run
 log = logging.getLogger("gap_ds")
 
 
+@dataclass(frozen=True)
+class Options:
+    """What else a user decides of a run; the arguments of GaPEngine with these names."""
+
+    steps_per_epoch: int | None = None
+    batches_per_epoch: int | None = None
+    worker: ParallelWorker | None = None
+    nonfinite_loss: Literal["stop", "skip"] = "stop"
+    masks_from: str | Path | None = None
+    history: str | Path | None = None
+    fresh: bool = False
+
+
 def build(
-    model: nn.Module,
-    source: GaPConfig | dict[str, Any] | str | Path,
-    training: Training,
-    *,
-    steps_per_epoch: int | None,
-    batches_per_epoch: int | None,
-    worker: ParallelWorker | None,
-    nonfinite_loss: Literal["stop", "skip"],
-    masks_from: str | Path | None,
-    history: str | Path | None,
-    fresh: bool,
+    model: nn.Module, source: GaPConfig | dict[str, Any] | str | Path, training: Training, options: Options
 ) -> Run:
     """A run before its first masks; the arguments are those of GaPEngine. Changes nothing that it is given.
 
     Raises:
         ValueError: a mistake in the config, or a combination that is not supported; the message names the setting.
     """
-    config, phases = check(source, steps_per_epoch or batches_per_epoch, worker)
+    worker, given = options.worker, options.steps_per_epoch or options.batches_per_epoch
+    config, phases = check(source, given, worker)
     schedulers = training.schedulers() or [s for s in [getattr(model, "lr_scheduler", None)] if s is not None]
-    _check_lr_restart(config, schedulers, masks_from)
+    _check_lr_restart(config, schedulers, options.masks_from)
     backend, world = detect(model, training), Comm()
-    if backend.optimizers.stepped and masks_from is None and not fresh:
+    if backend.optimizers.stepped and options.masks_from is None and not options.fresh:
         raise ValueError(
             f"optimizer={backend.optimizers.names}: has already updated weights, and the schedule would begin at step "
             "0. To go on with a run, pass masks_from or build everything anew and call load_checkpoint; to begin a new "
             "schedule from these weights, pass fresh=True."
         )
-    steps = _steps(steps_per_epoch, batches_per_epoch, backend.micro_batches) if config.in_epochs else None
-    if steps != (steps_per_epoch or batches_per_epoch):
+    steps = _steps(options, backend.micro_batches) if config.in_epochs else None
+    if steps != given:
         phases = schedule.build(config, steps, worker.index if worker else 0)
     if config.mask_init == "auto":
         config = config.model_copy(update={"mask_init": "magnitude" if _pretrained(backend.module) else "random"})
-    of_model = _plan(config, backend, masks_from)
+    of_model = _plan(config, backend, options.masks_from)
     state = MaskState(of_model, config, backend)
-    guard = LossGuard(nonfinite_loss, world, harmless=backend.skips_overflow)
     run = Run(
         config=config,
         steps_per_epoch=steps,
@@ -75,11 +79,11 @@ def build(
         mask_state=state,
         learning_rate=LearningRate(schedulers, backend.optimizers),
         grad_scaler=training.grad_scaler,
-        guard=guard,
+        guard=LossGuard(options.nonfinite_loss, world, harmless=backend.skips_overflow),
         observers=[],
     )
     raise_on_all_ranks(world, lambda: _check_held(state, backend))
-    run.observers.extend(_observers(run, history))
+    run.observers.extend(_observers(run, options.history))
     return run
 
 
@@ -96,8 +100,9 @@ def check(
     return config, schedule.build(config, steps_per_epoch, worker.index if worker else 0)
 
 
-def _steps(steps: int | None, batches: int | None, micro_batches: int) -> int | None:
+def _steps(options: Options, micro_batches: int) -> int | None:
     """Updates in an epoch, from those or from its batches; warns where the one may have been taken for the other."""
+    steps, batches = options.steps_per_epoch, options.batches_per_epoch
     if steps is not None and batches is not None:
         raise ValueError(f"steps_per_epoch={steps} and batches_per_epoch={batches}: set one of them.")
     if batches is not None:

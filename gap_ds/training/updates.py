@@ -86,8 +86,13 @@ class Updates:
             raise_on_all_ranks(self._run.world, self._check_first)
         return True
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled step calls the hook and does not trace it
     def _before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        _out_of_graph(self._look_first, optimizer)
+
+    def _after(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        _out_of_graph(self._mask, optimizer)
+
+    def _look_first(self, optimizer: torch.optim.Optimizer) -> None:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise ValueError(
                 f"optimizer={type(optimizer).__name__}: its step is captured into a CUDA graph, whose replays run no "
@@ -96,8 +101,7 @@ class Updates:
         if not self._checked and not self._stepped and not self._run.backend.optimizers.quiet:
             self._run.doubt_weights("before the first update")
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _after(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def _mask(self, optimizer: torch.optim.Optimizer) -> None:
         """Zeroes the pruned weights that the optimizer has just changed."""
         if self._run.backend.optimizers.quiet:
             return
@@ -141,3 +145,14 @@ class Updates:
                 "it may have been built anew, or update weights without its step(), as optimizers that step inside "
                 "the backward pass do."
             )
+
+
+def _out_of_graph(hook: Callable[[torch.optim.Optimizer], None], optimizer: torch.optim.Optimizer) -> None:
+    """Calls a hook, from a compiled optimizer step too, which must not trace it.
+
+    torch.compiler.disable as a decorator would load the compiler, which takes as long as torch itself.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        torch.compiler.disable(hook)(optimizer)  # type: ignore[no-untyped-call]
+    else:
+        hook(optimizer)

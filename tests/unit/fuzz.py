@@ -202,7 +202,7 @@ def _checkpoints(folder: Path) -> dict[str, Target]:
     result["manifest"] = Target(path / checkpoint.MANIFEST, lambda: checkpoint.find_whole(folder / "saved", "t", world))
     result["portable"] = Target(
         path / "gap" / "portable_0.safetensors",
-        lambda: portable.read(path / "gap", engine._backend, buffers, world),
+        lambda: portable.read(path / "gap", engine.run.backend, buffers, world),
     )
     for name in ("state.json", "rng_0.json"):
         file = path / "gap" / name
@@ -261,11 +261,11 @@ def _exchange(folder: Path) -> dict[str, Target]:
     engines = [trained(1, config, worker=ParallelWorker(i, where, timeout=0.05)) for i in (0, 1)]
 
     def exchange_of(engine: GaPEngine) -> Any:
-        return next(o.exchange for o in engine._run.observers if isinstance(o, Exchanging))
+        return next(o.exchange for o in engine.run.observers if isinstance(o, Exchanging))
 
     def items(engine: GaPEngine) -> list[Any]:
         buffers = dict(export.buffers(engine.module))
-        return exchange_items.items_of(engine.plan, engine._backend.shards(), buffers)
+        return exchange_items.items_of(engine.plan, engine.run.backend.shards(), buffers)
 
     for engine in engines:
         engine.finish()  # its partition is pruned, as at the end of a round
