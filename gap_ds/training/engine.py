@@ -102,8 +102,11 @@ class GaPEngine:
         self.mask_state = self.run.mask_state
         self._place = Place()
         self.last_boundary_seconds = 0.0
-        gradient = lambda: rules.needs_gradient(self.config, self.phase, self.applied_steps + 1)  # noqa: E731
-        self._updates = Updates(self.run, gradient)
+        self._updates = Updates(
+            self.run,
+            wants_gradient=lambda: rules.needs_gradient(self.config, self.phase, self.applied_steps + 1),
+            before_boundary=lambda: self._changes_masks(self.applied_steps + 1),
+        )
         self.run.say(self.signature)
         if masks_from is None:
             self._enter(None, self.phase)
@@ -147,11 +150,16 @@ class GaPEngine:
             return False
         for observer in self.run.observers:
             observer.before_first_update()
-        before = self.phase
+        before, crosses = self.phase, self._changes_masks(self.applied_steps + 1)
         self._place = Place(self.applied_steps + 1, self._place.over)
-        if self.phase is not before or self.applied_steps in before.updates:
+        if crosses:
             self._enter(before, self.phase)
         return True
+
+    def _changes_masks(self, step: int) -> bool:
+        """True if a boundary, or an update of moving masks, comes before the step after this one."""
+        after = Place(step, self._place.over).phase(self.schedule)
+        return after is not self.phase or step in self.phase.updates
 
     @property
     def applied_steps(self) -> int:
@@ -190,6 +198,7 @@ class GaPEngine:
         """Crosses the boundary between two phases, or does an update inside one (`before is after`)."""
         started = time.perf_counter()
         changed, grown = boundary.cross(self.run, before, after, self.applied_steps)
+        self._updates.watch()
         self.last_boundary_seconds = time.perf_counter() - started
         self.run.say(
             f"step {self.applied_steps}: {after}, density {self.density:.4f}, {changed} entries pruned, {grown} grown, "
@@ -206,6 +215,7 @@ class GaPEngine:
         """
         pruned = boundary.finish(self.run, self.phase, self.applied_steps)
         if pruned:
+            self._updates.watch()
             self._place = Place(self.applied_steps, over=True)
             for observer in self.run.observers:
                 observer.masks_changed(self.applied_steps, self.phase)

@@ -50,6 +50,7 @@ class Run:
     steps_per_epoch: updates in an epoch, of a config in epochs. world: all ranks of the job. guard: this rank's losses.
     observers: optional parts, in the order they are called.
     doubts: what this rank has seen to be wrong and all ranks will raise at the next place where they meet.
+    warned: parameters of which the user was warned that they became frozen or trainable.
     """
 
     config: GaPConfig
@@ -66,6 +67,7 @@ class Run:
     guard: consistency.LossGuard
     observers: list[Observer]
     doubts: list[str] = field(default_factory=list)
+    warned: set[str] = field(default_factory=set)
 
     @property
     def signature(self) -> str:
@@ -90,6 +92,10 @@ class Run:
         consistency.check_position(self.world, step, self.signature, self.plan.fingerprint, self.guard.take(), place)
         self.agree_on_weights(place)
         self.agree_on_masks()
+        for name, warning in consistency.changed_flags(self.plan, self.backend.module):
+            if name not in self.warned:
+                self.warned.add(name)
+                self.say(warning, logging.WARNING)
 
     def agree_on_weights(self, place: str) -> None:
         """Checks on all ranks together that every pruned weight is exactly 0, and that nothing was in doubt before."""
