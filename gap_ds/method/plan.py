@@ -99,18 +99,13 @@ class Plan:
         """One line: the entries, their share of the matrix weights, and names and shares of what stays dense."""
         return summarize(len(self.entries), self.numel, self.dense)
 
-    def check_trainable(self, frozen: Container[str]) -> None:
-        """Raise ValueError if a matrix that was frozen when the plan was made is trained now, and so dense for ever.
+    def became_trainable(self, trained: Container[str]) -> list[str]:
+        """The matrices that were frozen when the plan was made, are trained now, and so stay dense.
 
         Args:
-            frozen: names of the parameters that are not trained now.
+            trained: names of the parameters that are trained now.
         """
-        if late := [row.name for row in self.dense if row.reason == "frozen" and row.name not in frozen]:
-            others = f" and {len(late) - 1} others" if len(late) > 1 else ""
-            raise ValueError(
-                f"{late[0]}{others} became trainable after the engine was built, when it was frozen: it is no entry "
-                'and would stay dense. Make it trainable before the engine is built, or list it in "exclude".'
-            )
+        return [row.name for row in self.dense if row.reason == "frozen" and row.name in trained]
 
     @property
     def fingerprint(self) -> str:

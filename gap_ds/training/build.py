@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 
@@ -17,7 +18,7 @@ from gap_ds.parallel import ParallelWorker
 from gap_ds.sharding.backends import Backend, Training, detect
 from gap_ds.sharding.comm import Comm, raise_on_all_ranks
 from gap_ds.training import mask_state, saving
-from gap_ds.training.consistency import LossGuard
+from gap_ds.training.consistency import LossGuard, check_model
 from gap_ds.training.exchanging import Exchanging
 from gap_ds.training.history import History
 from gap_ds.training.learning_rate import LearningRate
@@ -26,6 +27,8 @@ from gap_ds.training.observer import Observer
 from gap_ds.training.run import Run
 
 log = logging.getLogger("gap_ds")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -49,23 +52,25 @@ def build(
     Raises:
         ValueError: a mistake in the config, or a combination that is not supported; the message names the setting.
     """
-    worker, given = options.worker, options.steps_per_epoch or options.batches_per_epoch
-    config, phases = check(source, given, worker)
+    world, worker = Comm(), options.worker
     schedulers = training.schedulers() or [s for s in [getattr(model, "lr_scheduler", None)] if s is not None]
-    _check_lr_restart(config, schedulers, options.masks_from)
-    backend, world = detect(model, training), Comm()
-    if backend.optimizers.stepped and options.masks_from is None and not options.fresh:
-        raise ValueError(
-            f"optimizer={backend.optimizers.names}: has already updated weights, and the schedule would begin at step "
-            "0. To go on with a run, pass masks_from or build everything anew and call load_checkpoint; to begin a new "
-            "schedule from these weights, pass fresh=True."
-        )
-    steps = _steps(options, backend.micro_batches) if config.in_epochs else None
-    if steps != given:
-        phases = schedule.build(config, steps, worker.index if worker else 0)
-    if config.mask_init == "auto" and config.record.reads_setting("mask_init"):
-        config = config.model_copy(update={"mask_init": "magnitude" if _pretrained(backend.module) else "random"})
-    of_model = _plan(config, backend, options.masks_from)
+
+    def begin() -> tuple[GaPConfig, Backend, int | None, schedule.Schedule]:
+        given = options.steps_per_epoch or options.batches_per_epoch
+        config, phases = check(source, given, worker)
+        _check_lr_restart(config, schedulers, options.masks_from)
+        backend = detect(model, training)
+        _check_fresh(backend, options)
+        steps = _steps(options, backend.micro_batches) if config.in_epochs else None
+        if steps != given:
+            phases = schedule.build(config, steps, worker.index if worker else 0)
+        if config.mask_init == "auto" and config.record.reads_setting("mask_init"):
+            config = config.model_copy(update={"mask_init": "magnitude" if _pretrained(backend.module) else "random"})
+        return config, backend, steps, phases
+
+    config, backend, steps, phases = _on_all_ranks(world, begin)
+    check_model(world, backend.shards())
+    of_model = _plan(config, backend, options.masks_from, world)
     state = MaskState(of_model, config, backend)
     run = Run(
         config=config,
@@ -85,6 +90,20 @@ def build(
     raise_on_all_ranks(world, lambda: _check_held(state, backend))
     run.observers.extend(_observers(run, options.history))
     return run
+
+
+def _on_all_ranks(world: Comm, work: Callable[[], T]) -> T:
+    """What `work` returns; its errors are raised on all ranks, or by the only rank as they are."""
+    return work() if world.size == 1 else raise_on_all_ranks(world, work)
+
+
+def _check_fresh(backend: Backend, options: Options) -> None:
+    if backend.optimizers.stepped and options.masks_from is None and not options.fresh:
+        raise ValueError(
+            f"optimizer={backend.optimizers.names}: has already updated weights, and the schedule would begin at step "
+            "0. To go on with a run, pass masks_from or build everything anew and call load_checkpoint; to begin a new "
+            "schedule from these weights, pass fresh=True."
+        )
 
 
 def check(
@@ -142,22 +161,24 @@ def _pretrained(module: nn.Module) -> bool:
 
 
 def _check_held(state: MaskState, backend: Backend) -> None:
-    """Checks that the optimizers update every entry of which this rank has a piece; ValueError if not.
+    """Checks that the optimizers hold this rank's pieces of the model.
 
-    Where parameters are spread over ranks and an optimizer holds other tensors than their pieces, it was built from
-    other parameters than those that are trained: then every trained parameter is checked.
+    Raises:
+        ValueError: they lack an entry; or they lack another trained parameter and hold a tensor that is no parameter.
     """
     held = backend.optimizers.held()
-    own = {shard.name: shard for shard in backend.shards() if shard.trainable and shard.numel}
-    foreign = backend.comm.size > 1 and not held <= {id(shard.owner()) for shard in own.values()}
-    wanted = own if foreign else {name: shard for name, shard in state.shards.items() if shard.numel}
-    missing = [name for name, shard in wanted.items() if id(shard.owner()) not in held]
+    shards = backend.shards()
+    owners = {id(shard.owner()) for shard in shards}
+    missing = [name for name, shard in state.shards.items() if shard.numel and id(shard.owner()) not in held]
+    why = f"{len(missing)} of {len(state.shards)} entries are missing), so it would be pruned and not trained"
+    if not missing and backend.comm.size > 1 and not held <= owners:
+        missing = [s.name for s in shards if s.trainable and s.numel and id(s.owner()) not in held]
+        why = f"{len(missing)} parameters are missing), and holds tensors that are none of the model's"
     if missing:
         raise ValueError(
-            f"optimizer={backend.optimizers.names}: does not hold {missing[0]} ({len(missing)} of {len(wanted)} "
-            "are missing), so it would not be trained. Build the optimizer from the wrapped model's "
-            "parameters(), after the model is wrapped and before its first forward pass; pass all optimizers as a "
-            "list (optimizer=[muon, adamw]); or freeze what is not trained (requires_grad_(False))."
+            f"optimizer={backend.optimizers.names}: does not hold {missing[0]} ({why}. Build the optimizer from the "
+            "wrapped model's parameters(), after the model is wrapped and before its first forward pass; pass all "
+            "optimizers as a list (optimizer=[muon, adamw]); or freeze what is not trained (requires_grad_(False))."
         )
 
 
@@ -173,7 +194,7 @@ def _check_lr_restart(config: GaPConfig, schedulers: list[Any], masks_from: str 
         )
 
 
-def _plan(config: GaPConfig, backend: Backend, masks_from: str | Path | None) -> plan.Plan:
+def _plan(config: GaPConfig, backend: Backend, masks_from: str | Path | None, world: Comm) -> plan.Plan:
     """The plan of a backend's model, with the budgets of existing masks if the config reuses them.
 
     A resumed run has those that it was saved with: a kept weight may have become 0 since then.
@@ -183,9 +204,10 @@ def _plan(config: GaPConfig, backend: Backend, masks_from: str | Path | None) ->
     shapes = {shard.name: shard.shape for shard in shards}
     kept = None
     if config.reuses_masks:
-        saved = None if masks_from is None else saving.budgets(Path(masks_from))
-        kept = mask_state.inherited(config, shards, backend.comm) | (saved or {})
-    return plan.build(backend.module, config, shapes, frozen, kept)
+        nonzero = mask_state.nonzero(shards, backend.comm) if config.mask_file is None else None
+        saved = _on_all_ranks(world, lambda: masks_from and saving.budgets(Path(masks_from)))
+        kept = (nonzero or _on_all_ranks(world, lambda: mask_state.inherited(config, shards))) | (saved or {})
+    return _on_all_ranks(world, lambda: plan.build(backend.module, config, shapes, frozen, kept))
 
 
 def _observers(run: Run, history: str | Path | None) -> list[Observer]:

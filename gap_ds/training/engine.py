@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from gap_ds.masks import bitmask
-from gap_ds.method import rules
 from gap_ds.method.config import GaPConfig
 from gap_ds.method.schedule import Phase
 from gap_ds.parallel import ParallelWorker
@@ -102,8 +101,7 @@ class GaPEngine:
         self.mask_state = self.run.mask_state
         self._place = Place()
         self.last_boundary_seconds = 0.0
-        gradient = lambda: rules.needs_gradient(self.config, self.phase, self.applied_steps + 1)  # noqa: E731
-        self._updates = Updates(self.run, gradient)
+        self._updates = Updates(self.run, lambda: self._place)
         self.run.say(f"{self.signature}\n{self.plan.summary()}")
         if masks_from is None:
             self._enter(None, self.phase)
@@ -147,10 +145,9 @@ class GaPEngine:
             return False
         for observer in self.run.observers:
             observer.before_first_update()
-        before = self.phase
-        self._place = Place(self.applied_steps + 1, self._place.over)
-        if self.phase is not before or self.applied_steps in before.updates:
-            self._enter(before, self.phase)
+        before, self._place = self._place, self._place.after_update()
+        if before.changes_masks(self.schedule):
+            self._enter(before.phase(self.schedule), self.phase)
         return True
 
     @property
@@ -190,6 +187,7 @@ class GaPEngine:
         """Crosses the boundary between two phases, or does an update inside one (`before is after`)."""
         started = time.perf_counter()
         changed, grown = boundary.cross(self.run, before, after, self.applied_steps)
+        self._updates.watch()
         self.last_boundary_seconds = time.perf_counter() - started
         self.run.say(
             f"step {self.applied_steps}: {after}, density {self.density:.4f}, {changed} entries pruned, {grown} grown, "
@@ -206,6 +204,7 @@ class GaPEngine:
         """
         pruned = boundary.finish(self.run, self.phase, self.applied_steps)
         if pruned:
+            self._updates.watch()
             self._place = Place(self.applied_steps, over=True)
             for observer in self.run.observers:
                 observer.masks_changed(self.applied_steps, self.phase)

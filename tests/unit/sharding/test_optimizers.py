@@ -13,7 +13,7 @@ from torch import nn
 
 from gap_ds import GaPEngine
 
-O = torch.optim
+O = torch.optim  # noqa: E741
 Make = Callable[[nn.Module], Any]
 
 
