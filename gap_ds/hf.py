@@ -212,6 +212,7 @@ def prepare(
     config: GaPConfig | dict[str, Any] | str | Path,
     *,
     steps_per_epoch: int | None = None,
+    batches_per_epoch: int | None = None,
     fresh: bool = False,
 ) -> GaPEngine:
     """A GaPEngine around what `accelerator.prepare` has returned, for a loop of one's own.
@@ -221,8 +222,8 @@ def prepare(
 
     Args:
         model, optimizer, scheduler: as prepared; there may be no scheduler (None).
-        steps_per_epoch: applied steps in an epoch, where the config counts in epochs: with gradient accumulation over
-            n micro-batches len(loader) / n, rounded up.
+        steps_per_epoch, batches_per_epoch: updates in an epoch, or batches, len(loader); one of them is required if the
+            config counts in epochs.
         fresh: begin a new schedule although the optimizer has stepped.
     Raises:
         ValueError: as GaPEngine.
@@ -230,6 +231,8 @@ def prepare(
     settings = GaPConfig.load(config)
     if settings.record.has_workers:
         _refuse(settings)
+    if batches_per_epoch is not None and steps_per_epoch is None:  # Accelerate accumulates, not the engine
+        steps_per_epoch = math.ceil(batches_per_epoch / accelerator.gradient_accumulation_steps)
     # A DeepSpeed engine brings both itself.
     inner = None if brings_optimizer(model) else getattr(scheduler, "scheduler", scheduler)
     engine = GaPEngine(

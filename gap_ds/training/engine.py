@@ -37,7 +37,7 @@ class GaPEngine:
 
     Use it like DeepSpeed's engine, with any backend::
 
-        engine = GaPEngine(model_or_deepspeed_engine, "cyclic_80", optimizer=optimizer, steps_per_epoch=len(loader))
+        engine = GaPEngine(model_or_deepspeed_engine, "cyclic_80", optimizer=optimizer, batches_per_epoch=len(loader))
         for batch in loader:
             loss = engine(**batch).loss
             engine.backward(loss)
@@ -107,7 +107,7 @@ class GaPEngine:
             wants_gradient=lambda: rules.needs_gradient(self.config, self.phase, self.applied_steps + 1),
             before_boundary=lambda: self._changes_masks(self.applied_steps + 1),
         )
-        self.run.say(self.signature)
+        self.run.say(f"{self.signature}\n{self.plan.summary()}")
         if masks_from is None:
             self._enter(None, self.phase)
         else:

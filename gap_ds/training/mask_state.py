@@ -63,6 +63,11 @@ class MaskState:
         """The entries that an update should have masked on this rank, without those that it has."""
         return [name for name, _ in self._masked() if name not in masked]
 
+    def unheld(self) -> list[str]:
+        """The entries of which this rank has a piece that no optimizer updates."""
+        held = self._backend.optimizers.held()
+        return [name for name, shard in self.shards.items() if shard.numel and id(shard.owner()) not in held]
+
     def copy_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         """Copies the gradients of that step, because libraries free or overwrite them before the boundary."""
         owners = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -87,12 +92,14 @@ class MaskState:
         One pass over the weights, and over all that they could come back from: the library's copies of them, and other
         sequences of the optimizer.
         """
+        names: list[str] = []
+        pieces: list[tuple[Tensor, Tensor]] = []
         for name, shard in self._masked():
-            bits = self.bits[name]
             for piece in (shard.weight(), *shard.copies(), *self._backend.optimizers.sequences(shard)):
-                if found := bitmask.count_revived(piece, bits.to(piece.device)):
-                    return name, found
-        return None
+                names.append(name)
+                pieces.append((piece, self.bits[name].to(piece.device)))
+        found = bitmask.count_revived_all(pieces)
+        return next(((name, n) for name, n in zip(names, found, strict=True) if n), None)
 
     # -- changing masks --------------------------------------------------------------------------------------------
 

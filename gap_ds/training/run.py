@@ -102,6 +102,13 @@ class Run:
 
         def look() -> None:
             self.doubt_weights(place, wait=True)
+            if unheld := self.mask_state.unheld():
+                self.doubt(
+                    f"{unheld[0]}: is updated by no optimizer any more ({len(unheld)} entries are not; {place}). The "
+                    "model's parameters were replaced, as by load_state_dict(assign=True), or the optimizer's "
+                    "parameter groups were changed.",
+                    wait=True,
+                )
             self.raise_doubts()
 
         raise_on_all_ranks(self.world, look)

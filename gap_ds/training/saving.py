@@ -5,6 +5,7 @@ All ranks call each function together, between two updates.
 
 from __future__ import annotations
 
+import logging
 import secrets
 import warnings
 from collections.abc import Mapping
@@ -146,9 +147,19 @@ def export(run: Run, folder: Path, place: Place, tokenizer: Any, dtype: torch.dt
 
     def about(weights: Mapping[str, Tensor]) -> exports.ExportInfo:
         nonzero = {entry.name: int(weights[entry.name].count_nonzero()) for entry in run.plan.entries}
-        info = exports.ExportInfo.of(run.plan, run.schedule, run.config, run.signature, step, nonzero)
-        return info.model_copy(update={"training_flops": run.plan.training_flops(info.mean_density)})
+        info = exports.ExportInfo.of(run.plan, run.schedule, run.config, run.signature, step, place.over, nonzero)
+        planned = run.schedule.mean_density(*run.plan.per_partition())
+        flops = {"training_flops": info.mean_density, "planned_training_flops": planned}
+        return info.model_copy(update={key: run.plan.training_flops(density) for key, density in flops.items()})
 
+    if not place.over and step < run.schedule.total_steps:
+        dense = sorted({entry.partition for entry in run.to_prune(phase)})
+        copy = f"; partitions {dense} are pruned in the copy, without fine-tuning" if dense else ""
+        run.say(
+            f"{target}: exported after {step} of {run.schedule.total_steps} steps, in {phase}: the schedule is not "
+            f"finished{copy}. Train it to its end for the final model.",
+            logging.WARNING,
+        )
     exports.save(
         target, run.backend.module, gather, about, run.world, tokenizer=tokenizer, dtype=dtype, overwrite=overwrite
     )

@@ -16,6 +16,8 @@ from gap_ds.training.run import Run
 
 #: Calls of `complete` in a row in which weights changed without a step, after which it is no coincidence.
 _UNSEEN = 3
+#: Calls in a row without a step, after which the weights are looked at, and again whenever there were twice as many.
+_IDLE = 8
 #: Steps of one optimizer while another has not stepped, after which that one is no longer used.
 _ALONE = 32
 #: The optimizers that some engine has hooked.
@@ -39,7 +41,7 @@ class Updates:
         self._masked: set[str] = set()
         #: False until the first update after masks came from elsewhere, such as when the engine was built.
         self._checked = False
-        self._unseen, self._version = 0, self._read_version()
+        self._idle, self._unseen, self._version = 0, 0, self._read_version()
         #: Calls of `complete` since the last update: micro-batches.
         self._calls = 0
         #: Tensors that hold weights, with PyTorch's count of changes and the address as the last update left them.
@@ -75,7 +77,7 @@ class Updates:
         self._stepped.clear()
         self._masked.clear()
         self._checked = False
-        self._unseen, self._version = 0, self._read_version()
+        self._idle, self._unseen, self._version = 0, 0, self._read_version()
         self._calls = 0
         self.watch()
 
@@ -100,11 +102,12 @@ class Updates:
         self._watched = [_seen(tensor) for tensor, *_ in self._watched]
         masked, first = self._masked, not self._checked
         self._stepped, self._masked, self._checked = Counter(), set(), True
-        self._unseen, self._version = 0, self._read_version()
+        self._idle, self._unseen, self._version = 0, 0, self._read_version()
         if missing := self._run.mask_state.unmasked(masked):
             self._run.doubt(
                 f"{missing[0]}: was not masked in an update ({len(missing)} entries were not). The optimizer no longer "
-                "holds its weights: its parameter groups were changed, or parameters were replaced."
+                "holds its weights: its parameter groups were changed, or the model's parameters were replaced, as by "
+                "load_state_dict(assign=True)."
             )
         if first:
             raise_on_all_ranks(self._run.world, self._check_first)
@@ -182,7 +185,10 @@ class Updates:
             return
         version = self._read_version()
         self._unseen, self._version = self._unseen + 1 if version != self._version else 0, version
-        if self._unseen >= _UNSEEN:
+        self._idle += 1
+        # The count misses changes of a parameter's `data` and those by CUDA graphs: these revive pruned weights.
+        looks = self._idle >= _IDLE and self._idle & (self._idle - 1) == 0
+        if self._unseen >= _UNSEEN or (looks and self._run.mask_state.revived()):
             raise ValueError(
                 f"{next(iter(self._run.mask_state.shards))}: weights change, but no step of "
                 f"optimizer={optimizers.names} is seen, so masks are not applied. Pass the optimizer that is stepped: "

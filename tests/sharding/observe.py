@@ -160,7 +160,8 @@ def mistakes(
 def final_state(engine: GaPEngine) -> dict[str, dict[str, Any]]:
     """Whole fp32 weights and moments of every trained parameter."""
     shards = [shard for shard in engine.run.backend.shards() if shard.trainable]
-    own = [[piece for _, piece, _ in engine.run.backend.optimizers.moments(shard)] for shard in shards]
+    optimizers = engine.run.backend.optimizers
+    own = [[moment for _, moment, _ in optimizers.moments(shard)] for shard in shards]
     counts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(counts, [len(moments) for moments in own])
     moments = {}

@@ -130,12 +130,12 @@ def faults(out: Path) -> None:
         "tokenizer": (lambda: engine.export(model, overwrite=True, tokenizer=odd), None),
         "full_disk": (
             lambda: engine.export(model, overwrite=True),
-            mock.patch("gap_ds.export.folder.save_file", full_disk),
+            mock.patch("gap_ds.export.writing.write_weights", full_disk),
         ),
         "no_rename": (lambda: engine.export(model, overwrite=True), mock.patch("pathlib.Path.rename", no_rename)),
     }
     found = {}
-    with mock.patch("gap_ds.export.folder.full_weights", counting):
+    with mock.patch("gap_ds.export.full_weights", counting):
         for name, (work, broken) in cases.items():
             gathered.clear()
             said = "nothing"

@@ -6,7 +6,6 @@ hands it over and meets the others; a rank that waits for ever fails the test by
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import warnings
@@ -14,18 +13,19 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import deepspeed
 import torch
 import torch.distributed as dist
 import toy
-import worker_fairscale
 import worker_fsdp
 import worker_zero
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gap_ds import GaPEngine
+from gap_ds.training.run import Run
 
 warnings.filterwarnings("ignore")
 
@@ -59,7 +59,9 @@ class AdamWScheduleFree(ScheduleFree):
 def ddp(optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.SGD, **changes: Any) -> GaPEngine:
     model = toy.build()
     wrapped = DistributedDataParallel(model, find_unused_parameters=True)
-    return GaPEngine(wrapped, GAP | changes, optimizer=optimizer([p for p in model.parameters() if p.requires_grad], lr=0.05))
+    return GaPEngine(
+        wrapped, GAP | changes, optimizer=optimizer([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    )
 
 
 def zero(stage: int, dtype: str = "bf16", **options: Any) -> GaPEngine:
@@ -315,18 +317,17 @@ def group_emptied_on_rank_1() -> None:
 
 
 def quiet(build: Callable[[], GaPEngine]) -> dict[str, Any]:
-    """A run without a fault: how often all weights are looked at in its steps, besides at boundaries."""
-    engine = build()
-    looks = []
-    look = engine.mask_state.revived
+    """A run without a fault: the steps before which all weights were looked at, besides those at boundaries."""
+    engine, looks = build(), []
+    look = Run.doubt_weights
 
-    def counted() -> Any:
-        looks.append(engine.applied_steps)
-        return look()
+    def counted(run: Run, place: str, wait: bool = False) -> None:
+        if place.startswith("before"):
+            looks.append(engine.applied_steps)
+        look(run, place, wait)
 
-    engine.mask_state.revived = counted  # type: ignore[method-assign]
-    engine.run.agree_on_weights = lambda place: None  # type: ignore[method-assign]
-    train(engine, 7)
+    with mock.patch.object(Run, "doubt_weights", counted):
+        train(engine, 7)
     engine.close()
     return {"looks": looks}
 

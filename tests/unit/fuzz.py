@@ -24,6 +24,7 @@ from torch import nn
 
 from gap_ds import GaPConfig, GaPEngine, ParallelWorker, checkpoint, export
 from gap_ds.checkpoint import portable
+from gap_ds.checkpoint.folder import MANIFEST
 from gap_ds.cli.inspect import inspect
 from gap_ds.export import compact, compact_file
 from gap_ds.method import plan, schedule
@@ -199,7 +200,7 @@ def _checkpoints(folder: Path) -> dict[str, Target]:
         f"masks/{name}": Target(folder / "masks" / name, lambda: engine.load_masks(folder / "masks"))
         for name in ("masks.safetensors", "pruned.safetensors", "seen.safetensors", "before.safetensors", "state.json")
     }
-    result["manifest"] = Target(path / checkpoint.MANIFEST, lambda: checkpoint.find_whole(folder / "saved", "t", world))
+    result["manifest"] = Target(path / MANIFEST, lambda: checkpoint.find_whole(folder / "saved", "t", world))
     result["portable"] = Target(
         path / "gap" / "portable_0.safetensors",
         lambda: portable.read(path / "gap", engine.run.backend, buffers, world),
@@ -215,10 +216,10 @@ def _checkpoints(folder: Path) -> dict[str, Target]:
 
 def _seal(path: Path, file: Path) -> None:
     """Makes the manifest say what a file is now."""
-    manifest = json.loads((path / checkpoint.MANIFEST).read_text())
+    manifest = json.loads((path / MANIFEST).read_text())
     data = file.read_bytes()
     manifest["files"][str(file.relative_to(path))] = [len(data), sha256(data).hexdigest()]
-    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    (path / MANIFEST).write_text(json.dumps(manifest))
 
 
 def _exports(folder: Path) -> dict[str, Target]:

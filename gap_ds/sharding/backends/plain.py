@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -96,11 +97,17 @@ def require_world(ranks: int) -> None:
 
 
 def whole_shards(module: nn.Module) -> list[Shard]:
-    """Shards that are the parameters themselves.
+    """Shards that are the parameters themselves, looked up in their modules at every use: they may be replaced.
 
     Raises:
         ValueError: a parameter does not lie in memory in the order of its indices.
     """
+
+    holders = {
+        id(parameter): partial(holder._parameters.__getitem__, leaf)
+        for holder in module.modules()
+        for leaf, parameter in holder._parameters.items()
+    }
 
     def shard(name: str, parameter: nn.Parameter) -> Shard:
         if not parameter.is_contiguous():
@@ -108,20 +115,9 @@ def whole_shards(module: nn.Module) -> list[Shard]:
                 f"{clean_name(name)}: is laid out in another memory format (channels_last?), must be contiguous. "
                 "Convert the activations only: x.to(memory_format=torch.channels_last) makes convolutions as fast."
             )
-
-        def copies() -> tuple[Tensor, ...]:
-            """The parameter that the module has now, if it was replaced; the optimizer does not know it."""
-            *path, leaf = name.split(".")
-            owner: Any = module
-            for part in path:
-                owner = owner._modules.get(part)
-                if owner is None:
-                    return ()
-            now = owner._parameters.get(leaf)
-            return () if now is None or now is parameter or now.shape != shape else (now.detach().reshape(-1),)
-
-        shape, trained = tuple(parameter.shape), parameter.requires_grad
-        return Shard(clean_name(name), shape, 0, parameter.numel(), 0, lambda: parameter, trained, copies)
+        shape = tuple(parameter.shape)
+        owner = cast(Callable[[], Tensor], holders[id(parameter)])
+        return Shard(clean_name(name), shape, 0, parameter.numel(), 0, owner, parameter.requires_grad)
 
     return [shard(name, parameter) for name, parameter in module.named_parameters()]
 

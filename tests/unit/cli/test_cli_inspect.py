@@ -25,7 +25,7 @@ pytest.importorskip("rich")
 
 from gap_ds import GaPEngine
 from gap_ds.masks import bitmask
-from gap_ds.training import engine
+from gap_ds.training import run as runs
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -64,7 +64,7 @@ def model() -> nn.Module:
 @pytest.fixture
 def run(command_line: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs a command line in an empty folder; (exit code, stdout, stderr)."""
-    monkeypatch.setattr(engine, "__version__", "0.0.0")
+    monkeypatch.setattr(runs, "__version__", "0.0.0")
     return command_line
 
 
