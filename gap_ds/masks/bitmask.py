@@ -79,15 +79,34 @@ def count(bits: Tensor) -> int:
 
 
 def count_revived(piece: Tensor, bits: Tensor) -> int:
-    """Number of pruned weights of a piece (N,) that are not 0; a NaN is not 0.
+    """Return the number of pruned weights of a piece (N,) that are not 0; a NaN is not 0.
 
     >>> count_revived(torch.tensor([1.0, 2.0, 0.0]), torch.tensor([1], dtype=torch.uint8))
     1
     """
-    found = 0
+    return count_revived_all([(piece, bits)])[0]
+
+
+def count_revived_all(pieces: Iterable[tuple[Tensor, Tensor]]) -> list[int]:
+    """Return `count_revived` of many pieces, each with its mask. The host waits once for the device."""
+    counts = [_count_revived(piece, bits) for piece, bits in pieces]
+    if waiting := [count for count in counts if isinstance(count, Tensor)]:
+        read = iter(torch.stack(waiting).tolist())
+        return [next(read) if isinstance(count, Tensor) else count for count in counts]
+    return [int(count) for count in counts]
+
+
+def _count_revived(piece: Tensor, bits: Tensor) -> int | Tensor:
+    on_cpu, words = piece.device.type == "cpu", _WORD.get(piece.element_size())
+    if on_cpu and words and piece.numel() >= COMPILED and (loops := cpu.library()) is not None:
+        return loops.count_revived(piece.view(words), bits)
+    found: int | Tensor = 0 if on_cpu else torch.zeros((), dtype=torch.int64, device=piece.device)
     for lo in range(0, piece.numel(), 8 * _CPU_BLOCK):
         part = piece[lo : lo + 8 * _CPU_BLOCK]
-        found += count(pack(part != 0) & ~bits[lo // 8 : lo // 8 + nbytes(part.numel())])
+        if on_cpu:
+            found += count(pack(part != 0) & ~bits[lo // 8 : lo // 8 + nbytes(part.numel())])
+        else:
+            found += ((part != 0) & ~unpack(bits, part.numel(), lo)).sum()
     return found
 
 

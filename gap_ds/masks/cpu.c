@@ -22,6 +22,27 @@ ZERO_PRUNED(16)
 ZERO_PRUNED(32)
 ZERO_PRUNED(64)
 
+/* Counts the floating-point words other than 0 and -0 whose bit is 0. There should be none, so one pass combines all of
+   them by a bitwise or, without their signs, and they are counted only if that is not 0. */
+#define COUNT_REVIVED(BITS)                                                                                           \
+    int64_t count_revived_##BITS(const uint##BITS##_t *words, const uint8_t *mask, int64_t count) {                   \
+        const words##BITS bits = {1, 2, 4, 8, 16, 32, 64, 128};                                                       \
+        words##BITS eight = {0};                                                                                      \
+        for (int64_t i = 0; i < count / 8; i++)                                                                       \
+            eight |= *(const words##BITS *)(words + 8 * i) &                                                          \
+                     (words##BITS)((((words##BITS){0} + mask[i]) & bits) != bits);                                    \
+        uint##BITS##_t any = 0;                                                                                       \
+        for (int i = 0; i < 8; i++) any |= eight[i];                                                                  \
+        int64_t found = 0, first = (uint##BITS##_t)(any << 1) ? 0 : count / 8 * 8;                                    \
+        for (int64_t i = first; i < count; i++)                                                                       \
+            found += (uint##BITS##_t)(words[i] << 1) && !(mask[i / 8] >> i % 8 & 1);                                  \
+        return found;                                                                                                 \
+    }
+
+COUNT_REVIVED(16)
+COUNT_REVIVED(32)
+COUNT_REVIVED(64)
+
 /* -- selection: passes over the keys of a piece's weights ---------------------------------------------------------- */
 
 /* The bits of fp32 numbers without the sign, which have the order of the magnitudes; -1 for a NaN. */

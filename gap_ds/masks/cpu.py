@@ -22,7 +22,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
@@ -120,6 +120,9 @@ class Library:
             return cast("Callable[..., Any]", found)
 
         self._zero_pruned = {n: loop(f"zero_pruned_{8 * n}", pointer, pointer, number) for n in (2, 4, 8)}
+        self._count_revived = {
+            n: loop(f"count_revived_{8 * n}", pointer, pointer, number, result=number) for n in (2, 4, 8)
+        }
         self._magnitude_keys = loop("magnitude_keys", pointer, number, pointer)
         self._count_keys = loop("count_keys", pointer, number, number, number, pointer)
         self._keys_with = loop("keys_with", pointer, number, number, number, pointer, result=number)
@@ -130,11 +133,11 @@ class Library:
 
     def zero_pruned_(self, words: Tensor, bits: Tensor) -> None:
         """Sets words (N,) of 2, 4 or 8 bytes to 0 where the bit is 0. bits: as `bitmask.pack` returns them."""
-        size, first, mask = words.element_size(), words.data_ptr(), bits.data_ptr()
-        threads = _threads(words.numel())
-        shares = _shares(words.numel(), threads)
-        work = [(first + size * low, mask + low // 8, high - low) for low, high in shares]
-        _call(self._zero_pruned[size], work, threads)
+        _over_words(self._zero_pruned, words, bits)
+
+    def count_revived(self, words: Tensor, bits: Tensor) -> int:
+        """Number of words (N,) of 2, 4 or 8 bytes that are no zero of either sign, and whose bit is 0."""
+        return sum(_over_words(self._count_revived, words, bits))
 
     def magnitude_keys(self, weights: Tensor) -> Tensor:
         """Keys (N,) int32 in the order of the magnitudes of fp32 weights (N,); -1 for a NaN."""
@@ -213,13 +216,20 @@ def _shares(count: int, threads: int) -> list[tuple[int, int]]:
     return [(low, min(low + step, count)) for low in range(0, count, step)]
 
 
-def _call(function: Callable[..., None], work: Sequence[tuple[int, ...]], threads: int) -> None:
+def _over_words(functions: Mapping[int, Callable[..., Any]], words: Tensor, bits: Tensor) -> list[Any]:
+    """Calls the function for words of this size on shares of the words with their bits; returns the results."""
+    size, first, mask = words.element_size(), words.data_ptr(), bits.data_ptr()
+    threads = _threads(words.numel())
+    shares = _shares(words.numel(), threads)
+    work = [(first + size * low, mask + low // 8, high - low) for low, high in shares]
+    return _call(functions[size], work, threads)
+
+
+def _call(function: Callable[..., Any], work: Sequence[tuple[int, ...]], threads: int) -> list[Any]:
     """Calls the function with each tuple of arguments, in parallel threads: ctypes releases the GIL."""
     if threads == 1:
-        for arguments in work:
-            function(*arguments)
-    else:
-        list(_pool(threads).map(lambda arguments: function(*arguments), work))
+        return [function(*arguments) for arguments in work]
+    return list(_pool(threads).map(lambda arguments: function(*arguments), work))
 
 
 @functools.cache
@@ -239,7 +249,10 @@ def _check(made: Library) -> None:
     bits = torch.from_numpy(np.packbits(kept.numpy(), bitorder="little"))
     for dtype in (torch.int16, torch.int32, torch.int64):
         words = torch.arange(1, 30, dtype=dtype, device="cpu")
+        words[0] = torch.iinfo(dtype).min  # the bits of -0
         expected = words * kept
+        if made.count_revived(words - expected, bits) != int((~kept[1:]).sum()) or made.count_revived(expected, bits):
+            raise RuntimeError(f"count_revived is wrong for words of {words.element_size()} bytes")
         made.zero_pruned_(words, bits)
         if not torch.equal(words, expected):
             raise RuntimeError(f"zero_pruned is wrong for words of {words.element_size()} bytes")

@@ -11,9 +11,10 @@ every state's first value. So the meaning comes from a table, by the optimizer's
 from __future__ import annotations
 
 import fnmatch
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -51,7 +52,11 @@ _SOAP = Kinds({"exp_avg": 0.0}, other=("exp_avg_sq", "GG", "Q"))
 
 #: By class name. Sources: torch/optim, deepspeed/ops, transformers, and the published code of each optimizer.
 KNOWN: Mapping[str, Kinds] = {
-    **dict.fromkeys(("Adam", "AdamW", "NAdam", "RAdam", "FusedAdam", "DeepSpeedCPUAdam", "FusedLamb", "Lamb"), _ADAM),
+    # Where two names have the same record, one can go on with the state of the other.
+    **dict.fromkeys(("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam"), _ADAM),
+    **dict.fromkeys(("FusedLamb", "Lamb"), replace(_ADAM)),
+    "NAdam": replace(_ADAM),
+    "RAdam": replace(_ADAM),
     "Adamax": Kinds({"exp_avg": 0.0, "exp_inf": 0.0}),
     "Adadelta": Kinds({"square_avg": 0.0, "acc_delta": 0.0}),
     "Adagrad": Kinds({"sum": lambda group: float(group.get("initial_accumulator_value", 0.0))}),
@@ -63,12 +68,13 @@ KNOWN: Mapping[str, Kinds] = {
     "ASGD": Kinds(sequences=("ax",)),
     "Rprop": Kinds({"prev": 0.0, "step_size": lambda group: float(group["lr"])}),
     "RMSprop": Kinds({"square_avg": 0.0, "momentum_buffer": 0.0, "grad_avg": 0.0}),
-    **dict.fromkeys(("SGD", "Muon"), Kinds({"momentum_buffer": 0.0})),
+    "SGD": Kinds({"momentum_buffer": 0.0}),
+    "Muon": Kinds({"momentum_buffer": 0.0}),
     "MuonWithAuxAdam": Kinds({"momentum_buffer": 0.0, "exp_avg": 0.0, "exp_avg_sq": 0.0}),
     **dict.fromkeys(("Lion", "FusedLion", "DeepSpeedCPULion"), Kinds({"exp_avg": 0.0})),
-    **dict.fromkeys(("AdamWScheduleFree", "SGDScheduleFree", "RAdamScheduleFree"), _FREE),
-    **dict.fromkeys(("AdamWScheduleFreeClosure", "SGDScheduleFreeClosure", "RAdamScheduleFreeClosure"), _FREE),
-    **dict.fromkeys(("ScheduleFreeAdamW", "ScheduleFreeSGD", "ScheduleFreeRAdam"), _FREE),
+    **{f"{name}ScheduleFree": replace(_FREE) for name in ("AdamW", "RAdam", "SGD")},
+    **{f"{name}ScheduleFreeClosure": replace(_FREE) for name in ("AdamW", "RAdam", "SGD")},
+    **{f"ScheduleFree{name}": replace(_FREE) for name in ("AdamW", "RAdam", "SGD")},
     "Shampoo": _SHAMPOO,
     "SOAP": _SOAP,
 }
@@ -76,6 +82,8 @@ KNOWN: Mapping[str, Kinds] = {
 _USUAL = Kinds({"exp_avg": 0.0, "exp_avg_sq": 0.0, "max_exp_avg_sq": 0.0, "momentum_buffer": 0.0})
 #: Where optimizers count in a parameter group: steps, and schedule-free's sums of its averaging.
 _COUNTERS = ("step", "k", "weight_sum", "lr_max")
+#: Optimizers that have stepped, or whose loaded state had. Some have no state that would show it, such as plain SGD.
+_USED: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
 
 class Optimizers(Sequence[torch.optim.Optimizer]):
@@ -108,9 +116,16 @@ class Optimizers(Sequence[torch.optim.Optimizer]):
         )
         #: True while a step is none of the training's: hooks ignore it.
         self.quiet = False
-        #: True once a step was seen, or state of a run that had stepped was loaded.
-        self.used = False
         self._first_counters = [{k: group[k] for k in _COUNTERS if k in group} for group in self.groups()]
+
+    @property
+    def used(self) -> bool:
+        """True once a step was seen, by this or an earlier engine, or state of a run that had stepped was loaded."""
+        return any(optimizer in _USED for optimizer in self)
+
+    @used.setter
+    def used(self, used: bool) -> None:
+        (_USED.update if used else _USED.difference_update)(self)
 
     def __len__(self) -> int:
         return len(self._members)
@@ -204,10 +219,13 @@ class Optimizers(Sequence[torch.optim.Optimizer]):
         """What the state of a member means: by the user's word, else by the first of its classes in the table."""
         names = [cls.__name__ for cls in type(optimizer).__mro__]
         table = next((KNOWN[name] for name in names if name in KNOWN), _USUAL)
+        given = self._given
+        if not (given.moments or given.sequences or given.other):
+            return table
         return Kinds(
-            {**table.moments, **self._given.moments},
-            table.sequences + self._given.sequences,
-            table.other + self._given.other,
+            {**{name: first for name, first in table.moments.items() if given.of(name) is None}, **given.moments},
+            tuple(name for name in table.sequences if given.of(name) is None) + given.sequences,
+            table.other + given.other,
         )
 
     def _group(self, owner: Tensor) -> Mapping[str, Any]:
@@ -321,10 +339,12 @@ def of_user(given: Any, meanings: Mapping[str, Meaning] | None = None) -> Optimi
                 "reach. Wrap the model by fairscale's ShardedDataParallel (with OSS), or by fully_shard and use a "
                 "plain torch optimizer."
             )
-        if isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        inner = next((v for v in vars(optimizer).values() if isinstance(v, torch.optim.Optimizer)), None)
+        if inner is not None:
             raise ValueError(
                 f"optimizer={name}: wraps another optimizer and may change the weights after its step, where masks "
-                f"would not hold. Pass the {type(inner).__name__} inside, and use it without the wrapper."
+                f"would not hold. Pass the {type(inner).__name__} inside; a wrapper that changes weights after that "
+                "one's step (Lookahead, averaging) cannot be used, one that restores them before it (SAM) can."
             )
         if not hasattr(optimizer, "_optimizer_step_post_hooks") or not getattr(type(optimizer).step, "hooked", False):
             raise ValueError(
@@ -333,6 +353,12 @@ def of_user(given: Any, meanings: Mapping[str, Meaning] | None = None) -> Optimi
             )
     if len({id(optimizer) for optimizer in members}) < len(members) or not members:
         raise ValueError("optimizer: the list is empty, or holds an optimizer twice. Pass each optimizer once.")
+    listed = [{id(p): p for group in o.param_groups for p in group["params"]} for o in members]
+    if twice := [p for i, own in enumerate(listed) for key, p in own.items() if any(key in o for o in listed[:i])]:
+        raise ValueError(
+            f"optimizer: two of {', '.join(type(o).__name__ for o in members)} update the same parameter (of shape "
+            f"{tuple(twice[0].shape)}). Give each parameter to one optimizer."
+        )
     return Optimizers(members, meanings=meanings)
 
 

@@ -135,7 +135,7 @@ def faults(out: Path) -> None:
         "no_rename": (lambda: engine.export(model, overwrite=True), mock.patch("pathlib.Path.rename", no_rename)),
     }
     found = {}
-    with mock.patch("gap_ds.export.folder.full_weights", counting):
+    with mock.patch("gap_ds.export.full_weights", counting):
         for name, (work, broken) in cases.items():
             gathered.clear()
             said = "nothing"

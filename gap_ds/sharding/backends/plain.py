@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gap_ds.method.plan import clean_name
 from gap_ds.sharding.backends import Backend, Training, uncompiled
-from gap_ds.sharding.comm import Comm
+from gap_ds.sharding.comm import Apart, Comm
 from gap_ds.sharding.optimizers import Optimizers
 from gap_ds.sharding.shard import Shard
 from gap_ds.storage.errors import summarize_error
@@ -43,6 +44,7 @@ def build(model: nn.Module, training: Training) -> Backend:
     module = uncompiled(wrapper.module) if isinstance(wrapper, DistributedDataParallel) else wrapper
     if isinstance(wrapper, DistributedDataParallel):
         require_world(dist.get_world_size(wrapper.process_group))
+        _refuse_ignored(wrapper)
     optimizers = training.optimizers()
     for name, parameter in module.named_parameters():
         if isinstance(parameter, DTensor):
@@ -70,14 +72,24 @@ def build(model: nn.Module, training: Training) -> Backend:
     )
 
 
+def _refuse_ignored(wrapper: DistributedDataParallel) -> None:
+    trained = {name for name, parameter in wrapper.module.named_parameters() if parameter.requires_grad}
+    if ignored := sorted(trained & set(wrapper.parameters_to_ignore)):
+        raise ValueError(
+            f"{clean_name(ignored[0])}: is trained, but DistributedDataParallel was told to ignore it, as experts are "
+            "that live on one rank each: its copies on the ranks would get different masks. Let it be reduced over all "
+            "ranks, or freeze it; expert parallelism is not supported."
+        )
+
+
 def require_world(ranks: int) -> None:
     """Checks that a model is trained by all ranks of the job.
 
     Raises:
-        ValueError: it is trained by fewer, as an expert or a stage of a pipeline is.
+        Apart: it is trained by fewer, as an expert or a stage of a pipeline is.
     """
     if ranks != dist.get_world_size():
-        raise ValueError(
+        raise Apart(
             f"the model is wrapped for {ranks} of the job's {dist.get_world_size()} ranks: all ranks must train the "
             "same model. Wrap it for all of them; models of groups of ranks (stages of a pipeline, experts, two models "
             "at once) are not supported."
@@ -85,11 +97,17 @@ def require_world(ranks: int) -> None:
 
 
 def whole_shards(module: nn.Module) -> list[Shard]:
-    """Shards that are the parameters themselves.
+    """Shards that are the parameters themselves, looked up in their modules at every use: they may be replaced.
 
     Raises:
         ValueError: a parameter does not lie in memory in the order of its indices.
     """
+
+    holders = {
+        id(parameter): partial(holder._parameters.__getitem__, leaf)
+        for holder in module.modules()
+        for leaf, parameter in holder._parameters.items()
+    }
 
     def shard(name: str, parameter: nn.Parameter) -> Shard:
         if not parameter.is_contiguous():
@@ -98,7 +116,8 @@ def whole_shards(module: nn.Module) -> list[Shard]:
                 "Convert the activations only: x.to(memory_format=torch.channels_last) makes convolutions as fast."
             )
         shape = tuple(parameter.shape)
-        return Shard(clean_name(name), shape, 0, parameter.numel(), 0, lambda: parameter, parameter.requires_grad)
+        owner = cast(Callable[[], Tensor], holders[id(parameter)])
+        return Shard(clean_name(name), shape, 0, parameter.numel(), 0, owner, parameter.requires_grad)
 
     return [shard(name, parameter) for name, parameter in module.named_parameters()]
 

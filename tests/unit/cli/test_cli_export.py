@@ -333,7 +333,7 @@ def test_buffers_keep_their_dtype(command_line: Run, dtype: str) -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.ResNetConfig(
-        num_channels=1, embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], num_labels=3
+        num_channels=1, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=3
     )
     model = transformers.ResNetForImageClassification(config)
     pixels, labels = torch.randn(4, 1, 32, 32), torch.tensor([0, 1, 2, 0])

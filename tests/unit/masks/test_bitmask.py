@@ -118,6 +118,21 @@ def test_zero_pruned_stays_inside_its_piece(dtype: torch.dtype, device: str, off
         assert np.array_equal(words(moved).numpy(), expected)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_revived_weights_of_many_pieces(dtype: torch.dtype, device: str) -> None:
+    """-0.0 is 0 and NaN is not. Some pieces are large enough for the compiled loop."""
+    pieces, expected = [], []
+    for n in LENGTHS:
+        kept, weights = some_mask(n), some_weights(n, dtype)
+        expected.append(int(((weights != 0) & ~torch.from_numpy(kept)).sum()))
+        pieces.append((weights.to(device), bitmask.pack(torch.from_numpy(kept).to(device))))
+    assert bitmask.count_revived_all(pieces) == expected and sum(expected)
+    for piece, bits in pieces:
+        bitmask.zero_pruned_(piece, bits)
+    assert not any(bitmask.count_revived_all(pieces)) and bitmask.count_revived_all([]) == []
+
+
 def test_zero_pruned_twice_is_once() -> None:
     kept, weights = torch.from_numpy(some_mask(100)), torch.randn(100, generator=torch.Generator().manual_seed(0))
     bits = bitmask.pack(kept)

@@ -89,6 +89,49 @@ def test_large_pieces_use_the_compiled_loop(monkeypatch: pytest.MonkeyPatch, dty
     assert torch.equal(piece.view(words), before.view(words) * kept)
 
 
+@needs_compiler
+@PROPERTY
+@given(
+    dtype=st.sampled_from([torch.bfloat16, torch.float32, torch.float64]),
+    count=st.integers(0, 300),
+    offset=st.integers(0, 5),
+    density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    zeros=st.sampled_from([0.0, 0.99, 1.0]),
+    seed=st.integers(0, 99),
+)
+def test_revived_weights_are_counted_as_by_pytorch(
+    dtype: torch.dtype, count: int, offset: int, density: float, zeros: float, seed: int
+) -> None:
+    """At unaligned addresses. Zeros of both signs are 0; NaN and subnormal numbers are not; only the piece counts."""
+    generator = torch.Generator().manual_seed(seed)
+    some = torch.tensor([float("nan"), float("inf"), 1e-40, -1.0], dtype=torch.float64)
+    buffer = some[torch.randint(4, (offset + count + 9,), generator=generator)].to(dtype)
+    place = torch.rand(offset + count + 9, generator=generator)
+    buffer[place < zeros] = 0.0
+    buffer[place < zeros / 2] = -0.0
+    piece = buffer[offset : offset + count]
+    kept = torch.rand(count, generator=generator) < density
+    words = piece.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[piece.element_size()])
+    expected = int(((piece != 0) & ~kept).sum())
+    assert loops().count_revived(words, bitmask.pack(kept)) == expected
+    assert bitmask.count_revived(piece, bitmask.pack(kept)) == expected
+
+
+@needs_compiler
+def test_threads_share_the_counting_of_revived_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_SHARED", 1)
+    monkeypatch.setattr(bitmask, "COMPILED", 1)
+    piece, kept = torch.ones(1003), torch.rand(1003, generator=torch.Generator().manual_seed(0)) < 0.5
+    threads = torch.get_num_threads()
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            assert bitmask.count_revived(piece, bitmask.pack(kept)) == 1003 - int(kept.sum())
+            assert bitmask.count_revived(piece * kept, bitmask.pack(kept)) == 0
+    finally:
+        torch.set_num_threads(threads)
+
+
 # -- selection ---------------------------------------------------------------------------------------------------------
 
 
@@ -319,6 +362,7 @@ def test_a_compiler_that_fails_is_not_used(
     ("change", "reason"),
     [
         (r"s/\*eight &=/*eight |=/", "zero_pruned is wrong for words of 2 bytes"),
+        (r"s/mask\[i\]) & bits) != bits/mask[i]) \& bits) == bits/", "count_revived is wrong for words of 2 bytes"),
         (r"s/0x7F800000 ? -1/0x7F800000 ? 0/", "magnitude_keys is wrong"),
         (r"s/- base\]++/- base] += 2/", "count_keys is wrong"),
         (r"s/return many/return 0/", "keys_with is wrong"),
