@@ -56,6 +56,7 @@ def _checkpoint(folder: Path, progress: Progress) -> dict[str, Any]:
         for name, kept in masked.items()
         if nonzero.get(name, 0) > kept
     ]
+    figures["notes"].append(f"the weights of {len(masked.keys() & nonzero)} masked entries were counted beside them")
     if lost := [name for name in masked if name not in nonzero]:
         figures["notes"].append(f"{printable(lost[0])} has another name in the files of weights, so it is not counted")
     return figures

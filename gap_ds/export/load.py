@@ -19,9 +19,9 @@ from gap_ds.storage.errors import printable, summarize_error
 def load_compact(folder: str | Path, **options: Any) -> Any:
     """The model of a compact folder, equal bit for bit to the dense export's, in evaluation mode, on the CPU.
 
-    A folder with a config.json of transformers becomes a Hugging Face model of the class that the config names; code that comes with a
-    model is never run. Any other folder becomes a dict of tensors, for `load_state_dict`. Weights become dense one at a
-    time: the memory is that of the model and one of them.
+    A folder with the config.json of a transformers model becomes that model; code that comes with a model is never run.
+    Any other folder becomes a dict of tensors, for `load_state_dict`. Weights become dense one at a time: the memory is
+    that of the model and one of them.
 
     Args:
         options: for `from_pretrained`, such as `dtype`.
