@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gap_ds.export.info import INFO, EntryInfo, ExportInfo, Score
+from gap_ds.export.info import INFO, EntryInfo, ExportInfo, Score, has_model_config
 from gap_ds.storage.json import read_json, write_json
 
 CARD = "README.md"
@@ -21,7 +21,7 @@ _TEMPLATE = """\
 
 Scheduled grow-and-prune. {matrices} matrices keep {info.kept:,} of {info.numel:,} weights: \
 {info.entry_sparsity:.2%} of them are exactly zero, which is {info.model_sparsity:.2%} of the whole model. \
-{exported}
+{info.progress}
 
     {info.signature}
 
@@ -53,7 +53,6 @@ def write_card(folder: Path) -> None:
         front="".join(f"{key}: {json.dumps(value)}\n" for key, value in head.items()),
         matrices=len(info.entries),
         info=info,
-        exported=_exported(info),
         entries="\n".join(_entry_rows(info.entries)),
         scores=_SCORES.format(rows="\n".join(map(_score_row, info.scores))) if info.scores else "",
         loading=_loading(folder, config),
@@ -86,23 +85,9 @@ def add_scores(folder: Path, scores: Mapping[str, float], dataset: str, how: str
 def _config(folder: Path) -> dict[str, Any] | None:
     """A transformers model's config; None if there is none that can be read."""
     try:
-        config = read_json(folder / "config.json", dict[str, Any])
+        return read_json(folder / "config.json", dict[str, Any]) if has_model_config(folder) else None
     except ValueError:
         return None
-    return config if "model_type" in config or "architectures" in config else None
-
-
-def _exported(info: ExportInfo) -> str:
-    """The sentences on how far the schedule was trained."""
-    steps = f"Exported after {info.applied_steps:,}"
-    if info.total_steps is None or (info.finished and not info.finished_early):
-        return f"{steps} optimizer steps."
-    steps += f" of {info.total_steps:,} optimizer steps"
-    if info.finished_early:
-        return f"{steps}: the schedule was ended early."
-    names = ", ".join(map(str, info.pruned_in_copy))
-    pruned = f" The partitions {names} were dense then, and are pruned in this copy without fine-tuning."
-    return f"{steps}, in {info.phase}: the schedule is not finished.{pruned if names else ''}"
 
 
 def _score_row(score: Score) -> str:

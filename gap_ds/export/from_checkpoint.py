@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gap_ds import checkpoint
 from gap_ds.checkpoint import foreign, portable
+from gap_ds.checkpoint.inspect import is_masks_alone
 from gap_ds.checkpoint.run_state import State
 from gap_ds.export.folder import buffers, check_range, copy_config, describe
 from gap_ds.export.info import ExportInfo
@@ -37,8 +38,14 @@ def find_whole(folder: Path) -> Path | None:
     """The checkpoint that a folder is, or the newest whole one in it; None if there is none.
 
     Raises:
-        ValueError: there are checkpoints, and none is whole.
+        ValueError: there are checkpoints, and none is whole; or the newest one is of a Trainer.
     """
+    for one in (folder, folder / "gap", *(path / "gap" for path in checkpoint.candidates(folder)[:1])):
+        if is_masks_alone(one):
+            raise ValueError(
+                f"{one}: holds masks alone, beside weights that a Trainer or Accelerate saved. Resume the training "
+                "from there, and call engine.export (with a Trainer callback.engine.export)."
+            )
     if (folder / "gap" / "state.json").is_file():
         folder = folder if folder.name not in ("", "..") else folder.resolve()
         return checkpoint.find_whole(folder.parent, folder.name, Comm(single=True))

@@ -85,6 +85,19 @@ class ExportInfo(ExportKeys):
     entries: dict[str, EntryInfo]
     scores: list[Score] = Field(default_factory=list)
 
+    @property
+    def progress(self) -> str:
+        """Sentences on how far the schedule was trained."""
+        steps = f"Exported after {self.applied_steps:,}"
+        if self.total_steps is None or (self.finished and not self.finished_early):
+            return f"{steps} optimizer steps."
+        steps += f" of {self.total_steps:,} optimizer steps"
+        if self.finished_early:
+            return f"{steps}: the schedule was ended early."
+        names = ", ".join(map(str, self.pruned_in_copy))
+        pruned = f" Dense partitions ({names}) are pruned in this copy, without fine-tuning."
+        return f"{steps}, in {self.phase}: the schedule is not finished.{pruned if names else ''}"
+
     @classmethod
     def of(
         cls,
@@ -147,3 +160,12 @@ def renew_digests(folder: Path) -> None:
     """Writes the digests of a folder's weights to its gap.json."""
     digests = {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
     write_json(folder / INFO, read_json(folder / INFO, ExportKeys).model_copy(update={"sha256": digests}))
+
+
+def has_model_config(folder: Path) -> bool:
+    """True if a folder has the config.json of a transformers model, maybe damaged; those of others lack its keys."""
+    path = folder / "config.json"
+    try:
+        return path.is_file() and not {"model_type", "architectures"}.isdisjoint(read_json(path, dict[str, Any]))
+    except ValueError:
+        return True

@@ -149,17 +149,11 @@ def export(run: Run, folder: Path, place: Place, tokenizer: Any, dtype: torch.dt
         nonzero = {entry.name: int(weights[entry.name].count_nonzero()) for entry in run.plan.entries}
         info = exports.ExportInfo.of(run.plan, run.schedule, run.config, run.signature, step, place.over, nonzero)
         planned = run.schedule.mean_density(*run.plan.per_partition())
+        if not info.finished:
+            run.say(f"{target}: {info.progress} Train to the end of the schedule for the final model.", logging.WARNING)
         flops = {"training_flops": info.mean_density, "planned_training_flops": planned}
         return info.model_copy(update={key: run.plan.training_flops(density) for key, density in flops.items()})
 
-    if not place.over and step < run.schedule.total_steps:
-        dense = sorted({entry.partition for entry in run.to_prune(phase)})
-        copy = f"; partitions {dense} are pruned in the copy, without fine-tuning" if dense else ""
-        run.say(
-            f"{target}: exported after {step} of {run.schedule.total_steps} steps, in {phase}: the schedule is not "
-            f"finished{copy}. Train it to its end for the final model.",
-            logging.WARNING,
-        )
     exports.save(
         target, run.backend.module, gather, about, run.world, tokenizer=tokenizer, dtype=dtype, overwrite=overwrite
     )

@@ -359,7 +359,10 @@ def test_names_cannot_move_the_cursor(run: Run, make: Make) -> None:
         (".", ".: is the folder of a run; inspect ./model or ./checkpoints."),
         ("model/gap.json", "model/gap.json: is a file; inspect the folder that it is in."),
         ("empty", "empty: holds neither a checkpoint (gap/state.json) nor an export (gap.json and model.safetensors)."),
-        ("foreign", "foreign: holds weights and no gap.json: it was not exported by gap_ds."),
+        (
+            "foreign",
+            "foreign: holds weights and no gap.json: it was not exported by gap_ds. Write the model by engine.export.",
+        ),
     ],
 )
 def test_what_cannot_be_inspected(run: Run, make: Make, folder: str, message: str) -> None:
