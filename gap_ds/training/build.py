@@ -58,7 +58,7 @@ def build(
     steps = _steps(steps_per_epoch, batches_per_epoch, backend.micro_batches) if config.in_epochs else None
     if steps != (steps_per_epoch or batches_per_epoch):
         phases = schedule.build(config, steps, worker.index if worker else 0)
-    if config.mask_init == "auto":
+    if config.mask_init == "auto" and config.record.reads_setting("mask_init"):
         config = config.model_copy(update={"mask_init": "magnitude" if _pretrained(backend.module) else "random"})
     of_model = _plan(config, backend, masks_from)
     state = MaskState(of_model, config, backend)

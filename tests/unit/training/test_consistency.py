@@ -108,7 +108,7 @@ def test_copies_on_groups_of_ranks_are_compared() -> None:
     other = [kept[0], [True, False, True, False]]
     for error in Ranks(4).run(check([kept, other])):
         assert isinstance(error, ValueError)
-        assert str(error).startswith("layers.1.weight: its masks differ between ranks 0 and 2, 3, so the run has")
+        assert str(error).startswith("layers.1.weight: its masks differ between ranks 0 and 2, 3, so their copies")
 
 
 def test_one_group_has_nothing_to_compare() -> None:
