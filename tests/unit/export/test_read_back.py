@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gap_ds import GaPConfig, GaPEngine
-from gap_ds.export import compact, expand, load_compact, writing
+from gap_ds.export import compact, expand, from_checkpoint, load_compact, writing
+from gap_ds.export.weights import Counted, write_weights
 
 STEPS = {"phase_steps": 3, "rounds": 2, "finetune_steps": 2}
 GAP = {"sparsity": 0.75, "partitions": 2, **STEPS}
@@ -190,6 +191,23 @@ def test_a_difference_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     with pytest.raises(ValueError, match=r"out: was not written: read back, the files differ from gap\.json") as error:
         engine.export(tmp_path / "out")
     assert said in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_an_export_from_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = train(Net(), 7).save_checkpoint(tmp_path / "checkpoints")
+    from_checkpoint.export_checkpoint(saved, tmp_path / "out", progress=lambda *_: None)
+    checked(tmp_path / "out")
+    monkeypatch.setattr(
+        from_checkpoint,
+        "write_weights",
+        lambda path, tensors, _: (
+            write_weights(path, {name: tensors[name] for name in tensors if name != "layers.1.fc.weight"})
+            | {"layers.1.fc.weight": Counted((8, 8), 16)}
+        ),
+    )
+    with pytest.raises(ValueError, match=r"again: was not written: .*: layers\.1\.fc\.weight is in no file"):
+        from_checkpoint.export_checkpoint(saved, tmp_path / "again", progress=lambda *_: None)
+    assert not list(tmp_path.glob("again*"))
 
 
 @pytest.mark.parametrize("form", ["compact", "dense"])
