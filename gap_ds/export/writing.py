@@ -77,8 +77,11 @@ def tied_names(module: nn.Module, names: Container[str]) -> dict[str, str]:
     {'b.weight': 'a.weight', 'b.bias': 'a.bias'}
     """
     groups: dict[int, list[str]] = {}
+    buffers = {id(buffer) for buffer in module.buffers()}
     for prefix, owner in module.named_modules(remove_duplicate=False):
-        for key, tensor in (owner._parameters | owner._buffers).items():
+        # Flat sharding leaves views of its flat parameter in the place of parameters.
+        views = [(k, v) for k, v in vars(owner).items() if isinstance(v, Tensor) and id(v) not in buffers]
+        for key, tensor in (*owner._parameters.items(), *owner._buffers.items(), *views):
             if tensor is not None and key not in owner._non_persistent_buffers_set:
                 groups.setdefault(id(tensor), []).append(clean_name(f"{prefix}.{key}" if prefix else key))
     return {
