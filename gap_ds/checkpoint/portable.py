@@ -81,7 +81,9 @@ def _write(path: Path, shards: list[Shard], optimizers: Optimizers, buffers: Map
         "files": str(files),
         "pieces": json.dumps({shard.name: [shard.start, shard.numel] for shard in shards}),
         "numbers": json.dumps(numbers),
-        "groups": json.dumps([_settings(group) for group in optimizers.groups()]),
+        "groups": json.dumps(
+            [_settings(group, optimizer) for optimizer in optimizers for group in optimizer.param_groups]
+        ),
     }
     layout = {key: (vector.dtype, (vector.numel(),)) for key, vector in vectors.items()}
     with Writer(path, layout, metadata) as file:
@@ -100,17 +102,25 @@ def _number(kind: str, value: Any, optimizer: str) -> float:
     )
 
 
-def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a parameter group that are numbers, or lists of numbers, but for `step`."""
+#: Settings of a parameter group that decide what its optimizer keeps, and what the weights are.
+_KINDS, _FLAGS = ("amsgrad", "centered"), ("amsgrad", "centered", "train_mode")
+
+
+def _settings(group: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The settings of a parameter group that are numbers, or lists of numbers, and some flags.
+
+    `step` is one of them where the optimizer counts nowhere else.
+    """
+    counted = any("step" in optimizer.state.get(parameter, {}) for parameter in group["params"])
     plain = {
         key: float(value) if isinstance(value, Tensor) else value for key, value in group.items() if key != "params"
     }
     return {
         key: value
         for key, value in plain.items()
-        if key != "step"
+        if not (key == "step" and counted)
         and all(
-            isinstance(v, int | float) and not isinstance(v, bool)
+            isinstance(v, int | float) and (not isinstance(v, bool) or key in _FLAGS)
             for v in (value if isinstance(value, list | tuple) else [value])
         )
     }
@@ -197,6 +207,19 @@ def _check(
             f"{folder}: was saved with {len(files[0].groups)} parameter groups, and the optimizer now has "
             f"{len(optimizers.groups())}. Build it with the same groups in the same order."
         )
+    for i, (saved, group) in enumerate(zip(files[0].groups, optimizers.groups(), strict=True)):
+        if other := [key for key in _KINDS if key in saved and saved[key] != group.get(key)]:
+            raise ValueError(
+                f"{folder}: was saved with {other[0]}={saved[other[0]]} in parameter group {i}, and the optimizer now "
+                f"has {group.get(other[0])}. Resume with the optimizer it was saved with."
+            )
+    held = optimizers.held()
+    for shard in shards:
+        if shard.numel and id(shard.owner()) not in held and any(file.kinds(shard.name) for file in files):
+            raise ValueError(
+                f"{folder}: holds the optimizer's state of {shard.name}, which {optimizers.names} does not update. "
+                "Build the optimizer over the same parameters."
+            )
 
 
 def weights(folder: Path, shapes: Mapping[str, tuple[int, ...]], stack: contextlib.ExitStack) -> Mapping[str, Tensor]:
@@ -257,7 +280,7 @@ def _restore(files: list[_File], shards: list[Shard], buffers: Mapping[str, Tens
     owners: dict[int, tuple[Tensor, list[Shard]]] = {}
     for shard in shards:
         # An owner of which this rank has nothing still counts steps, where the optimizer holds it.
-        if shard.trainable and (shard.numel or id(shard.owner()) in held):
+        if shard.trainable and id(shard.owner()) in held:
             owners.setdefault(id(shard.owner()), (shard.owner(), []))[1].append(shard)
     for owner, own in owners.values():
         _restore_state(files, owner, own, optimizers.holder(owner))
@@ -300,5 +323,5 @@ def _as_state(value: float, owner: Tensor, optimizer: torch.optim.Optimizer) -> 
 def _set(group: dict[str, Any], key: str, value: Any) -> None:
     if isinstance(group.get(key), Tensor):
         group[key].fill_(value)
-    elif key in group:
+    elif key in group or key == "step":
         group[key] = tuple(value) if isinstance(value, list) else value

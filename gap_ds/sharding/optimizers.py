@@ -11,6 +11,7 @@ every state's first value. So the meaning comes from a table, by the optimizer's
 from __future__ import annotations
 
 import fnmatch
+import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -69,11 +70,12 @@ KNOWN: Mapping[str, Kinds] = {
     "Rprop": Kinds({"prev": 0.0, "step_size": lambda group: float(group["lr"])}),
     "RMSprop": Kinds({"square_avg": 0.0, "momentum_buffer": 0.0, "grad_avg": 0.0}),
     "SGD": Kinds({"momentum_buffer": 0.0}),
-    "Muon": Kinds({"momentum_buffer": 0.0}),
-    "MuonWithAuxAdam": Kinds({"momentum_buffer": 0.0, "exp_avg": 0.0, "exp_avg_sq": 0.0}),
+    # Some variants step what is no matrix by Adam.
+    **{
+        name: Kinds({"momentum_buffer": 0.0, "exp_avg": 0.0, "exp_avg_sq": 0.0}) for name in ("Muon", "MuonWithAuxAdam")
+    },
     **dict.fromkeys(("Lion", "FusedLion", "DeepSpeedCPULion"), Kinds({"exp_avg": 0.0})),
     **{f"{name}ScheduleFree": replace(_FREE) for name in ("AdamW", "RAdam", "SGD")},
-    **{f"{name}ScheduleFreeClosure": replace(_FREE) for name in ("AdamW", "RAdam", "SGD")},
     **{f"ScheduleFree{name}": replace(_FREE) for name in ("AdamW", "RAdam", "SGD")},
     "Shampoo": _SHAMPOO,
     "SOAP": _SOAP,
@@ -270,9 +272,9 @@ class Optimizers(Sequence[torch.optim.Optimizer]):
             if not made:
                 optimizer.state.clear()
         for group, first in zip(self.groups(), self._first_counters, strict=False):
+            for key in _COUNTERS:
+                group.pop(key, None)  # some make it in their first step, and their state with it
             group.update(first)
-            if "step" in group:  # DeepSpeed's fused optimizers count here
-                group["step"] = 0
 
     @contextmanager
     def aside(self) -> Iterator[Aside]:
@@ -301,6 +303,8 @@ class Optimizers(Sequence[torch.optim.Optimizer]):
                     optimizer.state.clear()
                     optimizer.state.update(state)
                 for group, settings in zip(self.groups(), saved.settings, strict=True):
+                    for key in group.keys() - settings.keys() - {"params"}:
+                        del group[key]
                     group.update(settings)
             for parameter, gradient in gradients:
                 parameter.grad = gradient
@@ -338,6 +342,13 @@ def of_user(given: Any, meanings: Mapping[str, Meaning] | None = None) -> Optimi
                 f"optimizer={name}: shards the optimizer of an unsharded model, so that its state would be out of "
                 "reach. Wrap the model by fairscale's ShardedDataParallel (with OSS), or by fully_shard and use a "
                 "plain torch optimizer."
+            )
+        if (
+            closure := inspect.signature(optimizer.step).parameters.get("closure")
+        ) and closure.default is closure.empty:
+            raise ValueError(
+                f"optimizer={name}: its step() needs a closure, without which its state can be neither saved nor "
+                "restored. Use another optimizer."
             )
         inner = next((v for v in vars(optimizer).values() if isinstance(v, torch.optim.Optimizer)), None)
         if inner is not None:

@@ -161,24 +161,22 @@ def _pretrained(module: nn.Module) -> bool:
 
 
 def _check_held(state: MaskState, backend: Backend) -> None:
-    """Checks that the optimizers hold this rank's pieces of the model.
+    """Checks that the optimizers update every entry of which this rank has a piece; ValueError if not.
 
-    Raises:
-        ValueError: they lack an entry; or they lack another trained parameter and hold a tensor that is no parameter.
+    Where parameters are spread over ranks and an optimizer holds other tensors than their pieces, it was built from
+    other parameters than those that are trained: then every trained parameter is checked.
     """
     held = backend.optimizers.held()
-    shards = backend.shards()
-    owners = {id(shard.owner()) for shard in shards}
-    missing = [name for name, shard in state.shards.items() if shard.numel and id(shard.owner()) not in held]
-    why = f"{len(missing)} of {len(state.shards)} entries are missing), so it would be pruned and not trained"
-    if not missing and backend.comm.size > 1 and not held <= owners:
-        missing = [s.name for s in shards if s.trainable and s.numel and id(s.owner()) not in held]
-        why = f"{len(missing)} parameters are missing), and holds tensors that are none of the model's"
+    own = {shard.name: shard for shard in backend.shards() if shard.trainable and shard.numel}
+    foreign = backend.comm.size > 1 and not held <= {id(shard.owner()) for shard in own.values()}
+    wanted = own if foreign else {name: shard for name, shard in state.shards.items() if shard.numel}
+    missing = [name for name, shard in wanted.items() if id(shard.owner()) not in held]
     if missing:
         raise ValueError(
-            f"optimizer={backend.optimizers.names}: does not hold {missing[0]} ({why}. Build the optimizer from the "
-            "wrapped model's parameters(), after the model is wrapped and before its first forward pass; pass all "
-            "optimizers as a list (optimizer=[muon, adamw]); or freeze what is not trained (requires_grad_(False))."
+            f"optimizer={backend.optimizers.names}: does not hold {missing[0]} ({len(missing)} of {len(wanted)} "
+            "are missing), so it would not be trained. Build the optimizer from the wrapped model's "
+            "parameters(), after the model is wrapped and before its first forward pass; pass all optimizers as a "
+            "list (optimizer=[muon, adamw]); or freeze what is not trained (requires_grad_(False))."
         )
 
 

@@ -51,8 +51,9 @@ class GaPEngine:
         config: a GaPConfig, a dict, the path of a JSON or YAML file, or the name of a shipped config.
         optimizer: the optimizer, already built over the model's parameters, or a list of several, such as Muon for
             matrices and AdamW for the rest: an update is complete when all have stepped. Not for a DeepSpeed engine.
-        lr_scheduler: one or a list, stepped once per applied step. With `lr_restart` it starts again in every phase, so
-            it should cover one phase.
+        lr_scheduler: one or a list, stepped once per applied step; one that needs a metric (ReduceLROnPlateau) is only
+            saved and restored, and you step it. With `lr_restart` it starts again in every phase, so it should cover
+            one phase.
         steps_per_epoch, batches_per_epoch: updates in an epoch, or micro-batches, len(loader); one of them is required
             if the config counts in epochs.
         nonfinite_loss: what to do about a loss that is NaN or infinite. `stop`: raise before the next boundary or
@@ -103,10 +104,11 @@ class GaPEngine:
         self.last_boundary_seconds = 0.0
         self._updates = Updates(self.run, lambda: self._place)
         self.run.say(f"{self.signature}\n{self.plan.summary()}")
-        if masks_from is None:
-            self._enter(None, self.phase)
-        else:
-            self.load_masks(masks_from)
+        try:
+            self._enter(None, self.phase) if masks_from is None else self.load_masks(masks_from)
+        except BaseException:
+            self._updates.close()  # another engine may hook the optimizers
+            raise
 
     @classmethod
     def initialize(cls, *, model: nn.Module, config: Any, gap_config: Any, **arguments: Any) -> GaPEngine:
@@ -196,16 +198,16 @@ class GaPEngine:
         )
 
     def finish(self) -> bool:
-        """Ends the schedule now: prunes what is dense, as the last boundary would. Returns whether anything was dense.
+        """Ends the schedule now: prunes what is dense, as the last boundary would. Returns True if anything was dense.
 
         For a training that stops early. Training on keeps the masks fixed. All ranks must call this. A worker of
         parallel GaP prunes only its own partition, without an exchange: what the others have trained since the last
         round stays with them.
         """
         pruned = boundary.finish(self.run, self.phase, self.applied_steps)
+        self._place = Place(self.applied_steps, over=True)
         if pruned:
             self._updates.watch()
-            self._place = Place(self.applied_steps, over=True)
             for observer in self.run.observers:
                 observer.masks_changed(self.applied_steps, self.phase)
             self.run.say(f"step {self.applied_steps}: ended early, {pruned} entries pruned, density {self.density:.4f}")

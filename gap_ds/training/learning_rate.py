@@ -14,7 +14,7 @@ from gap_ds.sharding.optimizers import Optimizers
 
 
 class LearningRate:
-    """Schedulers, their states and their learning rates before the first step.
+    """Schedulers, with their states and what they set in the parameter groups before the first step.
 
     Args:
         schedulers: anything with `state_dict` and `load_state_dict`; empty if the run has none.
@@ -24,7 +24,7 @@ class LearningRate:
     def __init__(self, schedulers: Sequence[Any], optimizers: Optimizers) -> None:
         self.schedulers = list(schedulers)
         self._optimizers = optimizers
-        self._first = [(copy.deepcopy(s.state_dict()), [_number(g["lr"]) for g in self._groups(s)]) for s in schedulers]
+        self._first = [(copy.deepcopy(s.state_dict()), [_settings(g) for g in self._groups(s)]) for s in schedulers]
 
     def _groups(self, scheduler: Any) -> list[dict[str, Any]]:
         """The parameter groups that a scheduler sets; a wrapped optimizer (OSS) may copy them to its innermost."""
@@ -33,14 +33,15 @@ class LearningRate:
         return groups
 
     def restart(self) -> None:
-        """Sets schedulers and learning rates to what they were when the engine was built."""
-        for scheduler, (state, rates) in zip(self.schedulers, self._first, strict=True):
+        """Sets schedulers and what they set (learning rate, momentum) to what they were when the engine was built."""
+        for scheduler, (state, settings) in zip(self.schedulers, self._first, strict=True):
             scheduler.load_state_dict(copy.deepcopy(state))
-            for group, rate in zip(self._groups(scheduler), rates, strict=True):
-                if isinstance(group["lr"], Tensor):
-                    group["lr"].fill_(rate)
-                else:
-                    group["lr"] = rate
+            for group, first in zip(self._groups(scheduler), settings, strict=True):
+                for name, value in first.items():
+                    if isinstance(group[name], Tensor):
+                        group[name].fill_(value)
+                    else:
+                        group[name] = value
 
     def state(self) -> list[Any] | None:
         """The schedulers' states as JSON can hold them, without their functions, which no load needs."""
@@ -53,8 +54,10 @@ class LearningRate:
                 scheduler.load_state_dict(_from_json(state))
 
 
-def _number(value: Any) -> Any:
-    return value.item() if isinstance(value, Tensor) else value
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    """What a scheduler of torch sets in a parameter group: the learning rate, and the momentum of cyclic ones."""
+    found = {name: group[name] for name in ("lr", "momentum", "betas") if name in group}
+    return {name: value.item() if isinstance(value, Tensor) else value for name, value in found.items()}
 
 
 _ITEMS, _TENSOR, _TUPLE = "__items__", "__tensor__", "__tuple__"

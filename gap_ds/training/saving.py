@@ -21,6 +21,7 @@ from gap_ds import export as exports
 from gap_ds._version import __version__
 from gap_ds.checkpoint import portable as portable_files
 from gap_ds.checkpoint.run_state import RandomState, State
+from gap_ds.sharding.backends import OtherOptimizerError
 from gap_ds.sharding.comm import raise_on_all_ranks
 from gap_ds.storage.errors import summarize_error
 from gap_ds.storage.json import read_json, write_json
@@ -242,6 +243,7 @@ def _restore_weights(run: Run, path: Path, state: State) -> None:
         portable_files.read(path / "gap", backend, run.buffers(), run.world)
         backend.publish()
         backend.recount(state.applied_steps, state.counters)
+        optimizers.used = optimizers.used or state.applied_steps > 0
         return
     if was != now and not (backend.reshards and state.backend == backend.name):
         raise ValueError(
@@ -250,6 +252,8 @@ def _restore_weights(run: Run, path: Path, state: State) -> None:
         )
     try:
         backend.load(path)
+    except OtherOptimizerError:
+        raise
     except Exception as error:  # each library has errors of its own for a damaged, missing or foreign file
         raise ValueError(
             f"{path}: {now} cannot restore what {was} saved ({summarize_error(error)}). Use an earlier "

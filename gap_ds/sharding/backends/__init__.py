@@ -20,6 +20,10 @@ from gap_ds.sharding.optimizers import Meaning, Optimizers, of_user
 from gap_ds.sharding.shard import Shard
 
 
+class OtherOptimizerError(ValueError):
+    """A checkpoint holds the state of another optimizer. Nothing was changed."""
+
+
 @dataclass(frozen=True)
 class Backend:
     """What the engine needs to know of a sharding library.

@@ -19,9 +19,10 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_distribu
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from gap_ds.method.plan import clean_name
-from gap_ds.sharding.backends import Backend, Training, uncompiled
+from gap_ds.sharding.backends import Backend, OtherOptimizerError, Training, uncompiled
 from gap_ds.sharding.comm import Apart, Comm
 from gap_ds.sharding.optimizers import Optimizers
 from gap_ds.sharding.shard import Shard
@@ -193,7 +194,8 @@ class Loop:
             scaler.update()
         if scaler is None or scaler.get_scale() >= before:  # else the update was left out
             for scheduler in self.schedulers:
-                scheduler.step()
+                if not isinstance(scheduler, ReduceLROnPlateau):  # its step takes a metric, which the user has
+                    scheduler.step()
         self.clear()
 
 
@@ -201,7 +203,7 @@ def save_state(module: nn.Module, optimizers: Optimizers, folder: Path) -> None:
     """Weights and optimizer state by torch.distributed.checkpoint, which also reshards them."""
     with optimizers.aside():
         stepped = optimizers.stepped
-        model, optimizer = get_state_dict(module, list(optimizers))
+        model, optimizer = _state_dict(module, optimizers)
         state = {"model": model, "optimizer": optimizer, "stepped": stepped}
         try:
             save_distributed(state, checkpoint_id=folder / "state", no_dist=not dist.is_initialized())
@@ -209,17 +211,27 @@ def save_state(module: nn.Module, optimizers: Optimizers, folder: Path) -> None:
             raise _first_failure(folder / "state", error) from error
 
 
+def _state_dict(module: nn.Module, optimizers: Optimizers) -> tuple[dict[str, Any], Any]:
+    """Weights and optimizer state by parameter name; torch makes the state by a step where there is none."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            if not optimizer.state and "train_mode" in group:
+                group["train_mode"] = True  # schedule-free optimizers refuse that step in the other mode
+    return get_state_dict(module, list(optimizers))
+
+
 def load_state(module: nn.Module, optimizers: Optimizers, folder: Path) -> None:
     """Reads what `save_state` wrote into the same module and optimizers. State that was not saved is cleared.
 
     Raises:
-        ValueError: it cannot be read, or another optimizer's state was saved; nothing was changed.
+        OtherOptimizerError: another optimizer's state was saved; nothing was changed.
+        ValueError: it cannot be read.
     """
     path, alone = folder / "state", not dist.is_initialized()
     with optimizers.aside() as aside:  # torch makes the state that is filled by a step, which must not count
         for optimizer in optimizers:
             optimizer.state.clear()
-        model_state, optimizer_state = get_state_dict(module, list(optimizers))
+        model_state, optimizer_state = _state_dict(module, optimizers)
         by_name = cast(dict[str, dict[str, Any]], optimizer_state["state"])
         made = {name: set(state) for name, state in by_name.items()}
         state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
@@ -228,6 +240,7 @@ def load_state(module: nn.Module, optimizers: Optimizers, folder: Path) -> None:
         try:
             load_distributed(facts, checkpoint_id=path, no_dist=alone)
             saved = _saved_state(path, made)
+            _check_groups(path, optimizer_state["param_groups"], alone)
             _check_state(path, saved, made, facts["stepped"], optimizers.names)
             load_distributed({"model": model_state}, checkpoint_id=path, no_dist=alone)
             load_distributed(state, checkpoint_id=path, no_dist=alone, planner=partly)
@@ -254,18 +267,39 @@ def _saved_state(path: Path, known: Iterable[str]) -> dict[str, set[str]]:
     return saved
 
 
+def _check_groups(path: Path, groups: Any, alone: bool) -> None:
+    """Checks that parameters were saved in the same groups as they are in now; OtherOptimizerError if not."""
+    prefix, now = "optimizer.param_groups.", [set(group["params"]) for group in groups]
+    saved = {key for key in FileSystemReader(path).read_metadata().state_dict_metadata if key.startswith(prefix)}
+    numbers = {int(key.removeprefix(prefix).partition(".")[0]) for key in saved}
+    if len(numbers) != len(now):
+        raise OtherOptimizerError(
+            f"{path}: was saved with {len(numbers)} parameter groups, and the optimizer now has {len(now)}. Build it "
+            "with the same groups in the same order."
+        )
+    then: dict[str, Any] = {f"{prefix}{i}.params": [] for i in range(len(now))}
+    load_distributed(then, checkpoint_id=path, no_dist=alone)
+    for i, (names, own) in enumerate(zip(then.values(), now, strict=True)):
+        if other := sorted(own.symmetric_difference(names)):
+            there, here = ("now", "then") if other[0] in own else ("then", "now")
+            raise OtherOptimizerError(
+                f"{path}: the optimizer's parameter group {i} holds {other[0]} {there} and not {here}. Build it with "
+                "the same groups in the same order."
+            )
+
+
 def _check_state(
     path: Path, saved: Mapping[str, set[str]], made: Mapping[str, set[str]], stepped: bool, optimizer: str
 ) -> None:
-    """Checks that saved optimizer state is of the kind that the optimizer makes; ValueError if it is not."""
+    """Checks that saved optimizer state is of the kind that the optimizer makes; OtherOptimizerError if it is not."""
     for name, kinds in saved.items():
         if kinds != made.get(name, set()):
-            raise ValueError(
+            raise OtherOptimizerError(
                 f"{path}: holds the optimizer state {', '.join(sorted(kinds))} of {name}, and {optimizer} has "
                 f"{', '.join(sorted(made.get(name, set()))) or 'none'}. Resume with the optimizer it was saved with."
             )
     if stepped and made and not saved:
-        raise ValueError(
+        raise OtherOptimizerError(
             f"{path}: was saved by an optimizer without state, and {optimizer} has "
             f"{', '.join(sorted(next(iter(made.values()))))}. Resume with the optimizer it was saved with."
         )
