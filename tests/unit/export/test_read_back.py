@@ -82,11 +82,15 @@ def of_the_hub() -> nn.Module:
 
 def train(module: nn.Module, steps: int, config: dict[str, Any] = GAP) -> GaPEngine:
     engine = GaPEngine(module, config, optimizer=torch.optim.Adam(module.parameters(), lr=0.01))
-    for step in range(steps):
-        x = torch.randint(5, (4, 6), generator=torch.Generator().manual_seed(step))
+    train_on(engine, steps)
+    return engine
+
+
+def train_on(engine: GaPEngine, steps: int) -> None:
+    for _ in range(steps):
+        x = torch.randint(5, (4, 6), generator=torch.Generator().manual_seed(engine.applied_steps))
         engine.backward(nn.functional.cross_entropy(engine(x).flatten(0, 1), x.flatten()))
         engine.step()
-    return engine
 
 
 def checked(folder: Path) -> dict[str, Tensor]:
@@ -250,12 +254,18 @@ def test_figures_are_of_the_steps_taken(
 def test_a_schedule_that_was_ended_early(tmp_path: Path) -> None:
     engine = train(Net(), 4)
     engine.finish()
-    info = json.loads((engine.export(tmp_path / "out") / "gap.json").read_text())
-    assert info["finished"] and info["finished_early"] and info["pruned_in_copy"] == []
-    assert (
-        "Exported after 4 of 14 optimizer steps: the schedule was ended early."
-        in (tmp_path / "out/README.md").read_text()
-    )
+    train_on(engine, 2)
+    saved = engine.save_checkpoint(tmp_path / "checkpoints")
+    engine.export(tmp_path / "out")
+    from_checkpoint.export_checkpoint(saved, tmp_path / "again", progress=lambda *_: None)
+    budgets = engine.plan.per_partition()
+    taken = [*(engine.schedule.density_at(step, *budgets) for step in range(4)), 0.25, 0.25]
+    for folder in (tmp_path / "out", tmp_path / "again"):
+        info = json.loads((folder / "gap.json").read_text())
+        assert (info["finished"], info["ended_at"], info["pruned_in_copy"]) == (True, 4, [])
+        assert info["mean_density"] == pytest.approx(sum(taken) / 6, abs=1e-12)
+        card = (folder / "README.md").read_text()
+        assert "Exported after 6 of 14 optimizer steps: the schedule was ended early, at step 4." in card
 
 
 # -- byte order marks --------------------------------------------------------------------------------------------------
