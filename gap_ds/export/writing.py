@@ -36,7 +36,7 @@ def write_model(folder: Path, module: nn.Module, weights: dict[str, Tensor], dty
     if not callable(own):
         write_weights(folder / "model.safetensors", weights)
         return written
-    before = set(folder.iterdir())
+    before = set(folder.rglob("*"))
     with _holding(model, weights):
         save_pretrained(model, folder, state_dict=dict(weights))
     if is_transformers:
@@ -46,7 +46,7 @@ def write_model(folder: Path, module: nn.Module, weights: dict[str, Tensor], dty
         saved = {name: counted for name, counted in written.items() if name not in left_out}
         if first_difference(folder, saved) is None:
             return saved
-    files = [path for path in folder.iterdir() if is_weights(path) and path not in before]
+    files = [path for path in folder.rglob("*") if is_weights(path) and path.is_file() and path not in before]
     others = [path for path in files if not path.name.startswith("model.safetensors")]
     keep = all(path.suffix == ".json" or _holds(path, written) for path in others)
     for path in files:
