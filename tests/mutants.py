@@ -33,7 +33,7 @@ class Fault:
 FAULTS = {
     "early_end_kept": Fault(
         "        self._place = place\n",
-        "        self._place = Place(place.step, place.over or self._place.over)\n",
+        "        self._place = Place(place.step, place.ended or self._place.ended)\n",
         (UPDATES + "test_a_checkpoint_undoes_an_early_end",),
     ),
     "epoch_rounded_down": Fault(

@@ -205,7 +205,7 @@ class GaPEngine:
         round stays with them.
         """
         pruned = boundary.finish(self.run, self.phase, self.applied_steps)
-        self._place = Place(self.applied_steps, over=True)
+        self._place = Place(self.applied_steps, ended=self.applied_steps)
         if pruned:
             self._updates.watch()
             for observer in self.run.observers:
