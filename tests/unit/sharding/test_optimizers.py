@@ -130,6 +130,7 @@ def test_reset_is_a_fresh_optimizer(name: str) -> None:
     train(engine, 3)
     model = Model()
     model.load_state_dict(engine.module.state_dict())
+    dense = {"method": "dense", "phase_steps": 9, "rounds": 1, "finetune_steps": 1}
     fresh = GaPEngine(model, dense, optimizer=TABLE[name][0](model))
     members = list(fresh._backend.optimizers)
     for step in (3, 4):
