@@ -117,6 +117,8 @@ class GaPEngine:
         self._backend = self._run.backend
         self._place = Place()
         self.last_boundary_seconds = 0.0
+        #: True once `close` has taken the hooks off: masks are no longer applied.
+        self.closed = False
         self._updates = Updates(
             self._run, lambda: rules.needs_gradient(self.config, self.phase, self.applied_steps + 1)
         )
@@ -396,6 +398,7 @@ class GaPEngine:
         for observer in self._run.observers:
             observer.close()
         self._updates.close()
+        self.closed = True
 
     def __getattr__(self, name: str) -> Any:
         # Only reached for names that the engine itself does not have.
