@@ -49,8 +49,9 @@ class Updates:
                 )
         for optimizer in run.backend.optimizers:
             _HOOKED.add(optimizer)
-            self._handles.append(optimizer.register_step_pre_hook(self._before))
-            self._handles.append(optimizer.register_step_post_hook(self._after))
+            # A compiled step calls the hooks and does not trace them. Not by decorators: those load the compiler with us.
+            self._handles.append(optimizer.register_step_pre_hook(torch.compiler.disable(self._before)))
+            self._handles.append(optimizer.register_step_post_hook(torch.compiler.disable(self._after)))
 
     def close(self) -> None:
         """Takes the hooks off."""
@@ -89,7 +90,6 @@ class Updates:
             raise_on_all_ranks(self._run.world, self._check_first)
         return True
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled step calls the hook and does not trace it
     def _before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise ValueError(
@@ -99,7 +99,6 @@ class Updates:
         if not self._checked and not self._stepped and not self._run.backend.optimizers.quiet:
             self._run.doubt_weights("before the first update")
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Zeroes the pruned weights that the optimizer has just changed."""
         if self._run.backend.optimizers.quiet:

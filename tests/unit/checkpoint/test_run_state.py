@@ -81,11 +81,11 @@ def test_a_schedule_that_is_not_of_the_config_is_refused() -> None:
         ({"config": GaPConfig.load({**CYCLIC, "seed": 1})}, "written with seed=0 (now 1)"),
         ({"worker": 1}, "written by worker None, and this is worker 1"),
         ({"first_steps": [0, 4, 8, 12, 16]}, "an epoch had another number of steps"),
-        ({"lr_scheduler": {"x": 1}}, "another learning-rate scheduler"),
+        ({"lr_scheduler": [{"x": 1}]}, "another learning-rate scheduler"),
     ],
 )
 def test_a_state_of_another_run_is_refused(changes: dict[str, Any], message: str) -> None:
-    before, now = (state_of(CYCLIC, lr_scheduler={"last_epoch": 1}, **more) for more in ({}, {}))
+    before, now = (state_of(CYCLIC, lr_scheduler=[{"last_epoch": 1}], **more) for more in ({}, {}))
     now = now.model_copy(update=changes)
     assert message in refused(lambda: before.check(Path("x"), now))
 
