@@ -147,7 +147,7 @@ def own_seconds(engine: GaPEngine) -> list[float]:
         return wrapper
 
     engine.mask_state.zero_pruned = timed(engine.mask_state.zero_pruned)
-    engine._run.guard.accepts = timed(engine._run.guard.accepts)
+    engine.run.guard.accepts = timed(engine.run.guard.accepts)
     count = timed(engine.after_step)
 
     def ended() -> bool:

@@ -27,7 +27,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from gap_ds.method.config import GaPConfig
 from gap_ds.sharding.backends import brings_optimizer
-from gap_ds.training import history
+from gap_ds.training import history, saving
 from gap_ds.training.engine import GaPEngine
 
 log = logging.getLogger("gap_ds")
@@ -104,7 +104,7 @@ class GaPCallback(TrainerCallback):  # type: ignore[misc]
             fresh=self.fresh,
         )
         if self.history or _text(args.save_strategy) != "no":
-            self.engine.require_shared(args.output_dir)
+            saving.require_shared(self.engine.run, Path(args.output_dir))
         self._check_length(self.engine, args, state)
         self._watch(trainer, self.engine)
         # First of all callbacks: what the others see and report in a step is then the state after its boundary.
@@ -114,7 +114,7 @@ class GaPCallback(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         assert self.engine is not None
         before = self.engine.phase
-        self._idle = 0 if self.engine.after_step() or self.engine.skips_overflow else self._idle + 1
+        self._idle = 0 if self.engine.after_step() or self.engine.run.backend.skips_overflow else self._idle + 1
         if self._idle >= _MOST_IDLE:
             raise ValueError(
                 f"the Trainer has made {self._idle} steps, but no step of optimizer={args.optim} was seen, so masks "
@@ -212,6 +212,7 @@ def prepare(
     config: GaPConfig | dict[str, Any] | str | Path,
     *,
     steps_per_epoch: int | None = None,
+    batches_per_epoch: int | None = None,
     fresh: bool = False,
 ) -> GaPEngine:
     """A GaPEngine around what `accelerator.prepare` has returned, for a loop of one's own.
@@ -221,8 +222,8 @@ def prepare(
 
     Args:
         model, optimizer, scheduler: as prepared; there may be no scheduler (None).
-        steps_per_epoch: applied steps in an epoch, where the config counts in epochs: with gradient accumulation over
-            n micro-batches len(loader) / n, rounded up.
+        steps_per_epoch, batches_per_epoch: updates in an epoch, or batches, len(loader); one of them is required if the
+            config counts in epochs.
         fresh: begin a new schedule although the optimizer has stepped.
     Raises:
         ValueError: as GaPEngine.
@@ -230,6 +231,8 @@ def prepare(
     settings = GaPConfig.load(config)
     if settings.record.has_workers:
         _refuse(settings)
+    if batches_per_epoch is not None and steps_per_epoch is None:  # Accelerate accumulates, not the engine
+        steps_per_epoch = math.ceil(batches_per_epoch / accelerator.gradient_accumulation_steps)
     # A DeepSpeed engine brings both itself.
     inner = None if brings_optimizer(model) else getattr(scheduler, "scheduler", scheduler)
     engine = GaPEngine(

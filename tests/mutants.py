@@ -32,8 +32,8 @@ class Fault:
 
 FAULTS = {
     "early_end_kept": Fault(
-        "self.applied_steps, self._updated, self._over = step, False, False",
-        "self.applied_steps, self._updated = step, False",
+        "        self._place = place\n",
+        "        self._place = Place(place.step, place.over or self._place.over)\n",
         (UPDATES + "test_a_checkpoint_undoes_an_early_end",),
     ),
     "epoch_rounded_down": Fault(
@@ -47,8 +47,8 @@ FAULTS = {
         (CONSISTENCY + "test_copies_on_groups_of_ranks_are_compared",),
     ),
     "learning_rate_of_a_skipped_step": Fault(
-        "if training.lr_scheduler is not None and not skipped:",
-        "if training.lr_scheduler is not None:",
+        "if scaler is None or scaler.get_scale() >= before:",
+        "if True:",
         (UPDATES + "test_a_step_that_the_gradient_scaler_skips_is_none_for_the_learning_rate",),
     ),
     "left_out_counted_in_all": Fault(
@@ -77,7 +77,7 @@ FAULTS = {
         (UPDATES + "test_an_export_in_a_ramp_has_the_final_budget",),
     ),
     "last_values_forgotten": Fault(
-        "values += self._last[shard.name]",
+        "values += self.last[shard.name]",
         "pass",
         (UPDATES + "test_last_values_are_those_that_each_weight_had_when_it_was_pruned",),
     ),

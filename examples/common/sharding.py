@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from gap_ds.method.plan import clean_name, find_blocks
+from gap_ds.method.entries import find_blocks
+from gap_ds.method.plan import clean_name
 
 
 def wrap(model: nn.Module, backend: str, device: torch.device) -> nn.Module:

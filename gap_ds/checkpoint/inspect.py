@@ -28,13 +28,21 @@ from gap_ds.storage.safetensors import CHUNK, Progress, chunk_rows, chunks, open
 _COLUMNS = ("weights", "keep", "kept")
 
 
+def is_masks_alone(gap: Path) -> bool:
+    """True if a folder holds what `GaPEngine.save_masks` writes, as beside the weights that a Trainer saves."""
+    return (gap / "state.json").is_file() and not (gap / "manifest.json").is_file() and not any(gap.glob("rng_*.json"))
+
+
 def inspect(folder: Path, progress: Progress) -> dict[str, Any]:
     """The figures of a checkpoint FOLDER/TAG, for JSON; `problems` has a sentence for each thing that is wrong.
 
+    Args:
+        folder: or what `save_masks` wrote, or a folder that holds it as `gap`.
     Raises:
         ValueError: state.json or a file of masks cannot be read.
     """
-    state = read_json(folder / "gap" / "state.json", State)
+    gap = folder / "gap" if (folder / "gap" / "state.json").is_file() else folder
+    state = read_json(gap / "state.json", State)
     plan, problems = state.restore_plan(), list[str]()
     if plan.fingerprint != state.plan:
         problems.append(f"state.json: the fingerprint of its entries is {plan.fingerprint}, its plan is {state.plan}")
@@ -43,19 +51,23 @@ def inspect(folder: Path, progress: Progress) -> dict[str, Any]:
     except ValueError as error:
         schedule = None
         problems.append(f"state.json: {error}")
-    found, wrong = _masks(folder, state, plan, progress)
+    found, wrong = _masks(gap, state, plan, progress)
     problems += wrong
     phase = schedule.phase_at(state.applied_steps) if schedule is not None else None
     if phase is not None:
         problems += _against_schedule(state, phase, plan, found)
-    values = folder / "gap" / "pruned.safetensors"
+    values = gap / "pruned.safetensors"
     if state.config.regrow == "last_value" or values.is_file():
-        problems += _last_values(folder, values, state, found)
-    problems += [
-        f"gap/rng_{rank}.json: is missing, so the run does not resume bit for bit"
-        for rank in range(min(state.ranks, 100_000))
-        if not (folder / "gap" / f"rng_{rank}.json").is_file()
-    ]
+        problems += _last_values(values, state, found)
+    note = f"the weights are in {printable(state.backend)}'s own files and are not looked at"
+    if is_masks_alone(gap):
+        note = "these are masks alone: weights, optimizer and random state were saved by something else, as a Trainer"
+    else:
+        problems += [
+            f"gap/rng_{rank}.json: is missing, so the run does not resume bit for bit"
+            for rank in range(min(state.ranks, 100_000))
+            if not (gap / f"rng_{rank}.json").is_file()
+        ]
     rows = _rows(plan, found)
     return {
         "kind": "checkpoint",
@@ -71,7 +83,7 @@ def inspect(folder: Path, progress: Progress) -> dict[str, Any]:
         "plan": state.plan,
         "partitions": _partitions(rows),
         "entries": rows,
-        "notes": [f"the weights are in {printable(state.backend)}'s own files and are not looked at"],
+        "notes": [note],
         "problems": problems,
     }
 
@@ -79,11 +91,9 @@ def inspect(folder: Path, progress: Progress) -> dict[str, Any]:
 # -- masks -------------------------------------------------------------------------------------------------------------
 
 
-def _masks(
-    folder: Path, state: State, plan: Plan, progress: Progress
-) -> tuple[dict[str, dict[str, int]], list[str]]:
+def _masks(gap: Path, state: State, plan: Plan, progress: Progress) -> tuple[dict[str, dict[str, int]], list[str]]:
     """Kept weights and bits of each mask, by entry; and sentences on what is wrong with the masks."""
-    path = folder / "gap" / "masks.safetensors"
+    path = gap / "masks.safetensors"
     entries = {entry.name: entry for entry in plan.entries}
     found: dict[str, dict[str, int]] = {}
     problems: list[str] = []
@@ -179,7 +189,7 @@ def _against_schedule(state: State, phase: Phase, plan: Plan, found: Mapping[str
     return problems
 
 
-def _last_values(folder: Path, path: Path, state: State, found: Mapping[str, dict[str, int]]) -> list[str]:
+def _last_values(path: Path, state: State, found: Mapping[str, dict[str, int]]) -> list[str]:
     """Sentences on values of pruned weights (`regrow: last_value`) that are not finite, or of kept weights."""
     problems = []
     with (

@@ -7,8 +7,11 @@ from typing import Any
 
 from gap_ds import checkpoint, export
 from gap_ds.checkpoint import inspect as inspect_checkpoint
+from gap_ds.checkpoint.inspect import is_masks_alone
 from gap_ds.export import compact_file
 from gap_ds.export import inspect as inspect_export
+from gap_ds.export.weights import opened, weight_files
+from gap_ds.storage.errors import printable
 from gap_ds.storage.safetensors import Progress
 
 
@@ -16,18 +19,47 @@ def inspect(folder: Path, progress: Progress) -> dict[str, Any]:
     """The figures of a checkpoint or an export, for JSON; `problems` is empty if nothing is wrong.
 
     Args:
-        folder: FOLDER/TAG of a checkpoint, FOLDER for the newest in it, or an export.
+        folder: FOLDER/TAG of a checkpoint, FOLDER for the newest in it, a checkpoint of a Trainer, what `save_masks`
+            wrote, or an export.
     Raises:
         ValueError: it is none of these, or so damaged that it cannot be looked at.
     """
-    if (folder / "gap" / "state.json").is_file():
-        return inspect_checkpoint.inspect(folder, progress)
-    if checkpoint.candidates(folder):
-        return inspect_checkpoint.inspect(checkpoint.find(folder), progress)
+    is_masks = (folder / "state.json").is_file() and (folder / "masks.safetensors").is_file()
+    if is_masks or (folder / "gap" / "state.json").is_file():
+        return _checkpoint(folder, progress)
+    if found := checkpoint.candidates(folder):
+        return _checkpoint(max(found, key=_trainer_step) if is_masks_alone(found[0] / "gap") else found[0], progress)
     weights = ("model.safetensors", "model.safetensors.index.json", compact_file.FILE)
     if (folder / export.INFO).is_file() and any((folder / name).is_file() for name in weights):
         return inspect_export.inspect(folder, progress)
     raise ValueError(f"{folder}: {_reason(folder)}")
+
+
+def _trainer_step(path: Path) -> int:
+    """The step in the name of a Trainer's checkpoint."""
+    number = path.name.rpartition("-")[2]
+    return int(number) if number.isdecimal() else -1
+
+
+def _checkpoint(folder: Path, progress: Progress) -> dict[str, Any]:
+    """The figures of a checkpoint; weights in files of transformers beside its masks are compared with them."""
+    figures = inspect_checkpoint.inspect(folder, progress)
+    if not is_masks_alone(folder / "gap") or not any(folder.glob("model.safetensors*")):
+        return figures
+    nonzero: dict[str, int] = {}
+    for path in weight_files(folder):
+        with opened(path) as tensors:
+            nonzero |= {name: t.counted.nonzero for name, t in tensors.items() if name in figures["entries"]}
+    masked = {name: row["kept"] for name, row in figures["entries"].items() if not row["dense"]}
+    figures["problems"] += [
+        f"{printable(name)}: has {nonzero[name]:,} weights that are not zero, its mask keeps {kept:,}"
+        for name, kept in masked.items()
+        if nonzero.get(name, 0) > kept
+    ]
+    figures["notes"].append(f"the weights of {len(masked.keys() & nonzero)} masked entries were counted beside them")
+    if lost := [name for name in masked if name not in nonzero]:
+        figures["notes"].append(f"{printable(lost[0])} has another name in the files of weights, so it is not counted")
+    return figures
 
 
 def _reason(folder: Path) -> str:
@@ -38,6 +70,10 @@ def _reason(folder: Path) -> str:
         return "is a file; inspect the folder that it is in."
     if inside := [name for name in ("model", "checkpoints") if (folder / name).is_dir()]:
         return f"is the folder of a run; inspect {' or '.join(f'{folder}/{name}' for name in inside)}."
+    if (folder / "trainer_state.json").is_file():
+        return "is a checkpoint of a Trainer without masks: it was trained without GaPCallback."
     if any(folder.glob("*.safetensors")):
-        return f"holds weights and no {export.INFO}: it was not exported by gap_ds."
+        return f"holds weights and no {export.INFO}: it was not exported by gap_ds. Write the model by engine.export."
+    if any(folder.glob("checkpoint-*/trainer_state.json")):
+        return "holds checkpoints of a Trainer, and none has masks: it was trained without GaPCallback."
     return f"holds neither a checkpoint (gap/state.json) nor an export ({export.INFO} and model.safetensors)."

@@ -1,6 +1,8 @@
 """The final sparse model as a folder: written from any backend, converted to and from the compact form, loaded.
 
     folder        a Hugging Face folder, or model.safetensors alone; whole or absent
+    writing       its weights and config, by the model's own save_pretrained where that can be trusted
+    weights       the files of weights: found, opened, read back
     info, card    gap.json and README.md of such a folder
     compact_file  compact.safetensors: masks and kept weights
     convert       a dense folder to a compact one and back
@@ -12,9 +14,10 @@ Read `folder` first. Nothing here trains, or resumes a run: see `checkpoint`.
 
 from gap_ds.export.card import add_scores
 from gap_ds.export.convert import compact, expand
-from gap_ds.export.folder import buffers, full_weights, place, save, save_pretrained
+from gap_ds.export.folder import buffers, full_weights, place, save
 from gap_ds.export.info import INFO, ExportInfo
 from gap_ds.export.load import load_compact
+from gap_ds.export.writing import save_pretrained
 
 __all__ = [
     "INFO",

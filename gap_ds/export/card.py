@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gap_ds.export.info import INFO, EntryInfo, ExportInfo, Score
+from gap_ds.export.info import INFO, EntryInfo, ExportInfo, Score, has_model_config
 from gap_ds.storage.json import read_json, write_json
 
 CARD = "README.md"
@@ -21,7 +21,7 @@ _TEMPLATE = """\
 
 Scheduled grow-and-prune. {matrices} matrices keep {info.kept:,} of {info.numel:,} weights: \
 {info.entry_sparsity:.2%} of them are exactly zero, which is {info.model_sparsity:.2%} of the whole model. \
-Exported after {info.applied_steps:,} optimizer steps.
+{info.progress}
 
     {info.signature}
 
@@ -83,9 +83,9 @@ def add_scores(folder: Path, scores: Mapping[str, float], dataset: str, how: str
 
 
 def _config(folder: Path) -> dict[str, Any] | None:
-    """A Hugging Face model's config; None if there is none that can be read."""
+    """A transformers model's config; None if there is none that can be read."""
     try:
-        return read_json(folder / "config.json", dict[str, Any])
+        return read_json(folder / "config.json", dict[str, Any]) if has_model_config(folder) else None
     except ValueError:
         return None
 

@@ -32,11 +32,11 @@ from gap_ds.storage.atomic import replacing
 from gap_ds.storage.errors import printable
 from gap_ds.storage.json import parse_table
 from gap_ds.storage.safetensors import (
-    Progress,
     DTYPES,
     NAMES,
     Layout,
     LazyTensors,
+    Progress,
     Writer,
     encode,
     header_table,

@@ -13,12 +13,13 @@ from torch import Tensor
 from gap_ds.export import compact_file
 from gap_ds.export import folder as folders
 from gap_ds.export.card import fit_card
-from gap_ds.export.folder import is_weights, place, weight_files, write_weights
+from gap_ds.export.folder import place
 from gap_ds.export.info import INFO, ExportKeys, is_export, renew_digests
+from gap_ds.export.weights import is_weights, read_back, weight_files, write_weights
 from gap_ds.storage.atomic import replacing_folder
 from gap_ds.storage.errors import printable
 from gap_ds.storage.json import read_json
-from gap_ds.storage.safetensors import Progress, LazyTensors, open_tensors
+from gap_ds.storage.safetensors import LazyTensors, Progress, open_tensors
 
 
 def compact(
@@ -37,11 +38,12 @@ def compact(
     if not (source / INFO).is_file():
         raise ValueError(f"{source / INFO}: there is no such file: its folder is no exported model.")
     info = read_json(source / INFO, ExportKeys)
-    with _folder(source, out, overwrite) as aside, _opened(source) as tensors:
+    with _folder(source, out, overwrite) as (aside, names), _opened(source) as tensors:
         if info.entries and set(info.entries).isdisjoint(tensors):
             name = printable(next(iter(info.entries)))
             raise ValueError(f"{source}: {name} and all other entries of {INFO} are in no file. Export it again.")
         compact_file.write(aside, tensors, info.entries, info.signature, progress)
+        names += tensors
     return compact_file.figures(out)
 
 
@@ -56,8 +58,9 @@ def expand(source: str | Path, out: str | Path, *, overwrite: bool = False, prog
     """
     source, out = Path(source), place(out)
     compact_file.read_contents(source)
-    with _folder(source, out, overwrite) as aside, compact_file.opened(source) as tensors:
+    with _folder(source, out, overwrite) as (aside, names), compact_file.opened(source) as tensors:
         write_weights(aside / "model.safetensors", tensors, progress)
+        names += tensors
     return out
 
 
@@ -69,16 +72,21 @@ def check_out(source: Path, out: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def _folder(source: Path, out: Path, overwrite: bool) -> Iterator[Path]:
-    """An empty folder for weights. It then gets the other files of `source` and becomes `out`, or vanishes."""
+def _folder(source: Path, out: Path, overwrite: bool) -> Iterator[tuple[Path, list[str]]]:
+    """An empty folder for weights, and a list for their names.
+
+    It then gets the other files of `source`, is read back and becomes `out`, or vanishes.
+    """
     check_out(source, out, overwrite)
+    names: list[str] = []
     with replacing_folder(out) as aside:
-        yield aside
+        yield aside, names
         for path in sorted(source.iterdir()):
             if path.is_file() and not is_weights(path):
                 shutil.copyfile(path, aside / path.name)
         if is_export(aside):
             renew_digests(aside)
+            read_back(aside, out, dict.fromkeys(names))
         fit_card(aside)
 
 

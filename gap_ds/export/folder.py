@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import inspect
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gap_ds.export.card import CARD, write_card
 from gap_ds.export.info import INFO, ExportInfo, is_export, renew_digests
+from gap_ds.export.weights import is_weights, read_back
+from gap_ds.export.writing import complete_config, write_model
 from gap_ds.masks import bitmask
 from gap_ds.method.plan import clean_name
 from gap_ds.sharding.comm import Comm, by_rank, raise_on_all_ranks
 from gap_ds.sharding.shard import Shard
 from gap_ds.storage.atomic import replacing_folder
 from gap_ds.storage.errors import summarize_error
-from gap_ds.storage.json import Record, read_json, write_json
-from gap_ds.storage.safetensors import Progress, Writer, name_of, offsets
+from gap_ds.storage.json import write_json
+from gap_ds.storage.safetensors import name_of
 
 T = TypeVar("T")
 
@@ -92,7 +92,8 @@ def save(
     """Writes a model folder, whole or not at all, on rank 0. All ranks must call this.
 
     A Hugging Face model becomes a folder for `from_pretrained`, its weights under the names that the module gives them,
-    as in gap.json and the masks; any other model becomes `model.safetensors` alone.
+    as in gap.json and the masks; any other model becomes `model.safetensors`, which a strict `load_state_dict` takes.
+    The files are read back before they are shown.
 
     Args:
         gather: returns the weights in `dtype` on rank 0, anything on other ranks. All ranks call it, after the folder,
@@ -119,7 +120,7 @@ def save(
 
         aside = on_rank_zero(begin)
         weights = gather()
-        on_rank_zero(lambda: _write(aside or folder, module, weights, about, dtype))
+        on_rank_zero(lambda: _write(aside or folder, folder, module, weights, about, dtype))
         on_rank_zero(stack.close)
 
 
@@ -135,6 +136,7 @@ def _writing(folder: Path, work: Callable[[], T]) -> T:
 
 def _write(
     folder: Path,
+    target: Path,
     module: nn.Module,
     weights: dict[str, Tensor],
     about: Callable[[Mapping[str, Tensor]], ExportInfo],
@@ -143,13 +145,10 @@ def _write(
     if dtype == torch.float16:
         for name, weight in weights.items():
             check_range(name, int(weight.isinf().sum()), dtype)
-    info = about(weights)  # before transformers takes them out one by one
-    if callable(getattr(module, "save_pretrained", None)):
-        save_pretrained(module, folder, state_dict=weights)
-        _complete(folder / "config.json", dtype)
-    else:
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
+    info = about(weights)
+    written = write_model(folder, module, weights, dtype)
     describe(folder, info)
+    read_back(folder, target, written)
 
 
 def describe(folder: Path, info: ExportInfo) -> None:
@@ -157,53 +156,6 @@ def describe(folder: Path, info: ExportInfo) -> None:
     write_json(folder / INFO, info)
     renew_digests(folder)
     write_card(folder)
-
-
-def save_pretrained(model: Any, folder: Path, **options: Any) -> None:
-    """`model.save_pretrained(folder, **options)`, with weights under the names and in the shapes that the model has.
-
-    By default transformers 5 goes back to the names of earlier versions for some models, and splits or joins weights.
-    The model's config stays as it is: the values that transformers sets in it are about the files. In an exported
-    folder gap.json gets the digests of the new weights.
-    """
-    if "save_original_format" in inspect.signature(model.save_pretrained).parameters:
-        options["save_original_format"] = False
-    config = getattr(model, "config", None)
-    before = {key: getattr(config, key) for key in ("dtype", "architectures") if hasattr(config, key)}
-    try:
-        model.save_pretrained(folder, **options)
-    finally:
-        for key, value in before.items():
-            setattr(config, key, value)
-    if (folder / INFO).is_file():
-        renew_digests(folder)
-
-
-class Counted(NamedTuple):
-    """Weights of a tensor, and those of them that are not zero."""
-
-    numel: int
-    nonzero: int
-
-
-def write_weights(path: Path, tensors: Mapping[str, Tensor], progress: Progress | None = None) -> dict[str, Counted]:
-    """Writes a safetensors file that transformers reads, a tensor at a time; each is looked up twice.
-
-    Args:
-        progress: called after each tensor, in bytes.
-    """
-    layout, counts = {}, {}
-    for name in tensors:
-        tensor = tensors[name]
-        layout[name] = tensor.dtype, tuple(tensor.shape)
-        counts[name] = Counted(tensor.numel(), int(torch.count_nonzero(tensor)))
-    ends = {name: end for name, (_, end) in offsets(layout).items()}
-    with Writer(path, layout, {"format": "pt"}) as file:  # transformers requires this format
-        for name, end in ends.items():
-            file.write(name, tensors[name])
-            if progress:
-                progress(name, end, max(ends.values()))
-    return counts
 
 
 def copy_config(source: Path, folder: Path, dtype: torch.dtype, architecture: str) -> None:
@@ -215,19 +167,10 @@ def copy_config(source: Path, folder: Path, dtype: torch.dtype, architecture: st
     for path in sorted(source.iterdir()):
         if path.is_file() and not is_weights(path) and path.name not in (INFO, CARD):
             shutil.copyfile(path, folder / path.name)
-    _complete(folder / "config.json", dtype, architecture)
+    complete_config(folder / "config.json", dtype, architecture)
 
 
-def _complete(path: Path, dtype: torch.dtype, architecture: str | None = None) -> None:
-    """The working copies may be bf16 where the exported weights are fp32: the config must name the file's dtype."""
-    config = read_json(path, dict[str, Any])
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    if architecture is not None and not config.get("architectures"):
-        config["architectures"] = [architecture]
-    write_json(path, dict(sorted(config.items())))
-
-
-# -- where a folder may be written, and which files are its weights ----------------------------------------------------
+# -- where a folder may be written -------------------------------------------------------------------------------------
 
 
 def place(folder: str | Path) -> Path:
@@ -261,30 +204,3 @@ def check_out(folder: Path, overwrite: bool) -> None:
             f"{folder}: holds no exported model ({INFO}), so it is not overwritten. Choose another folder, or delete "
             "it yourself."
         )
-
-
-def is_weights(path: Path) -> bool:
-    """True if a file holds weights, or is the index of such files."""
-    return path.name.endswith((".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth"))
-
-
-class _Index(Record):
-    weight_map: dict[str, str]
-
-
-def weight_files(folder: Path) -> dict[Path, list[str] | None]:
-    """The files of an exported model's weights, and the names that each should hold; None: no index lists them.
-
-    Raises:
-        ValueError: there are none, the index is damaged, or names a file outside the folder.
-    """
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return {single: None}
-    if not index.is_file():
-        raise ValueError(f"{folder}: has neither {single.name} nor {index.name}.")
-    homes = read_json(index, _Index).weight_map
-    for home in homes.values():
-        if Path(home).name != home or home in ("", ".", ".."):
-            raise ValueError(f"{index}: names a file that is not in its folder ({home[:200]!a}).")
-    return {folder / home: [name for name in homes if homes[name] == home] for home in sorted(set(homes.values()))}

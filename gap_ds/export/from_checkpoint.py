@@ -17,27 +17,35 @@ from torch import Tensor, nn
 
 from gap_ds import checkpoint
 from gap_ds.checkpoint import foreign, portable
+from gap_ds.checkpoint.inspect import is_masks_alone
 from gap_ds.checkpoint.run_state import State
-from gap_ds.export.folder import buffers, check_range, copy_config, describe, write_weights
+from gap_ds.export.folder import buffers, check_range, copy_config, describe
 from gap_ds.export.info import ExportInfo
+from gap_ds.export.weights import read_back, write_weights
 from gap_ds.masks import bitmask, selection
 from gap_ds.method.pattern import Unstructured
 from gap_ds.method.plan import Entry, Plan
-from gap_ds.method.schedule import Schedule
+from gap_ds.method.schedule import Phase
 from gap_ds.sharding.comm import Comm
 from gap_ds.sharding.shard import Shard
 from gap_ds.storage.atomic import replacing_folder
 from gap_ds.storage.errors import printable
 from gap_ds.storage.json import read_json
-from gap_ds.storage.safetensors import Progress, LazyTensors
+from gap_ds.storage.safetensors import LazyTensors, Progress
 
 
 def find_whole(folder: Path) -> Path | None:
     """The checkpoint that a folder is, or the newest whole one in it; None if there is none.
 
     Raises:
-        ValueError: there are checkpoints, and none is whole.
+        ValueError: there are checkpoints, and none is whole; or the newest one is of a Trainer.
     """
+    for one in (folder, folder / "gap", *(path / "gap" for path in checkpoint.candidates(folder)[:1])):
+        if is_masks_alone(one):
+            raise ValueError(
+                f"{one}: holds masks alone, beside weights that a Trainer or Accelerate saved. Resume the training "
+                "from there, and call engine.export (with a Trainer callback.engine.export)."
+            )
     if (folder / "gap" / "state.json").is_file():
         folder = folder if folder.name not in ("", "..") else folder.resolve()
         return checkpoint.find_whole(folder.parent, folder.name, Comm(single=True))
@@ -71,6 +79,7 @@ def export_checkpoint(
         schedule = state.schedule()
     except ValueError as error:
         raise ValueError(f"{path / 'gap' / 'state.json'}: is damaged ({error}). Use another checkpoint.") from None
+    phase = schedule.phases[-1] if state.finished_early else schedule.phase_at(state.applied_steps)
     plan = state.restore_plan()
     if model is None and dtype != torch.float32:
         raise ValueError(
@@ -79,7 +88,7 @@ def export_checkpoint(
         )
     with contextlib.ExitStack() as stack:
         weights = _of_model(path, _read(path, module, plan, stack), module, plan)
-        bits = _bits(path, plan, weights, schedule, state.applied_steps)
+        bits = _bits(path, plan, weights, phase)
         folder = stack.enter_context(replacing_folder(out))
         if model is not None:
             copy_config(model, folder, dtype, type(module).__name__)
@@ -89,8 +98,9 @@ def export_checkpoint(
         parameters = list(counts) if module is None else [name for name, _ in module.named_parameters()]
         plan = replace(plan, total=sum(counts[name].numel for name in parameters))
         nonzero = {name: count.nonzero for name, count in counts.items()}
-        of_run = (plan, schedule, state.config, state.signature, state.applied_steps)
+        of_run = (plan, schedule, state.config, state.signature, state.applied_steps, state.finished_early)
         describe(folder, ExportInfo.of(*of_run, nonzero))
+        read_back(folder, out, counts)
 
 
 # -- weights by name ---------------------------------------------------------------------------------------------------
@@ -140,12 +150,12 @@ def _pruned(name: str, weight: Tensor, bits: Tensor | None, dtype: torch.dtype, 
 # -- masks -------------------------------------------------------------------------------------------------------------
 
 
-def _bits(path: Path, plan: Plan, weights: Mapping[str, Tensor], schedule: Schedule, step: int) -> dict[str, Tensor]:
+def _bits(path: Path, plan: Plan, weights: Mapping[str, Tensor], phase: Phase) -> dict[str, Tensor]:
     """The mask of every entry: from the checkpoint, or a new one if the entry is dense before this step."""
     file = path / "gap" / "masks.safetensors"
     shards = {e.name: Shard(e.name, e.shape, 0, e.numel, 0, partial(weights.__getitem__, e.name)) for e in plan.entries}
     bits = checkpoint.read_masks(file, plan, set(checkpoint.kept_weights(file)), shards, Comm(single=True))
-    dense = [e for e in plan.entries if e.partition in schedule.phase_at(step).dense and e.keep < e.numel]
+    dense = [e for e in plan.entries if e.partition in phase.dense and e.keep < e.numel]
     groups: dict[int | str, list[Entry]] = {}
     for entry in dense:
         groups.setdefault(entry.partition if plan.shared_budget else entry.name, []).append(entry)

@@ -27,6 +27,7 @@ class EntryInfo(Record):
     numel: Count
     partition: Annotated[int, Field(ge=0, lt=2**31)]
     dims: list[Count] | None = None
+    shape: list[Count] | None = None
 
     def known_dims(self, n: int) -> tuple[int, int] | None:
         """Output and input dimension of a tensor of n dimensions, if they are given and possible."""
@@ -57,19 +58,45 @@ class ExportKeys(Record):
 
 
 class ExportInfo(ExportKeys):
-    """Contents of gap.json. training_flops: relative to dense training."""
+    """Contents of gap.json.
+
+    phase: that of the next step. finished: the schedule of `total_steps` was trained, or `finished_early` ended it.
+    pruned_in_copy: partitions that were dense then, and are pruned in the export alone, without fine-tuning.
+    mean_density, training_flops: of the steps that were taken, FLOPs relative to dense training; planned_...: of the
+    whole schedule.
+    """
 
     config: StoredConfig
     applied_steps: Count
+    total_steps: Count | None = None
+    finished: bool | None = None
+    finished_early: bool = False
+    phase: str = ""
+    pruned_in_copy: list[Count] = Field(default_factory=list)
     entry_sparsity: float
     model_sparsity: float
     kept: Count
     numel: Count
     model_numel: Count
     mean_density: float
+    planned_mean_density: float | None = None
     training_flops: float | None = None
+    planned_training_flops: float | None = None
     entries: dict[str, EntryInfo]
     scores: list[Score] = Field(default_factory=list)
+
+    @property
+    def progress(self) -> str:
+        """Sentences on how far the schedule was trained."""
+        steps = f"Exported after {self.applied_steps:,}"
+        if self.total_steps is None or (self.finished and not self.finished_early):
+            return f"{steps} optimizer steps."
+        steps += f" of {self.total_steps:,} optimizer steps"
+        if self.finished_early:
+            return f"{steps}: the schedule was ended early."
+        names = ", ".join(map(str, self.pruned_in_copy))
+        pruned = f" Dense partitions ({names}) are pruned in this copy, without fine-tuning."
+        return f"{steps}, in {self.phase}: the schedule is not finished.{pruned if names else ''}"
 
     @classmethod
     def of(
@@ -79,6 +106,7 @@ class ExportInfo(ExportKeys):
         config: GaPConfig,
         signature: str,
         applied_steps: int,
+        finished_early: bool,
         nonzero: Mapping[str, int],
     ) -> ExportInfo:
         """The record of a model that is exported after `applied_steps`.
@@ -87,20 +115,32 @@ class ExportInfo(ExportKeys):
             nonzero: weights of each entry that are not zero.
         """
         pruned = plan.numel - plan.keep
-        mean_density = schedule.mean_density(*plan.per_partition())
+        phase = schedule.phases[-1] if finished_early else schedule.phase_at(applied_steps)
+        dense = {entry.partition for entry in plan.entries if entry.keep < entry.numel} & phase.dense
         return cls(
             signature=signature,
             config=config,
             applied_steps=applied_steps,
+            total_steps=schedule.total_steps,
+            finished=finished_early or applied_steps >= schedule.total_steps,
+            finished_early=finished_early,
+            phase=str(phase),
+            pruned_in_copy=sorted(dense),
             entry_sparsity=pruned / plan.numel,
             model_sparsity=pruned / plan.total,
             kept=plan.keep,
             numel=plan.numel,
             model_numel=plan.total,
-            mean_density=mean_density,
+            mean_density=schedule.mean_density(*plan.per_partition(), applied_steps),
+            planned_mean_density=schedule.mean_density(*plan.per_partition()),
             entries={
                 e.name: EntryInfo(
-                    keep=e.keep, nonzero=nonzero[e.name], numel=e.numel, partition=e.partition, dims=list(e.dims)
+                    keep=e.keep,
+                    nonzero=nonzero[e.name],
+                    numel=e.numel,
+                    partition=e.partition,
+                    dims=list(e.dims),
+                    shape=list(e.shape),
                 )
                 for e in plan.entries
             },
@@ -120,3 +160,12 @@ def renew_digests(folder: Path) -> None:
     """Writes the digests of a folder's weights to its gap.json."""
     digests = {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
     write_json(folder / INFO, read_json(folder / INFO, ExportKeys).model_copy(update={"sha256": digests}))
+
+
+def has_model_config(folder: Path) -> bool:
+    """True if a folder has the config.json of a transformers model, maybe damaged; those of others lack its keys."""
+    path = folder / "config.json"
+    try:
+        return path.is_file() and not {"model_type", "architectures"}.isdisjoint(read_json(path, dict[str, Any]))
+    except ValueError:
+        return True

@@ -5,26 +5,22 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from gap_ds.export import compact_file
-from gap_ds.export.folder import weight_files
 from gap_ds.export.info import INFO, EntryInfo, ExportInfo
+from gap_ds.export.weights import StoredTensor, files_of_any_form, opened
 from gap_ds.masks.legality import Legality, multiple
 from gap_ds.method import pattern
 from gap_ds.method.pattern import Pattern, Unstructured
 from gap_ds.storage.atomic import sha256
 from gap_ds.storage.errors import printable
 from gap_ds.storage.json import Record, read_json
-from gap_ds.storage.safetensors import Progress, NAMES, chunk_rows, chunks, open_tensors
+from gap_ds.storage.safetensors import Progress
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _COLUMNS = ("entries", "weights", "keep", "nonzero")
@@ -38,7 +34,7 @@ def inspect(folder: Path, progress: Progress) -> dict[str, Any]:
     """
     info = read_json(folder / INFO, ExportInfo)
     the_pattern = pattern.parse(info.config.pattern)
-    paths = _weight_files(folder)
+    paths = files_of_any_form(folder)
     is_compact = folder / compact_file.FILE in paths
     total = compact_file.figures(folder)["dense_bytes"] if is_compact else _size(paths)
     hashed = [path for path in paths if path.name in info.sha256 and path.is_file()]
@@ -48,7 +44,7 @@ def inspect(folder: Path, progress: Progress) -> dict[str, Any]:
             count.problems.append(f"{path.name}: was changed: {INFO} has another SHA-256 of it")
         count.advance(path.name, path.stat().st_size)
     for path, expected in paths.items():
-        with _opened(path) as tensors:
+        with opened(path) as tensors:
             if expected is not None and (lost := sorted(set(expected) - set(tensors))):
                 count.problems.append(f"{path.name}: lacks {printable(lost[0])}, which the index lists")
             for name, tensor in tensors.items():
@@ -90,46 +86,8 @@ def inspect(folder: Path, progress: Progress) -> dict[str, Any]:
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Tensor:
-    """A tensor of a file. chunks: called with a number of rows; its pieces, multiples of that many rows."""
-
-    shape: Sequence[int]
-    dtype: str
-    chunks: Callable[[int], Iterator[Tensor]]
-
-
-def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
-    """As `weight_files`; where there is only the compact form, its file."""
-    path = folder / compact_file.FILE
-    if path.is_file() and not any(folder.glob("model.safetensors*")):
-        return {path: None}
-    return weight_files(folder)
-
-
 def _size(paths: Iterable[Path]) -> int:
     return sum(path.stat().st_size for path in paths if path.is_file())
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[dict[str, _Tensor]]:
-    """The tensors of a file of weights. A dense file is read in chunks, of a compact one each tensor becomes dense."""
-    if path.name == compact_file.FILE:
-        with compact_file.opened(path.parent) as dense:
-
-            def split(name: str, rows: int) -> Iterator[Tensor]:
-                whole = dense[name]
-                yield from torch.split(whole, chunk_rows(whole.shape, rows)) if whole.dim() else [whole]
-
-            found = compact_file.read_contents(path.parent).tensors
-            yield {t.name: _Tensor(list(t.shape), NAMES[t.dtype], partial(split, t.name)) for t in found}
-        return
-    with open_tensors(path) as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        yield {
-            name: _Tensor(piece.get_shape(), piece.get_dtype(), partial(chunks, file, name))
-            for name, piece in slices.items()
-        }
 
 
 # -- counts ------------------------------------------------------------------------------------------------------------
@@ -149,7 +107,7 @@ class _Count:
         self._done += size
         self._progress(printable(name), self._done, self._total)
 
-    def add(self, name: str, tensor: _Tensor, entry: EntryInfo | None, the_pattern: Pattern) -> None:
+    def add(self, name: str, tensor: StoredTensor, entry: EntryInfo | None, the_pattern: Pattern) -> None:
         figures, problem = _count(tensor, entry, the_pattern)
         if problem:
             self.problems.append(f"{printable(name)}: {problem}")
@@ -160,7 +118,7 @@ class _Count:
         self.advance(name, figures["bytes"])
 
 
-def _count(tensor: _Tensor, entry: EntryInfo | None, the_pattern: Pattern) -> tuple[dict[str, Any], str | None]:
+def _count(tensor: StoredTensor, entry: EntryInfo | None, the_pattern: Pattern) -> tuple[dict[str, Any], str | None]:
     """The counts of one tensor and a sentence on what is wrong with it."""
     legality = None
     if entry is not None and not isinstance(the_pattern, Unstructured):
@@ -183,6 +141,8 @@ def _count(tensor: _Tensor, entry: EntryInfo | None, the_pattern: Pattern) -> tu
         problem = "holds values that are NaN or infinite"
     elif entry is not None and entry.numel != numel:
         problem = f"has {numel:,} weights, {INFO} has {entry.numel:,}"
+    elif entry is not None and entry.shape not in (None, list(tensor.shape)):
+        problem = f"has the shape {list(tensor.shape)}, {INFO} has {entry.shape}"
     elif entry is not None and entry.nonzero != nonzero:
         problem = f"has {nonzero:,} weights that are not zero, {INFO} has {entry.nonzero:,}"
     elif legality is not None:
@@ -261,7 +221,8 @@ def _config_dtype(folder: Path, dtypes: Counter[str]) -> list[str]:
 
 def _notes(info: ExportInfo, entries: Mapping[str, dict[str, Any]]) -> list[str]:
     zeros = sum(entry.keep - entries[name]["nonzero"] for name, entry in info.entries.items() if name in entries)
-    return [f"{zeros:,} weights inside the budgets are exactly zero"] if zeros > 0 else []
+    notes = [f"{zeros:,} weights inside the budgets are exactly zero"] if zeros > 0 else []
+    return notes if info.finished is not False and not info.finished_early else [info.progress.rstrip("."), *notes]
 
 
 def _without(figures: Mapping[str, Any], key: str) -> dict[str, Any]:

@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 from gap_ds.export.compact_file import CompactTensor, read, read_contents
+from gap_ds.export.info import has_model_config
 from gap_ds.storage.errors import printable, summarize_error
 
 
 def load_compact(folder: str | Path, **options: Any) -> Any:
     """The model of a compact folder, equal bit for bit to the dense export's, in evaluation mode, on the CPU.
 
-    A folder with a config.json becomes a Hugging Face model of the class that the config names; code that comes with a
-    model is never run. Any other folder becomes a dict of tensors, for `load_state_dict`. Weights become dense one at a
-    time: the memory is that of the model and one of them.
+    A folder with the config.json of a transformers model becomes that model; code that comes with a model is never run.
+    Any other folder becomes a dict of tensors, for `load_state_dict`. Weights become dense one at a time: the memory is
+    that of the model and one of them.
 
     Args:
         options: for `from_pretrained`, such as `dtype`.
@@ -28,9 +29,11 @@ def load_compact(folder: str | Path, **options: Any) -> Any:
         ValueError: the file is truncated, damaged, or does not fit the config; one sentence.
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
+    if not has_model_config(folder):
         if options:
-            raise ValueError(f"{folder}: has no config.json, so there is no use for {', '.join(options)}.")
+            raise ValueError(
+                f"{folder}: has no config.json of a transformers model, so there is no use for {', '.join(options)}."
+            )
         return dict(read(folder))
     stored = read_contents(folder).tensors  # before transformers is imported
     import transformers

@@ -38,7 +38,7 @@ def read(source: str | Path) -> Any:
     path = _find(source)
     is_yaml = path.suffix in (".yaml", ".yml")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors add a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise ValueError(f"{path}: cannot be read as a GaP config: {reason}") from None

@@ -59,12 +59,13 @@ class Phase:
                 active += n - (ramp(self.progress(step)) * (n - s) if self.is_masked(k, step) else 0)
         return float(active / sum(numel))
 
-    def mean_density(self, keep: Sequence[int], numel: Sequence[int]) -> float:
-        """Density averaged over the steps of this phase."""
-        if not self.steps:
+    def mean_density(self, keep: Sequence[int], numel: Sequence[int], end: int | None = None) -> float:
+        """Density averaged over the steps of this phase, or over those before the step `end`."""
+        end = self.end_step if end is None else end
+        if end <= self.first_step:
             return self.density(self.first_step, keep, numel)
-        spans = itertools.pairwise((self.first_step, *self.updates, self.end_step))
-        return sum(self.density(lo, keep, numel) * (hi - lo) for lo, hi in spans) / self.steps
+        spans = itertools.pairwise((self.first_step, *(step for step in self.updates if step < end), end))
+        return sum(self.density(lo, keep, numel) * (hi - lo) for lo, hi in spans) / (end - self.first_step)
 
     def __str__(self) -> str:
         names = ",".join(str(k) for k in sorted(self.dense)) or "none"
@@ -105,12 +106,15 @@ class Schedule:
         """Density of all entries together in each phase, averaged over its steps."""
         return [phase.mean_density(keep, numel) for phase in self.phases]
 
-    def mean_density(self, keep: Sequence[int], numel: Sequence[int]) -> float:
-        """Density averaged over the applied steps of the run."""
-        densities = self.density(keep, numel)
-        if not self.total_steps:
-            return densities[-1]
-        return sum(d * phase.steps for d, phase in zip(densities, self.phases, strict=True)) / self.total_steps
+    def mean_density(self, keep: Sequence[int], numel: Sequence[int], steps: int | None = None) -> float:
+        """Density averaged over the applied steps of the run, or over its first `steps`."""
+        steps = self.total_steps if steps is None else steps
+        if not steps:
+            return self.density_at(0, keep, numel)
+        begun = [phase for phase in self.phases if phase.first_step < steps]
+        ends = [*(phase.end_step for phase in begun[:-1]), steps]  # further steps are of the last phase
+        weighted = (p.mean_density(keep, numel, end) * (end - p.first_step) for p, end in zip(begun, ends, strict=True))
+        return sum(weighted) / steps
 
 
 def ramp(progress: Fraction) -> Fraction:

@@ -6,19 +6,21 @@ partitions, N weights. The plan of a model and a config is the same for every ba
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
 import random
 import re
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 from gap_ds.method.config import GaPConfig
 from gap_ds.method.distribution import DISTRIBUTIONS, keep_count
+from gap_ds.method.entries import Dense, find_entries, summarize
+from gap_ds.method.matrices import Matrices
+from gap_ds.method.names import inside, matching, no_match, parent
 from gap_ds.method.pattern import Pattern, Unstructured, parse
 
 #: Name components that wrappers insert: FSDP1 and fairscale, activation checkpointing, torch.compile.
@@ -56,7 +58,7 @@ class Plan:
     `total` is the number of weights of the model, tied ones once. `dense_matmul` is the number of weights outside the
     entries that are multiplied with (a tied head included, embedding look-ups not). `shared_budget`: whether
     the budgets of a partition's entries are one budget, shared by one threshold (distribution "global"). `blocks`
-    are the names of the repeated blocks.
+    are the names of the repeated blocks. `dense` are the matrices and tables that are no entries, with the reason.
     """
 
     entries: tuple[Entry, ...]
@@ -66,6 +68,7 @@ class Plan:
     pattern: Pattern = field(default_factory=Unstructured)
     shared_budget: bool = False
     blocks: tuple[str, ...] = ()
+    dense: tuple[Dense, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -92,6 +95,18 @@ class Plan:
         """
         return (mean_density * self.numel + self.dense_matmul) / (self.numel + self.dense_matmul)
 
+    def summary(self) -> str:
+        """One line: the entries, their share of the matrix weights, and names and shares of what stays dense."""
+        return summarize(len(self.entries), self.numel, self.dense)
+
+    def became_trainable(self, trained: Container[str]) -> list[str]:
+        """The matrices that were frozen when the plan was made, are trained now, and so stay dense.
+
+        Args:
+            trained: names of the parameters that are trained now.
+        """
+        return [row.name for row in self.dense if row.reason == "frozen" and row.name in trained]
+
     @property
     def fingerprint(self) -> str:
         """Hash of the pattern and all names, shapes, partitions and budgets: equal plans, equal fingerprints."""
@@ -105,9 +120,9 @@ class Plan:
         None for what lies outside every block (embeddings, final norms, heads), or beside entries of more than one
         partition.
         """
-        block = next((block for block in self.blocks if _inside(name, block)), _parent(name))
-        while _inside(name, block):
-            partitions = {entry.partition for entry in self.entries if _inside(entry.name, block)}
+        block = next((block for block in self.blocks if inside(name, block)), parent(name))
+        while inside(name, block):
+            partitions = {entry.partition for entry in self.entries if inside(entry.name, block)}
             if len(partitions) < 2:
                 return next(iter(partitions), None)
             # A block cut apart: what lies nearer to the entries of one partition goes with it.
@@ -144,23 +159,28 @@ def build(
     if frozen is None:
         frozen = {name for name, p in parameters.items() if not p.requires_grad}
     modules = {clean_name(name): module for name, module in model.named_modules()}
-    total, full = sum(math.prod(shape) for shape in shapes.values()), shapes
-    shapes = _in_module_order({name: shape for name, shape in shapes.items() if name not in frozen}, modules)
-    blocks = find_blocks(modules, shapes)
-    names = _entry_names(modules, shapes, blocks, config)
-    partition = _assign(names, shapes, blocks, config)
+    ordered = _in_module_order(shapes, modules)
+    matrices = Matrices(modules, ordered)
+    found = find_entries(modules, matrices, ordered, frozen, config)
+    of_entries = {name: ordered[name] for name in found.names}
+    partition = _assign(found.names, of_entries, found.blocks, config)
     pattern = parse(config.pattern)
-    dims = {name: _dims(name, modules) for name in names}
-    _check_shapes(pattern, {name: shapes[name] for name in names}, dims)
-    of_entries = {name: shapes[name] for name in names}
+    dims = _dims(of_entries, matrices, pattern)
     keep = _inherited(of_entries, config, kept) if config.reuses_masks else _budgets(of_entries, config)
     entries = tuple(
-        Entry(n, tuple(shapes[n]), partition[n], pattern.budget(shapes[n], k, dims[n]), dims[n])
-        for n, k in zip(names, keep, strict=True)
+        Entry(name, shape, partition[name], pattern.budget(shape, k, dims[name]), dims[name])
+        for (name, shape), k in zip(of_entries.items(), keep, strict=True)
     )
-    kappa = 1 + max(partition.values())
-    dense_matmul = _dense_matmul(_tensors(modules), modules, full, set(names))
-    return Plan(entries, kappa, total, dense_matmul, pattern, config.distribution == "global", tuple(blocks))
+    return Plan(
+        entries,
+        kappa=1 + max(partition.values()),
+        total=sum(math.prod(shape) for shape in shapes.values()),
+        dense_matmul=_dense_matmul(_tensors(modules), matrices, shapes, set(found.names)),
+        pattern=pattern,
+        shared_budget=config.distribution == "global",
+        blocks=tuple(found.blocks),
+        dense=found.dense,
+    )
 
 
 def _budgets(shapes: Mapping[str, tuple[int, ...]], config: GaPConfig) -> list[int]:
@@ -169,8 +189,8 @@ def _budgets(shapes: Mapping[str, tuple[int, ...]], config: GaPConfig) -> list[i
         return DISTRIBUTIONS[config.distribution](list(shapes.values()), config.sparsity)
     sparsity, matched = dict.fromkeys(shapes, config.sparsity), dict[str, str]()
     for pattern, ratio in config.distribution.items():
-        if not (found := _matching(pattern, shapes)):
-            raise ValueError(_no_match("distribution", pattern, list(shapes)))
+        if not (found := matching(pattern, shapes)):
+            raise ValueError(no_match("distribution", pattern, list(shapes)))
         if twice := next((name for name in found if name in matched), None):
             raise ValueError(
                 f'distribution: {twice} matches "{matched[twice]}" and "{pattern}". Each entry must match one at most.'
@@ -208,125 +228,27 @@ def _tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     }
 
 
-def find_blocks(modules: Mapping[str, nn.Module], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Names of the repeated blocks of a model, in module order, without naming any model class.
-
-    A stack is an outermost list of two or more modules that hold prunable weights. Where the members of a stack are
-    themselves mere shells around such lists (the stages of a ResNet or Swin), the inner members are the blocks.
-    """
-    candidates = [name for name in shapes if _prunable(name, modules, shapes)]
-    stacks: list[str] = []
-    for name in modules:
-        if not any(_inside(name, stack) for stack in stacks) and len(_members(name, modules, candidates)) >= 2:
-            stacks.append(name)
-    return [block for stack in stacks for block in _refine(stack, modules, candidates)]
-
-
-def _refine(stack: str, modules: Mapping[str, nn.Module], candidates: Sequence[str]) -> list[str]:
-    members = _members(stack, modules, candidates)
-    inner = [[n for n in modules if _parent(n) == m and _one_class(n, modules)] for m in members]
-    blocks = [block for names in inner for name in names for block in _members(name, modules, candidates)]
-    is_staged = all(inner) and any(len(modules[name]._modules) > 1 for names in inner for name in names)
-    return blocks if is_staged and blocks else members
-
-
-def _members(name: str, modules: Mapping[str, nn.Module], candidates: Sequence[str]) -> list[str]:
-    """The members of a list of modules that hold prunable weights; none if this is no list of like, nested modules."""
-    module = modules[name]
-    if not (isinstance(module, nn.ModuleList) or (isinstance(module, nn.Sequential) and _one_class(name, modules))):
-        return []
-    members = [f"{name}.{child}" if name else child for child in module._modules]
-    if not all(any(_parent(other) == member for other in modules) for member in members):
-        return []
-    return [member for member in members if any(_inside(candidate, member) for candidate in candidates)]
-
-
-def _one_class(name: str, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether this is a list of modules of one class."""
-    children = [modules.get(f"{name}.{child}" if name else child) for child in modules[name]._modules]
-    return isinstance(modules[name], nn.ModuleList | nn.Sequential) and len({type(child) for child in children}) == 1
-
-
-def _multiplied(name: str, modules: Mapping[str, nn.Module], shape: Sequence[int]) -> bool:
-    """Whether a parameter is multiplied with: the matrix of a Linear-like or convolution module, or of experts.
-
-    That is a parameter of two or more dimensions called `...weight`, or the stacked matrices of experts (three
-    dimensions). Embeddings and norms over several dimensions are not.
-    """
-    owner = modules.get(_parent(name))
-    if owner is None or len(shape) < 2 or isinstance(owner, _LOOKED_UP | _NORMS):
-        return False
-    return name.endswith("weight") or (len(shape) == 3 and "expert" in type(owner).__name__.lower())
-
-
-_LOOKED_UP = nn.Embedding | nn.EmbeddingBag
-_NORMS = nn.LayerNorm | nn.RMSNorm
-
-
-def _prunable(name: str, modules: Mapping[str, nn.Module], shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether a parameter is of the kind that is pruned: multiplied with, and not in a router that picks experts."""
-    owners = [modules[p] for p in (_parent(name), _parent(_parent(name))) if p in modules]
-    is_router = any("router" in type(owner).__name__.lower() for owner in owners)
-    return _multiplied(name, modules, shapes[name]) and not is_router
-
-
-def _entry_names(
-    modules: Mapping[str, nn.Module], shapes: Mapping[str, tuple[int, ...]], blocks: Sequence[str], config: GaPConfig
-) -> list[str]:
-    """Names of the entries in module order."""
-    embeddings = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
-    tied = {name for name in shapes if id(getattr(modules.get(_parent(name)), "weight", None)) in embeddings}
-    chosen = {
-        name
-        for name in shapes
-        if _prunable(name, modules, shapes) and name not in tied and any(_inside(name, block) for block in blocks)
-    }
-    matrices = [name for name, shape in shapes.items() if len(shape) >= 2]
-    for pattern in config.include:
-        if not (found := _matching(pattern, matrices)):
-            raise ValueError(_no_match("include", pattern, matrices))
-        chosen.update(found)
-    if not isinstance(config.partitions, int) and not blocks:
-        # Without repeated blocks the written partitions say what the entries are.
-        prunable = [name for name in matrices if _prunable(name, modules, shapes) and name not in tied]
-        chosen.update(n for group in config.partitions for pattern in group for n in _matching(pattern, prunable))
-    for pattern in config.exclude:
-        if not (found := _matching(pattern, sorted(chosen))):
-            raise ValueError(_no_match("exclude", pattern, sorted(chosen)))
-        chosen.difference_update(found)
-    if not chosen:
+def _dims(shapes: Mapping[str, tuple[int, ...]], matrices: Matrices, pattern: Pattern) -> dict[str, tuple[int, int]]:
+    """(output, input) dimension of each entry; raises ValueError where the pattern needs one that nothing shows."""
+    found = {name: matrices.dims(name) for name in shapes}
+    if not isinstance(pattern, Unstructured) and (unknown := [name for name, pair in found.items() if pair is None]):
         raise ValueError(
-            "no entry found: the model has no repeated blocks with trainable weights of 2 or more dimensions. "
-            'Name the weights to prune by "include".'
+            f'pattern="{pattern}": {unknown[0]}{_others(unknown)} is a bare parameter of shape {shapes[unknown[0]]}; '
+            'nothing shows which dimension is its input. List it in "exclude" to keep it dense, or change "pattern".'
         )
-    return [name for name in shapes if name in chosen]
-
-
-def _dims(name: str, modules: Mapping[str, nn.Module]) -> tuple[int, int]:
-    """(output, input) dimension of an entry, as its module multiplies it.
-
-    Linear is (out, in) and a convolution (out, in, kernel ...); transposed convolutions and GPT-2's Conv1D have the
-    inputs first. Stacked experts are (E, out, in), and (E, in, out) where transformers says that they are transposed.
-    """
-    owner = modules.get(_parent(name))
-    if "expert" in type(owner).__name__.lower() and not name.endswith("weight"):
-        return (2, 1) if getattr(owner, "is_transposed", False) else (1, 2)
-    is_transposed = isinstance(owner, _TRANSPOSED) or type(owner).__name__ == "Conv1D"
-    return (1, 0) if is_transposed else (0, 1)
-
-
-_TRANSPOSED = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
-
-
-def _check_shapes(pattern: Pattern, shapes: Mapping[str, tuple[int, ...]], dims: Mapping[str, tuple[int, int]]) -> None:
-    found = {name: misfit for name, shape in shapes.items() if (misfit := pattern.misfit(shape, dims[name]))}
-    if found:
-        name, misfit = next(iter(found.items()))
-        others = f" (and {len(found) - 1} others)" if len(found) > 1 else ""
+    dims = {name: pair or (len(shapes[name]) - 2, len(shapes[name]) - 1) for name, pair in found.items()}
+    misfits = {name: why for name in shapes if (why := pattern.misfit(matrices.matrix_shape(name), dims[name]))}
+    if misfits:
+        name, misfit = next(iter(misfits.items()))
         raise ValueError(
-            f'pattern="{pattern}": {name}{others} does not go with it: {misfit}. List it in "exclude" to keep it '
-            'dense, or change "pattern".'
+            f'pattern="{pattern}": {name}{_others(misfits)} does not go with it: {misfit}. List it in "exclude" to '
+            'keep it dense, or change "pattern".'
         )
+    return dims
+
+
+def _others(found: Collection[str]) -> str:
+    return f" (and {len(found) - 1} others)" if len(found) > 1 else ""
 
 
 def _assign(
@@ -340,15 +262,17 @@ def _assign(
     units: list[list[str]] = [[]]
     current = None
     for name in names:
-        block = next((b for b in blocks if _inside(name, b)), None if blocks else name)
+        block = next((b for b in blocks if inside(name, b)), None if blocks else name)
         if block is not None and current is not None and block != current:
             units.append([])
         current = block or current
         units[-1].append(name)
     if kappa > len(units):
+        number = "1 block" if len(units) == 1 else f"{len(units)} blocks"
+        lower = f'Lower "partitions" to {len(units)} or less.'
         raise ValueError(
-            f"partitions={kappa}: the model has {len(units)} blocks with entries, and a partition needs at least one. "
-            f'Lower "partitions" to {len(units)} or less.'
+            f"partitions={kappa}: the model has {number} with entries, and a partition needs at least one. "
+            + (lower if len(units) > 1 else 'Write "partitions" as lists of name patterns.')
         )
     if config.partition_assignment == "random":
         random.Random(f"assign {config.seed}").shuffle(units)
@@ -365,8 +289,8 @@ def _assign_written(names: Sequence[str], partitions: Sequence[Sequence[str]]) -
     partition: dict[str, int] = {}
     for k, patterns in enumerate(partitions):
         for pattern in patterns:
-            if not (found := _matching(pattern, names)):
-                raise ValueError(_no_match(f"partitions[{k}]", pattern, names))
+            if not (found := matching(pattern, names)):
+                raise ValueError(no_match(f"partitions[{k}]", pattern, names))
             for name in found:
                 if partition.setdefault(name, k) != k:
                     raise ValueError(
@@ -406,10 +330,7 @@ def balanced_cut(sizes: Sequence[int], parts: int) -> list[int]:
 
 
 def _dense_matmul(
-    parameters: Mapping[str, Tensor],
-    modules: Mapping[str, nn.Module],
-    shapes: Mapping[str, tuple[int, ...]],
-    entries: set[str],
+    parameters: Mapping[str, Tensor], matrices: Matrices, shapes: Mapping[str, tuple[int, ...]], entries: set[str]
 ) -> int:
     """Weights outside the entries that are multiplied with; a head tied to an embedding counts once.
 
@@ -422,7 +343,7 @@ def _dense_matmul(
     sizes = {
         id(p): math.prod(shape_of[id(p)])
         for name, p in parameters.items()
-        if id(p) not in pruned and _multiplied(name, modules, shape_of.get(id(p), ()))
+        if id(p) not in pruned and matrices.is_multiplied(name, shape_of.get(id(p), ()))
     }
     return sum(sizes.values())
 
@@ -430,29 +351,4 @@ def _dense_matmul(
 def _in_module_order(shapes: Mapping[str, tuple[int, ...]], modules: Iterable[str]) -> dict[str, tuple[int, ...]]:
     """The shapes sorted by the place of their module in the tree: backends list parameters in different orders."""
     place = {name: i for i, name in enumerate(modules)}
-    return {name: shapes[name] for name in sorted(shapes, key=lambda n: (place.get(_parent(n), len(place)), n))}
-
-
-def _matching(pattern: str, names: Iterable[str]) -> list[str]:
-    """Names in which the pattern matches whole components: `layers.1` is in `layers.1.fc1` but not in `layers.10`."""
-    try:
-        regex = re.compile(rf"(?:.*\.)?(?:{pattern})(?:\..*)?")
-    except re.error as error:
-        raise ValueError(f'pattern "{pattern}" is not a regular expression: {error}.') from None
-    return [name for name in names if regex.fullmatch(name)]
-
-
-def _no_match(setting: str, pattern: str, names: Sequence[str]) -> str:
-    parents = dict.fromkeys(
-        prefix for name in names for prefix in (name, _parent(name), _parent(_parent(name))) if prefix
-    )
-    near = difflib.get_close_matches(pattern, parents, n=3, cutoff=0.4) or list(names)[:3]
-    return f'{setting}: pattern "{pattern}" matches none of {len(names)} weights. Near matches: {", ".join(near)}.'
-
-
-def _inside(name: str, prefix: str) -> bool:
-    return name == prefix or name.startswith(prefix + ".") if prefix else True
-
-
-def _parent(name: str) -> str:
-    return name.rpartition(".")[0]
+    return {name: shapes[name] for name in sorted(shapes, key=lambda n: (place.get(parent(n), len(place)), n))}

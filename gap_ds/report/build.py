@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from gap_ds.export.folder import weight_files
+from gap_ds.export.weights import weight_files
 from gap_ds.method.schedule import Schedule
 from gap_ds.report import page as report_page
 from gap_ds.report import runs as report_runs

@@ -171,6 +171,10 @@ def by_rank(rows: Sequence[Sequence[int]], comm: Comm) -> list[list[list[int]]]:
     return table
 
 
+class Apart(ValueError):
+    """An error of ranks that work for themselves: the others do not come along, so nobody waits for them."""
+
+
 def raise_on_all_ranks(world: Comm, work: Callable[[], T]) -> T:
     """What `work` returns on this rank; an error on any rank becomes the same ValueError on all.
 
@@ -179,6 +183,8 @@ def raise_on_all_ranks(world: Comm, work: Callable[[], T]) -> T:
     error: Exception | None = None
     try:
         result = work()
+    except Apart:
+        raise
     except Exception as caught:  # whatever it is, the others must hear of it before they wait for this rank
         error = caught
     failed = world.all_gather(torch.tensor([error is not None], dtype=torch.int64)).view(-1)

@@ -41,7 +41,7 @@ def read_json(path: Path, model: type[_Value]) -> _Value:
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}).") from None
     try:
-        return parse_json(data, model)
+        return parse_json(data.decode(json.detect_encoding(data)), model)  # some editors add a byte order mark
     except ValueError as error:
         raise ValueError(f"{path}: {error}.") from None
 

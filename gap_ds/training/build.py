@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 
@@ -16,7 +18,7 @@ from gap_ds.parallel import ParallelWorker
 from gap_ds.sharding.backends import Backend, Training, detect
 from gap_ds.sharding.comm import Comm, raise_on_all_ranks
 from gap_ds.training import mask_state, saving
-from gap_ds.training.consistency import LossGuard
+from gap_ds.training.consistency import LossGuard, check_model
 from gap_ds.training.exchanging import Exchanging
 from gap_ds.training.history import History
 from gap_ds.training.learning_rate import LearningRate
@@ -26,43 +28,50 @@ from gap_ds.training.run import Run
 
 log = logging.getLogger("gap_ds")
 
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What else a user decides of a run; the arguments of GaPEngine with these names."""
+
+    steps_per_epoch: int | None = None
+    batches_per_epoch: int | None = None
+    worker: ParallelWorker | None = None
+    nonfinite_loss: Literal["stop", "skip"] = "stop"
+    masks_from: str | Path | None = None
+    history: str | Path | None = None
+    fresh: bool = False
+
 
 def build(
-    model: nn.Module,
-    source: GaPConfig | dict[str, Any] | str | Path,
-    training: Training,
-    *,
-    steps_per_epoch: int | None,
-    batches_per_epoch: int | None,
-    worker: ParallelWorker | None,
-    nonfinite_loss: Literal["stop", "skip"],
-    masks_from: str | Path | None,
-    history: str | Path | None,
-    fresh: bool,
+    model: nn.Module, source: GaPConfig | dict[str, Any] | str | Path, training: Training, options: Options
 ) -> Run:
     """A run before its first masks; the arguments are those of GaPEngine. Changes nothing that it is given.
 
     Raises:
         ValueError: a mistake in the config, or a combination that is not supported; the message names the setting.
     """
-    config, phases = check(source, steps_per_epoch or batches_per_epoch, worker)
+    world, worker = Comm(), options.worker
     schedulers = training.schedulers() or [s for s in [getattr(model, "lr_scheduler", None)] if s is not None]
-    _check_lr_restart(config, schedulers, masks_from)
-    backend, world = detect(model, training), Comm()
-    if backend.optimizers.stepped and masks_from is None and not fresh:
-        raise ValueError(
-            f"optimizer={backend.optimizers.names}: has already updated weights, and the schedule would begin at step "
-            "0. To go on with a run, pass masks_from or build everything anew and call load_checkpoint; to begin a new "
-            "schedule from these weights, pass fresh=True."
-        )
-    steps = _steps(steps_per_epoch, batches_per_epoch, backend.micro_batches) if config.in_epochs else None
-    if steps != (steps_per_epoch or batches_per_epoch):
-        phases = schedule.build(config, steps, worker.index if worker else 0)
-    if config.mask_init == "auto" and config.record.reads_setting("mask_init"):
-        config = config.model_copy(update={"mask_init": "magnitude" if _pretrained(backend.module) else "random"})
-    of_model = _plan(config, backend, masks_from)
+
+    def begin() -> tuple[GaPConfig, Backend, int | None, schedule.Schedule]:
+        given = options.steps_per_epoch or options.batches_per_epoch
+        config, phases = check(source, given, worker)
+        _check_lr_restart(config, schedulers, options.masks_from)
+        backend = detect(model, training)
+        _check_fresh(backend, options)
+        steps = _steps(options, backend.micro_batches) if config.in_epochs else None
+        if steps != given:
+            phases = schedule.build(config, steps, worker.index if worker else 0)
+        if config.mask_init == "auto" and config.record.reads_setting("mask_init"):
+            config = config.model_copy(update={"mask_init": "magnitude" if _pretrained(backend.module) else "random"})
+        return config, backend, steps, phases
+
+    config, backend, steps, phases = _on_all_ranks(world, begin)
+    check_model(world, backend.shards())
+    of_model = _plan(config, backend, options.masks_from, world)
     state = MaskState(of_model, config, backend)
-    guard = LossGuard(nonfinite_loss, world, harmless=backend.skips_overflow)
     run = Run(
         config=config,
         steps_per_epoch=steps,
@@ -75,12 +84,26 @@ def build(
         mask_state=state,
         learning_rate=LearningRate(schedulers, backend.optimizers),
         grad_scaler=training.grad_scaler,
-        guard=guard,
+        guard=LossGuard(options.nonfinite_loss, world, harmless=backend.skips_overflow),
         observers=[],
     )
     raise_on_all_ranks(world, lambda: _check_held(state, backend))
-    run.observers.extend(_observers(run, history))
+    run.observers.extend(_observers(run, options.history))
     return run
+
+
+def _on_all_ranks(world: Comm, work: Callable[[], T]) -> T:
+    """What `work` returns; its errors are raised on all ranks, or by the only rank as they are."""
+    return work() if world.size == 1 else raise_on_all_ranks(world, work)
+
+
+def _check_fresh(backend: Backend, options: Options) -> None:
+    if backend.optimizers.stepped and options.masks_from is None and not options.fresh:
+        raise ValueError(
+            f"optimizer={backend.optimizers.names}: has already updated weights, and the schedule would begin at step "
+            "0. To go on with a run, pass masks_from or build everything anew and call load_checkpoint; to begin a new "
+            "schedule from these weights, pass fresh=True."
+        )
 
 
 def check(
@@ -96,8 +119,9 @@ def check(
     return config, schedule.build(config, steps_per_epoch, worker.index if worker else 0)
 
 
-def _steps(steps: int | None, batches: int | None, micro_batches: int) -> int | None:
+def _steps(options: Options, micro_batches: int) -> int | None:
     """Updates in an epoch, from those or from its batches; warns where the one may have been taken for the other."""
+    steps, batches = options.steps_per_epoch, options.batches_per_epoch
     if steps is not None and batches is not None:
         raise ValueError(f"steps_per_epoch={steps} and batches_per_epoch={batches}: set one of them.")
     if batches is not None:
@@ -137,11 +161,20 @@ def _pretrained(module: nn.Module) -> bool:
 
 
 def _check_held(state: MaskState, backend: Backend) -> None:
-    """Checks that the optimizers update every entry of which this rank has a piece; ValueError if not."""
-    if missing := state.unheld():
+    """Checks that the optimizers update every entry of which this rank has a piece; ValueError if not.
+
+    Where parameters are spread over ranks and an optimizer holds other tensors than their pieces, it was built from
+    other parameters than those that are trained: then every trained parameter is checked.
+    """
+    held = backend.optimizers.held()
+    own = {shard.name: shard for shard in backend.shards() if shard.trainable and shard.numel}
+    foreign = backend.comm.size > 1 and not held <= {id(shard.owner()) for shard in own.values()}
+    wanted = own if foreign else {name: shard for name, shard in state.shards.items() if shard.numel}
+    missing = [name for name, shard in wanted.items() if id(shard.owner()) not in held]
+    if missing:
         raise ValueError(
-            f"optimizer={backend.optimizers.names}: does not hold {missing[0]} ({len(missing)} of {len(state.shards)} "
-            "entries are missing), so it would be pruned and not trained. Build the optimizer from the wrapped model's "
+            f"optimizer={backend.optimizers.names}: does not hold {missing[0]} ({len(missing)} of {len(wanted)} "
+            "are missing), so it would not be trained. Build the optimizer from the wrapped model's "
             "parameters(), after the model is wrapped and before its first forward pass; pass all optimizers as a "
             "list (optimizer=[muon, adamw]); or freeze what is not trained (requires_grad_(False))."
         )
@@ -159,7 +192,7 @@ def _check_lr_restart(config: GaPConfig, schedulers: list[Any], masks_from: str 
         )
 
 
-def _plan(config: GaPConfig, backend: Backend, masks_from: str | Path | None) -> plan.Plan:
+def _plan(config: GaPConfig, backend: Backend, masks_from: str | Path | None, world: Comm) -> plan.Plan:
     """The plan of a backend's model, with the budgets of existing masks if the config reuses them.
 
     A resumed run has those that it was saved with: a kept weight may have become 0 since then.
@@ -169,9 +202,10 @@ def _plan(config: GaPConfig, backend: Backend, masks_from: str | Path | None) ->
     shapes = {shard.name: shard.shape for shard in shards}
     kept = None
     if config.reuses_masks:
-        saved = None if masks_from is None else saving.budgets(Path(masks_from))
-        kept = mask_state.inherited(config, shards, backend.comm) | (saved or {})
-    return plan.build(backend.module, config, shapes, frozen, kept)
+        nonzero = mask_state.nonzero(shards, backend.comm) if config.mask_file is None else None
+        saved = _on_all_ranks(world, lambda: masks_from and saving.budgets(Path(masks_from)))
+        kept = (nonzero or _on_all_ranks(world, lambda: mask_state.inherited(config, shards))) | (saved or {})
+    return _on_all_ranks(world, lambda: plan.build(backend.module, config, shapes, frozen, kept))
 
 
 def _observers(run: Run, history: str | Path | None) -> list[Observer]:

@@ -7,18 +7,39 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gap_ds.method.plan import Plan
+from gap_ds.method.plan import Plan, clean_name
 from gap_ds.sharding.comm import Comm
 from gap_ds.sharding.shard import Shard
 
 #: Micro-batches left out in a row, after which a run has diverged rather than met a bad batch.
 MOST_SKIPPED = 50
+
+
+def check_model(world: Comm, shards: Sequence[Shard]) -> None:
+    """All ranks have parameters of the same names and whole shapes.
+
+    Raises:
+        ValueError: on all ranks, naming the ranks and this rank's first parameter that others do not have.
+    """
+    names = [f"{shard.name} {shard.shape}" for shard in shards]
+    rows = world.all_gather(torch.tensor([_number("\n".join(names))], dtype=torch.int64)).view(-1)
+    if others := (rows != rows[0]).nonzero().view(-1).tolist():
+        raise ValueError(
+            f"ranks 0 and {_some(others)} have different models (this rank: {len(names)} parameters, "
+            f"{names[0] if names else 'none'} and others). All ranks must train the same model: stages of a pipeline, "
+            "experts on some ranks and groups of ranks with models of their own are not supported."
+        )
+
+
+def _number(text: str) -> int:
+    """A text's digest as a signed 64-bit number."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
 
 
 def check_position(world: Comm, step: int, signature: str, fingerprint: str, nonfinite: int, place: str) -> None:
@@ -30,7 +51,7 @@ def check_position(world: Comm, step: int, signature: str, fingerprint: str, non
         ValueError: on all ranks, naming the ranks and what they differ in.
     """
     texts = (signature, fingerprint)
-    digests = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True) for text in texts]
+    digests = [_number(text) for text in texts]
     rows = world.all_gather(torch.tensor([step, *digests, nonfinite], dtype=torch.int64))
     for column, (what, own) in enumerate((("applied steps", str(step)), ("config", signature), ("plan", fingerprint))):
         others = (rows[:, column] != rows[0, column]).nonzero().view(-1).tolist()
@@ -38,7 +59,7 @@ def check_position(world: Comm, step: int, signature: str, fingerprint: str, non
             told = f": {rows[0, 0]} and {rows[others[0], 0]}" if column == 0 else f" (this rank: {own})"
             raise ValueError(
                 f"ranks 0 and {_some(others)} have different {what}{told}. Give every rank the same model, config and "
-                "checkpoint; stages of a pipeline and groups of ranks with models of their own are not supported."
+                "checkpoint."
             )
     if ranks := rows[:, 3].nonzero().view(-1).tolist():
         raise ValueError(
@@ -83,13 +104,36 @@ def check_masks(plan: Plan, bits: Mapping[str, Tensor], shards: Mapping[str, Sha
     )
 
 
+def changed_flags(plan: Plan, module: nn.Module) -> Iterator[tuple[str, str]]:
+    """The parameters that became frozen or trainable since the plan was made: first name of each kind, a warning."""
+    trained = {clean_name(name): p.requires_grad for name, p in module.named_parameters()}
+    if late := [entry.name for entry in plan.entries if not trained.get(entry.name, True)]:
+        yield (
+            late[0],
+            f"{late[0]}{_others(late)}: frozen since the engine was built. Masks hold, and boundaries still prune and "
+            "grow these entries, but what grows stays 0. To train a part of the model alone, freeze the rest before "
+            "the engine is built.",
+        )
+    if late := plan.became_trainable({name for name, flag in trained.items() if flag}):
+        yield (
+            late[0],
+            f"{late[0]}{_others(late)}: trained now, and frozen when the engine was built, so it is no entry and stays "
+            "dense. Make it trainable before the engine is built (its learning rate may be 0), or list it in "
+            '"exclude".',
+        )
+
+
+def _others(names: Sequence[str]) -> str:
+    return f" and {len(names) - 1} others" if len(names) > 1 else ""
+
+
 def revived_message(name: str, found: int, place: str) -> str:
     """The error text for pruned weights that are not 0."""
     return (
         f"{name}: {found} of its pruned weights are not 0 ({place}). Something changed them besides the optimizers "
         "that the engine has: weights loaded after the engine was built (load them first, or use load_checkpoint), "
-        "weights that do not belong to these masks, another optimizer, or a copy that was written back. Nothing is "
-        "saved or pruned from them."
+        "weights that do not belong to these masks, another optimizer, a parameter that was replaced, or a copy that "
+        "was written back. Nothing is saved or pruned from them."
     )
 
 

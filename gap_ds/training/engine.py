@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from gap_ds.masks import bitmask
-from gap_ds.method import rules
 from gap_ds.method.config import GaPConfig
 from gap_ds.method.schedule import Phase
 from gap_ds.parallel import ParallelWorker
@@ -26,13 +25,10 @@ from gap_ds.sharding.backends import Training
 from gap_ds.sharding.comm import operation
 from gap_ds.sharding.optimizers import Meaning
 from gap_ds.training import boundary, copies, saving
-from gap_ds.training.build import build, check
+from gap_ds.training.build import Options, build
+from gap_ds.training.initialize import initialize
 from gap_ds.training.run import Place
 from gap_ds.training.updates import Updates
-
-#: Arguments of GaPEngine that are not DeepSpeed's.
-_OWN = {"steps_per_epoch", "batches_per_epoch", "worker", "nonfinite_loss", "masks_from", "history"}
-_OWN |= {"optimizer_state", "fresh"}
 
 
 class GaPEngine:
@@ -40,7 +36,7 @@ class GaPEngine:
 
     Use it like DeepSpeed's engine, with any backend::
 
-        engine = GaPEngine(model_or_deepspeed_engine, "cyclic_80", optimizer=optimizer, steps_per_epoch=len(loader))
+        engine = GaPEngine(model_or_deepspeed_engine, "cyclic_80", optimizer=optimizer, batches_per_epoch=len(loader))
         for batch in loader:
             loss = engine(**batch).loss
             engine.backward(loss)
@@ -99,82 +95,48 @@ class GaPEngine:
         training = Training(
             optimizer, lr_scheduler, gradient_accumulation_steps, gradient_clipping, grad_scaler, optimizer_state
         )
-        self._run = build(
-            model,
-            config,
-            training,
-            steps_per_epoch=steps_per_epoch,
-            batches_per_epoch=batches_per_epoch,
-            worker=worker,
-            nonfinite_loss=nonfinite_loss,
-            masks_from=masks_from,
-            history=history,
-            fresh=fresh,
-        )
-        self.config, self.schedule, self.plan = self._run.config, self._run.schedule, self._run.plan
+        options = Options(steps_per_epoch, batches_per_epoch, worker, nonfinite_loss, masks_from, history, fresh)
+        self.run = build(model, config, training, options)
+        self.config, self.schedule, self.plan = self.run.config, self.run.schedule, self.run.plan
         self.worker = worker
-        self.mask_state = self._run.mask_state
-        self._backend = self._run.backend
+        self.mask_state = self.run.mask_state
         self._place = Place()
         self.last_boundary_seconds = 0.0
         #: True once `close` has taken the hooks off: masks are no longer applied.
         self.closed = False
-        self._updates = Updates(
-            self._run, lambda: rules.needs_gradient(self.config, self.phase, self.applied_steps + 1)
-        )
-        self._run.say(self.signature)
+        self._updates = Updates(self.run, lambda: self._place)
+        self.run.say(f"{self.signature}\n{self.plan.summary()}")
         try:
-            if masks_from is None:
-                self._enter(None, self.phase)
-            else:
-                self.load_masks(masks_from)
+            self._enter(None, self.phase) if masks_from is None else self.load_masks(masks_from)
         except BaseException:
             self._updates.close()  # another engine may hook the optimizers
             raise
 
     @classmethod
     def initialize(cls, *, model: nn.Module, config: Any, gap_config: Any, **arguments: Any) -> GaPEngine:
-        """Like `deepspeed.initialize`: returns a GaPEngine around the DeepSpeed engine.
-
-        Args:
-            config: the DeepSpeed config, a dict or a JSON file.
-            gap_config: the GaP config; it is validated before DeepSpeed starts.
-            arguments: those of GaPEngine that a DeepSpeed engine allows, such as steps_per_epoch; all others go to
-                DeepSpeed.
-        """
-        from gap_ds.sharding.backends import zero
-
-        own = {name: arguments.pop(name) for name in _OWN & arguments.keys()}
-        steps = own.get("steps_per_epoch") or own.get("batches_per_epoch")
-        gap, _ = check(gap_config, steps, own.get("worker"))
-        if not {"optimizer", "model_parameters"} & arguments.keys():
-            arguments["model_parameters"] = [p for p in model.parameters() if p.requires_grad]
-        config = str(config) if isinstance(config, Path) else config
-        return cls(zero.initialize(model=model, config=config, **arguments), gap, **own)
+        """Like `deepspeed.initialize`; gets its arguments and those of GaPEngine."""
+        return initialize(cls, model=model, config=config, gap_config=gap_config, **arguments)
 
     # -- training --------------------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped model's forward pass."""
-        return self._backend.forward(*args, **kwargs)
+        return self.run.backend.forward(*args, **kwargs)
 
     def backward(self, loss: Tensor) -> None:
         """Backward pass of one micro-batch. `loss` is its mean, whatever the number of accumulated micro-batches."""
-        if self._run.guard.accepts(loss, self.applied_steps):
-            self._backend.backward(loss)
+        if self.run.guard.accepts(loss, self.applied_steps):
+            self.run.backend.backward(loss)
 
     def watch(self, loss: Tensor) -> None:
-        """Checks a loss that something else propagates; one that is not finite ends the run, as in `backward`.
-
-        Only with nonfinite_loss="stop": the engine cannot leave out a micro-batch that it does not propagate.
-        """
-        self._run.guard.accepts(loss, self.applied_steps)
+        """Checks a loss that something else propagates, with nonfinite_loss="stop", as `backward` does."""
+        self.run.guard.accepts(loss, self.applied_steps)
 
     def step(self) -> None:
         """Ends a micro-batch. If that completes an update: optimizer step, masks, and at a boundary prune and grow."""
-        if self._run.guard.skipping:
+        if self.run.guard.skipping:
             return
-        self._backend.step()
+        self.run.backend.step()
         self.after_step()
 
     def after_step(self) -> bool:
@@ -185,12 +147,11 @@ class GaPEngine:
         """
         if not self._updates.complete():
             return False
-        for observer in self._run.observers:
+        for observer in self.run.observers:
             observer.before_first_update()
-        before = self.phase
-        self._place = Place(self.applied_steps + 1, self._place.over)
-        if self.phase is not before or self.applied_steps in before.updates:
-            self._enter(before, self.phase)
+        before, self._place = self._place, self._place.after_update()
+        if before.changes_masks(self.schedule):
+            self._enter(before.phase(self.schedule), self.phase)
         return True
 
     @property
@@ -206,12 +167,12 @@ class GaPEngine:
     @property
     def module(self) -> nn.Module:
         """The model inside all wrappers."""
-        return self._backend.module
+        return self.run.backend.module
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
         """The innermost optimizer, of several the first; `param_groups[0]["lr"]` is its next learning rate."""
-        first: torch.optim.Optimizer = self._backend.optimizers[0]
+        first: torch.optim.Optimizer = self.run.backend.optimizers[0]
         return first
 
     @property
@@ -222,16 +183,17 @@ class GaPEngine:
     @property
     def signature(self) -> str:
         """One line with every setting of the method that changes a result."""
-        return self._run.signature
+        return self.run.signature
 
     # -- boundaries ------------------------------------------------------------------------------------------------
 
     def _enter(self, before: Phase | None, after: Phase) -> None:
         """Crosses the boundary between two phases, or does an update inside one (`before is after`)."""
         started = time.perf_counter()
-        changed, grown = boundary.cross(self._run, before, after, self.applied_steps)
+        changed, grown = boundary.cross(self.run, before, after, self.applied_steps)
+        self._updates.watch()
         self.last_boundary_seconds = time.perf_counter() - started
-        self._run.say(
+        self.run.say(
             f"step {self.applied_steps}: {after}, density {self.density:.4f}, {changed} entries pruned, {grown} grown, "
             f"{self.last_boundary_seconds:.3f} s",
             logging.DEBUG if before is after else logging.INFO,
@@ -244,14 +206,13 @@ class GaPEngine:
         parallel GaP prunes only its own partition, without an exchange: what the others have trained since the last
         round stays with them.
         """
-        pruned = boundary.finish(self._run, self.phase, self.applied_steps)
+        pruned = boundary.finish(self.run, self.phase, self.applied_steps)
         self._place = Place(self.applied_steps, over=True)
         if pruned:
-            for observer in self._run.observers:
+            self._updates.watch()
+            for observer in self.run.observers:
                 observer.masks_changed(self.applied_steps, self.phase)
-            self._run.say(
-                f"step {self.applied_steps}: ended early, {pruned} entries pruned, density {self.density:.4f}"
-            )
+            self.run.say(f"step {self.applied_steps}: ended early, {pruned} entries pruned, density {self.density:.4f}")
         return pruned > 0
 
     # -- figures ---------------------------------------------------------------------------------------------------
@@ -267,11 +228,8 @@ class GaPEngine:
         Returns:
             kept, numel: weights of the entries kept by the masks, and all; density: their ratio.
             model_sparsity: pruned weights relative to all weights of the model, embeddings and biases included.
-            mask_bytes: memory of this rank's masks.
+            mask_bytes: memory of this rank's masks. entries: per entry name: kept, numel, partition, dense.
             zeros_checked_at: the applied step at which every pruned weight was last seen to be 0: now.
-            entries: per entry name: kept, numel, partition, dense.
-        Raises:
-            ValueError: as `check_weights`.
         """
         self.check_weights()
         place = {"applied_steps": self.applied_steps, "phase": self.phase.index, "zeros_checked_at": self.applied_steps}
@@ -285,7 +243,7 @@ class GaPEngine:
         Raises:
             ValueError: on all ranks, with the first entry where that is not so, and likely causes.
         """
-        self._run.agree_on_weights(f"at step {self.applied_steps}")
+        self.run.agree_on_weights(f"at step {self.applied_steps}")
 
     def apply_to(self, module: nn.Module) -> None:
         """Puts the masks on a copy of the model, such as a moving average, sharded as the model is, or whole.
@@ -295,7 +253,7 @@ class GaPEngine:
         Raises:
             ValueError: the copy lacks an entry, or has it in another shape.
         """
-        copies.apply(self._run, module)
+        copies.apply(self.run, module)
 
     def mask(self, name: str) -> Tensor | None:
         """This rank's piece of an entry's mask as a bool tensor; None while the entry is dense."""
@@ -305,11 +263,8 @@ class GaPEngine:
     # -- files -----------------------------------------------------------------------------------------------------
 
     def save_masks(self, folder: str | Path) -> None:
-        """Saves only the masks and the place in the schedule, beside weights and optimizer that something else saves.
-
-        All ranks must call this, between two updates. The folder is complete when it holds `state.json`.
-        """
-        saving.save_masks(self._run, Path(folder), self._place)
+        """Saves only the masks and the place in the schedule; all ranks must call this, between two updates."""
+        saving.save_masks(self.run, Path(folder), self._place)
 
     def load_masks(self, folder: str | Path) -> None:
         """Restores what `save_masks` saved; weights, optimizer and random state must come from the same moment.
@@ -317,7 +272,7 @@ class GaPEngine:
         Raises:
             ValueError: the folder is not complete, is damaged, or belongs to another plan or schedule.
         """
-        self._go_on(saving.load_masks(self._run, Path(folder)), f"masks of {folder}")
+        self._go_on(saving.load_masks(self.run, Path(folder)), f"masks of {folder}")
 
     def save_checkpoint(
         self,
@@ -342,7 +297,7 @@ class GaPEngine:
         """
         tag = tag or f"step_{self.applied_steps}"
         with operation(f"the checkpoint at step {self.applied_steps}"):
-            return saving.save_checkpoint(self._run, Path(folder), tag, self._place, client_state, portable, keep)
+            return saving.save_checkpoint(self.run, Path(folder), tag, self._place, client_state, portable, keep)
 
     def load_checkpoint(self, folder: str | Path, tag: str | None = None) -> Any:
         """Restores FOLDER/TAG, or without a tag the newest whole checkpoint; returns the caller's `client_state`.
@@ -357,14 +312,14 @@ class GaPEngine:
                 it is not portable and would have to be.
         """
         with operation("the loading of a checkpoint"):
-            place, client_state, path = saving.load_checkpoint(self._run, Path(folder), tag)
+            place, client_state, path = saving.load_checkpoint(self.run, Path(folder), tag)
         self._go_on(place, f"resumed {path}")
         return client_state
 
     def _go_on(self, place: Place, what: str) -> None:
         self._place = place
         self._updates.forget()
-        self._run.say(f"{what} at step {place.step}: {self.phase}")
+        self.run.say(f"{what} at step {place.step}: {self.phase}")
 
     def export(
         self, folder: str | Path, *, tokenizer: Any = None, dtype: torch.dtype = torch.float32, overwrite: bool = False
@@ -382,20 +337,11 @@ class GaPEngine:
                 something could not be written. On all ranks alike; what was there is as it was.
         """
         with operation(f"the export at step {self.applied_steps}"):
-            return saving.export(self._run, Path(folder), self._place, tokenizer, dtype, overwrite)
-
-    def require_shared(self, folder: str | Path) -> None:
-        """Checks that a folder is one that all ranks see, as checkpoints need; ValueError on all ranks if not."""
-        saving.require_shared(self._run, Path(folder))
-
-    @property
-    def skips_overflow(self) -> bool:
-        """True if an update is left out when gradients are not finite, as loss scaling does."""
-        return self._backend.skips_overflow
+            return saving.export(self.run, Path(folder), self._place, tokenizer, dtype, overwrite)
 
     def close(self) -> None:
         """Takes the hook off the optimizer; the model keeps its present weights."""
-        for observer in self._run.observers:
+        for observer in self.run.observers:
             observer.close()
         self._updates.close()
         self.closed = True
@@ -404,4 +350,4 @@ class GaPEngine:
         # Only reached for names that the engine itself does not have.
         if name.startswith("_"):
             raise AttributeError(name)
-        return getattr(self._backend.forward, name)
+        return getattr(self.run.backend.forward, name)

@@ -26,6 +26,7 @@ from gap_ds.masks import bitmask
 from gap_ds.method.plan import Plan
 from gap_ds.method.schedule import Phase
 from gap_ds.sharding.comm import Comm
+from gap_ds.storage.atomic import replacing
 from gap_ds.storage.errors import summarize_error
 from gap_ds.training.mask_state import MaskState
 from gap_ds.training.observer import Observer
@@ -107,10 +108,9 @@ class History(Observer):
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(text)
             return
-        aside = self._path.with_name(f"{self._path.name}.partial")
-        aside.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text("".join(f"{line}\n" for line in self._head) + text, encoding="utf-8")
-        aside.replace(self._path)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self._path) as aside:
+            aside.write_text("".join(f"{line}\n" for line in self._head) + text, encoding="utf-8")
 
     # -- with checkpoints ------------------------------------------------------------------------------------------
 

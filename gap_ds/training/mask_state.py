@@ -75,6 +75,17 @@ class MaskState:
             if shard.numel and id(owner := shard.owner()) in owners and owner.grad is not None:
                 self._gradients[name] = shard.of(owner.grad).clone()
 
+    def tensors(self) -> list[Tensor]:
+        """All tensors on this rank that hold weights of an entry, or that weights can come back from; each once."""
+        found: dict[int, Tensor] = {}
+        for shard in self.shards.values():
+            if shard.numel:
+                owner = shard.owner()
+                found[id(owner)] = owner
+                copies = (*shard.copies(), *self._backend.optimizers.sequences(shard))
+                found |= {id(piece): piece for piece in copies}
+        return list(found.values())
+
     def revived(self) -> tuple[str, int] | None:
         """The first entry with pruned weights on this rank that are not 0, and their number; None if all are 0.
 
@@ -281,16 +292,19 @@ class MaskState:
         return {name: piece.to(self.shards[name].weight().device) for name, piece in pieces.items()}
 
 
-def inherited(config: GaPConfig, shards: Sequence[Shard], comm: Comm) -> dict[str, int]:
-    """Weights that each parameter keeps by the masks that `config` takes over. All ranks of `comm` must call this.
+def nonzero(shards: Sequence[Shard], comm: Comm) -> dict[str, int]:
+    """Weights of each parameter that are not 0. All ranks of `comm` must call this."""
+    local = torch.tensor([int(shard.weight().count_nonzero()) for shard in shards], dtype=torch.int64)
+    return {shard.name: n for shard, n in zip(shards, comm.sum(local).tolist(), strict=True)}
+
+
+def inherited(config: GaPConfig, shards: Sequence[Shard]) -> dict[str, int]:
+    """Weights that each parameter keeps by the masks in a file.
 
     Raises:
         ValueError: the file of masks cannot be read, is damaged, or has a mask of a name that is no parameter.
     """
-    if config.mask_file is None:
-        local = torch.tensor([int(shard.weight().count_nonzero()) for shard in shards], dtype=torch.int64)
-        return {shard.name: n for shard, n in zip(shards, comm.sum(local).tolist(), strict=True)}
-    kept = checkpoint.kept_weights(Path(config.mask_file))
+    kept = checkpoint.kept_weights(Path(config.mask_file or ""))
     if unknown := sorted(kept.keys() - {shard.name for shard in shards if shard.trainable}):
         raise ValueError(f"{config.mask_file}: holds the mask of {unknown[0]}, which the model does not have to train.")
     return kept

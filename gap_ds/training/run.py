@@ -38,6 +38,15 @@ class Place:
         """The phase that the next step belongs to."""
         return schedule.phases[-1] if self.over else schedule.phase_at(self.step)
 
+    def after_update(self) -> Place:
+        """The place after the next update."""
+        return Place(self.step + 1, self.over)
+
+    def changes_masks(self, schedule: Schedule) -> bool:
+        """True if a boundary, or an update of moving masks, follows the next update."""
+        phase = self.phase(schedule)
+        return self.after_update().phase(schedule) is not phase or self.step + 1 in phase.updates
+
     def schedule_step(self, schedule: Schedule) -> int:
         """The step of the schedule whose masks hold in the next step."""
         return max(self.step, schedule.total_steps) if self.over else self.step
@@ -50,6 +59,7 @@ class Run:
     steps_per_epoch: updates in an epoch, of a config in epochs. world: all ranks of the job. guard: this rank's losses.
     observers: optional parts, in the order they are called.
     doubts: what this rank has seen to be wrong and all ranks will raise at the next place where they meet.
+    warned: parameters of which the user was warned that they became frozen or trainable.
     """
 
     config: GaPConfig
@@ -66,6 +76,7 @@ class Run:
     guard: consistency.LossGuard
     observers: list[Observer]
     doubts: list[str] = field(default_factory=list)
+    warned: set[str] = field(default_factory=set)
 
     @property
     def signature(self) -> str:
@@ -90,6 +101,10 @@ class Run:
         consistency.check_position(self.world, step, self.signature, self.plan.fingerprint, self.guard.take(), place)
         self.agree_on_weights(place)
         self.agree_on_masks()
+        for name, warning in consistency.changed_flags(self.plan, self.backend.module):
+            if name not in self.warned:
+                self.warned.add(name)
+                self.say(warning, logging.WARNING)
 
     def agree_on_weights(self, place: str) -> None:
         """Checks on all ranks together that every pruned weight is exactly 0, and that nothing was in doubt before."""

@@ -5,6 +5,7 @@ All ranks call each function together, between two updates.
 
 from __future__ import annotations
 
+import logging
 import secrets
 import warnings
 from collections.abc import Mapping
@@ -147,8 +148,12 @@ def export(run: Run, folder: Path, place: Place, tokenizer: Any, dtype: torch.dt
 
     def about(weights: Mapping[str, Tensor]) -> exports.ExportInfo:
         nonzero = {entry.name: int(weights[entry.name].count_nonzero()) for entry in run.plan.entries}
-        info = exports.ExportInfo.of(run.plan, run.schedule, run.config, run.signature, step, nonzero)
-        return info.model_copy(update={"training_flops": run.plan.training_flops(info.mean_density)})
+        info = exports.ExportInfo.of(run.plan, run.schedule, run.config, run.signature, step, place.over, nonzero)
+        planned = run.schedule.mean_density(*run.plan.per_partition())
+        if not info.finished:
+            run.say(f"{target}: {info.progress} Train to the end of the schedule for the final model.", logging.WARNING)
+        flops = {"training_flops": info.mean_density, "planned_training_flops": planned}
+        return info.model_copy(update={key: run.plan.training_flops(density) for key, density in flops.items()})
 
     exports.save(
         target, run.backend.module, gather, about, run.world, tokenizer=tokenizer, dtype=dtype, overwrite=overwrite

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from gap_ds.method import rules
 from gap_ds.sharding.comm import raise_on_all_ranks
 from gap_ds.sharding.shard import local
-from gap_ds.training.run import Run
+from gap_ds.training.run import Place, Run
 
 #: Calls of `complete` in a row in which weights changed without a step, after which it is no coincidence.
 _UNSEEN = 3
@@ -27,36 +29,46 @@ class Updates:
     """Hooks of all optimizers of a run. An update is complete when each of them has stepped.
 
     Args:
-        wants_gradient: asked in every step whether its gradients are kept for the boundary after it.
+        place: asked in every step where the run is.
     Raises:
         ValueError: another engine has hooked one of the optimizers.
     """
 
-    def __init__(self, run: Run, wants_gradient: Callable[[], bool]) -> None:
-        self._run, self._wants_gradient = run, wants_gradient
+    def __init__(self, run: Run, place: Callable[[], Place]) -> None:
+        self._run, self._place = run, place
         #: Steps of each optimizer since the last complete update.
         self._stepped: Counter[int] = Counter()
         self._masked: set[str] = set()
         #: False until the first update after masks came from elsewhere, such as when the engine was built.
         self._checked = False
         self._idle, self._unseen, self._version = 0, 0, self._read_version()
-        self._handles = []
+        #: Calls of `complete` since the last update: micro-batches.
+        self._calls = 0
+        #: Tensors that hold weights, with PyTorch's count of changes and the address as the last update left them.
+        self._watched: list[tuple[Tensor, int, int]] = []
+        self._handles: list[Any] = []
         for optimizer in run.backend.optimizers:
             if optimizer in _HOOKED:
                 raise ValueError(
                     f"optimizer={type(optimizer).__name__}: another GaPEngine masks its steps. Call close() on that "
                     "engine first, or build another optimizer."
                 )
-        for optimizer in run.backend.optimizers:
+        self._hook()
+
+    def _hook(self) -> None:
+        for optimizer in self._run.backend.optimizers:
             _HOOKED.add(optimizer)
-            # A compiled step calls the hooks and does not trace them. Not by decorators: those load the compiler with us.
-            self._handles.append(optimizer.register_step_pre_hook(torch.compiler.disable(self._before)))
-            self._handles.append(optimizer.register_step_post_hook(torch.compiler.disable(self._after)))
+            self._handles.append(optimizer.register_step_pre_hook(self._before))
+            self._handles.append(optimizer.register_step_post_hook(self._after))
+
+    def _unhook(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
 
     def close(self) -> None:
         """Takes the hooks off."""
-        for handle in self._handles:
-            handle.remove()
+        self._unhook()
         for optimizer in self._run.backend.optimizers:
             _HOOKED.discard(optimizer)
 
@@ -66,6 +78,12 @@ class Updates:
         self._masked.clear()
         self._checked = False
         self._idle, self._unseen, self._version = 0, 0, self._read_version()
+        self._calls = 0
+        self.watch()
+
+    def watch(self) -> None:
+        """Remembers all weights as they are now. Call it after masks or weights changed outside of an update."""
+        self._watched = [_seen(tensor) for tensor in self._run.mask_state.tensors()]
 
     def complete(self) -> bool:
         """True if an update was applied since the last call. All ranks must call this after the same steps.
@@ -74,9 +92,14 @@ class Updates:
             ValueError: weights change in steps that the hooks do not see, or, at the first update, pruned weights were
                 not 0 before it or the optimizer's state has an unknown meaning.
         """
+        self._calls += 1
+        if any(handle.id not in (handle.hooks_dict_ref() or ()) for handle in self._handles):
+            self._hook_again()
         if len(self._stepped) < len(self._run.backend.optimizers):
             self._look_for_unseen_steps()
             return False
+        self._calls = 0
+        self._watched = [_seen(tensor) for tensor, *_ in self._watched]
         masked, first = self._masked, not self._checked
         self._stepped, self._masked, self._checked = Counter(), set(), True
         self._idle, self._unseen, self._version = 0, 0, self._read_version()
@@ -91,15 +114,29 @@ class Updates:
         return True
 
     def _before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        _out_of_graph(self._look_first, optimizer)
+
+    def _after(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        _out_of_graph(self._mask, optimizer)
+
+    def _look_first(self, optimizer: torch.optim.Optimizer) -> None:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise ValueError(
                 f"optimizer={type(optimizer).__name__}: its step is captured into a CUDA graph, whose replays run no "
                 "hooks, so masks would not be applied. Leave the optimizer step out of the graph."
             )
-        if not self._checked and not self._stepped and not self._run.backend.optimizers.quiet:
+        if self._stepped or self._run.backend.optimizers.quiet:
+            return
+        if not self._checked:
             self._run.doubt_weights("before the first update")
+        # In between, a look at all weights in every step would be slow, and at the boundary itself it is too late:
+        # this update masks the weights that the forward pass has used.
+        elif self._place().changes_masks(self._run.schedule) or any(
+            _seen(was[0])[1:] != was[1:] for was in self._watched
+        ):
+            self._run.doubt_weights("before an update; they were 0 after the update before it")
 
-    def _after(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def _mask(self, optimizer: torch.optim.Optimizer) -> None:
         """Zeroes the pruned weights that the optimizer has just changed."""
         if self._run.backend.optimizers.quiet:
             return
@@ -110,7 +147,8 @@ class Updates:
             return
         self._stepped[id(optimizer)] += 1
         self._run.backend.optimizers.used = True
-        if self._wants_gradient():
+        place = self._place()
+        if rules.needs_gradient(self._run.config, place.phase(self._run.schedule), place.step + 1):
             self._run.mask_state.copy_gradients(optimizer)
 
     def _check_first(self) -> None:
@@ -118,6 +156,20 @@ class Updates:
         for shard in self._run.mask_state.shards.values():
             if shard.numel:
                 self._run.backend.optimizers.check_state(shard)
+
+    def _hook_again(self) -> None:
+        """Notes that hooks were taken off, and counts the update that they have missed, so that all ranks meet."""
+        optimizers = self._run.backend.optimizers
+        self._run.doubt(
+            f"{next(iter(self._run.mask_state.shards))}: its mask was not applied in a step of "
+            f"optimizer={optimizers.names}: the engine's hooks were taken off. Leave them on the optimizer; "
+            "close() ends the masking."
+        )
+        self._unhook()
+        self._hook()
+        if self._calls % self._run.backend.micro_batches == 0:
+            self._stepped.update(id(optimizer) for optimizer in optimizers)
+            self._masked.update(self._run.mask_state.bits)
 
     def _read_version(self) -> int:
         """PyTorch's count of in-place changes of the first entry of which this rank has a piece."""
@@ -146,3 +198,20 @@ class Updates:
                 "it may have been built anew, or update weights without its step(), as optimizers that step inside "
                 "the backward pass do."
             )
+
+
+def _out_of_graph(hook: Callable[[torch.optim.Optimizer], None], optimizer: torch.optim.Optimizer) -> None:
+    """Calls a hook, from a compiled optimizer step too, which must not trace it.
+
+    torch.compiler.disable as a decorator would load the compiler, which takes as long as torch itself.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        torch.compiler.disable(hook)(optimizer)  # type: ignore[no-untyped-call]
+    else:
+        hook(optimizer)
+
+
+def _seen(tensor: Tensor) -> tuple[Tensor, int, int]:
+    """A tensor with its count of in-place changes and its address."""
+    held = local(tensor)
+    return tensor, held._version, held.data_ptr()

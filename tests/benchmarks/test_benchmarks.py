@@ -108,6 +108,7 @@ def test_the_quick_ones(tmp_path: Path) -> None:
     assert "torch_prune" in tables(tmp_path)
 
 
+@pytest.mark.full
 def test_command_lines_and_a_gpus_run_without_one(tmp_path: Path) -> None:
     """The scripts accept the runs of gpu.py and `make bench`. gpu.json names failures and keeps the other results."""
     (names,) = re.findall(r"^BENCHES := (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)

@@ -177,6 +177,7 @@ def test_a_set_up_is_what_changes_a_result() -> None:
     assert run.setup == replace(run, preset=replace(SMALL, jobs=7, threads=3, about="")).setup
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("example", presets.EXAMPLES, ids=lambda example: Path(example.script).parent.name)
 def test_defaults_are_those_of_the_example(example: presets.Example) -> None:
     """Read in a separate process: the scripts of all examples are called `train`."""

@@ -209,7 +209,7 @@ def test_the_average_is_that_of_the_masked_weights(here: Path) -> None:
     weight = model[1].weight
     for step in range(6):
         engine.backward(engine(torch.randn(4, 6)).square().mean())
-        engine._backend.step()  # the boundary comes afterwards: the average is of the weights before it
+        engine.run.backend.step()  # the boundary comes afterwards: the average is of the weights before it
         wanted = weight.detach().clone() if wanted is None else 0.75 * wanted + 0.25 * weight.detach()
         before = engine.mask("1.weight")
         engine.after_step()

@@ -159,8 +159,9 @@ def mistakes(
 
 def final_state(engine: GaPEngine) -> dict[str, dict[str, Any]]:
     """Whole fp32 weights and moments of every trained parameter."""
-    shards = [shard for shard in engine._backend.shards() if shard.trainable]
-    own = [list(shard.moments(engine.optimizer)) for shard in shards]
+    shards = [shard for shard in engine.run.backend.shards() if shard.trainable]
+    optimizers = engine.run.backend.optimizers
+    own = [[moment for _, moment, _ in optimizers.moments(shard)] for shard in shards]
     counts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(counts, [len(moments) for moments in own])
     moments = {}

@@ -40,6 +40,7 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("integers", "dtype=torch.int8: must be one of floating-point numbers, such as torch.bfloat16.", 0),
         ("tokenizer", "{out}/model: cannot be written (TypeError: Object of type set is not", 0),
         ("full_disk", "{out}/model: cannot be written (OSError: [Errno 28] No space left on device).", 1),
+        ("changed", "{out}/model: was not written: read back, the files differ from gap.json: ", 1),
         ("no_rename", "{out}/model: cannot be written ([Errno 13] Permission denied: ", 1),
     ],
 )
@@ -54,6 +55,16 @@ def test_what_rank_0_cannot_write_all_ranks_say(faults: Path, case: str, sentenc
         assert found[case]["left"] == ["file", "home", "model"]
         assert found["inside"] == ["README.md", "gap.json", "model.safetensors", "tokenizer.json"]
     assert "tokenizer.json" not in {path.name for path in (faults / "model").iterdir()}
+
+
+def test_a_model_that_drops_the_weights_it_is_given(faults: Path) -> None:
+    """Its save_pretrained takes no state_dict, and its own one has DTensors without masks."""
+    folder = faults / "model" / "own"
+    info = json.loads((folder / "gap.json").read_text())
+    for name in ("own", "model"):
+        weights = load_file(folder / f"{name}.safetensors")
+        for entry, row in info["entries"].items():
+            assert [list(weights[entry].shape), int(weights[entry].count_nonzero())] == [row["shape"], row["keep"]]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -139,6 +139,9 @@ def test_fp32_equals_the_independent_reference_bit_for_bit(trained: Path, name: 
     for key, moments in wanted["moments"].items():
         # Nobody reads the moments of pruned weights: they are zeroed when the weights come back.
         active = ours["final"].get(key, torch.ones_like(ours["weights"][key], dtype=torch.bool))
+        if scenario(name).gap.get("optimizer_state") == "reset":  # at the end: there are none until the next step
+            assert ours["moments"][key] == [] and not any(moment.count_nonzero() for moment in moments), key
+            continue
         assert len(ours["moments"][key]) == len(moments) > 0, key
         assert all(torch.equal(a[active], b[active]) for a, b in zip(ours["moments"][key], moments, strict=True)), key
 

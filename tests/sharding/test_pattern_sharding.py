@@ -119,10 +119,11 @@ def test_exports_have_the_budgets(trained: Path, name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_boundary_assembles_one_entry_at_a_time(trained: Path, name: str) -> None:
     for sums, other in result(trained, name)["traffic"]:
-        # Besides them the ranks compare 4 numbers of their position; and where each has all masks, one for those.
+        # Besides them the ranks compare 4 numbers of their position, one for pruned weights that are not 0, and where
+        # each has all masks one for those, before and after.
         agreed = [call for call in other if call in ("all_gather 4", "all_gather 1")]
         assembled = [f"assemble_everywhere {16 * BY_NAME[name]['hidden']}"] * 4
-        assert sums == [] and [call for call in other if call not in agreed] == assembled and len(agreed) <= 3
+        assert sums == [] and [call for call in other if call not in agreed] == assembled and len(agreed) <= 4
 
 
 @pytest.mark.parametrize("name", NAMES)

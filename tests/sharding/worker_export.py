@@ -16,6 +16,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import toy
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
@@ -99,6 +100,16 @@ def full_disk(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
+def change_one(write: Callable[..., Any]) -> Callable[..., Any]:
+    """A disk that changes a weight on its way."""
+
+    def changed(path: Path, tensors: dict[str, Tensor]) -> Any:
+        name = next(name for name, tensor in tensors.items() if not tensor.all())
+        return write(path, {**tensors, name: torch.ones_like(tensors[name])})
+
+    return changed
+
+
 def no_rename(path: Path, target: Path) -> None:
     raise OSError(errno.EACCES, "Permission denied", str(target))
 
@@ -130,12 +141,16 @@ def faults(out: Path) -> None:
         "tokenizer": (lambda: engine.export(model, overwrite=True, tokenizer=odd), None),
         "full_disk": (
             lambda: engine.export(model, overwrite=True),
-            mock.patch("gap_ds.export.folder.save_file", full_disk),
+            mock.patch("gap_ds.export.writing.write_weights", full_disk),
+        ),
+        "changed": (
+            lambda: engine.export(model, overwrite=True),
+            mock.patch("gap_ds.export.writing.write_weights", change_one(export.writing.write_weights)),
         ),
         "no_rename": (lambda: engine.export(model, overwrite=True), mock.patch("pathlib.Path.rename", no_rename)),
     }
     found = {}
-    with mock.patch("gap_ds.export.folder.full_weights", counting):
+    with mock.patch("gap_ds.export.full_weights", counting):
         for name, (work, broken) in cases.items():
             gathered.clear()
             said = "nothing"
@@ -154,6 +169,10 @@ def faults(out: Path) -> None:
     found["inside"] = sorted(path.name for path in model.iterdir())
     train(engine, 1)
     engine.export(model, overwrite=True)
+    type(engine.module).save_pretrained = lambda module, folder: save_file(
+        module.state_dict(), folder / "own.safetensors"
+    )
+    engine.export(out / "model" / "own")
     (out / f"faults.{rank}").write_text(json.dumps(found))
 
 

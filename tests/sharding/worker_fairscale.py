@@ -86,7 +86,7 @@ def wrap(model: nn.Module, row: dict[str, Any]) -> nn.Module:
 
 def full_weights(engine: GaPEngine) -> dict[str, Tensor]:
     """All whole parameters, by the library's own means."""
-    root = engine._backend.forward
+    root = engine.run.backend.forward
     if isinstance(root, ShardedDataParallel):
         return {name: p.detach().clone() for name, p in root.module.named_parameters()}
     with root.summon_full_params(volatile=True):

@@ -134,7 +134,7 @@ Weights = Callable[[GaPEngine], dict[str, Tensor]]
 
 def full_weights(engine: GaPEngine) -> dict[str, Tensor]:
     """All whole parameters, by the library's own means."""
-    root = getattr(engine._backend.forward, "_orig_mod", engine._backend.forward)
+    root = getattr(engine.run.backend.forward, "_orig_mod", engine.run.backend.forward)
     fsdp1 = isinstance(root, FullyShardedDataParallel)
     with FullyShardedDataParallel.summon_full_params(root, writeback=False) if fsdp1 else contextlib.nullcontext():
         return {
@@ -170,9 +170,9 @@ def run(
 
     at = {4: save_and_export}
     if row.get("evaluate"):
-        at |= {step: lambda: evaluate(engine._backend.forward) for step in (2, 7, 11)}
+        at |= {step: lambda: evaluate(engine.run.backend.forward) for step in (2, 7, 11)}
     result = observe.train(engine, working_copy(engine, weights), at=at)
-    result |= observe.final_state(engine) | {"plan": engine.plan, "backend": engine._backend.name}
+    result |= observe.final_state(engine) | {"plan": engine.plan, "backend": engine.run.backend.name}
     engine.export(out / "final" / name)
     result["reloaded"] = reload(out / "final" / name) if dist.get_rank() == 0 else {}
     engine.close()

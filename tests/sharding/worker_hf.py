@@ -190,7 +190,7 @@ def train(row: dict[str, Any], out: Path, resume: Path | None = None, **options:
 
 def run(row: dict[str, Any], out: Path) -> dict[str, Any]:
     trainer, engine, witness = train(row, out, save_strategy="steps", save_steps=row["saved"])
-    result: dict[str, Any] = {"wrong": witness.wrong, "masks": witness.masks, "backend": engine._backend.name}
+    result: dict[str, Any] = {"wrong": witness.wrong, "masks": witness.masks, "backend": engine.run.backend.name}
     result["state"] = observe.final_state(engine)
     result["log"] = [line for line in trainer.state.log_history if "loss" in line]
     trainer.save_model(str(out / row["name"] / "final"))

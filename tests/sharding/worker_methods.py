@@ -144,7 +144,7 @@ def run(row: dict[str, Any], out: Path) -> dict[str, Any]:
         engine.export(out / "mid" / name)
 
     result = train(engine, seen, scenario, skip, at_saved=save_and_export) | observe.final_state(engine)
-    result |= {"plan": engine.plan, "kept": engine.stats()["kept"], "backend": engine._backend.name}
+    result |= {"plan": engine.plan, "kept": engine.stats()["kept"], "backend": engine.run.backend.name}
     engine.export(out / "final" / name)
     engine.close()
 

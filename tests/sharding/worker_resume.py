@@ -65,7 +65,7 @@ def build(on: str, gap: dict[str, Any] = toy.GAP, weights: Path | None = None) -
 def state(engine: GaPEngine) -> dict[str, Any]:
     """Whole weights, moments, masks and buffers, and what counts steps; the same on all ranks."""
     steps: dict[str, float] = {}
-    for shard in engine._backend.shards():
+    for shard in engine.run.backend.shards():
         if shard.trainable and shard.numel and "step" in engine.optimizer.state.get(shard.owner(), {}):
             steps[shard.name] = float(engine.optimizer.state[shard.owner()]["step"])
     everywhere: list[Any] = [None] * dist.get_world_size()

@@ -27,7 +27,7 @@ from worker_zero import observers
 from zoo import BATCH, ZOO, Kind
 
 from gap_ds import GaPEngine
-from gap_ds.method.plan import find_blocks
+from gap_ds.method.entries import find_blocks
 
 warnings.filterwarnings("ignore")
 

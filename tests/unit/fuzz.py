@@ -24,6 +24,7 @@ from torch import nn
 
 from gap_ds import GaPConfig, GaPEngine, ParallelWorker, checkpoint, export
 from gap_ds.checkpoint import portable
+from gap_ds.checkpoint.folder import MANIFEST
 from gap_ds.cli.inspect import inspect
 from gap_ds.export import compact, compact_file
 from gap_ds.method import plan, schedule
@@ -199,10 +200,10 @@ def _checkpoints(folder: Path) -> dict[str, Target]:
         f"masks/{name}": Target(folder / "masks" / name, lambda: engine.load_masks(folder / "masks"))
         for name in ("masks.safetensors", "pruned.safetensors", "seen.safetensors", "before.safetensors", "state.json")
     }
-    result["manifest"] = Target(path / checkpoint.MANIFEST, lambda: checkpoint.find_whole(folder / "saved", "t", world))
+    result["manifest"] = Target(path / MANIFEST, lambda: checkpoint.find_whole(folder / "saved", "t", world))
     result["portable"] = Target(
         path / "gap" / "portable_0.safetensors",
-        lambda: portable.read(path / "gap", engine._backend, buffers, world),
+        lambda: portable.read(path / "gap", engine.run.backend, buffers, world),
     )
     for name in ("state.json", "rng_0.json"):
         file = path / "gap" / name
@@ -215,10 +216,10 @@ def _checkpoints(folder: Path) -> dict[str, Target]:
 
 def _seal(path: Path, file: Path) -> None:
     """Makes the manifest say what a file is now."""
-    manifest = json.loads((path / checkpoint.MANIFEST).read_text())
+    manifest = json.loads((path / MANIFEST).read_text())
     data = file.read_bytes()
     manifest["files"][str(file.relative_to(path))] = [len(data), sha256(data).hexdigest()]
-    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    (path / MANIFEST).write_text(json.dumps(manifest))
 
 
 def _exports(folder: Path) -> dict[str, Target]:
@@ -261,11 +262,11 @@ def _exchange(folder: Path) -> dict[str, Target]:
     engines = [trained(1, config, worker=ParallelWorker(i, where, timeout=0.05)) for i in (0, 1)]
 
     def exchange_of(engine: GaPEngine) -> Any:
-        return next(o.exchange for o in engine._run.observers if isinstance(o, Exchanging))
+        return next(o.exchange for o in engine.run.observers if isinstance(o, Exchanging))
 
     def items(engine: GaPEngine) -> list[Any]:
         buffers = dict(export.buffers(engine.module))
-        return exchange_items.items_of(engine.plan, engine._backend.shards(), buffers)
+        return exchange_items.items_of(engine.plan, engine.run.backend.shards(), buffers)
 
     for engine in engines:
         engine.finish()  # its partition is pruned, as at the end of a round

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from gap_ds.method.plan import clean_name
 from gap_ds.sharding.backends import Backend, Training, uncompiled
-from gap_ds.sharding.backends.plain import Loop, NoSync
+from gap_ds.sharding.backends.plain import Loop, NoSync, require_world
 from gap_ds.sharding.comm import Comm
 from gap_ds.sharding.optimizers import Optimizers
 from gap_ds.sharding.shard import Shard
@@ -78,6 +78,7 @@ def _oss(model: Any, training: Training) -> Backend:
             "wrapped with. Pass that OSS; several of them are not supported."
         )
     inner = Optimizers([oss.optim], meanings=training.optimizer_state)
+    require_world(oss.world_size)
     comm = Comm(oss.group)
 
     def shards() -> list[Shard]:
@@ -182,6 +183,7 @@ def _comm(units: list[Any]) -> Comm:
             "group for all is needed. Wrap every module with the same process_group."
         )
     group = next(iter(groups.values()))
+    require_world(group.size())
     return Comm(group) if group.size() > 1 else Comm(single=True)
 
 

@@ -260,6 +260,8 @@ def _handle_comm(root: FullyShardedDataParallel) -> Comm:
             "sharding_strategy=NO_SHARD in one part of the model and another strategy in the rest: a parameter is "
             "either spread over the ranks or not. Use the same sharding_strategy everywhere."
         )
+    own, replicas = root.process_group, getattr(root, "_inter_node_pg", None)  # the latter with hybrid sharding
+    require_world(dist.get_world_size(own) * (dist.get_world_size(replicas) if replicas is not None else 1))
     for handle in _handles(root):
         if handle.uses_sharded_strategy:
             group = handle.process_group

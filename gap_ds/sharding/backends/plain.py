@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from gap_ds.method.plan import clean_name
 from gap_ds.sharding.backends import Backend, OtherOptimizerError, Training, uncompiled
-from gap_ds.sharding.comm import Comm
+from gap_ds.sharding.comm import Apart, Comm
 from gap_ds.sharding.optimizers import Optimizers
 from gap_ds.sharding.shard import Shard
 from gap_ds.storage.errors import summarize_error
@@ -45,6 +45,7 @@ def build(model: nn.Module, training: Training) -> Backend:
     module = uncompiled(wrapper.module) if isinstance(wrapper, DistributedDataParallel) else wrapper
     if isinstance(wrapper, DistributedDataParallel):
         require_world(dist.get_world_size(wrapper.process_group))
+        _refuse_ignored(wrapper)
     optimizers = training.optimizers()
     for name, parameter in module.named_parameters():
         if isinstance(parameter, DTensor):
@@ -72,14 +73,24 @@ def build(model: nn.Module, training: Training) -> Backend:
     )
 
 
+def _refuse_ignored(wrapper: DistributedDataParallel) -> None:
+    trained = {name for name, parameter in wrapper.module.named_parameters() if parameter.requires_grad}
+    if ignored := sorted(trained & set(wrapper.parameters_to_ignore)):
+        raise ValueError(
+            f"{clean_name(ignored[0])}: is trained, but DistributedDataParallel was told to ignore it, as experts are "
+            "that live on one rank each: its copies on the ranks would get different masks. Let it be reduced over all "
+            "ranks, or freeze it; expert parallelism is not supported."
+        )
+
+
 def require_world(ranks: int) -> None:
     """Checks that a model is trained by all ranks of the job.
 
     Raises:
-        ValueError: it is trained by fewer, as an expert or a stage of a pipeline is.
+        Apart: it is trained by fewer, as an expert or a stage of a pipeline is.
     """
     if ranks != dist.get_world_size():
-        raise ValueError(
+        raise Apart(
             f"the model is wrapped for {ranks} of the job's {dist.get_world_size()} ranks: all ranks must train the "
             "same model. Wrap it for all of them; models of groups of ranks (stages of a pipeline, experts, two models "
             "at once) are not supported."

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from gap_ds.method.plan import clean_name
 from gap_ds.sharding.backends import Backend, Training
+from gap_ds.sharding.backends.plain import require_world
 from gap_ds.sharding.comm import Comm
 from gap_ds.sharding.optimizers import Optimizers
 from gap_ds.sharding.shard import Shard
@@ -65,6 +66,7 @@ def build(engine: Any, training: Training) -> Backend:
         ValueError: a setting under which pieces lie elsewhere, or the optimizer is not called.
     """
     _refuse(engine, training)
+    require_world(engine.seq_data_parallel_group.size())
     stage: int = engine.zero_optimization_stage()
     layout, comm, publish = _layout(engine, stage)
     module: nn.Module = engine.module

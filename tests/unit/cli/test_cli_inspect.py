@@ -25,7 +25,7 @@ pytest.importorskip("rich")
 
 from gap_ds import GaPEngine
 from gap_ds.masks import bitmask
-from gap_ds.training import engine
+from gap_ds.training import run as runs
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -64,7 +64,7 @@ def model() -> nn.Module:
 @pytest.fixture
 def run(command_line: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs a command line in an empty folder; (exit code, stdout, stderr)."""
-    monkeypatch.setattr(engine, "__version__", "0.0.0")
+    monkeypatch.setattr(runs, "__version__", "0.0.0")
     return command_line
 
 
@@ -359,7 +359,10 @@ def test_names_cannot_move_the_cursor(run: Run, make: Make) -> None:
         (".", ".: is the folder of a run; inspect ./model or ./checkpoints."),
         ("model/gap.json", "model/gap.json: is a file; inspect the folder that it is in."),
         ("empty", "empty: holds neither a checkpoint (gap/state.json) nor an export (gap.json and model.safetensors)."),
-        ("foreign", "foreign: holds weights and no gap.json: it was not exported by gap_ds."),
+        (
+            "foreign",
+            "foreign: holds weights and no gap.json: it was not exported by gap_ds. Write the model by engine.export.",
+        ),
     ],
 )
 def test_what_cannot_be_inspected(run: Run, make: Make, folder: str, message: str) -> None:

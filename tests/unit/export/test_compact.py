@@ -510,7 +510,7 @@ def test_conversion_refuses_with_a_sentence_and_leaves_nothing(tmp_path: Path) -
     data = (dense / "model.safetensors").read_bytes()
     for end in (0, 7, 8, 20, len(data) - 1):
         (dense / "model.safetensors").write_bytes(data[:end])
-        with pytest.raises(ValueError, match=r"^[^\n]*model\.safetensors: is truncated or damaged [^\n]*$"):
+        with pytest.raises(ValueError, match=r"^[^\n]*model\.safetensors: the file is truncated or damaged [^\n]*$"):
             compact(dense, tmp_path / "new")
     (dense / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="has neither"):

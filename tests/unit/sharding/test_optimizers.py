@@ -76,7 +76,7 @@ def equal(a: GaPEngine, b: GaPEngine) -> bool:
 
 def state(engine: GaPEngine) -> dict[str, dict[str, Any]]:
     """The optimizers' state by parameter name."""
-    members = list(engine._backend.optimizers)
+    members = list(engine.run.backend.optimizers)
     found = {name: [o.state[p] for o in members if p in o.state] for name, p in engine.module.named_parameters()}
     return {name: dict(states[0]) for name, states in found.items() if states}
 
@@ -117,7 +117,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(tmp_path: Path, name: str, 
             _ = second.optimizer.state[parameter]
     second.load_checkpoint(tmp_path)
     if stop == 5:
-        for optimizer in second._backend.optimizers:
+        for optimizer in second.run.backend.optimizers:
             optimizer.zero_grad()
     train(second, 9 - stop)
     assert equal(straight, second)
@@ -132,7 +132,7 @@ def test_reset_is_a_fresh_optimizer(name: str) -> None:
     model.load_state_dict(engine.module.state_dict())
     dense = {"method": "dense", "phase_steps": 9, "rounds": 1, "finetune_steps": 1}
     fresh = GaPEngine(model, dense, optimizer=TABLE[name][0](model))
-    members = list(fresh._backend.optimizers)
+    members = list(fresh.run.backend.optimizers)
     for step in (3, 4):
         x = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
         fresh.backward(fresh(x).square().mean())
@@ -213,9 +213,9 @@ def test_portable_files_hold_the_state_of_all_optimizers(tmp_path: Path, name: s
     with torch.no_grad():
         for parameter in second.module.parameters():
             parameter.zero_()
-    for optimizer in second._backend.optimizers:
+    for optimizer in second.run.backend.optimizers:
         optimizer.state.clear()
-    portable.read(folder, second._backend, second._run.buffers(), second._run.world)
+    portable.read(folder, second.run.backend, second.run.buffers(), second.run.world)
     assert equal(first, second)
     for parameter, kinds in before.items():
         restored = state(second)[parameter]

@@ -319,7 +319,7 @@ def test_another_optimizer_is_refused_by_name_and_nothing_is_changed(
     run(saved, 4).save_checkpoint(tmp_path, portable=portable)
     engine = run(now, 2)
     if portable:  # as another backend, which reads the portable files
-        object.__setattr__(engine._run, "backend", replace(engine._run.backend, name="another"))
+        object.__setattr__(engine.run, "backend", replace(engine.run.backend, name="another"))
     before, bits = weights(engine), dict(engine.mask_state.bits)
     state = copy.deepcopy(engine.optimizer.state_dict())
     with pytest.raises(ValueError, match=said):
