@@ -24,12 +24,12 @@ def backward(model: nn.Module, step: int) -> None:
     model(x).square().mean().backward()
 
 
-def revive(engine: GaPEngine, number: int = 1, name: str = SPARSE) -> None:
-    """Sets pruned weights of an entry to 1."""
-    mask = engine.mask(name)
+def revive(engine: GaPEngine, number: int = 1, value: float = 1.0) -> None:
+    """Sets pruned weights of an entry."""
+    mask = engine.mask(SPARSE)
     assert mask is not None
     with torch.no_grad():
-        engine.module.get_parameter(name).view(-1)[(~mask).nonzero()[:number, 0]] = 1.0
+        engine.module.get_parameter(SPARSE).view(-1)[(~mask).nonzero()[:number, 0]] = value
 
 
 def density(engine: GaPEngine) -> float:
@@ -58,25 +58,26 @@ def test_revived_weights_are_found_where_they_would_be_kept(tmp_path: Path, plac
     with pytest.raises(ValueError, match=rf"{SPARSE}: 2 of its pruned weights are not 0"):
         PLACES[place](engine, tmp_path)
     assert not list(tmp_path.rglob("state.json")) and not (tmp_path / "model").exists() and not engine.finished
-    train(engine, 1)  # the next update prunes them again
+    with pytest.raises(ValueError, match=r"2 of its pruned weights are not 0 \(before an update"):
+        train(engine, 1)
+    revive(engine, 2, 0.0)
+    engine.optimizer.zero_grad()
+    train(engine, 1)
     PLACES[place](engine, tmp_path)
 
 
 def test_a_nan_among_the_pruned_weights_is_found() -> None:
     engine = build()
-    revive(engine)
-    with torch.no_grad():
-        weight = engine.module.get_parameter(SPARSE)
-        weight[weight == 1.0] = float("nan")
+    revive(engine, value=float("nan"))
     with pytest.raises(ValueError, match="1 of its pruned weights are not 0"):
         engine.check_weights()
 
 
-def test_a_boundary_finds_what_a_wrapper_wrote_after_the_step() -> None:
+def test_weights_that_a_wrapper_writes_after_the_step_are_found_before_the_next() -> None:
     """As Lookahead does with its slow weights."""
     engine = build()
     slow = {p: p.detach() + 0.1 for p in engine.module.parameters()}
-    with pytest.raises(ValueError, match=r"pruned weights are not 0 \(the boundary at step 3\)"):
+    with pytest.raises(ValueError, match=r"pruned weights are not 0 \(before an update"):
         for step in range(3):
             backward(engine.module, step)
             engine.optimizer.step()
