@@ -102,6 +102,8 @@ class GaPEngine:
         self.mask_state = self.run.mask_state
         self._place = Place()
         self.last_boundary_seconds = 0.0
+        #: True once `close` has taken the hooks off: masks are no longer applied.
+        self.closed = False
         self._updates = Updates(self.run, lambda: self._place)
         self.run.say(f"{self.signature}\n{self.plan.summary()}")
         try:
@@ -342,6 +344,7 @@ class GaPEngine:
         for observer in self.run.observers:
             observer.close()
         self._updates.close()
+        self.closed = True
 
     def __getattr__(self, name: str) -> Any:
         # Only reached for names that the engine itself does not have.
