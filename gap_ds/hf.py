@@ -253,7 +253,7 @@ def prepare(
 
 
 class _MasksOfState:
-    """The masks in what `accelerator.save_state` writes: a folder beside the weights.
+    """The masks in what `accelerator.save_state` writes: a folder beside the weights. A closed engine has none.
 
     Accelerate loads weights and optimizer after its pre-hooks and before its registered objects, and masks are compared
     with the weights that they are loaded for. So the pre-hook only notes where, and the object's turn is the time.
@@ -263,18 +263,20 @@ class _MasksOfState:
         self._engine, self._name, self._folder = engine, name, Path()
 
     def save(self, _models: Any, _weights: Any, folder: str) -> None:
-        self._engine.save_masks(Path(folder, self._name))
+        if not self._engine.closed:
+            self._engine.save_masks(Path(folder, self._name))
 
     def look(self, _models: Any, folder: str) -> None:
         self._folder = Path(folder, self._name)
-        if not (self._folder / "state.json").is_file():
+        if not (self._engine.closed or (self._folder / "state.json").is_file()):
             raise ValueError(f"{self._folder}: holds no masks: it was saved before gap_ds prepared this model.")
 
     def state_dict(self) -> dict[str, str]:
         return {"folder": self._name}
 
     def load_state_dict(self, state: dict[str, str]) -> None:
-        self._engine.load_masks(self._folder)
+        if not self._engine.closed:
+            self._engine.load_masks(self._folder)
 
 
 def _refuse(config: GaPConfig) -> None:

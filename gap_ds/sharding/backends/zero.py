@@ -106,17 +106,7 @@ def _refuse(engine: Any, training: Training) -> None:
             "the DeepSpeed engine has no optimizer: pass one to deepspeed.initialize, or set it in its config"
         )
 
-    for part in ("offload_optimizer", "offload_param"):
-        offload = getattr(zero, part)
-        if offload is not None:
-            _refuse_parts(part, str(getattr(offload.device, "value", offload.device)), getattr(offload, "ratio", 1.0))
-        if getattr(offload, "super_offload", False):
-            _refuse_value(
-                f"zero_optimization.{part}.super_offload",
-                True,
-                "its CPU workers update the weights without the optimizer's step",
-                "Set it to false.",
-            )
+    _refuse_offload(zero)
     if zero.stage in (1, 2) and zero.round_robin_gradients:
         _refuse_value(
             "zero_optimization.round_robin_gradients",
@@ -153,6 +143,20 @@ def _refuse(engine: Any, training: Training) -> None:
         _refuse_value(
             "tensor parallelism", engine.mp_world_size, "an entry would be cut in two ways", "Set its size to 1."
         )
+
+
+def _refuse_offload(zero: Any) -> None:
+    for part in ("offload_optimizer", "offload_param"):
+        offload = getattr(zero, part)
+        if offload is not None:
+            _refuse_parts(part, str(getattr(offload.device, "value", offload.device)), getattr(offload, "ratio", 1.0))
+        if getattr(offload, "super_offload", False):
+            _refuse_value(
+                f"zero_optimization.{part}.super_offload",
+                True,
+                "its CPU workers update the weights without the optimizer's step",
+                "Set it to false.",
+            )
 
 
 def _refuse_parts(part: str, device: object, ratio: object) -> None:

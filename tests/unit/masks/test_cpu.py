@@ -102,7 +102,7 @@ def test_large_pieces_use_the_compiled_loop(monkeypatch: pytest.MonkeyPatch, dty
 def test_revived_weights_are_counted_as_by_pytorch(
     dtype: torch.dtype, count: int, offset: int, density: float, zeros: float, seed: int
 ) -> None:
-    """At unaligned addresses. Zeros of both signs are 0; NaN and subnormal numbers are not; only the piece counts."""
+    """At unaligned addresses. Both zeros are 0; NaN and subnormal numbers are not; neighbours are ignored."""
     generator = torch.Generator().manual_seed(seed)
     some = torch.tensor([float("nan"), float("inf"), 1e-40, -1.0], dtype=torch.float64)
     buffer = some[torch.randint(4, (offset + count + 9,), generator=generator)].to(dtype)

@@ -12,12 +12,12 @@ from test_engine import CYCLIC, Model, train, weights
 from torch import nn
 
 from gap_ds import GaPEngine
+from gap_ds.checkpoint import portable
 
-O = torch.optim  # noqa: E741
 Make = Callable[[nn.Module], Any]
 
 
-def over(kind: type[O.Optimizer], **settings: Any) -> Make:
+def over(kind: type[torch.optim.Optimizer], **settings: Any) -> Make:
     return lambda model: kind(model.parameters(), **settings)
 
 
@@ -28,36 +28,36 @@ def split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     return matrices, [p for _, p in named if all(p is not matrix for matrix in matrices)]
 
 
-def muon(model: nn.Module) -> list[O.Optimizer]:
+def muon(model: nn.Module) -> list[torch.optim.Optimizer]:
     matrices, rest = split(model)
-    return [O.Muon(matrices, lr=0.02), O.AdamW(rest, lr=0.01)]
+    return [torch.optim.Muon(matrices, lr=0.02), torch.optim.AdamW(rest, lr=0.01)]
 
 
 #: With the first values of the state that has one value per weight, and names of other sequences of the weights.
 TABLE: dict[str, tuple[Make, dict[str, float], tuple[str, ...]]] = {
-    "Adam": (over(O.Adam, lr=0.01), {"exp_avg": 0, "exp_avg_sq": 0}, ()),
+    "Adam": (over(torch.optim.Adam, lr=0.01), {"exp_avg": 0, "exp_avg_sq": 0}, ()),
     "AdamW amsgrad": (
-        over(O.AdamW, lr=0.01, amsgrad=True),
+        over(torch.optim.AdamW, lr=0.01, amsgrad=True),
         {"exp_avg": 0, "exp_avg_sq": 0, "max_exp_avg_sq": 0},
         (),
     ),
-    "AdamW fused": (over(O.AdamW, lr=0.01, fused=True), {"exp_avg": 0, "exp_avg_sq": 0}, ()),
-    "NAdam": (over(O.NAdam, lr=0.01), {"exp_avg": 0, "exp_avg_sq": 0}, ()),
-    "RAdam": (over(O.RAdam, lr=0.01), {"exp_avg": 0, "exp_avg_sq": 0}, ()),
-    "Adamax": (over(O.Adamax, lr=0.01), {"exp_avg": 0, "exp_inf": 0}, ()),
-    "Adadelta": (over(O.Adadelta), {"square_avg": 0, "acc_delta": 0}, ()),
-    "Adagrad": (over(O.Adagrad, lr=0.01, initial_accumulator_value=0.1), {"sum": 0.1}, ()),
-    "ASGD": (over(O.ASGD, lr=0.01, lambd=1e-2, t0=1), {}, ("ax",)),
-    "Rprop": (over(O.Rprop, lr=0.01), {"prev": 0, "step_size": 0.01}, ()),
+    "AdamW fused": (over(torch.optim.AdamW, lr=0.01, fused=True), {"exp_avg": 0, "exp_avg_sq": 0}, ()),
+    "NAdam": (over(torch.optim.NAdam, lr=0.01), {"exp_avg": 0, "exp_avg_sq": 0}, ()),
+    "RAdam": (over(torch.optim.RAdam, lr=0.01), {"exp_avg": 0, "exp_avg_sq": 0}, ()),
+    "Adamax": (over(torch.optim.Adamax, lr=0.01), {"exp_avg": 0, "exp_inf": 0}, ()),
+    "Adadelta": (over(torch.optim.Adadelta), {"square_avg": 0, "acc_delta": 0}, ()),
+    "Adagrad": (over(torch.optim.Adagrad, lr=0.01, initial_accumulator_value=0.1), {"sum": 0.1}, ()),
+    "ASGD": (over(torch.optim.ASGD, lr=0.01, lambd=1e-2, t0=1), {}, ("ax",)),
+    "Rprop": (over(torch.optim.Rprop, lr=0.01), {"prev": 0, "step_size": 0.01}, ()),
     "RMSprop": (
-        over(O.RMSprop, lr=0.01, momentum=0.9, centered=True),
+        over(torch.optim.RMSprop, lr=0.01, momentum=0.9, centered=True),
         {"square_avg": 0, "momentum_buffer": 0, "grad_avg": 0},
         (),
     ),
-    "SGD": (over(O.SGD, lr=0.05), {}, ()),
-    "SGD momentum": (over(O.SGD, lr=0.05, momentum=0.9), {"momentum_buffer": 0}, ()),
-    "SGD dampening": (over(O.SGD, lr=0.05, momentum=0.9, dampening=0.5), {"momentum_buffer": 0}, ()),
-    "Adafactor": (over(O.Adafactor, lr=0.01), {}, ()),
+    "SGD": (over(torch.optim.SGD, lr=0.05), {}, ()),
+    "SGD momentum": (over(torch.optim.SGD, lr=0.05, momentum=0.9), {"momentum_buffer": 0}, ()),
+    "SGD dampening": (over(torch.optim.SGD, lr=0.05, momentum=0.9, dampening=0.5), {"momentum_buffer": 0}, ()),
+    "Adafactor": (over(torch.optim.Adafactor, lr=0.01), {}, ()),
     "Muon": (muon, {"momentum_buffer": 0}, ()),
 }
 every = pytest.mark.parametrize("name", TABLE)
@@ -76,16 +76,17 @@ def equal(a: GaPEngine, b: GaPEngine) -> bool:
 
 def state(engine: GaPEngine) -> dict[str, dict[str, Any]]:
     """The optimizers' state by parameter name."""
-    members = list(engine._backend.optimizers)
+    members = list(engine.run.backend.optimizers)
     found = {name: [o.state[p] for o in members if p in o.state] for name, p in engine.module.named_parameters()}
     return {name: dict(states[0]) for name, states in found.items() if states}
 
 
-@every
-def test_torch_has_no_optimizer_that_the_table_lacks(name: str) -> None:
+def test_torch_has_no_optimizer_that_the_table_lacks() -> None:
     """L-BFGS needs a closure, SparseAdam sparse gradients: neither trains a model here."""
     known = {name.partition(" ")[0] for name in TABLE} | {"AdamW", "LBFGS", "SparseAdam", "Optimizer"}
-    assert {n for n, v in vars(O).items() if isinstance(v, type) and issubclass(v, O.Optimizer)} <= known
+    assert {
+        n for n, v in vars(torch.optim).items() if isinstance(v, type) and issubclass(v, torch.optim.Optimizer)
+    } <= known
 
 
 @every
@@ -116,7 +117,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(tmp_path: Path, name: str, 
             _ = second.optimizer.state[parameter]
     second.load_checkpoint(tmp_path)
     if stop == 5:
-        for optimizer in second._backend.optimizers:
+        for optimizer in second.run.backend.optimizers:
             optimizer.zero_grad()
     train(second, 9 - stop)
     assert equal(straight, second)
@@ -124,36 +125,26 @@ def test_a_resumed_run_equals_one_that_never_stopped(tmp_path: Path, name: str, 
 
 @every
 def test_reset_is_a_fresh_optimizer(name: str) -> None:
+    """The two steps after a boundary are those of an optimizer that was just built, with the masks of the run."""
     engine = build(name, {**CYCLIC, "optimizer_state": "reset"})
     train(engine, 3)
-    torch.manual_seed(0)
     model = Model()
     model.load_state_dict(engine.module.state_dict())
-    rest = {"phase_steps": 3, "finetune_steps": 2, "sparsity": 0.75, "partitions": 2, "rounds": 1}
-    rest |= {"mask_init": "magnitude", "partition_order": "cyclic"}
-    train(engine, 2)
-    # The same steps with an optimizer that was just built; the masks are those of the run.
-    fresh = TABLE[name][0](model)
+    dense = {"method": "dense", "phase_steps": 9, "rounds": 1, "finetune_steps": 1}
+    fresh = GaPEngine(model, dense, optimizer=TABLE[name][0](model))
+    members = list(fresh.run.backend.optimizers)
     for step in (3, 4):
         x = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
-        model(x).square().mean().backward()
-        for optimizer in fresh if isinstance(fresh, list) else [fresh]:
-            optimizer.step()
-            optimizer.zero_grad()
+        fresh.backward(fresh(x).square().mean())
+        fresh.step()
         for entry in engine.plan.entries:
             if (mask := engine.mask(entry.name)) is not None:
-                weight = model.get_parameter(entry.name).detach().view(-1)
-                weight[~mask] = 0
-                for own in (
-                    [o.state.get(model.get_parameter(entry.name), {}) for o in fresh]
-                    if isinstance(fresh, list)
-                    else [fresh.state[model.get_parameter(entry.name)]]
-                ):
-                    for key in TABLE[name][2]:
-                        if key in own:
-                            own[key].view(-1)[~mask] = 0
-    wanted = dict(model.named_parameters())
-    assert all(torch.equal(weight, wanted[key]) for key, weight in weights(engine).items())
+                parameter = model.get_parameter(entry.name)
+                others = [o.state[parameter][key] for o in members for key in TABLE[name][2] if parameter in o.state]
+                for sequence in (parameter.detach(), *others):
+                    sequence.view(-1)[~mask] = 0
+    train(engine, 2)
+    assert equal(fresh, engine)
 
 
 @every
@@ -191,3 +182,299 @@ def test_masks_hold_in_every_sequence_of_the_weights(name: str) -> None:
                 for piece in pieces:
                     assert not piece.detach().flatten()[~mask].count_nonzero()
     assert engine.stats()["kept"] == 36
+
+
+# -- a list of optimizers ----------------------------------------------------------------------------------------------
+
+
+def test_muon_beside_adamw_restarts_its_learning_rates() -> None:
+    torch.manual_seed(0)
+    model = Model()
+    optimizers = muon(model)
+    schedulers = [
+        torch.optim.lr_scheduler.ExponentialLR(optimizers[0], 0.5),
+        torch.optim.lr_scheduler.MultiStepLR(optimizers[1], [1, 2]),
+    ]
+    engine = GaPEngine(model, {**CYCLIC, "lr_restart": True}, optimizer=optimizers, lr_scheduler=schedulers)
+    rates = []
+    for _ in range(6):
+        rates.append([optimizer.param_groups[0]["lr"] for optimizer in optimizers])
+        train(engine, 1)
+    assert rates == [pytest.approx(row) for row in [[0.02, 0.01], [0.01, 0.001], [0.005, 0.0001]] * 2]
+
+
+@pytest.mark.parametrize("name", ["Muon", "NAdam", "Rprop", "ASGD", "SGD momentum", "AdamW amsgrad"])
+def test_portable_files_hold_the_state_of_all_optimizers(tmp_path: Path, name: str) -> None:
+    first, second = build(name), build(name)
+    train(first, 4)
+    folder = first.save_checkpoint(tmp_path, portable=True) / "gap"
+    train(second, 4)
+    before = state(second)
+    with torch.no_grad():
+        for parameter in second.module.parameters():
+            parameter.zero_()
+    for optimizer in second.run.backend.optimizers:
+        optimizer.state.clear()
+    portable.read(folder, second.run.backend, second.run.buffers(), second.run.world)
+    assert equal(first, second)
+    for parameter, kinds in before.items():
+        restored = state(second)[parameter]
+        for kind, value in kinds.items():
+            assert value is None or torch.equal(torch.as_tensor(value), torch.as_tensor(restored[kind])), kind
+
+
+def test_an_optimizer_that_never_steps_beside_another_is_named() -> None:
+    torch.manual_seed(0)
+    model = Model()
+    first, second = muon(model)
+    engine = GaPEngine(model, CYCLIC, optimizer=[first, second])
+    with pytest.raises(ValueError, match=r"optimizer=AdamW: has not stepped while another one did 32 times"):
+        for _ in range(32):
+            model(torch.ones(1, 6)).square().mean().backward()
+            first.step()
+            assert not engine.after_step()
+
+
+@pytest.mark.parametrize(
+    ("optimizers", "said"),
+    [
+        (lambda m: [], "the list is empty"),
+        (lambda m: [torch.optim.SGD(m.parameters(), lr=0.1)] * 2, "holds an optimizer twice"),
+        (
+            lambda m: [torch.optim.SGD(m.parameters(), lr=0.1), torch.optim.Adam(m.head.parameters())],
+            "two of SGD, Adam update the same parameter",
+        ),
+        (lambda m: torch.optim.LBFGS(m.parameters()), "optimizer=LBFGS: its step() needs a closure"),
+        (lambda m: muon(m)[1], "does not hold layers.0.fc.weight (4 of 4 entries are missing)"),
+        (lambda m: torch.optim.Adam(Model().parameters()), "does not hold layers.0.fc.weight"),
+    ],
+)
+def test_optimizers_that_cannot_be_used(optimizers: Make, said: str) -> None:
+    model = Model()
+    with pytest.raises(ValueError) as error:
+        GaPEngine(model, CYCLIC, optimizer=optimizers(model))
+    assert said in str(error.value)
+
+
+# -- optimizers that the table does not know ---------------------------------------------------------------------------
+
+
+class Own(torch.optim.Optimizer):
+    """Gradient descent to which a subclass adds state."""
+
+    def __init__(self, parameters: Any, lr: float = 0.05) -> None:
+        super().__init__(parameters, {"lr": lr, "k": 0})
+
+    def first(self, parameter: nn.Parameter) -> dict[str, Any]:
+        return {}
+
+    def change(self, parameter: nn.Parameter, state: dict[str, Any], group: dict[str, Any]) -> None:
+        parameter.add_(parameter.grad, alpha=-group["lr"])
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["k"] += 1
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    if not self.state[parameter]:
+                        self.state[parameter].update(self.first(parameter))
+                    self.change(parameter, self.state[parameter], group)
+
+
+class Lagging(Own):
+    """Its state `slow` is a second sequence of the weights, which replaces the first in every second step."""
+
+    def first(self, parameter: nn.Parameter) -> dict[str, Any]:
+        return {"slow": parameter.detach().clone()}
+
+    def change(self, parameter: nn.Parameter, state: dict[str, Any], group: dict[str, Any]) -> None:
+        super().change(parameter, state, group)
+        if group["k"] % 2 == 0:
+            state["slow"].lerp_(parameter, 0.5)
+            parameter.copy_(state["slow"])
+
+
+class Rounded(Own):
+    """Momentum in 8 bits."""
+
+    def first(self, parameter: nn.Parameter) -> dict[str, Any]:
+        return {"moment": torch.zeros_like(parameter, dtype=torch.int8)}
+
+
+class Preconditioned(Own):
+    """A square statistic as large as the square weights, with a list of others."""
+
+    def first(self, parameter: nn.Parameter) -> dict[str, Any]:
+        return {"statistic": torch.eye(parameter.shape[0]), "blocks": [torch.eye(2)]}
+
+
+def own(kind: type[Own], **options: Any) -> GaPEngine:
+    torch.manual_seed(0)
+    model = Model()
+    return GaPEngine(model, CYCLIC, optimizer=kind(model.parameters()), **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (
+            Lagging,
+            r"optimizer=Lagging: its state 'slow' of layers.0.fc.weight .* meaning is not known. Pass optimizer_s",
+        ),
+        (Preconditioned, r"optimizer=Preconditioned: its state 'statistic' of layers.0.fc.weight"),
+        (
+            Rounded,
+            r"optimizer=Rounded: its state 'moment' .* is quantized .*torch.int8.* Use an optimizer with 16- or 3",
+        ),
+    ],
+)
+def test_unknown_state_is_refused_at_the_first_step(kind: type[Own], said: str) -> None:
+    engine = own(kind)
+    with pytest.raises(ValueError, match=said):
+        train(engine, 1)
+    assert engine.applied_steps == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "meaning"), [(Lagging, {"slow": "sequence"}), (Preconditioned, {"statistic": "other"})]
+)
+def test_state_that_the_user_explains(tmp_path: Path, kind: type[Own], meaning: dict[str, Any]) -> None:
+    engine, again = own(kind, optimizer_state=meaning), own(kind, optimizer_state=meaning)
+    train(engine, 5)
+    engine.save_checkpoint(tmp_path)
+    again.load_checkpoint(tmp_path)
+    train(engine, 9)
+    train(again, 9)
+    assert engine.finished and engine.stats()["kept"] == 36 and equal(engine, again)
+    for name, found in state(engine).items():
+        if kind is Lagging and (mask := engine.mask(name) if name in engine.mask_state.shards else None) is not None:
+            assert not found["slow"].flatten()[~mask].count_nonzero() and found["slow"].flatten()[mask].any()
+
+
+def test_the_users_word_is_above_the_table() -> None:
+    engine = build("Adam", optimizer_state={"exp_avg": "other"})
+    train(engine, 2)
+    mask = engine.mask("layers.2.fc.weight")
+    assert mask is not None
+    train(engine, 1)
+    grown = state(engine)["layers.2.fc.weight"]
+    assert grown["exp_avg"].flatten()[~mask].all() and not grown["exp_avg_sq"].flatten()[~mask].any()
+    with pytest.raises(ValueError, match="optimizer_state='momentum': must be moment, sequence or other"):
+        build("Adam", optimizer_state={"exp_avg": "momentum"})
+
+
+class Wrapper(torch.optim.Optimizer):
+    def __init__(self, base: torch.optim.Optimizer) -> None:
+        super().__init__(base.param_groups, {})
+        self.base_optimizer = base
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.base_optimizer.step()
+
+
+def test_a_wrapping_optimizer_is_refused_and_the_one_inside_can_be_used() -> None:
+    model = Model()
+    wrapper = Wrapper(torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match=r"optimizer=Wrapper: wraps another optimizer .* Pass the SGD inside"):
+        GaPEngine(model, CYCLIC, optimizer=wrapper)
+    engine = GaPEngine(model, CYCLIC, optimizer=wrapper.base_optimizer)
+    for step in range(14):  # as SAM: the gradient is taken at other weights, which are restored before the update
+        held = {p: p.detach().clone() for p in model.parameters()}
+        with torch.no_grad():
+            for p in held:
+                p.add_(0.01 * step)
+        model(torch.ones(2, 6)).square().mean().backward()
+        for p, before in held.items():
+            p.data = before
+        wrapper.step()
+        wrapper.base_optimizer.zero_grad()
+        assert engine.after_step()
+    assert engine.finished and engine.stats()["kept"] == 36
+
+
+# -- optimizers of other packages --------------------------------------------------------------------------------------
+
+
+def of_package(package: str, kind: str, **settings: Any) -> Make:
+    def make(model: nn.Module) -> Any:
+        optimizer = getattr(pytest.importorskip(package), kind)(model.parameters(), **settings)
+        if "ScheduleFree" in kind:
+            optimizer.train()
+        return optimizer
+
+    return make
+
+
+PACKAGED = {
+    "AdamWScheduleFree": of_package("schedulefree", "AdamWScheduleFree", lr=0.01),
+    "SGDScheduleFree": of_package("schedulefree", "SGDScheduleFree", lr=0.1),
+    "RAdamScheduleFree": of_package("schedulefree", "RAdamScheduleFree", lr=0.01),
+    "ScheduleFreeAdamW": of_package("pytorch_optimizer", "ScheduleFreeAdamW", lr=0.01),
+    "SOAP": of_package("pytorch_optimizer", "SOAP", lr=0.01, precondition_frequency=2),
+    "Shampoo": of_package("pytorch_optimizer", "Shampoo", lr=0.01, momentum=0.5),
+}
+FREE = [name for name in PACKAGED if "Free" in name]
+
+
+def packaged(name: str, config: dict[str, Any] | None = None) -> GaPEngine:
+    torch.manual_seed(0)
+    model = Model()
+    return GaPEngine(model, config or CYCLIC, optimizer=PACKAGED[name](model))
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_optimizers_of_other_packages_train_and_resume(tmp_path: Path, name: str) -> None:
+    straight = packaged(name)
+    for stop in (0, 3, 5):
+        train(straight, stop - straight.applied_steps)
+        straight.save_checkpoint(tmp_path)
+    train(straight, 9)
+    assert straight.finished and straight.stats()["kept"] == 36
+    for stop in (0, 3, 5):
+        resumed = packaged(name)
+        train(resumed, 1)
+        resumed.load_checkpoint(tmp_path, f"step_{stop}")
+        train(resumed, 14 - stop)
+        assert equal(straight, resumed), stop
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_reset_of_optimizers_of_other_packages(name: str) -> None:
+    engine = packaged(name, {**CYCLIC, "optimizer_state": "reset"})
+    train(engine, 3)
+    model = Model()
+    model.load_state_dict(engine.module.state_dict())
+    fresh = PACKAGED[name](model)
+    model(torch.randn(8, 6, generator=torch.Generator().manual_seed(3))).square().mean().backward()
+    fresh.step()
+    train(engine, 1)
+    for key, weight in weights(engine).items():
+        mask = engine.mask(key) if key in engine.mask_state.shards else None
+        wanted = model.get_parameter(key).detach().flatten()
+        assert torch.equal(weight.flatten(), wanted if mask is None else wanted * mask), key
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_schedule_free_weights_are_sparse_in_both_modes_and_saved_in_either(tmp_path: Path, name: str) -> None:
+    engine = packaged(name)
+    while not engine.finished:
+        train(engine, 1)
+        engine.optimizer.eval()  # type: ignore[attr-defined]
+        engine.check_weights()
+        for entry in engine.plan.entries:
+            if (mask := engine.mask(entry.name)) is not None:
+                assert not weights(engine)[entry.name].flatten()[~mask].count_nonzero()
+        if engine.applied_steps == 5:
+            engine.save_checkpoint(tmp_path)
+        engine.optimizer.train()  # type: ignore[attr-defined]
+        engine.check_weights()
+    resumed = packaged(name)
+    resumed.optimizer.eval()  # type: ignore[attr-defined]
+    resumed.load_checkpoint(tmp_path)
+    for _ in range(9):
+        resumed.optimizer.train()  # type: ignore[attr-defined]
+        train(resumed, 1)
+        resumed.optimizer.eval()  # type: ignore[attr-defined]
+    resumed.optimizer.train()  # type: ignore[attr-defined]
+    assert equal(engine, resumed)
