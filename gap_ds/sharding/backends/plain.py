@@ -97,6 +97,15 @@ def require_world(ranks: int) -> None:
         )
 
 
+def _held(holder: nn.Module, leaf: str, name: str) -> Tensor:
+    if (parameter := holder._parameters.get(leaf)) is None:
+        raise ValueError(
+            f"{name}: is no parameter any more, but was one when the engine was built. Apply weight_norm, "
+            "torch.nn.utils.prune and adapters before, and close() the engine before the model is changed."
+        )
+    return parameter
+
+
 def whole_shards(module: nn.Module) -> list[Shard]:
     """Shards that are the parameters themselves, looked up in their modules at every use: they may be replaced.
 
@@ -105,8 +114,8 @@ def whole_shards(module: nn.Module) -> list[Shard]:
     """
 
     holders = {
-        id(parameter): partial(holder._parameters.__getitem__, leaf)
-        for holder in module.modules()
+        id(parameter): partial(_held, holder, leaf, clean_name(f"{path}.{leaf}".removeprefix(".")))
+        for path, holder in module.named_modules()
         for leaf, parameter in holder._parameters.items()
     }
 

@@ -1,0 +1,67 @@
+"""Weights that something changes between two updates, and hooks that are taken off: found at once in one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_engine import build, train
+from torch import nn
+from torch.nn.utils import parametrizations
+
+#: Sparse in the first phase of three steps.
+ENTRY = "layers.3.fc.weight"
+
+
+def test_a_change_in_place_is_found_at_the_next_update() -> None:
+    engine = build()
+    train(engine, 1)
+    with torch.no_grad():
+        engine.module.get_parameter(ENTRY).add_(1.0)
+    with pytest.raises(ValueError, match=r"^layers\.3\.fc\.weight: 27 of its pruned weights are not 0 \(before an upd"):
+        train(engine, 1)
+
+
+def test_a_change_of_kept_weights_alone_is_none() -> None:
+    engine = build()
+    train(engine, 1)
+    with torch.no_grad():
+        engine.module.get_parameter(ENTRY).mul_(2.0)
+    train(engine, 1)
+    assert engine.applied_steps == 2
+
+
+def test_changes_that_pytorch_does_not_count_are_found_before_the_boundary() -> None:
+    engine = build()
+    for _ in range(2):
+        train(engine, 1)
+        engine.module.get_parameter(ENTRY).data.add_(1.0)
+    with pytest.raises(ValueError, match=r"^layers\.3\.fc\.weight: 27 of its pruned weights are not 0"):
+        train(engine, 1)
+
+
+def test_weights_that_are_loaded_and_masked_again_go_on() -> None:
+    engine = build()
+    train(engine, 1)
+    engine.module.load_state_dict(engine.module.state_dict())
+    train(engine, 4)
+    assert engine.applied_steps == 5
+
+
+def test_hooks_that_are_taken_off_are_found_at_the_next_update() -> None:
+    engine = build()
+    train(engine, 1)
+    engine.optimizer._optimizer_step_post_hooks.clear()
+    with pytest.raises(
+        ValueError, match=r"^layers\.0\.fc\.weight: its mask was not applied in a step of optimizer=Adam"
+    ):
+        train(engine, 1)
+
+
+def test_a_parameter_that_became_computed_is_named() -> None:
+    engine = build()
+    train(engine, 1)
+    layer = engine.module.get_submodule("layers.3.fc")
+    assert isinstance(layer, nn.Linear)
+    parametrizations.weight_norm(layer)
+    with pytest.raises(ValueError, match=r"^layers\.3\.fc\.weight: is no parameter any more"):
+        train(engine, 1)
