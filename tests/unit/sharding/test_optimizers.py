@@ -245,7 +245,7 @@ def test_an_optimizer_that_never_steps_beside_another_is_named() -> None:
             "two of SGD, Adam update the same parameter",
         ),
         (lambda m: torch.optim.LBFGS(m.parameters()), "optimizer=LBFGS: its step() needs a closure"),
-        (lambda m: muon(m)[1], "does not hold layers.0.fc.weight (4 of 4 entries are missing)"),
+        (lambda m: muon(m)[1], "does not hold layers.0.fc.weight (4 of 4 are missing)"),
         (lambda m: torch.optim.Adam(Model().parameters()), "does not hold layers.0.fc.weight"),
     ],
 )
