@@ -33,7 +33,7 @@ class Fault:
 FAULTS = {
     "early_end_kept": Fault(
         "        self._place = place\n",
-        "        self._place = Place(place.step, place.over or self._place.over)\n",
+        "        self._place = Place(place.step, place.ended or self._place.ended)\n",
         (UPDATES + "test_a_checkpoint_undoes_an_early_end",),
     ),
     "epoch_rounded_down": Fault(
@@ -67,8 +67,8 @@ FAULTS = {
         (UPDATES + "test_a_moving_mask_changes_at_its_updates_alone_and_what_comes_is_new",),
     ),
     "gradient_too_early": Fault(
-        "rules.needs_gradient(self.config, self.phase, self.applied_steps + 1)",
-        "rules.needs_gradient(self.config, self.phase, self.applied_steps + 2)",
+        "place.phase(self._run.schedule), place.step + 1):",
+        "place.phase(self._run.schedule), place.step + 2):",
         (UPDATES + "test_a_moving_mask_changes_at_its_updates_alone_and_what_comes_is_new",),
     ),
     "ramp_exported": Fault(
@@ -87,8 +87,8 @@ FAULTS = {
         (UPDATES + "test_every_change_of_weights_is_published_after_it",),
     ),
     "update_too_late": Fault(
-        "self.applied_steps in before.updates",
-        "self.applied_steps - 1 in before.updates",
+        "self.step + 1 in phase.updates",
+        "self.step in phase.updates",
         (UPDATES + "test_a_moving_mask_changes_at_its_updates_alone_and_what_comes_is_new",),
     ),
     "random_state_of_rank_0": Fault(
@@ -97,8 +97,8 @@ FAULTS = {
         (SHARDING + "fsdp.py::test_invariants_hold_after_every_step[fsdp2_adamw]",),
     ),
     "persistent_parameters_not_published": Fault(
-        "if optimizer.persistent_parameters:",
-        "if False:",
+        "    optimizer._partition_all_parameters()\n",
+        "",
         (SHARDING + "zero.py::test_invariants_hold_after_every_step[zero3_fp32_persistent]",),
     ),
     "flat_offset_lost": Fault(

@@ -187,7 +187,7 @@ def write_results(folder: Path, results: dict[str, Any]) -> None:
 
 def figures(args: RunArguments, engine: GaPEngine, seconds: float, first_step: int) -> dict[str, Any]:
     """Return the cost figures of a run."""
-    mean_density = engine.schedule.mean_density(*engine.plan.per_partition())
+    mean_density = engine.schedule.mean_density(*engine.plan.per_partition(), engine.applied_steps)
     return {
         "signature": engine.signature,
         "config": engine.config.model_dump(exclude_unset=True),

@@ -411,7 +411,7 @@ def flops(engine: GaPEngine, uses: dict[str, int], dense: int) -> dict[str, floa
     for entry in plan.entries:
         keep[entry.partition] += entry.keep * uses[entry.name]
         numel[entry.partition] += entry.numel * uses[entry.name]
-    pruned_in_training = sum(numel) * (1 - engine.schedule.mean_density(keep, numel))
+    pruned_in_training = sum(numel) * (1 - engine.schedule.mean_density(keep, numel, engine.applied_steps))
     return {
         "inference_flops": 1 - (sum(numel) - sum(keep)) / dense,
         "training_flops": 1 - pruned_in_training / dense,

@@ -29,6 +29,7 @@ class State(Record):
     """gap/state.json.
 
     signature: for people. plan: its fingerprint. first_steps: of each phase. steps_per_epoch: of a config in epochs.
+    ended_at: the step before which `finish` ended the schedule early.
     """
 
     applied_steps: Count
@@ -40,7 +41,7 @@ class State(Record):
     first_steps: Annotated[list[Count], Field(min_length=1)]
     ranks: Annotated[int, Field(ge=1, lt=2**31)]
     backend: str
-    finished_early: bool = False
+    ended_at: Count | None = None
     optimizers: list[str] | None = None
     worker: Small | None = None
     lr_scheduler: list[dict[str, Any]] | None = None

@@ -79,7 +79,7 @@ def export_checkpoint(
         schedule = state.schedule()
     except ValueError as error:
         raise ValueError(f"{path / 'gap' / 'state.json'}: is damaged ({error}). Use another checkpoint.") from None
-    phase = schedule.phases[-1] if state.finished_early else schedule.phase_at(state.applied_steps)
+    phase = schedule.phases[-1] if state.ended_at is not None else schedule.phase_at(state.applied_steps)
     plan = state.restore_plan()
     if model is None and dtype != torch.float32:
         raise ValueError(
@@ -98,7 +98,7 @@ def export_checkpoint(
         parameters = list(counts) if module is None else [name for name, _ in module.named_parameters()]
         plan = replace(plan, total=sum(counts[name].numel for name in parameters))
         nonzero = {name: count.nonzero for name, count in counts.items()}
-        of_run = (plan, schedule, state.config, state.signature, state.applied_steps, state.finished_early)
+        of_run = (plan, schedule, state.config, state.signature, state.applied_steps, state.ended_at)
         describe(folder, ExportInfo.of(*of_run, nonzero))
         read_back(folder, out, counts)
 

@@ -60,7 +60,8 @@ class ExportKeys(Record):
 class ExportInfo(ExportKeys):
     """Contents of gap.json.
 
-    phase: that of the next step. finished: the schedule of `total_steps` was trained, or `finished_early` ended it.
+    phase: that of the next step. finished: the schedule of `total_steps` was trained, or `finish` ended it before
+    the step `ended_at`.
     pruned_in_copy: partitions that were dense then, and are pruned in the export alone, without fine-tuning.
     mean_density, training_flops: of the steps that were taken, FLOPs relative to dense training; planned_...: of the
     whole schedule.
@@ -70,7 +71,7 @@ class ExportInfo(ExportKeys):
     applied_steps: Count
     total_steps: Count | None = None
     finished: bool | None = None
-    finished_early: bool = False
+    ended_at: Count | None = None
     phase: str = ""
     pruned_in_copy: list[Count] = Field(default_factory=list)
     entry_sparsity: float
@@ -89,11 +90,11 @@ class ExportInfo(ExportKeys):
     def progress(self) -> str:
         """Sentences on how far the schedule was trained."""
         steps = f"Exported after {self.applied_steps:,}"
-        if self.total_steps is None or (self.finished and not self.finished_early):
+        if self.total_steps is None or (self.finished and self.ended_at is None):
             return f"{steps} optimizer steps."
         steps += f" of {self.total_steps:,} optimizer steps"
-        if self.finished_early:
-            return f"{steps}: the schedule was ended early."
+        if self.ended_at is not None:
+            return f"{steps}: the schedule was ended early, at step {self.ended_at:,}."
         names = ", ".join(map(str, self.pruned_in_copy))
         pruned = f" Dense partitions ({names}) are pruned in this copy, without fine-tuning."
         return f"{steps}, in {self.phase}: the schedule is not finished.{pruned if names else ''}"
@@ -106,24 +107,31 @@ class ExportInfo(ExportKeys):
         config: GaPConfig,
         signature: str,
         applied_steps: int,
-        finished_early: bool,
+        ended_at: int | None,
         nonzero: Mapping[str, int],
     ) -> ExportInfo:
         """The record of a model that is exported after `applied_steps`.
 
         Args:
+            ended_at: step before which `finish` ended the schedule; the masks are fixed from there.
             nonzero: weights of each entry that are not zero.
         """
         pruned = plan.numel - plan.keep
-        phase = schedule.phases[-1] if finished_early else schedule.phase_at(applied_steps)
+        phase = schedule.phases[-1] if ended_at is not None else schedule.phase_at(applied_steps)
+        by_schedule = applied_steps if ended_at is None else ended_at
+        scheduled = schedule.mean_density(*plan.per_partition(), by_schedule)
+        mean_density = scheduled
+        if by_schedule < applied_steps:
+            final = plan.keep / plan.numel
+            mean_density = (scheduled * by_schedule + final * (applied_steps - by_schedule)) / applied_steps
         dense = {entry.partition for entry in plan.entries if entry.keep < entry.numel} & phase.dense
         return cls(
             signature=signature,
             config=config,
             applied_steps=applied_steps,
             total_steps=schedule.total_steps,
-            finished=finished_early or applied_steps >= schedule.total_steps,
-            finished_early=finished_early,
+            finished=ended_at is not None or applied_steps >= schedule.total_steps,
+            ended_at=ended_at,
             phase=str(phase),
             pruned_in_copy=sorted(dense),
             entry_sparsity=pruned / plan.numel,
@@ -131,7 +139,7 @@ class ExportInfo(ExportKeys):
             kept=plan.keep,
             numel=plan.numel,
             model_numel=plan.total,
-            mean_density=schedule.mean_density(*plan.per_partition(), applied_steps),
+            mean_density=mean_density,
             planned_mean_density=schedule.mean_density(*plan.per_partition()),
             entries={
                 e.name: EntryInfo(

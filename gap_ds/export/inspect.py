@@ -222,7 +222,7 @@ def _config_dtype(folder: Path, dtypes: Counter[str]) -> list[str]:
 def _notes(info: ExportInfo, entries: Mapping[str, dict[str, Any]]) -> list[str]:
     zeros = sum(entry.keep - entries[name]["nonzero"] for name, entry in info.entries.items() if name in entries)
     notes = [f"{zeros:,} weights inside the budgets are exactly zero"] if zeros > 0 else []
-    return notes if info.finished is not False and not info.finished_early else [info.progress.rstrip("."), *notes]
+    return notes if info.finished is not False and info.ended_at is None else [info.progress.rstrip("."), *notes]
 
 
 def _without(figures: Mapping[str, Any], key: str) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def write_model(folder: Path, module: nn.Module, weights: dict[str, Tensor], dty
     if not callable(own):
         write_weights(folder / "model.safetensors", weights)
         return written
-    before = set(folder.iterdir())
+    before = set(folder.rglob("*"))
     with _holding(model, weights):
         save_pretrained(model, folder, state_dict=dict(weights))
     if is_transformers:
@@ -46,7 +46,7 @@ def write_model(folder: Path, module: nn.Module, weights: dict[str, Tensor], dty
         saved = {name: counted for name, counted in written.items() if name not in left_out}
         if first_difference(folder, saved) is None:
             return saved
-    files = [path for path in folder.iterdir() if is_weights(path) and path not in before]
+    files = [path for path in folder.rglob("*") if is_weights(path) and path.is_file() and path not in before]
     others = [path for path in files if not path.name.startswith("model.safetensors")]
     keep = all(path.suffix == ".json" or _holds(path, written) for path in others)
     for path in files:
@@ -77,8 +77,11 @@ def tied_names(module: nn.Module, names: Container[str]) -> dict[str, str]:
     {'b.weight': 'a.weight', 'b.bias': 'a.bias'}
     """
     groups: dict[int, list[str]] = {}
+    buffers = {id(buffer) for buffer in module.buffers()}
     for prefix, owner in module.named_modules(remove_duplicate=False):
-        for key, tensor in (owner._parameters | owner._buffers).items():
+        # Flat sharding leaves views of its flat parameter in the place of parameters.
+        views = [(k, v) for k, v in vars(owner).items() if isinstance(v, Tensor) and id(v) not in buffers]
+        for key, tensor in (*owner._parameters.items(), *owner._buffers.items(), *views):
             if tensor is not None and key not in owner._non_persistent_buffers_set:
                 groups.setdefault(id(tensor), []).append(clean_name(f"{prefix}.{key}" if prefix else key))
     return {

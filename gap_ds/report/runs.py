@@ -358,7 +358,7 @@ def _lines(path: Path) -> Iterator[str]:
     """The lines of a text file that are not empty; none if there is no such file."""
     if not path.is_file():
         return
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
         while line := file.readline(_LONGEST_LINE):
             if line.strip():
                 yield line

@@ -98,12 +98,9 @@ class GaPEngine:
         options = Options(steps_per_epoch, batches_per_epoch, worker, nonfinite_loss, masks_from, history, fresh)
         self.run = build(model, config, training, options)
         self.config, self.schedule, self.plan = self.run.config, self.run.schedule, self.run.plan
-        self.worker = worker
-        self.mask_state = self.run.mask_state
-        self._place = Place()
-        self.last_boundary_seconds = 0.0
-        #: True once `close` has taken the hooks off: masks are no longer applied.
-        self.closed = False
+        self.worker, self.mask_state = worker, self.run.mask_state
+        self._place, self.last_boundary_seconds = Place(), 0.0
+        self.closed = False  #: True once `close` has taken the hooks off: masks are no longer applied.
         self._updates = Updates(self.run, lambda: self._place)
         self.run.say(f"{self.signature}\n{self.plan.summary()}")
         try:
@@ -207,7 +204,7 @@ class GaPEngine:
         round stays with them.
         """
         pruned = boundary.finish(self.run, self.phase, self.applied_steps)
-        self._place = Place(self.applied_steps, over=True)
+        self._place = Place(self.applied_steps, ended=self.applied_steps)
         if pruned:
             self._updates.watch()
             for observer in self.run.observers:

@@ -29,10 +29,15 @@ log = logging.getLogger("gap_ds")
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run is: before an applied step; over: `finish` has ended the schedule before its last step."""
+    """Where a run is: before an applied step; ended: the step before which `finish` has ended the schedule early."""
 
     step: int = 0
-    over: bool = False
+    ended: int | None = None
+
+    @property
+    def over(self) -> bool:
+        """True if the schedule was ended before its last step."""
+        return self.ended is not None
 
     def phase(self, schedule: Schedule) -> Phase:
         """The phase that the next step belongs to."""
@@ -40,7 +45,7 @@ class Place:
 
     def after_update(self) -> Place:
         """The place after the next update."""
-        return Place(self.step + 1, self.over)
+        return Place(self.step + 1, self.ended)
 
     def changes_masks(self, schedule: Schedule) -> bool:
         """True if a boundary, or an update of moving masks, follows the next update."""
@@ -157,7 +162,7 @@ class Run:
         """The record of this run in a checkpoint."""
         return State(
             applied_steps=place.step,
-            finished_early=place.over,
+            ended_at=place.ended,
             optimizers=[type(optimizer).__name__ for optimizer in self.backend.optimizers],
             signature=self.signature,
             config=self.config,

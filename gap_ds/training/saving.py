@@ -67,7 +67,7 @@ def load_masks(run: Run, folder: Path) -> Place:
         return state
 
     state = raise_on_all_ranks(run.world, read)
-    place = Place(state.applied_steps, state.finished_early)
+    place = Place(state.applied_steps, state.ended_at)
     before = dict(run.mask_state.bits), dict(run.mask_state.last)
     masks = _read_masks(run, folder, place)
     run.mask_state.restore(*masks.pieces)
@@ -118,7 +118,7 @@ def load_checkpoint(run: Run, folder: Path, tag: str | None) -> tuple[Place, Any
         return state, read_json(path / "gap" / f"rng_{run.world.rank}.json", RandomState) if same_ranks else None
 
     state, random = raise_on_all_ranks(run.world, read)
-    place = Place(state.applied_steps, state.finished_early)
+    place = Place(state.applied_steps, state.ended_at)
     masks = _read_masks(run, path / "gap", place)
     _restore_weights(run, path, state)
     masks.restore(run)
@@ -148,7 +148,7 @@ def export(run: Run, folder: Path, place: Place, tokenizer: Any, dtype: torch.dt
 
     def about(weights: Mapping[str, Tensor]) -> exports.ExportInfo:
         nonzero = {entry.name: int(weights[entry.name].count_nonzero()) for entry in run.plan.entries}
-        info = exports.ExportInfo.of(run.plan, run.schedule, run.config, run.signature, step, place.over, nonzero)
+        info = exports.ExportInfo.of(run.plan, run.schedule, run.config, run.signature, step, place.ended, nonzero)
         planned = run.schedule.mean_density(*run.plan.per_partition())
         if not info.finished:
             run.say(f"{target}: {info.progress} Train to the end of the schedule for the final model.", logging.WARNING)

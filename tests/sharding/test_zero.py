@@ -32,10 +32,13 @@ def row(name: str, stage: int | None, dtype: str, optimizer: str, **options: Any
         "every_micro_batch": stage in (2, 3),
     }
     reference = "_".join(["reference", *map(str, arguments.values())])
-    run = {"name": name, "stage": stage, "dtype": dtype, "optimizer": optimizer, **options}
+    work = "fp16" if dtype == "fp16" else "run"
+    run = {"name": name, "stage": stage, "dtype": dtype, "optimizer": optimizer, "work": work, **options}
     return run | {"reference": reference, "reference_arguments": arguments}
 
 
+#: Stages and precisions of the rows in which a block is frozen in mid-run.
+FROZEN = [(1, "bf16"), (2, "bf16"), (3, "bf16"), (3, "fp32")]
 ROWS = [row(f"ddp_{optimizer}", None, "fp32", optimizer) for optimizer in ("adamw", "sgd")]
 ROWS += [row(f"zero{stage}_{dtype}", stage, dtype, "adamw") for stage in (0, 1, 2, 3) for dtype in ("fp32", "bf16")]
 ROWS += [
@@ -46,12 +49,17 @@ ROWS += [
 ROWS += [row(f"zero{stage}_fp32_sgd", stage, "fp32", "sgd") for stage in (0, 1, 2, 3)]
 ROWS += [row(f"zero3_{dtype}_persistent", 3, dtype, "adamw", persistence=10**5) for dtype in ("fp32", "bf16")]
 
+ROWS += [row("zero3_fp32_hpz", 3, "fp32", "adamw", hpz=2)]
+
 FP16 = [row(f"zero{stage}_fp16", stage, "fp16", "adamw") for stage in (0, 1, 2, 3)]
 
-BY_NAME = {run["name"]: run for run in ROWS + FP16}
+FREEZING = [row(f"freezing_zero{stage}_{dtype}", stage, dtype, "adamw", work="freezing") for stage, dtype in FROZEN]
+EPOCHS = [row(f"epochs_zero{stage}", stage, "fp32", "adamw", work="epochs") for stage in (1, 3)]
+
+BY_NAME = {run["name"]: run for run in ROWS + FP16 + FREEZING + EPOCHS}
 #: One row of each precision for every stage. Persistent parameters are published in their own way.
 SHORT = ["ddp_adamw", *(f"zero{stage}_{dtype}" for stage in (0, 1, 2, 3) for dtype in ("fp32", "bf16"))]
-SHORT += ["zero2_fp16", "zero3_fp32_persistent"]
+SHORT += ["zero2_fp16", "zero3_fp32_persistent", "freezing_zero2_bf16", "epochs_zero1"]
 
 
 def names(kept: Callable[[dict[str, Any]], bool]) -> list[Any]:
@@ -59,8 +67,8 @@ def names(kept: Callable[[dict[str, Any]], bool]) -> list[Any]:
     return marked(of_kind, [name for name in SHORT if name in of_kind])
 
 
-NAMES = names(lambda run: run["dtype"] != "fp16")
-EXACT = names(lambda run: run["dtype"] == "fp32")
+NAMES = names(lambda run: run["work"] == "run")
+EXACT = names(lambda run: run["work"] == "run" and run["dtype"] == "fp32")
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +170,41 @@ def test_a_boundary_sends_counts_and_no_weights(trained: Path, name: str) -> Non
         assert all(call in ("all_gather 4", "all_gather 1") for call in other)
 
 
-@pytest.mark.parametrize("name", names(lambda run: run["dtype"] == "fp16"))
+@pytest.mark.parametrize("name", names(lambda run: run["work"] == "freezing"))
+def test_a_block_that_is_frozen_in_mid_run_stays_exact_and_is_named(trained: Path, name: str) -> None:
+    """Masks hold, files have the fp32 weights and not the working copies, and one warning names the first entry."""
+    for rank in (0, 1):
+        ours = result(trained, name, rank)
+        assert ours["wrong"] == [] and ours["kept"] == 8 * 118
+        frozen = [text for text in ours["warned"] if "frozen since the engine was built." in text]
+        assert len(frozen) == (rank == 0) and all(
+            text.startswith("layers.0.fc1.weight and 1 others") for text in frozen
+        )
+    ours = result(trained, name)
+    exported = load_file(trained / "final" / name / "model.safetensors")
+    middle = load_file(trained / "mid" / name / "model.safetensors")
+    pieces = [
+        load_file(path) for path in (trained / "checkpoints" / name / "step_5" / "gap").glob("portable_*.safetensors")
+    ]
+    for block in range(toy.BLOCKS):
+        key = f"layers.{block}.fc1.weight"
+        assert torch.equal(exported[key], ours["weights"][key].view(exported[key].shape))
+        kept = middle[key] != 0
+        assert torch.equal(middle[key][kept], ours["saved"][key].view(middle[key].shape)[kept])
+        assert not torch.equal(middle[key], middle[key].bfloat16().float())
+        portable = torch.cat([tensors[f"weight:{key}"] for tensors in pieces if f"weight:{key}" in tensors])
+        assert portable.numel() == 592 and portable.count_nonzero() == ours["saved"][key].count_nonzero()
+        assert not torch.equal(portable, portable.bfloat16().float())
+
+
+@pytest.mark.parametrize("name", names(lambda run: run["work"] == "epochs"))
+def test_epochs_are_counted_in_batches(trained: Path, name: str) -> None:
+    ours = result(trained, name)
+    assert ours["phases"] == [1, 2, 2, 2] and ours["applied"] == 8 and ours["finished"] and ours["none"] == []
+    assert any("steps_per_epoch=8: counts updates, and an update has 4 micro-batches" in t for t in ours["warned"])
+
+
+@pytest.mark.parametrize("name", names(lambda run: run["work"] == "fp16"))
 def test_a_step_skipped_for_an_fp16_overflow_is_no_step(trained: Path, name: str) -> None:
     """The loss scale starts so high that DeepSpeed skips steps; those are not counted, and masks hold all the same."""
     for rank in (0, 1):
@@ -179,6 +221,7 @@ def test_combinations_that_would_train_with_wrong_masks_are_refused(trained: Pat
         said = result(trained, "refusals", rank)
         assert "zero_optimization.round_robin_gradients=True is not supported" in said["round_robin"]
         assert "Set it to false." in said["round_robin"]
+        assert "zero_optimization.offload_optimizer.ratio=0.5 is not supported" in said["twin flow"]
         assert "gradient_clipping: has no effect with a DeepSpeed engine" in said["two owners"]
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,11 +29,12 @@ warnings.filterwarnings("ignore", category=FutureWarning)
 
 def deepspeed_config(row: dict[str, Any]) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": row["stage"], "stage3_param_persistence_threshold": row.get("persistence", 0)}
+    zero |= {"zero_hpz_partition_size": row["hpz"]} if "hpz" in row else {}
     if row.get("offload"):
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 4,
-        "gradient_accumulation_steps": toy.ACCUMULATION,
+        "gradient_accumulation_steps": row.get("accumulation", toy.ACCUMULATION),
         "gradient_clipping": 0.0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
@@ -54,13 +58,14 @@ def cpu_adam(groups: list[dict[str, object]]) -> torch.optim.Optimizer:
 OPTIMIZERS = {**toy.OPTIMIZERS, "cpu_adam": cpu_adam}
 
 
-def build(row: dict[str, Any]) -> GaPEngine:
+def build(row: dict[str, Any], **options: Any) -> GaPEngine:
     model, gap = toy.build(), row.get("gap", toy.GAP)
     optimizer = OPTIMIZERS[row["optimizer"]](toy.groups(model))
     if row["stage"] is None:
         wrapped = DistributedDataParallel(model, find_unused_parameters=True)
         return GaPEngine(wrapped, gap, optimizer=optimizer, gradient_accumulation_steps=toy.ACCUMULATION)
-    return GaPEngine.initialize(model=model, config=deepspeed_config(row), gap_config=gap, optimizer=optimizer)
+    config = deepspeed_config(row)
+    return GaPEngine.initialize(model=model, config=config, gap_config=gap, optimizer=optimizer, **options)
 
 
 def observers(engine: GaPEngine, row: dict[str, Any]) -> dict[str, Any]:
@@ -109,7 +114,9 @@ def refusals() -> dict[str, str]:
     model = toy.build()
     ordinary = deepspeed_config({"stage": 2, "dtype": "fp32"})
     turned = {**ordinary, "zero_optimization": {"stage": 2, "round_robin_gradients": True}}
-    for name, config in (("round_robin", turned),):
+    offload = {"device": "cpu", "ratio": 0.5}
+    twin_flow = {**ordinary, "zero_optimization": {"stage": 3, "offload_optimizer": offload}}
+    for name, config in (("round_robin", turned), ("twin flow", twin_flow)):
         optimizer = toy.OPTIMIZERS["adamw"](toy.groups(model))
         try:
             GaPEngine.initialize(model=model, config=config, gap_config=toy.GAP, optimizer=optimizer)
@@ -143,6 +150,59 @@ def run_fp16(row: dict[str, Any], out: Path) -> dict[str, Any]:
     return {"wrong": wrong, "counts": counts, "phase": engine.phase.index}
 
 
+@contextlib.contextmanager
+def warned() -> Iterator[list[str]]:
+    """The warnings of gap_ds inside."""
+    found: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("gap_ds")
+    logger.addHandler(handler)
+    try:
+        yield found
+    finally:
+        logger.removeHandler(handler)
+
+
+def run_freezing(row: dict[str, Any], out: Path) -> dict[str, Any]:
+    """The first block is frozen after a boundary, and everything is saved then and at the end."""
+    engine, name = build(row), row["name"]
+    seen = observers(engine, row)
+    if row["stage"] == 3:
+        seen["full_fp32"] = None  # DeepSpeed shows none of a frozen parameter
+    found: dict[str, Any] = {"wrong": [], "warned": []}
+
+    def freeze() -> None:
+        engine.module.layers[0].requires_grad_(False)
+        engine.export(out / "mid" / name)
+        engine.save_checkpoint(out / "checkpoints" / name, portable=True)
+        found["saved"] = observe.final_state(engine)["weights"]
+
+    with warned() as found["warned"]:
+        found["wrong"] += observe.train(engine, **seen, skip=False, at={4: freeze})["wrong"]
+    found |= observe.final_state(engine) | {"kept": engine.stats()["kept"]}
+    engine.export(out / "final" / name)
+    engine.close()
+    return found
+
+
+def run_epochs(row: dict[str, Any], out: Path) -> dict[str, Any]:
+    """A schedule in epochs of 8 batches, 4 of which make an update; then with that number taken for updates."""
+    gap = {"sparsity": 0.8, "partitions": 2, "phase_epochs": 1, "rounds": 1, "finetune_epochs": 2}
+    with warned() as none:
+        engine = build(row | {"gap": gap, "accumulation": 4}, batches_per_epoch=8)
+        phases = []
+        for batch in range(4 * 8):
+            engine.backward(engine(*toy.batch(batch, 0, dist.get_rank(), skip=False)))
+            engine.step()
+            phases.append(engine.phase.index)
+    found = {"phases": phases[7::8], "applied": engine.applied_steps, "finished": engine.finished, "none": none[:]}
+    engine.close()
+    with warned() as found["warned"]:
+        build(row | {"gap": gap, "accumulation": 4}, steps_per_epoch=8).close()
+    return found
+
+
 def main(out: Path) -> None:
     deepspeed.init_distributed()
     torch.set_num_threads(1)
@@ -154,8 +214,8 @@ def main(out: Path) -> None:
             continue
         observe.hand_over(out, name, reference.train(**arguments))
     observe.hand_over(out, "refusals", refusals())
-    kinds = {"fp16": run_fp16}
-    observe.work_through(out, {row["name"]: partial(kinds.get(row["dtype"], run), row, out) for row in rows})
+    works = {"run": run, "fp16": run_fp16, "freezing": run_freezing, "epochs": run_epochs}
+    observe.work_through(out, {row["name"]: partial(works[row["work"]], row, out) for row in rows})
 
 
 if __name__ == "__main__":

@@ -46,9 +46,9 @@ def initialize(*, config: Any, **arguments: Any) -> Any:
 
     zero = config.get("zero_optimization") if isinstance(config, dict) else None
     for part in ("offload_optimizer", "offload_param"):
-        # Refused before DeepSpeed looks for libraries that only this would need.
-        if isinstance(zero, dict) and isinstance(zero.get(part), dict) and zero[part].get("device") == "nvme":
-            _refuse_nvme(part)
+        # Refused before DeepSpeed looks for libraries and optimizers that only these would need.
+        if isinstance(zero, dict) and isinstance(zero.get(part), dict):
+            _refuse_parts(part, zero[part].get("device"), zero[part].get("ratio", 1.0))
     try:
         engine, *_ = deepspeed.initialize(config=config, **arguments)
     except ValidationError as error:
@@ -106,24 +106,7 @@ def _refuse(engine: Any, training: Training) -> None:
             "the DeepSpeed engine has no optimizer: pass one to deepspeed.initialize, or set it in its config"
         )
 
-    for part in ("offload_optimizer", "offload_param"):
-        offload = getattr(zero, part)
-        if offload is not None and str(getattr(offload.device, "value", offload.device)) == "nvme":
-            _refuse_nvme(part)
-        if getattr(offload, "ratio", 1.0) != 1.0:
-            _refuse_value(
-                f"zero_optimization.{part}.ratio",
-                offload.ratio,
-                "a part of the weights is then updated by a second optimizer that DeepSpeed keeps to itself",
-                "Set it to 1.0.",
-            )
-        if getattr(offload, "super_offload", False):
-            _refuse_value(
-                f"zero_optimization.{part}.super_offload",
-                True,
-                "its CPU workers update the weights without the optimizer's step",
-                "Set it to false.",
-            )
+    _refuse_offload(zero)
     if zero.stage in (1, 2) and zero.round_robin_gradients:
         _refuse_value(
             "zero_optimization.round_robin_gradients",
@@ -162,9 +145,29 @@ def _refuse(engine: Any, training: Training) -> None:
         )
 
 
-def _refuse_nvme(part: str) -> NoReturn:
-    reason = "the fp32 weights are swapped out between steps, where masks cannot reach them"
-    _refuse_value(f"zero_optimization.{part}.device", "nvme", reason, 'Set it to "cpu".')
+def _refuse_offload(zero: Any) -> None:
+    for part in ("offload_optimizer", "offload_param"):
+        offload = getattr(zero, part)
+        if offload is not None:
+            _refuse_parts(part, str(getattr(offload.device, "value", offload.device)), getattr(offload, "ratio", 1.0))
+        if getattr(offload, "super_offload", False):
+            _refuse_value(
+                f"zero_optimization.{part}.super_offload",
+                True,
+                "its CPU workers update the weights without the optimizer's step",
+                "Set it to false.",
+            )
+
+
+def _refuse_parts(part: str, device: object, ratio: object) -> None:
+    """Refuses fp32 weights, or some of them, where the innermost optimizer does not update them."""
+    setting = f"zero_optimization.{part}"
+    if device == "nvme":
+        reason = "the fp32 weights are swapped out between steps, where masks cannot reach them"
+        _refuse_value(f"{setting}.device", device, reason, 'Set it to "cpu".')
+    if ratio != 1.0:
+        reason = "a part of the weights is then updated by a second optimizer that DeepSpeed keeps to itself"
+        _refuse_value(f"{setting}.ratio", ratio, reason, "Set it to 1.0.")
 
 
 def _refuse_value(setting: str, value: object, reason: str, change: str) -> NoReturn:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -240,6 +241,12 @@ def swap_bits(weights: dict[str, torch.Tensor]) -> None:
         ("block", WEIGHTS, move, f"{FC}: its blocks with weights have room for 32, the budget is 24"),
         ("cyclic", WEIGHTS, lambda w: w[FC].view(-1).fill_(torch.nan), f"{FC}: holds values that are NaN or infinite"),
         ("cyclic", WEIGHTS, lambda w: w.pop(FC), f"{FC}: is in no file"),
+        (
+            "cyclic",
+            WEIGHTS,
+            lambda w: w.update({FC: w[FC].t().contiguous()}),
+            f"{FC}: has the shape [8, 12], gap.json has [12",
+        ),
         ("cyclic", WEIGHTS, lambda w: w.update({FC: w[FC][:4].clone()}), f"{FC}: has 32 weights, gap.json has 96"),
         ("cyclic", Path("model/gap.json"), lambda d: d.update(kept=7), 'gap.json: "kept" is 7, its entries have 192'),
         ("cyclic", Path("model/gap.json"), lambda d: d.update(entry_sparsity=0.9), "which its counts do not give"),
@@ -271,6 +278,37 @@ def test_what_is_wrong_is_found(
     code, out, err = run("inspect", "checkpoints" if "checkpoints" in file.parts else "model")
     assert (code, err) == (1, "")
     assert message in out and "wrong" in out, out
+
+
+def test_masks_beside_the_weights_of_a_trainer(run: Run, make: Make) -> None:
+    """Its folder, the folder of its checkpoints, and the masks themselves."""
+    make(steps=4)  # partition 1 is dense, which no count can contradict
+    module = model()
+    trained = GaPEngine(module, CYCLIC, optimizer=torch.optim.Adam(module.parameters()))
+    trained.load_checkpoint("checkpoints")
+    for folder in (Path("out/checkpoint-9"), Path("out/checkpoint-10")):
+        trained.save_masks(folder / "gap")
+        save_file(module.state_dict(), folder / "model.safetensors")
+        (folder / "trainer_state.json").write_text("{}")
+    for folder in (Path("out"), Path("out/checkpoint-10"), Path("out/checkpoint-10/gap")):
+        code, out, _ = run("inspect", str(folder), "--json")
+        figures = json.loads(out)
+        assert (code, figures["problems"]) == (0, [])
+        assert figures["notes"][0].startswith("these are masks alone") and "checkpoint-9" not in figures["path"]
+    code, out, err = run("export", "out/checkpoint-10", "exported")
+    assert code == 2 and "holds masks alone" in err and "callback.engine.export" in err and err.count("\n") == 1
+    edit_weights(Path("out/checkpoint-10/model.safetensors"), revive)
+    edit_weights(Path("out/checkpoint-10/model.safetensors"), lambda w: w.pop("layers.1.fc.weight"))
+    code, out, _ = run("inspect", "out", "--json")
+    figures = json.loads(out)
+    assert code == 1 and figures["problems"] == [f"{FC}: has 25 weights that are not zero, its mask keeps 24"]
+    assert figures["notes"][-1].startswith("layers.1.fc.weight has another name in the files of weights")
+    for folder in (Path("out/checkpoint-9"), Path("out/checkpoint-10")):
+        shutil.rmtree(folder / "gap")
+    assert run("inspect", "out")[2] == (
+        "gap-ds: out: holds checkpoints of a Trainer, and none has masks: it was trained without GaPCallback.\n"
+    )
+    assert "is a checkpoint of a Trainer without masks" in run("inspect", "out/checkpoint-9")[2]
 
 
 def test_a_config_with_another_dtype_is_found(run: Run, make: Make) -> None:

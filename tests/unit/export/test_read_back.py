@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gap_ds import GaPConfig, GaPEngine
-from gap_ds.export import compact, expand, load_compact, writing
+from gap_ds.export import compact, expand, from_checkpoint, load_compact, writing
+from gap_ds.export.weights import Counted, write_weights
 
 STEPS = {"phase_steps": 3, "rounds": 2, "finetune_steps": 2}
 GAP = {"sparsity": 0.75, "partitions": 2, **STEPS}
@@ -81,11 +82,15 @@ def of_the_hub() -> nn.Module:
 
 def train(module: nn.Module, steps: int, config: dict[str, Any] = GAP) -> GaPEngine:
     engine = GaPEngine(module, config, optimizer=torch.optim.Adam(module.parameters(), lr=0.01))
-    for step in range(steps):
-        x = torch.randint(5, (4, 6), generator=torch.Generator().manual_seed(step))
+    train_on(engine, steps)
+    return engine
+
+
+def train_on(engine: GaPEngine, steps: int) -> None:
+    for _ in range(steps):
+        x = torch.randint(5, (4, 6), generator=torch.Generator().manual_seed(engine.applied_steps))
         engine.backward(nn.functional.cross_entropy(engine(x).flatten(0, 1), x.flatten()))
         engine.step()
-    return engine
 
 
 def checked(folder: Path) -> dict[str, Tensor]:
@@ -192,6 +197,23 @@ def test_a_difference_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert said in str(error.value) and not list(tmp_path.iterdir())
 
 
+def test_an_export_from_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = train(Net(), 7).save_checkpoint(tmp_path / "checkpoints")
+    from_checkpoint.export_checkpoint(saved, tmp_path / "out", progress=lambda *_: None)
+    checked(tmp_path / "out")
+    monkeypatch.setattr(
+        from_checkpoint,
+        "write_weights",
+        lambda path, tensors, _: (
+            write_weights(path, {name: tensors[name] for name in tensors if name != "layers.1.fc.weight"})
+            | {"layers.1.fc.weight": Counted((8, 8), 16)}
+        ),
+    )
+    with pytest.raises(ValueError, match=r"again: was not written: .*: layers\.1\.fc\.weight is in no file"):
+        from_checkpoint.export_checkpoint(saved, tmp_path / "again", progress=lambda *_: None)
+    assert not list(tmp_path.glob("again*"))
+
+
 @pytest.mark.parametrize("form", ["compact", "dense"])
 def test_a_conversion_is_held_against_gap_json(tmp_path: Path, form: str) -> None:
     source = train(Net(), 4).export(tmp_path / "model")
@@ -232,12 +254,18 @@ def test_figures_are_of_the_steps_taken(
 def test_a_schedule_that_was_ended_early(tmp_path: Path) -> None:
     engine = train(Net(), 4)
     engine.finish()
-    info = json.loads((engine.export(tmp_path / "out") / "gap.json").read_text())
-    assert info["finished"] and info["finished_early"] and info["pruned_in_copy"] == []
-    assert (
-        "Exported after 4 of 14 optimizer steps: the schedule was ended early."
-        in (tmp_path / "out/README.md").read_text()
-    )
+    train_on(engine, 2)
+    saved = engine.save_checkpoint(tmp_path / "checkpoints")
+    engine.export(tmp_path / "out")
+    from_checkpoint.export_checkpoint(saved, tmp_path / "again", progress=lambda *_: None)
+    budgets = engine.plan.per_partition()
+    taken = [*(engine.schedule.density_at(step, *budgets) for step in range(4)), 0.25, 0.25]
+    for folder in (tmp_path / "out", tmp_path / "again"):
+        info = json.loads((folder / "gap.json").read_text())
+        assert (info["finished"], info["ended_at"], info["pruned_in_copy"]) == (True, 4, [])
+        assert info["mean_density"] == pytest.approx(sum(taken) / 6, abs=1e-12)
+        card = (folder / "README.md").read_text()
+        assert "Exported after 6 of 14 optimizer steps: the schedule was ended early, at step 4." in card
 
 
 # -- byte order marks --------------------------------------------------------------------------------------------------
