@@ -245,7 +245,7 @@ class Optimizers(Sequence[torch.optim.Optimizer]):
         kinds = self._kinds(optimizer)
         for name, value in self.state(owner).items():
             parts = value if isinstance(value, list | tuple) else value.values() if isinstance(value, dict) else [value]
-            if kinds.of(name) == "other" or not any(_as_large(part, owner) for part in parts):
+            if kinds.of(name) == "other" or not any(_as_large(p, owner) or _packed(p, owner) for p in parts):
                 continue
             where = f"optimizer={type(optimizer).__name__}: its state {name!r} of {shard.name}"
             if not isinstance(value, Tensor) or not _plain(value):
@@ -383,6 +383,11 @@ def _as_large(value: Any, owner: Tensor) -> bool:
     if not isinstance(value, Tensor) or not value.dim():
         return False
     return local(value).numel() == local(owner).numel()
+
+
+def _packed(value: Any, owner: Tensor) -> bool:
+    """True for bytes that hold two values each, as 4-bit state does."""
+    return isinstance(value, Tensor) and value.element_size() == 1 and value.numel() == -(-local(owner).numel() // 2)
 
 
 def _plain(value: Tensor) -> bool:

@@ -245,7 +245,7 @@ def test_an_optimizer_that_never_steps_beside_another_is_named() -> None:
             "two of SGD, Adam update the same parameter",
         ),
         (lambda m: torch.optim.LBFGS(m.parameters()), "optimizer=LBFGS: its step() needs a closure"),
-        (lambda m: muon(m)[1], "does not hold layers.0.fc.weight (4 of 4 entries are missing)"),
+        (lambda m: muon(m)[1], "does not hold layers.0.fc.weight (4 of 4 are missing)"),
         (lambda m: torch.optim.Adam(Model().parameters()), "does not hold layers.0.fc.weight"),
     ],
 )
@@ -302,6 +302,13 @@ class Rounded(Own):
         return {"moment": torch.zeros_like(parameter, dtype=torch.int8)}
 
 
+class Packed(Own):
+    """Momentum in 4 bits."""
+
+    def first(self, parameter: nn.Parameter) -> dict[str, Any]:
+        return {"moment": torch.zeros(parameter.numel() // 2 + parameter.numel() % 2, dtype=torch.uint8)}
+
+
 class Preconditioned(Own):
     """A square statistic as large as the square weights, with a list of others."""
 
@@ -323,6 +330,7 @@ def own(kind: type[Own], **options: Any) -> GaPEngine:
             r"optimizer=Lagging: its state 'slow' of layers.0.fc.weight .* meaning is not known. Pass optimizer_s",
         ),
         (Preconditioned, r"optimizer=Preconditioned: its state 'statistic' of layers.0.fc.weight"),
+        (Packed, r"optimizer=Packed: its state 'moment' .* is quantized .*torch.uint8"),
         (
             Rounded,
             r"optimizer=Rounded: its state 'moment' .* is quantized .*torch.int8.* Use an optimizer with 16- or 3",
