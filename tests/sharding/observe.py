@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -199,13 +201,16 @@ def hand_over(out: Path, name: str, result: dict[str, Any]) -> None:
 
 
 def work_through(out: Path, works: Mapping[str, Callable[[], dict[str, Any]]]) -> None:
-    """All rows, one after the other; each result is handed over at once, and the first error is the end."""
+    """All rows, one after the other; each result is handed over at once.
+
+    The first error on any rank ends this process, so that the parent ends the others, which may be waiting.
+    """
     for name, work in works.items():
         try:
             result = work()
         except Exception:
-            result = {"error": traceback.format_exc()}
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
         hand_over(out, name, result)
-        if "error" in result:
-            break  # the other ranks may be waiting: the parent ends them
     dist.barrier()
