@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 600  # seconds for the tests of one fault
 UPDATES = "tests/unit/training/test_updates.py::"
+BETWEEN = "tests/unit/training/test_between_updates.py::"
 CONSISTENCY = "tests/unit/training/test_consistency.py::"
 SHARDING = "tests/sharding/test_"
 
@@ -90,6 +91,21 @@ FAULTS = {
         "self.step + 1 in phase.updates",
         "self.step in phase.updates",
         (UPDATES + "test_a_moving_mask_changes_at_its_updates_alone_and_what_comes_is_new",),
+    ),
+    "change_in_place_overlooked": Fault(
+        "changes_masks(self._run.schedule) or self._changed():",
+        "changes_masks(self._run.schedule):",
+        (BETWEEN + "test_a_change_in_place_is_found_at_the_next_update",),
+    ),
+    "no_look_before_a_boundary": Fault(
+        "elif self._place().changes_masks(self._run.schedule) or self._changed():",
+        "elif self._changed():",
+        (BETWEEN + "test_changes_that_pytorch_does_not_count_are_found_before_the_boundary",),
+    ),
+    "hooks_not_looked_for": Fault(
+        "            self._hook_again()\n",
+        "            pass\n",
+        (BETWEEN + "test_hooks_that_are_taken_off_are_found_at_the_next_update",),
     ),
     "random_state_of_rank_0": Fault(
         'read_json(path / "gap" / f"rng_{run.world.rank}.json", RandomState)',
