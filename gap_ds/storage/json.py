@@ -42,6 +42,8 @@ def read_json(path: Path, model: type[_Value]) -> _Value:
         raise ValueError(f"{path}: cannot be read ({error.strerror}).") from None
     try:
         return parse_json(data.decode(json.detect_encoding(data)), model)  # some editors add a byte order mark
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: is damaged or of another kind (it is no text).") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}.") from None
 
