@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import json
 import math
 import os
@@ -219,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with contextlib.ExitStack() as quiet:
         if rank != 0:
             quiet.enter_context(contextlib.redirect_stdout(None))
-            quiet.enter_context(contextlib.redirect_stderr(None))
+            quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))
         parsed = HfArgumentParser(Arguments, description=Arguments.__doc__).parse_args_into_dataclasses(args=argv)
     try:
         run(parsed[0])

@@ -111,7 +111,7 @@ def test_workers_of_another_precision_or_cut_are_refused(
         (["--accumulation", "2"], "accumulation x ranks:1", "accumulation x ranks:2"),
         (["--seed", "1"], "seed:0", "seed:1"),
     ):
-        with pytest.raises(ValueError, match=rf'run "{was}" \(here "{now}"\), so what the training script says'):
+        with pytest.raises(ValueError, match=rf'run "{was}" \(here "{now}"\), so settings of the training script'):
             meet(*more)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="accumulation x ranks:2"):
