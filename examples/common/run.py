@@ -261,6 +261,7 @@ def build_engine(
     optimizer: torch.optim.Optimizer,
     steps_per_epoch: int,
     shape: Callable[[int, int, int], float],
+    optimizer_state: dict[str, Any] | None = None,
 ) -> GaPEngine:
     """Build the engine over DeepSpeed, or over a model that is already wrapped. `shape` as in `learning_rate`."""
     built: list[
@@ -270,7 +271,7 @@ def build_engine(
     lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, relative)
     same: dict[str, Any] = {
         **{"steps_per_epoch": steps_per_epoch, "worker": worker, "optimizer": optimizer, "lr_scheduler": lr_scheduler},
-        "history": Path(args.output_dir, history.NAME),
+        **{"history": Path(args.output_dir, history.NAME), "optimizer_state": optimizer_state},
     }
     if deepspeed is not None:
         built.append(GaPEngine.initialize(model=model, config=deepspeed, gap_config=gap, **same))

@@ -157,7 +157,8 @@ def main(args: Arguments) -> int:
         model = sharding.wrap(model.to(device), args.backend or default, device)
     optimizer = torch.optim.SGD(groups(model, undecayed, args.weight_decay), lr=args.lr, momentum=args.momentum)
     shape = LR_SCHEDULES[args.lr_schedule]
-    engine = run.build_engine(args, gap, worker, deepspeed, model, optimizer, batches.steps_per_epoch, shape)
+    state = average.STATE if args.ema else None
+    engine = run.build_engine(args, gap, worker, deepspeed, model, optimizer, batches.steps_per_epoch, shape, state)
     averages = average.MovingAverage(engine.optimizer, args.ema) if args.ema else None
     # Dropout must differ between ranks, and between the workers of parallel GaP.
     runtime.seed_everything(args.seed + 1 + runtime.rank() + (runtime.world_size() * worker.index if worker else 0))
