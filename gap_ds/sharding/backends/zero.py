@@ -95,8 +95,8 @@ def _refuse(engine: Any, training: Training) -> None:
     """Refuses what would silently train with wrong masks."""
     config = engine._config
     zero = config.zero_config
-    given = {k: v for k, v in vars(training).items() if v != type(training).__dataclass_fields__[k].default}
-    if given:
+    given = {k for k, v in vars(training).items() if v != type(training).__dataclass_fields__[k].default}
+    if given := given - {"optimizer_state"}:
         raise ValueError(
             f"{', '.join(sorted(given))}: has no effect with a DeepSpeed engine, which has its own. Pass it to "
             "deepspeed.initialize, or set it in the DeepSpeed config."
