@@ -1,4 +1,4 @@
-"""Hugging Face: `GaPCallback` for the Trainer, and `prepare` for a loop of one's own with Accelerate.
+"""Hugging Face: `GaPCallback` for the Trainer, and `prepare` for your own loop with Accelerate.
 
 Both build a GaPEngine around what Accelerate has prepared, so that DDP, DeepSpeed and FSDP are one case. What all of it
 rests on is the order of the Trainer's step (transformers 5.23, `Trainer._run_epoch`):
@@ -215,7 +215,7 @@ def prepare(
     batches_per_epoch: int | None = None,
     fresh: bool = False,
 ) -> GaPEngine:
-    """A GaPEngine around what `accelerator.prepare` has returned, for a loop of one's own.
+    """A GaPEngine around what `accelerator.prepare` has returned, for your own loop.
 
     The loop stays as it is, with `engine.after_step()` after `scheduler.step()`. `accelerator.save_state` and
     `load_state` carry the masks from now on.
@@ -282,7 +282,7 @@ class _MasksOfState:
 def _refuse(config: GaPConfig) -> None:
     if config.record.has_workers:
         raise ValueError(
-            'method="parallel": a worker of parallel GaP is a job of its own, which neither the Trainer nor Accelerate '
+            'method="parallel": a worker of parallel GaP is a separate job, which neither the Trainer nor Accelerate '
             "starts. Use gap-ds parallel with a GaPEngine, or another method."
         )
     if config.lr_restart:
@@ -340,7 +340,7 @@ def _steps_per_epoch(config: GaPConfig, args: Any, loader: Any) -> int | None:
 
 
 def _figures(engine: GaPEngine) -> dict[str, float]:
-    """What is logged, as numbers: a plot has no room for a set of partitions."""
+    """Figures for the Trainer's log, all of them numbers: a plot has no room for a set of partitions."""
     dense, partitions = sorted(engine.phase.dense), engine.config.kappa
     if not engine.config.record.prunes or len(dense) > 1:
         partition = partitions

@@ -123,7 +123,7 @@ class Comm:
         part.copy_(received)
 
     def _pass(self, way: Callable[..., Any], values: Tensor, rank: int) -> None:
-        """Sends to a rank, or receives from it. As a batch, NCCL needs no connections of their own for that."""
+        """Sends to a rank, or receives from it. As a batch, NCCL needs no further connections for that."""
         for work in dist.batch_isend_irecv([dist.P2POp(way, values, group=self._group, group_peer=rank)]):
             work.wait()
 
@@ -176,7 +176,7 @@ class Apart(ValueError):
 
 
 def raise_on_all_ranks(world: Comm, work: Callable[[], T]) -> T:
-    """What `work` returns on this rank; an error on any rank becomes the same ValueError on all.
+    """Returns the result of `work` on this rank; an error on any rank becomes the same ValueError on all.
 
     `work` must not leave other ranks waiting: it takes part in no collective, or in all of them even when it fails.
     """

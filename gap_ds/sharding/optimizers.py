@@ -30,7 +30,7 @@ Meaning: TypeAlias = Literal["moment", "sequence", "other"]
 
 @dataclass(frozen=True)
 class Kinds:
-    """What an optimizer's state means: first values of its moments, names of its sequences and of the rest."""
+    """Meaning of an optimizer's state: first values of its moments, names of its sequences and of the rest."""
 
     moments: Mapping[str, First] = field(default_factory=dict)
     sequences: tuple[str, ...] = ()
@@ -218,7 +218,7 @@ class Optimizers(Sequence[torch.optim.Optimizer]):
                 yield name, shard.of(value), kinds
 
     def _kinds(self, optimizer: torch.optim.Optimizer) -> Kinds:
-        """What the state of a member means: by the user's word, else by the first of its classes in the table."""
+        """Meaning of the state of a member: by the user's word, else by the first of its classes in the table."""
         names = [cls.__name__ for cls in type(optimizer).__mro__]
         table = next((KNOWN[name] for name in names if name in KNOWN), _USUAL)
         given = self._given
@@ -250,7 +250,7 @@ class Optimizers(Sequence[torch.optim.Optimizer]):
             where = f"optimizer={type(optimizer).__name__}: its state {name!r} of {shard.name}"
             if not isinstance(value, Tensor) or not _plain(value):
                 raise ValueError(
-                    f"{where} is quantized or of a kind of its own ({_describe(value)}), where the value of one weight "
+                    f"{where} is quantized or of a special kind ({_describe(value)}), where the value of one weight "
                     "cannot be cleared. Use an optimizer with 16- or 32-bit state."
                 )
             if kinds.of(name) is None:
@@ -312,7 +312,7 @@ class Optimizers(Sequence[torch.optim.Optimizer]):
 
 @dataclass
 class Aside:
-    """What `Optimizers.aside` has put aside."""
+    """State and settings that `Optimizers.aside` has put aside."""
 
     states: list[dict[Any, dict[str, Any]]]
     settings: list[dict[str, Any]]

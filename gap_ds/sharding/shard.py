@@ -63,6 +63,6 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def _is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Whether a tensor is a DTensor. None can be before their module is loaded, which takes half as long as torch."""
+    """True for a DTensor. There can be none before their module is loaded, which takes half as long as torch."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)

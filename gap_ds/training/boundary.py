@@ -1,4 +1,4 @@
-"""What happens between two phases: select, mask, exchange, reset, restart. All ranks call each function together."""
+"""Boundaries between two phases: select, mask, exchange, reset, restart. All ranks call each function together."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Options:
-    """What else a user decides of a run; the arguments of GaPEngine with these names."""
+    """Further settings of a run: the arguments of GaPEngine with these names."""
 
     steps_per_epoch: int | None = None
     batches_per_epoch: int | None = None
@@ -93,7 +93,7 @@ def build(
 
 
 def _on_all_ranks(world: Comm, work: Callable[[], T]) -> T:
-    """What `work` returns; its errors are raised on all ranks, or by the only rank as they are."""
+    """Returns the result of `work`; its errors are raised on all ranks, or unchanged where there is one rank."""
     return work() if world.size == 1 else raise_on_all_ranks(world, work)
 
 

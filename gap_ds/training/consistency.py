@@ -1,4 +1,4 @@
-"""What all ranks must agree on, checked where disagreeing would do harm that nobody sees: wrong masks, NaN weights.
+"""Checks that all ranks agree, where a difference would do silent harm: wrong masks, NaN weights.
 
 A boundary is the place for it: ranks meet there anyway, and what is decided there stays. R ranks, E entries.
 """
@@ -33,7 +33,7 @@ def check_model(world: Comm, shards: Sequence[Shard]) -> None:
         raise ValueError(
             f"ranks 0 and {_some(others)} have different models (this rank: {len(names)} parameters, "
             f"{names[0] if names else 'none'} and others). All ranks must train the same model: stages of a pipeline, "
-            "experts on some ranks and groups of ranks with models of their own are not supported."
+            "experts on some ranks and groups of ranks with separate models are not supported."
         )
 
 
@@ -168,7 +168,7 @@ class LossGuard:
         self.skipped = 0
 
     def accepts(self, loss: Tensor, step: int) -> bool:
-        """Whether a micro-batch's loss may be propagated; with `skip` all ranks must call this."""
+        """True if a micro-batch's loss may be propagated; with `skip` all ranks must call this."""
         if self._policy == "stop" and self._harmless:
             return True
         bad = ~loss.detach().isfinite().all()
@@ -186,7 +186,7 @@ class LossGuard:
         return not self.skipping
 
     def take(self) -> int:
-        """Whether a loss on this rank since the last call was not finite, though the policy is to stop."""
+        """1 if a loss on this rank since the last call was not finite and the policy is to stop, else 0."""
         seen = 0 if self._seen is None else int(self._seen)
         self._seen = None
         return seen

@@ -122,7 +122,7 @@ class History(Observer):
             checkpoint.write_masks(folder / name, self._plan, self._mask_state.shards, bits, self._comm)
 
     def read(self, folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
-        """What `write` saved, to be given to `restore`; None if that run recorded no history."""
+        """Reads the file of `write` for `restore`; None if that run recorded no history."""
         if not (folder / _SEEN).is_file():
             return None
         seen, before = (

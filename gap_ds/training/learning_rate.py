@@ -55,7 +55,7 @@ class LearningRate:
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
-    """What a scheduler of torch sets in a parameter group: the learning rate, and the momentum of cyclic ones."""
+    """Settings of a parameter group that torch's schedulers change: learning rate, and momentum of cyclic ones."""
     found = {name: group[name] for name in ("lr", "momentum", "betas") if name in group}
     return {name: value.item() if isinstance(value, Tensor) else value for name, value in found.items()}
 

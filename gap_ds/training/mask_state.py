@@ -218,7 +218,7 @@ class MaskState:
         return selection.random_keys(self._config.seed, name, shard.start, shard.weight().device)
 
     def _growth(self, entry: Entry, by_gradient: bool, step: int) -> selection.Keys:
-        """What the weights that come are chosen by. A parameter without a gradient has that of zeros."""
+        """Keys by which grown weights are chosen. A parameter without a gradient has zeros as its gradient."""
         if not by_gradient:
             return self._random(entry, f"{entry.name} {step}")
         weight = self.shards[entry.name].weight()
@@ -275,7 +275,7 @@ class MaskState:
             checkpoint.write_values(folder / "pruned.safetensors", self._plan, self.shards, self.last, comm)
 
     def read(self, folder: Path, sparse: set[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """What `write` wrote, to be given to `restore`; ValueError if it is damaged or its entries are not `sparse`."""
+        """Reads the files of `write` for `restore`; ValueError if it is damaged or its entries are not `sparse`."""
         comm = self._backend.comm
         bits = checkpoint.read_masks(folder / "masks.safetensors", self._plan, sparse, self.shards, comm)
         if self._config.regrow != "last_value":

@@ -59,7 +59,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Run:
-    """What is kept (config, rule, schedule, plan), where it lies (backend), and the state that training changes.
+    """The parts of a run: config, rule, schedule and plan; the backend; and the state that training changes.
 
     steps_per_epoch: updates in an epoch, of a config in epochs. world: all ranks of the job. guard: this rank's losses.
     observers: optional parts, in the order they are called.
@@ -151,7 +151,7 @@ class Run:
         consistency.check_masks(self.plan, state.bits, state.shards, self.backend.comm, self.world)
 
     def to_prune(self, phase: Phase) -> Mapping[Entry, rules.PruneByMagnitude]:
-        """What is left to prune for the final model: the entries that are dense in this phase, those of a ramp too."""
+        """Updates that prune what the final model has still dense: entries dense in this phase, also those of a ramp."""
         return {
             entry: rules.PruneByMagnitude(entry.keep)
             for entry in self.plan.entries

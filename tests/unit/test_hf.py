@@ -310,7 +310,7 @@ def test_another_config_cannot_resume(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"method": "parallel"}, 'method="parallel": a worker of parallel GaP is a job of its own'),
+        ({"method": "parallel"}, 'method="parallel": a worker of parallel GaP is a separate job'),
         ({"lr_restart": True}, '"lr_restart": the scheduler that the Trainer builds covers the whole training'),
         ({"sparsity": 1.5}, "sparsity=1.5: input should be less than 1"),
     ],
@@ -382,7 +382,7 @@ def test_an_accelerate_loop_saves_and_resumes(tmp_path: Path, gap: dict[str, Any
 
 
 def test_prepare_refuses_parallel() -> None:
-    with pytest.raises(ValueError, match="a worker of parallel GaP is a job of its own"):
+    with pytest.raises(ValueError, match="a worker of parallel GaP is a separate job"):
         prepare(None, model(), None, None, ACCELERATED | {"method": "parallel"})
 
 

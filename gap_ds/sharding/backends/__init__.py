@@ -26,7 +26,7 @@ class OtherOptimizerError(ValueError):
 
 @dataclass(frozen=True)
 class Backend:
-    """What the engine needs to know of a sharding library.
+    """A sharding library, as the engine sees it.
 
     name: for people: logs and results; nothing is decided by it.
     forward: what is called with a batch.
@@ -65,7 +65,7 @@ class Backend:
 
 @dataclass(frozen=True)
 class Training:
-    """What a plain loop would do around the optimizer and a backend without an engine of its own must do itself."""
+    """Settings of the loop around the optimizer, for backends that bring no engine with such a loop."""
 
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None
     lr_scheduler: Any = None
@@ -109,7 +109,7 @@ def detect(model: nn.Module, training: Training) -> Backend:
 
 
 def brings_optimizer(model: nn.Module) -> bool:
-    """Whether a model is an engine that has an optimizer and a learning-rate scheduler of its own (DeepSpeed's)."""
+    """True for an engine that brings its optimizer and learning-rate scheduler (DeepSpeed's)."""
     from gap_ds.sharding.backends import zero
 
     return zero.recognises(uncompiled(model))

@@ -28,7 +28,7 @@ from gap_ds.sharding.shard import Shard
 
 
 def recognises(model: nn.Module) -> bool:
-    """Whether fairscale shards any part of the model; fairscale itself need not be installed to say no."""
+    """True if fairscale shards any part of the model. Does not need fairscale to be installed."""
     return "fairscale" in sys.modules and any(_sharded_ddp(m) or _fully_sharded(m) for m in model.modules())
 
 

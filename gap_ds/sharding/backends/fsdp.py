@@ -27,7 +27,7 @@ from gap_ds.sharding.shard import Shard
 
 
 def recognises(model: nn.Module) -> bool:
-    """Whether FSDP shards any part of the model."""
+    """True if FSDP shards any part of the model."""
     return any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules())
 
 
@@ -186,7 +186,7 @@ def _one_comm(groups: dict[tuple[int, ...], tuple[str, dist.ProcessGroup]]) -> C
         (first, (a, _)), (second, (b, _)) = list(groups.items())[:2]
         raise ValueError(
             f"{a} is sharded over the ranks {list(first)} and {b} over {list(second)}: one group for all parameters is "
-            "needed (experts on a mesh of their own are not supported). Wrap every module with the same mesh."
+            "needed (experts on a separate mesh are not supported). Wrap every module with the same mesh."
         )
     return Comm(next(iter(groups.values()))[1]) if groups else Comm(single=True)
 

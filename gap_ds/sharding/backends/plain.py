@@ -315,5 +315,5 @@ def _check_state(
 
 
 def _first_failure(path: Path, error: CheckpointException) -> ValueError:
-    """What went wrong on the first of the ranks; it is raised on all, and no Exception, so nobody would expect it."""
+    """The first rank's error as a ValueError: CheckpointException is raised on all ranks, and is no Exception."""
     return ValueError(f"{path}: {summarize_error(next(iter(error.failures.values()))[0])}")

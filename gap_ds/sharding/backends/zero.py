@@ -29,7 +29,7 @@ from gap_ds.sharding.shard import Shard
 
 
 def recognises(model: nn.Module) -> bool:
-    """Whether this is a DeepSpeed engine; deepspeed itself need not be installed to say no."""
+    """True for a DeepSpeed engine. Does not need deepspeed to be installed."""
     return any(
         cls.__module__.startswith("deepspeed.") and cls.__name__ == "DeepSpeedEngine" for cls in type(model).__mro__
     )
@@ -336,7 +336,7 @@ def _outlived(target: Any, name: str, errors: list[Exception]) -> Iterator[None]
 def _load(engine: Any, folder: Path) -> None:
     path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if path is None:
-        raise ValueError(f"{folder}: DeepSpeed found no checkpoint of its own in it")
+        raise ValueError(f"{folder}: DeepSpeed found none of its checkpoints in it")
 
 
 #: Of the loss scaler, if it has them.
