@@ -151,7 +151,7 @@ class Run:
         consistency.check_masks(self.plan, state.bits, state.shards, self.backend.comm, self.world)
 
     def to_prune(self, phase: Phase) -> Mapping[Entry, rules.PruneByMagnitude]:
-        """Updates that prune what is still dense for the final model: entries dense in this phase, those of a ramp too."""
+        """Updates that prune for the final model what is dense in this phase, entries of a ramp included."""
         return {
             entry: rules.PruneByMagnitude(entry.keep)
             for entry in self.plan.entries
