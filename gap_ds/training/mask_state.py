@@ -15,12 +15,13 @@ from torch import Tensor
 
 from gap_ds import checkpoint
 from gap_ds.masks import bitmask, selection
+from gap_ds.masks.groups import Grouped, select_groups
 from gap_ds.method import rules
 from gap_ds.method.config import GaPConfig
 from gap_ds.method.pattern import Unstructured
 from gap_ds.method.plan import Entry, Plan
 from gap_ds.sharding.backends import Backend
-from gap_ds.sharding.comm import Comm, sum_of
+from gap_ds.sharding.comm import Comm, boxes_of, sum_of
 from gap_ds.sharding.shard import Shard
 
 
@@ -176,8 +177,8 @@ class MaskState:
             )
             bits |= self._exactly({e: (u.keep, self._random(e, e.name)) for e, u in random.items()})
             return bits | self._exchanged(exchanged, step)
-        bits = {e.name: self._whole(e, u.keep, self._magnitudes(e), True) for e, u in largest.items()}
-        return bits | {e.name: self._whole(e, u.keep, self._random(e, e.name), False) for e, u in random.items()}
+        bits = self._by_groups({e: (u.keep, self._magnitudes(e)) for e, u in largest.items()}, by_magnitude=True)
+        return bits | self._by_groups({e: (u.keep, self._random(e, e.name)) for e, u in random.items()})
 
     def _exactly(
         self, wanted: Mapping[Entry, tuple[int, selection.Keys]], shared_budget: bool = False
@@ -225,15 +226,28 @@ class MaskState:
         gradient = self._gradients.get(entry.name)
         return selection.magnitude_keys(torch.zeros_like(weight) if gradient is None else gradient)
 
-    def _whole(self, entry: Entry, keep: int, keys: selection.Keys, by_magnitude: bool) -> Tensor:
-        """Bits of this rank's piece where the pattern needs the whole entry: all ranks assemble it and decide alike."""
-        shard = self.shards[entry.name]
-        piece = selection.Piece(entry.name, shard.box, keys, budget=0)
-        own = torch.cat([piece.keys(0, 0), *(chunk for _, chunk in piece.chunks())])
-        whole = self._backend.comm.assemble_everywhere(own, shard)
-        scores = selection.magnitudes(entry.name, whole) if by_magnitude else whole
-        kept = self._plan.pattern.mask(scores.view(entry.shape), keep, entry.dims)
-        return bitmask.pack(shard.box.cut(kept.flatten()))
+    def _by_groups(
+        self, wanted: Mapping[Entry, tuple[int, selection.Keys]], by_magnitude: bool = False
+    ) -> dict[str, Tensor]:
+        """For each entry the mask of its pattern with the largest keys."""
+        pattern = self._plan.pattern
+        if not wanted or isinstance(pattern, Unstructured):
+            return {}
+        shards = [self.shards[entry.name] for entry in wanted]
+        boxes = boxes_of(shards, self._backend.comm)
+        entries = [
+            Grouped(
+                selection.Piece(entry.name, shard.box, keys, 0, shard.counted),
+                entry.shape,
+                entry.dims,
+                keep,
+                cuts,
+                by_magnitude,
+            )
+            for (entry, (keep, keys)), shard, cuts in zip(wanted.items(), shards, boxes, strict=True)
+        ]
+        bits = select_groups(pattern, entries, self._backend.comm)
+        return {entry.name: b for entry, b in zip(wanted, bits, strict=True)}
 
     def _stored(self, names: set[str]) -> dict[str, Tensor]:
         """Masks that were written by another run, of the same entries."""
