@@ -212,7 +212,7 @@ def build(row: dict[str, Any], **training: Any) -> GaPEngine:
     model = wrap(row)
     # One tensor at a time: torch's grouped updates do not take tensors of several meshes.
     optimizer = torch.optim.AdamW(trained(model), lr=1e-2, foreach=False)
-    gap = {**toy.GAP, **row.get("gap", {})}
+    gap = row.get("gap", toy.GAP)
     training = {"gradient_accumulation_steps": toy.ACCUMULATION, "gradient_clipping": row.get("clip", 0.0), **training}
     return GaPEngine(model, gap, optimizer=optimizer, group=toy.Job.group, **training)
 
