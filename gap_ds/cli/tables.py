@@ -193,7 +193,8 @@ def _entries(entries: Sequence[dict[str, Any]]) -> Table:
         name, shape = rows[0]["name"], " x ".join(map(str, rows[0]["shape"]))
         if len(rows) > 1:
             separate = {row["experts"]["expert"] for row in rows} - {""}
-            name, shape = f"{module}.*", f"{len(separate) or rows[0]['experts']['number']} experts"
+            number = len(separate) or rows[0]["experts"]["number"]
+            name, shape = f"{module}.*", "1 expert" if number == 1 else f"{number} experts"
         kept, weights = (sum(row[key] for row in rows) for key in ("kept", "weights"))
         table.add_row(str(partition), name, shape, f"{kept:,}", f"{kept / weights:.4f}")
     return table
