@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gap_ds import GaPConfig, GaPEngine
-from gap_ds.export import compact, expand, from_checkpoint, load_compact, writing
+from gap_ds.export import compact, expand, from_checkpoint, load_compact
+from gap_ds.export import folder as folders
 from gap_ds.export.weights import Counted, write_weights
 
 STEPS = {"phase_steps": 3, "rounds": 2, "finetune_steps": 2}
@@ -184,14 +185,16 @@ def test_transformers_models_that_drop_the_weights_or_are_tied_by_hand(tmp_path:
 )
 def test_a_difference_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any, said: str) -> None:
     engine = train(Net(), 4)
-    write = writing.write_weights
+    write = folders.write_model
 
-    def changed(path: Path, tensors: dict[str, Tensor]) -> Any:
-        weights = dict(tensors)
+    def changed(aside: Path, *rest: Any) -> Any:
+        counted = write(aside, *rest)
+        weights = load_file(aside / "model.safetensors")
         change(weights)
-        return write(path, weights)
+        save_file(weights, aside / "model.safetensors")
+        return counted
 
-    monkeypatch.setattr(writing, "write_weights", changed)
+    monkeypatch.setattr(folders, "write_model", changed)
     with pytest.raises(ValueError, match=r"out: was not written: read back, the files differ from gap\.json") as error:
         engine.export(tmp_path / "out")
     assert said in str(error.value) and not list(tmp_path.iterdir())
