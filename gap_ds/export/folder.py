@@ -18,7 +18,7 @@ from gap_ds.export.weights import Counted, is_weights, read_back
 from gap_ds.export.writing import Stream, complete_config, write_model
 from gap_ds.masks import bitmask
 from gap_ds.method.plan import clean_name
-from gap_ds.sharding.comm import Comm, by_rank, raise_on_all_ranks
+from gap_ds.sharding.comm import Comm, boxes_of, raise_on_all_ranks
 from gap_ds.sharding.shard import Shard
 from gap_ds.storage.atomic import replacing_folder
 from gap_ds.storage.errors import summarize_error
@@ -42,15 +42,15 @@ def full_weights(
         bits: packed mask of this rank's piece of each entry that is to be sparse.
         dtype: of the parameters that are floating-point numbers; buffers keep their own.
     """
-    ranges = by_rank([(shard.start, shard.numel) for shard in shards], comm)
+    boxes = boxes_of(shards, comm)
 
     def tensors() -> Iterator[tuple[str, Tensor | None]]:
-        for shard, (starts, numels) in zip(shards, ranges, strict=True):
+        for shard, places in zip(shards, boxes, strict=True):
             piece = shard.weight().clone()
             if shard.name in bits and shard.numel:
                 bitmask.zero_pruned_(piece, bits[shard.name])
             piece = piece.to(dtype) if piece.is_floating_point() else piece
-            whole = comm.assemble(piece, starts, numels, shard.full_numel)
+            whole = comm.assemble(piece, places, shard.full_numel)
             yield shard.name, None if whole is None else whole.view(shard.shape)
         for name, buffer in buffers(module):
             yield name, buffer.detach().cpu() if comm.rank == 0 else None

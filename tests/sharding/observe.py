@@ -22,13 +22,13 @@ from gap_ds.sharding.comm import Comm
 def gather(pieces: Sequence[tuple[Any, Tensor]]) -> list[Tensor]:
     """The whole tensors, on every rank, from all ranks' (shard, piece of it)."""
     parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, [(shard.start, piece.detach().cpu().clone()) for shard, piece in pieces])
+    dist.all_gather_object(parts, [(shard.box.indices(), piece.detach().cpu().clone()) for shard, piece in pieces])
     whole = []
     for i, (shard, piece) in enumerate(pieces):
         tensor = torch.zeros(shard.full_numel, dtype=piece.dtype)
         for rank in parts:
-            start, part = rank[i]
-            tensor[start : start + part.numel()] = part
+            indices, part = rank[i]
+            tensor[indices] = part
         whole.append(tensor.view(shard.shape))
     return whole
 
@@ -64,9 +64,9 @@ class Traffic:
             self.other.append("assemble")
             return self._assemble(comm, *arguments)
 
-        def assembled_everywhere(comm: Comm, piece: Tensor, start: int, total: int) -> Tensor:
-            self.other.append(f"assemble_everywhere {total}")
-            return self._everywhere(comm, piece, start, total)
+        def assembled_everywhere(comm: Comm, piece: Tensor, shard: Any) -> Tensor:
+            self.other.append(f"assemble_everywhere {shard.full_numel}")
+            return self._everywhere(comm, piece, shard)
 
         Comm.sum, Comm.all_gather, Comm.assemble = summed, gathered, assembled  # type: ignore[method-assign]
         Comm.assemble_everywhere = assembled_everywhere  # type: ignore[method-assign]
