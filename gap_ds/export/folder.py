@@ -51,7 +51,9 @@ def full_weights(
                 bitmask.zero_pruned_(piece, bits[shard.name])
             piece = piece.to(dtype) if piece.is_floating_point() else piece
             whole = comm.assemble(piece, places, shard.full_numel)
+            del piece
             yield shard.name, None if whole is None else whole.view(shard.shape)
+            del whole  # before the next one comes
         for name, buffer in buffers(module):
             yield name, buffer.detach().cpu() if comm.rank == 0 else None
 

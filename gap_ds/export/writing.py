@@ -68,6 +68,7 @@ def write_model(
             counts[one] = Counted.of(weight)
             for name in names.get(one, ()):
                 files.write(name, weight)
+            del weight  # before the next one comes
     written = {name: counts[source[name]] for name in layout}
     if callable(own):
         _add_own_files(folder, model, written)
