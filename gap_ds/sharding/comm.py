@@ -54,7 +54,7 @@ class Comm:
 
     Args:
         group: of torch.distributed; None: all ranks of the job. single: this rank alone.
-        within: all ranks that train the model; None: all ranks of the job.
+        within: all ranks that train the model; None: this group.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Comm:
         self.ranks = tuple(own if self._alone else dist.get_process_group_ranks(self._group))
         #: True if the first rank that trains the model is in this group: where groups hold the same pieces, that one
         #: writes for all.
-        self.writes = (0 if within is None else within.ranks[0]) in self.ranks
+        self.writes = (within or self).ranks[0] in self.ranks
         nccl = not self._alone and "nccl" in str(dist.get_backend(self._group))
         self._device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
 

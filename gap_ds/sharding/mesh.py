@@ -81,7 +81,7 @@ def group_of(parameters: Mapping[str, Tensor], world: Comm) -> Comm:
     if reached and reached != set(world.ranks):
         raise Apart(
             f"{_first_outside(parameters, world)}: lies on a mesh of the ranks {_some(reached)}, and the engine trains "
-            f"on {_some(world.ranks)}. Pass group= with the ranks of this model, where other ranks train another one (a "
+            f"on {_some(world.ranks)}. Pass group= with the ranks of this model, where others train another one (a "
             "stage of a pipeline, a second model), or build the mesh over all ranks."
         )
     widest = max(spread, key=len, default=())
