@@ -140,14 +140,14 @@ def export(run: Run, folder: Path, place: Place, tokenizer: Any, dtype: torch.dt
     step, phase = place.step, place.phase(run.schedule)
     target = exports.place(folder)
 
-    def gather() -> dict[str, Tensor]:
+    def gather() -> exports.Stream:
         bits = {**run.mask_state.bits, **run.mask_state.select(run.to_prune(phase), step)}
         if not run.backend.comm.writes:
-            return {}
+            return exports.Stream({}, iter(()))
         return exports.full_weights(run.backend.module, run.backend.shards(), bits, run.backend.comm, dtype)
 
-    def about(weights: Mapping[str, Tensor]) -> exports.ExportInfo:
-        nonzero = {entry.name: int(weights[entry.name].count_nonzero()) for entry in run.plan.entries}
+    def about(counts: Mapping[str, exports.Counted]) -> exports.ExportInfo:
+        nonzero = {entry.name: counts[entry.name].nonzero for entry in run.plan.entries}
         info = exports.ExportInfo.of(run.plan, run.schedule, run.config, run.signature, step, place.ended, nonzero)
         planned = run.schedule.mean_density(*run.plan.per_partition())
         if not info.finished:
