@@ -128,21 +128,20 @@ def methods(preset: str) -> str:
     rows = dict.fromkeys(cell.row for s in (*sparsities[::-1], 0.0) for cell in results.cells if cell.sparsity == s)
     dense = [row for row in rows if (row, 0.0) in cells]
     score = results.example.scores[results.example.score]
-    columns = [f"{name} at {s:.0%}" for name in (score, "FLOPs") for s in sparsities]
+    columns = [f"{name} at {s:.0%}" for name in ("loss", score, "FLOPs") for s in sparsities]
     lines = [f"| method | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     for row in (*dense, *(row for row in rows if row not in dense)):
         found = [cells.get((row, s)) or cells.get((row, 0.0)) for s in sparsities]
-        scores = [_score(cell, bold=results.leads(cell)) if cell else "" for cell in found]
+        losses = [_bold(cell.loss.text(3), results.leads(cell)) if cell else "" for cell in found]
+        scores = [cell.score.text(1) if cell else "" for cell in found]
         flops = [f"{cell.flops:.2f}" if cell else "" for cell in found]
         title = next(cell for cell in found if cell).title
-        lines.append(f"| {title} | {' | '.join([*scores, *flops])} |")
+        lines.append(f"| {title} | {' | '.join([*losses, *scores, *flops])} |")
     return "\n".join(lines) + "\n"
 
 
-def _score(cell: Any, bold: bool) -> str:
-    """Return the mean, with the range over the seeds if there are several."""
-    mean = f"**{cell.mean:.1f}**" if bold else f"{cell.mean:.1f}"
-    return mean if len(cell.scores) == 1 else f"{mean} ({min(cell.scores):.1f} to {max(cell.scores):.1f})"
+def _bold(text: str, bold: bool) -> str:
+    return f"**{text}**" if bold else text
 
 
 def inference() -> str:

@@ -2,10 +2,14 @@
 
 Lengths below are in eighths of the run: epochs at the usual budget of 8. All sparse rows except `dsd` end with a
 fine-tuning with fixed masks. By default sparsity is uniform and one learning-rate schedule covers the whole run.
+
+Rows with `equal_flops` need the FLOPs of gradual pruning: `equalised` moves time between the dense phase at the start
+and the fine-tuning at the end until they do. FLOPs are linear in the sparsity, so the lengths hold for every sparsity.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -29,6 +33,7 @@ class Row:
     seeds: tuple[int, ...] = (0,)
     workers: int = 1  # processes that train parts of the model in parallel (parallel GaP)
     dense: bool = False  # the baseline: one run for all sparsities
+    equal_flops: bool = False  # lengths are chosen for the FLOPs of gradual pruning
 
     def config(self, sparsity: float, epochs: float, seed: int = 0) -> Config:
         """Return the GaP config of a run of exactly `epochs` epochs.
@@ -37,7 +42,9 @@ class Row:
         (5.0, 2.5)
         """
         assert (sparsity == 0) == self.dense
-        return {**self.make(epochs), "sparsity": sparsity, "seed": seed}
+        config = self.make(epochs)
+        config = equalised(config, epochs) if self.equal_flops else config
+        return {**config, "sparsity": sparsity, "seed": seed}
 
 
 def total_epochs(config: Mapping[str, Any]) -> Fraction:
@@ -62,6 +69,65 @@ def _phases(config: Mapping[str, Any]) -> int:
 def _partitions(config: Mapping[str, Any]) -> int:
     partitions = config.get("partitions", 1)
     return partitions if isinstance(partitions, int) else len(partitions)
+
+
+def pruned_share(config: Mapping[str, Any]) -> float:
+    """Return the share of the weights to prune that is pruned, averaged over the steps of a run.
+
+    With sparsity s and a share f of dense FLOPs in prunable weights, training FLOPs are 1 - s f times this of a dense
+    run. Entries are taken to be spread evenly over the partitions.
+
+    >>> round(pruned_share({"method": "one_shot", "phase_epochs": 4, "finetune_epochs": 4}), 3)
+    0.5
+    >>> round(pruned_share({"partitions": 4, "phase_epochs": 1, "rounds": 1, "finetune_epochs": 4}), 3)
+    0.875
+    """
+    return _pruned_share(json.dumps(config, sort_keys=True))
+
+
+@functools.cache
+def _pruned_share(text: str) -> float:
+    from gap_ds import GaPConfig  # imports torch, for seconds: only tables with rows of equal FLOPs need it
+    from gap_ds.method import schedule
+
+    config = GaPConfig.load({**json.loads(text), "sparsity": 0.5, "seed": 0})
+    plan = schedule.build(config, steps_per_epoch=1000)
+    partitions = _partitions(json.loads(text))
+    return 2 * (1 - plan.mean_density([1] * partitions, [2] * partitions))
+
+
+def equalised(config: Config, epochs: float, tolerance: float = 0.005) -> Config:
+    """Return a config with `dense_epochs` and `finetune_epochs` such that its FLOPs equal those of gradual pruning.
+
+    Lengths within `tolerance` (of `pruned_share`) stay as they are; others become multiples of 0.01 epochs.
+
+    Raises:
+        ValueError: no lengths have these FLOPs.
+
+    >>> changed = equalised({"partitions": 2, "phase_epochs": 1, "rounds": 1, "finetune_epochs": 6}, 8)
+    >>> changed["dense_epochs"], changed["finetune_epochs"], float(total_epochs(changed))
+    (1.31, 4.69, 8.0)
+    """
+    wanted = pruned_share(_gradual(epochs))
+    if abs(pruned_share(config) - wanted) <= tolerance:
+        return config
+    free = round(100 * float(config.get("dense_epochs") or 0) + 100 * float(config.get("finetune_epochs") or 0))
+    few, many = 0, free - 1  # hundredths of an epoch in the dense phase: FLOPs grow with them
+    while few < many:
+        middle = (few + many) // 2
+        few, many = (few, middle) if pruned_share(_lengthened(config, middle, free)) <= wanted else (middle + 1, many)
+    found = _lengthened(config, few, free)
+    if abs(pruned_share(found) - wanted) > tolerance:
+        raise ValueError(
+            f"{json.dumps(config)}: prunes {pruned_share(found):.3f} of the weights to prune on average, gradual "
+            f"pruning {wanted:.3f}, and no dense_epochs makes them equal. Set phase_epochs or rounds."
+        )
+    return found
+
+
+def _lengthened(config: Config, dense: int, free: int) -> Config:
+    """Return a config with `dense` of `free` hundredths of an epoch in the dense phase, the others in fine-tuning."""
+    return {**config, "dense_epochs": dense / 100, "finetune_epochs": (free - dense) / 100}
 
 
 def _times(epochs: float, **eighths: float) -> Config:
@@ -165,6 +231,8 @@ BY_NAME = {row.name: row for row in ROWS}
 def extra_rows(path: Path, epochs: float) -> tuple[Row, ...]:
     """Read rows from a JSON file {name: GaP config without sparsity and seed, times in epochs}.
 
+    The key `"equal_flops": true` is that of `Row`; it is no setting of a method.
+
     Raises:
         ValueError: a row is not comparable, for example by its length or a taken name. Names row and setting.
     """
@@ -190,5 +258,7 @@ def _extra(name: str, config: Config, epochs: float, where: str) -> Row:
         raise ValueError(f"{where}: the dense run is a row of the table already. Remove this one.")
     if (length := total_epochs(config)) != Fraction(str(epochs)):
         raise ValueError(f"{where}: lasts {float(length):g} epochs, must last {epochs:g}. Set phase_epochs or rounds.")
+    config = dict(config)
+    equal = config.pop("equal_flops", False)
     workers = _partitions(config) if config.get("method") == "parallel" else 1
-    return Row(name, name, lambda _: config, workers=workers)
+    return Row(name, name, lambda _: config, workers=workers, equal_flops=equal)
