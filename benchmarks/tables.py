@@ -16,7 +16,7 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -116,14 +116,17 @@ def translation() -> str:
     return "\n".join(lines) + "\n"
 
 
-def methods(preset: str) -> str:
-    """Return a table of benchmarks/quality: a column for each sparsity, the best method of the highest one first."""
+def methods(preset: str, only: Collection[str] = (), sparsities: Sequence[float] = ()) -> str:
+    """Return a table of benchmarks/quality: columns for each sparsity, the best method of the highest one first.
+
+    only, sparsities: rows and sparsities to show; default: all.
+    """
     sys.path.insert(0, str(ROOT / "benchmarks" / "quality"))
     import records
     import report
 
     results = report.latest(records.read(figures.RESULTS / f"quality_{preset}.jsonl"))
-    sparsities = results.sparsities
+    sparsities = sparsities or results.sparsities
     cells = {(cell.row, cell.sparsity): cell for cell in results.cells}
     rows = dict.fromkeys(cell.row for s in (*sparsities[::-1], 0.0) for cell in results.cells if cell.sparsity == s)
     dense = [row for row in rows if (row, 0.0) in cells]
@@ -131,6 +134,8 @@ def methods(preset: str) -> str:
     columns = [f"{name} at {s:.0%}" for name in ("loss", score, "FLOPs") for s in sparsities]
     lines = [f"| method | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     for row in (*dense, *(row for row in rows if row not in dense)):
+        if only and row not in only:
+            continue
         found = [cells.get((row, s)) or cells.get((row, 0.0)) for s in sparsities]
         losses = [_bold(cell.loss.text(3), results.leads(cell)) if cell else "" for cell in found]
         scores = [cell.score.text(1) if cell else "" for cell in found]
@@ -356,10 +361,14 @@ def backends() -> str:
     return "\n".join(lines) + "\n"
 
 
+#: Rows of the table in README.md.
+SHORT = ("dense", "gradual", "parallel_3", "cyclic_3_dense_first", "cyclic_3")
+
 #: The sections of the pages, by the name of their markers. In README.md "performance" is the summary.
 SECTIONS: dict[str, Callable[[], str]] = {
     "translation": translation,
     "quality": partial(methods, "cpu"),
+    "quality-short": partial(methods, "cpu", only=SHORT, sparsities=(0.9,)),
     "vision": partial(methods, "vision_cpu"),
     "summary": aims.summary,
     "backends": backends,
