@@ -34,12 +34,12 @@ class Teacher:
 
     def __init__(self, model: nn.Module) -> None:
         model.eval()  # DeepSpeed's engine returns None here
-        self.model = model
+        self.module = model
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the output of the model."""
-        return self.model(*args, **kwargs)
+        return self.module(*args, **kwargs)
 
 
 def logit_distance(
