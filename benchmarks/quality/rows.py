@@ -61,7 +61,7 @@ def total_epochs(config: Mapping[str, Any]) -> Fraction:
 
 def _phases(config: Mapping[str, Any]) -> int:
     method, rounds = config.get("method", "cyclic"), int(config.get("rounds", 1))
-    if method in ("one_shot", "gradual", "rigl", "set"):
+    if method in ("one_shot", "gradual", "granet", "rigl", "set"):
         return 1
     return rounds * {"dsd": 2, "acdc": 2, "parallel": 1}.get(method, _partitions(config))
 
@@ -171,6 +171,25 @@ def _gradual(epochs: float) -> Config:
     return {"method": "gradual", **_times(epochs, dense=1, phase=5, finetune=2, update=0.1)}
 
 
+def _granet(epochs: float) -> Config:
+    """Gradual pruning, whose updates also drop and grow a share of the kept weights."""
+    return {**_gradual(epochs), "method": "granet"}
+
+
+def _rising(method: str = "cyclic", partitions: int = 3, rounds: int = 3, **settings: Any) -> Callable[[float], Config]:
+    """A level of the sparse partitions that falls by the cubic of gradual pruning; at first in phases of half an epoch.
+
+    `length` (of a phase), `dense` and `update` are in eighths of the run; fine-tuning is the rest.
+    """
+    length, dense, update = (
+        settings.pop(key, default) for key, default in (("length", 0.5), ("dense", 0.5), ("update", 0.1))
+    )
+    fixed = {"method": method, "partitions": partitions, "rounds": rounds, "target": "rising", "prune_ramp": 0.5}
+    phases = rounds * (1 if method == "parallel" else partitions)
+    times = {"phase": length, "dense": dense, "update": update, "finetune": 8 - dense - phases * length}
+    return lambda epochs: {**fixed, **settings, **_times(epochs, **times)}
+
+
 def _regrown(method: str, **settings: Any) -> Callable[[float], Config]:
     return lambda epochs: {"method": method, **settings, **_times(epochs, phase=6, finetune=2, update=0.1)}
 
@@ -222,6 +241,35 @@ ROWS: tuple[Row, ...] = (
         "parallel_3_dense_first",
         "P-GaP, 3 partitions on 3 workers, dense first, gradual in phases",
         _parallel_dense_first,
+        workers=3,
+    ),
+    # After the others: the place of a row decides its colour and marker.
+    Row("granet", "gradual pruning with regrowth (GraNet)", _granet, TWO_SEEDS, equal_flops=True),
+    Row("cyclic_3_rising", "C-GaP, 3 partitions, rising target", _rising(), TWO_SEEDS, equal_flops=True),
+    Row(
+        "cyclic_2_rising_grown",
+        "C-GaP, 2 partitions, rising target, 30% grown by gradient",
+        _rising(partitions=2, rounds=5, dense=1, prune_ramp=1.0, grow="gradient", grow_share=0.3),
+        TWO_SEEDS,
+        equal_flops=True,
+    ),
+    Row(
+        "cyclic_3_rising_grown_fast",
+        "C-GaP, 3 partitions, rising target, 30% grown by gradient, phases of 1/4 epoch",
+        _rising(rounds=6, length=0.25, update=0.05, dense=1, prune_ramp=1.0, grow="gradient", grow_share=0.3),
+        TWO_SEEDS,
+        equal_flops=True,
+    ),
+    Row(
+        "cyclic_3_rising_grown",
+        "C-GaP, 3 partitions, rising target, 50% grown by gradient",
+        _rising(dense=1, grow="gradient", grow_share=0.5),
+        equal_flops=True,
+    ),
+    Row(
+        "parallel_3_rising",
+        "P-GaP, 3 partitions on 3 workers, rising target",
+        _rising("parallel", rounds=3, length=1.5),
         workers=3,
     ),
 )
