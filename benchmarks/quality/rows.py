@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -111,8 +112,8 @@ def equalised(config: Config, epochs: float, tolerance: float = 0.005) -> Config
     wanted = pruned_share(_gradual(epochs))
     if abs(pruned_share(config) - wanted) <= tolerance:
         return config
-    free = round(100 * float(config.get("dense_epochs") or 0) + 100 * float(config.get("finetune_epochs") or 0))
-    few, many = 0, free - 1  # hundredths of an epoch in the dense phase: FLOPs grow with them
+    free = Fraction(str(config.get("dense_epochs") or 0)) + Fraction(str(config.get("finetune_epochs") or 0))
+    few, many = 0, math.ceil(100 * free) - 1  # hundredths of an epoch in the dense phase: FLOPs grow with them
     while few < many:
         middle = (few + many) // 2
         few, many = (few, middle) if pruned_share(_lengthened(config, middle, free)) <= wanted else (middle + 1, many)
@@ -125,9 +126,9 @@ def equalised(config: Config, epochs: float, tolerance: float = 0.005) -> Config
     return found
 
 
-def _lengthened(config: Config, dense: int, free: int) -> Config:
-    """Return a config with `dense` of `free` hundredths of an epoch in the dense phase, the others in fine-tuning."""
-    return {**config, "dense_epochs": dense / 100, "finetune_epochs": (free - dense) / 100}
+def _lengthened(config: Config, dense: int, free: Fraction) -> Config:
+    """Return a config with `dense` hundredths of an epoch in the dense phase; fine-tuning is the rest of `free` epochs."""
+    return {**config, "dense_epochs": dense / 100, "finetune_epochs": float(free - Fraction(dense, 100))}
 
 
 def _times(epochs: float, **eighths: float) -> Config:
