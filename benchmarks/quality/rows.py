@@ -127,7 +127,7 @@ def equalised(config: Config, epochs: float, tolerance: float = 0.005) -> Config
 
 
 def _lengthened(config: Config, dense: int, free: Fraction) -> Config:
-    """Return a config with `dense` hundredths of an epoch in the dense phase; fine-tuning is the rest of `free` epochs."""
+    """Return a config with `dense` hundredths of an epoch in the dense phase and the rest of `free` in fine-tuning."""
     return {**config, "dense_epochs": dense / 100, "finetune_epochs": float(free - Fraction(dense, 100))}
 
 
