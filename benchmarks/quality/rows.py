@@ -21,7 +21,7 @@ from typing import Any
 
 Config = dict[str, Any]
 
-TWO_SEEDS = (0, 1)
+TWO_SEEDS, FOUR_SEEDS = (0, 1), (0, 1, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -215,11 +215,11 @@ def _parallel_dense_first(epochs: float) -> Config:
 
 #: In the order of the runs: the rows that a table needs most come first.
 ROWS: tuple[Row, ...] = (
-    Row("dense", "dense", _dense, TWO_SEEDS, dense=True),
-    Row("cyclic_3", "C-GaP, 3 partitions", _cyclic(3), TWO_SEEDS),
+    Row("dense", "dense", _dense, FOUR_SEEDS, dense=True),
+    Row("cyclic_3", "C-GaP, 3 partitions", _cyclic(3), FOUR_SEEDS),
     Row("cyclic_3_dense_first", "C-GaP, 3 partitions, dense first, gradual in phases", _dense_first(), TWO_SEEDS),
     Row("static", "fixed random mask, learning-rate restarts", _static(True), TWO_SEEDS),
-    Row("gradual", "gradual magnitude pruning", _gradual, TWO_SEEDS),
+    Row("gradual", "gradual magnitude pruning", _gradual, FOUR_SEEDS),
     Row("rigl", "RigL", _regrown("rigl"), TWO_SEEDS),
     Row("acdc", "AC/DC", _acdc, TWO_SEEDS),
     Row("one_shot", "one-shot magnitude pruning, half way", _one_shot),
@@ -245,20 +245,20 @@ ROWS: tuple[Row, ...] = (
         workers=3,
     ),
     # After the others: the place of a row decides its colour and marker.
-    Row("granet", "gradual pruning with regrowth (GraNet)", _granet, TWO_SEEDS, equal_flops=True),
-    Row("cyclic_3_rising", "C-GaP, 3 partitions, rising target", _rising(), TWO_SEEDS, equal_flops=True),
+    Row("granet", "gradual pruning with regrowth (GraNet)", _granet, FOUR_SEEDS, equal_flops=True),
+    Row("cyclic_3_rising", "C-GaP, 3 partitions, rising target", _rising(), FOUR_SEEDS, equal_flops=True),
     Row(
         "cyclic_2_rising_grown",
         "C-GaP, 2 partitions, rising target, 30% grown by gradient",
         _rising(partitions=2, rounds=5, dense=1, prune_ramp=1.0, grow="gradient", grow_share=0.3),
-        TWO_SEEDS,
+        FOUR_SEEDS,
         equal_flops=True,
     ),
     Row(
         "cyclic_3_rising_grown_fast",
         "C-GaP, 3 partitions, rising target, 30% grown by gradient, phases of 1/4 epoch",
         _rising(rounds=6, length=0.25, update=0.05, dense=1, prune_ramp=1.0, grow="gradient", grow_share=0.3),
-        TWO_SEEDS,
+        FOUR_SEEDS,
         equal_flops=True,
     ),
     Row(
