@@ -136,6 +136,10 @@ def _number(value: Fraction) -> int | float:
     return int(value) if value.denominator == 1 else float(value)
 
 
+#: Updates for which weights are compared.
+_SELECTED = rules.PruneByMagnitude | rules.PruneRandomly | rules.DropAndGrow
+
+
 def _selected(plan: Plan, config: GaPConfig, schedule: Schedule) -> list[list[Entry]]:
     """Return the entries that are pruned to their budgets before each phase."""
     rule, before = rules.rule(config), (None, *schedule.phases)
@@ -144,7 +148,7 @@ def _selected(plan: Plan, config: GaPConfig, schedule: Schedule) -> list[list[En
             entry
             for a, b in rules.stages(config, old, new)
             for entry in plan.entries
-            if isinstance(rule(entry, a, b, b.first_step), rules.PruneByMagnitude | rules.PruneRandomly)
+            if isinstance(rule(entry, a, b, b.first_step), _SELECTED)
         ]
         for old, new in zip(before, schedule.phases, strict=False)
     ]

@@ -43,6 +43,9 @@ _SIGNATURE_LABELS = {
     "exclude": "exclude",
     "optimizer_state": "optimizer_state",
     "regrow": "regrow",
+    "target": "target",
+    "grow": "grow",
+    "grow_share": "grow_share",
     "shared": "unpartitioned",
 }
 #: Lengths that every config has, in epochs or in steps.
@@ -105,6 +108,23 @@ class GaPConfig(BaseModel):
         ge=0,
         le=1,
         description="Fraction of a phase, at its end, in which the outgoing partition is pruned gradually; 0: at once.",
+    )
+    target: Literal["constant", "rising"] = Field(
+        "constant",
+        description="Level of the sparse partitions. constant: always the target. rising: dense at first, and from the "
+        "end of the dense phase to the last boundary the cubic of gradual pruning, at every boundary and update.",
+    )
+    grow: Literal["dense", "gradient", "random"] = Field(
+        "dense",
+        description="Growth of a partition at the beginning of its phase: to dense, or a share of its pruned weights, "
+        "by gradient or at random.",
+    )
+    grow_share: float = Field(
+        0.3,
+        gt=0,
+        lt=1,
+        description="With grow: share of the pruned weights that the first phase grows; over the phases it falls to 0 "
+        "by a cosine.",
     )
     update_epochs: float | None = Field(None, gt=0, description="Epochs between two updates of masks inside a phase.")
     update_steps: int | None = Field(None, gt=0, description="Steps between two updates of masks inside a phase.")
@@ -245,6 +265,7 @@ class GaPConfig(BaseModel):
             raise ValueError(f'"sparsity" must be set with method={self.method!r}')
         if not self.reuses_masks and method.prunes == (self.sparsity == 0.0):
             raise ValueError(f'sparsity={self.sparsity} with method="{self.method}": 0 and "dense" go together')
+        self._check_growth(given)
         self._check_selection()
         if not (self.exploring or self.dense_epochs or self.dense_steps or self.finetune_epochs or self.finetune_steps):
             raise ValueError('the run would be empty: raise "rounds" or the length of the fine-tuning')
@@ -277,12 +298,28 @@ class GaPConfig(BaseModel):
                     f'"{name}_{wrong}" and "phase_{right}" must have the same unit: set "{name}_{right}" instead'
                 )
         if self.updates and self.update_epochs is None and self.update_steps is None:
-            why = "prune_ramp" if self.prune_ramp else f"method={self.method!r}"
+            why = self._moving()
             raise ValueError(f'"update_{right}" must be set with {why}: the time between two updates of the masks')
         if not self.updates and (self.update_epochs or self.update_steps):
             raise ValueError(
                 f'"update_{right}" has no effect with method={self.method!r} without "prune_ramp": remove it'
             )
+
+    def _check_growth(self, given: set[str]) -> None:
+        if self.target == "rising" and "mask_init" in given:
+            raise ValueError('"mask_init" has no effect with target="rising", which begins dense: remove it')
+        if self.grow == "dense" and "grow_share" in given:
+            raise ValueError('"grow_share" has no effect with grow="dense": remove it')
+        if self.grow != "dense" and self.regrow != "zero":
+            raise ValueError(f'grow="{self.grow}" with regrow="{self.regrow}": set "regrow" to "zero"')
+
+    def _moving(self) -> str:
+        """Return the setting by which masks change inside phases."""
+        if self.target == "rising":
+            return 'target="rising"'
+        if self.grow != "dense":
+            return f'grow="{self.grow}"'
+        return "prune_ramp" if self.prune_ramp else f"method={self.method!r}"
 
     def _check_selection(self) -> None:
         pattern = parse(self.pattern)
@@ -297,8 +334,8 @@ class GaPConfig(BaseModel):
                 f'pattern="{pattern}" with sparsity={self.sparsity}: keeps {pattern.n} of {pattern.m}, so set '
                 f'"sparsity" to {pattern.sparsity}'
             )
-        if self.updates and not isinstance(pattern, Unstructured):
-            why = "prune_ramp" if self.prune_ramp else f"method={self.method!r}"
+        if (self.updates or self.grow != "dense") and not isinstance(pattern, Unstructured):
+            why = self._moving()
             raise ValueError(
                 f'pattern="{pattern}" with {why}: masks change in single weights inside a phase, so set "pattern" to '
                 '"unstructured"'
@@ -318,6 +355,11 @@ class GaPConfig(BaseModel):
     def reuses_masks(self) -> bool:
         """True if masks and budgets come from a model that is sparse already."""
         return self.mask_init in ("from_weights", "from_file")
+
+    @property
+    def begins_sparse(self) -> bool:
+        """True if the first masks follow "mask_init": with a rising target they keep every weight."""
+        return self.record.reads_setting("mask_init") and self.target == "constant"
 
     @property
     def kappa(self) -> int:
@@ -342,7 +384,7 @@ class GaPConfig(BaseModel):
     @property
     def updates(self) -> bool:
         """True if masks also change inside phases."""
-        return self.prune_ramp > 0 or self.record.updates
+        return self.prune_ramp > 0 or self.target == "rising" or self.record.updates
 
     def as_dense(self) -> GaPConfig:
         """Return the dense run to compare with: equally long, with the same learning-rate restarts."""
@@ -394,7 +436,7 @@ class GaPConfig(BaseModel):
             parts["s"] = _exact(self.sparsity)
             parts["dist"] = self.distribution if isinstance(self.distribution, str) else json.dumps(self.distribution)
             parts["pat"] = self.pattern
-        if self.record.reads_setting("mask_init"):
+        if self.begins_sparse:
             parts["init"] = "random" if self.mask_init == "auto" else self.mask_init
         parts["lr"] = "restart" if self.lr_restart else "continuous"
         if self.updates:

@@ -156,10 +156,7 @@ def _of_partition(schedule: Schedule, step: int, keep: Sequence[int], numel: Seq
     def only(values: Sequence[int]) -> list[int]:
         return [value if i == k else 0 for i, value in enumerate(values)]
 
-    phase = schedule.phase_at(step)
-    if k not in phase.dense or not numel[k]:
-        return keep[k] / numel[k] if numel[k] else 0.0
-    return schedule.density_at(step, only(keep), only(numel)) if phase.updates else 1.0
+    return schedule.density_at(step, only(keep), only(numel)) if numel[k] else 0.0
 
 
 def _density_points(run: Run) -> list[tuple[float, float]]:

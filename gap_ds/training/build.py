@@ -64,7 +64,7 @@ def build(
         steps = _steps(options, backend.micro_batches) if config.in_epochs else None
         if steps != given:
             phases = schedule.build(config, steps, worker.index if worker else 0)
-        if config.mask_init == "auto" and config.record.reads_setting("mask_init"):
+        if config.mask_init == "auto" and config.begins_sparse:
             config = config.model_copy(update={"mask_init": "magnitude" if _pretrained(backend.module) else "random"})
         return config, backend, steps, phases
 

@@ -107,7 +107,6 @@ class MaskState:
     def apply(self, updates: Mapping[Entry, rules.Update], step: int) -> None:
         """Does to every entry what comes before a step: selects all new masks, then changes masks, weights, moments."""
         selected = self.select(updates, step)
-        self._gradients.clear()
         for entry, update in updates.items():
             if isinstance(update, rules.Grow):
                 self._grow(self.shards[entry.name])
@@ -115,6 +114,10 @@ class MaskState:
                 self._mask(self.shards[entry.name], selected[entry.name])
         if selected or self._config.regrow == "last_value":
             self._backend.publish()
+
+    def forget_gradients(self) -> None:
+        """Frees the gradients that were copied for a boundary or update."""
+        self._gradients.clear()
 
     def replace(self, shard: Shard, bits: Tensor) -> None:
         """Takes an entry's mask from elsewhere; its weights come with it, and are the caller's."""
@@ -200,19 +203,24 @@ class MaskState:
 
     def _exchanged(self, updates: Mapping[Entry, rules.DropAndGrow], step: int) -> dict[str, Tensor]:
         """Drop and grow: the kept weights without the smallest, and as many of all others by gradient or at random."""
-        kept = self._exactly(
-            {e: (u.keep - u.drop, selection.only(self._magnitudes(e), self.bits[e.name])) for e, u in updates.items()}
-        )
+        shared = self._plan.shared_budget
+        kept = self._exactly({e: (u.keep - u.drop, self._of_kept(e)) for e, u in updates.items()}, shared)
         grown = self._exactly(
             {
                 e: (u.drop, selection.only(self._growth(e, u.by_gradient, step), ~kept[e.name]))
                 for e, u in updates.items()
-            }
+            },
+            shared,
         )
         return {name: bits | grown[name] for name, bits in kept.items()}
 
     def _magnitudes(self, entry: Entry) -> selection.Keys:
         return selection.magnitude_keys(self.shards[entry.name].weight())
+
+    def _of_kept(self, entry: Entry) -> selection.Keys:
+        """Magnitudes of the kept weights; those of a dense entry are all kept."""
+        bits = self.bits.get(entry.name)
+        return self._magnitudes(entry) if bits is None else selection.only(self._magnitudes(entry), bits)
 
     def _random(self, entry: Entry, name: str) -> selection.Keys:
         shard = self.shards[entry.name]

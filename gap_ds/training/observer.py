@@ -14,7 +14,7 @@ class Observer:
     def before_first_update(self) -> None:
         """Called once, before the first update after the engine was built is counted."""
 
-    def round_pruned(self, round_: int) -> None:
+    def round_pruned(self, round_: int, phase: Phase, step: int) -> None:
         """Called inside the boundary that ends a round of parallel GaP, while all partitions are sparse."""
 
     def masks_changed(self, step: int, phase: Phase) -> None:
