@@ -14,7 +14,9 @@ from gap_ds.training.updates import _Parts
 ENTRY = "layers.3.fc.weight"
 
 
-def test_a_change_in_place_is_found_at_the_next_update() -> None:
+def test_a_change_in_place_is_found_at_the_next_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if the part that comes next is another one."""
+    monkeypatch.setattr("gap_ds.training.updates._PART", 1)
     engine = build()
     train(engine, 1)
     with torch.no_grad():
@@ -36,6 +38,17 @@ def test_changes_that_pytorch_does_not_count_are_found_at_the_next_update_of_few
     engine = build()
     train(engine, 1)
     engine.module.get_parameter(ENTRY).data.add_(1.0)
+    with pytest.raises(ValueError, match=r"^layers\.3\.fc\.weight: 27 of its pruned weights are not 0"):
+        train(engine, 1)
+
+
+def test_changes_that_pytorch_does_not_count_are_found_before_the_boundary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if parts are small: its turn does not come before."""
+    monkeypatch.setattr("gap_ds.training.updates._PART", 1)
+    engine = build()
+    for _ in range(2):
+        train(engine, 1)
+        engine.module.get_parameter(ENTRY).data.add_(1.0)
     with pytest.raises(ValueError, match=r"^layers\.3\.fc\.weight: 27 of its pruned weights are not 0"):
         train(engine, 1)
 
