@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -193,9 +193,13 @@ class Loop:
     def _update(self) -> None:
         training, scaler = self.training, self.training.grad_scaler
         before = scaler.get_scale() if scaler else None
-        if training.gradient_clipping > 0:
+        together = scaler is not None and len(self.optimizers) > 1
+        if training.gradient_clipping > 0 or together:
             for optimizer in self.optimizers if scaler else ():
                 scaler.unscale_(optimizer)
+        if together:
+            _overflow_together(scaler, self.optimizers)
+        if training.gradient_clipping > 0:
             self.clip(training.gradient_clipping)
         for optimizer in self.optimizers:
             scaler.step(optimizer) if scaler else optimizer.step()
@@ -206,6 +210,15 @@ class Loop:
                 if not isinstance(scheduler, ReduceLROnPlateau):  # its step takes a metric, which the user has
                     scheduler.step()
         self.clear()
+
+
+def _overflow_together(scaler: torch.amp.GradScaler, optimizers: Optimizers) -> None:
+    """Lets every optimizer leave out the update if the gradients of one overflow: half of it would be no update."""
+    found = [scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"] for optimizer in optimizers]
+    total = sum(flag.cpu() for flags in found for flag in flags.values())
+    for flags in found:
+        for flag in flags.values():
+            flag.copy_(total)
 
 
 def save_state(module: nn.Module, optimizers: Optimizers, folder: Path) -> None:
@@ -238,8 +251,7 @@ def load_state(module: nn.Module, optimizers: Optimizers, folder: Path) -> None:
     """
     path, alone = folder / "state", not dist.is_initialized()
     with optimizers.aside() as aside:  # torch makes the state that is filled by a step, which must not count
-        for optimizer in optimizers:
-            optimizer.state.clear()
+        optimizers.clear()
         model_state, optimizer_state = _state_dict(module, optimizers)
         by_name = cast(dict[str, dict[str, Any]], optimizer_state["state"])
         made = {name: set(state) for name, state in by_name.items()}
@@ -250,7 +262,8 @@ def load_state(module: nn.Module, optimizers: Optimizers, folder: Path) -> None:
             load_distributed(facts, checkpoint_id=path, no_dist=alone)
             saved = _saved_state(path, made)
             _check_groups(path, optimizer_state["param_groups"], alone)
-            _check_state(path, saved, made, facts["stepped"], optimizers.names)
+            frozen = {clean_name(name) for name, p in module.named_parameters() if not p.requires_grad}
+            _check_state(path, saved, made, facts["stepped"], optimizers.names, frozen)
             load_distributed({"model": model_state}, checkpoint_id=path, no_dist=alone)
             load_distributed(state, checkpoint_id=path, no_dist=alone, planner=partly)
         except CheckpointException as error:
@@ -298,10 +311,20 @@ def _check_groups(path: Path, groups: Any, alone: bool) -> None:
 
 
 def _check_state(
-    path: Path, saved: Mapping[str, set[str]], made: Mapping[str, set[str]], stepped: bool, optimizer: str
+    path: Path,
+    saved: Mapping[str, set[str]],
+    made: Mapping[str, set[str]],
+    stepped: bool,
+    optimizer: str,
+    frozen: Container[str],
 ) -> None:
     """Checks that saved optimizer state is of the kind that the optimizer makes; OtherOptimizerError if it is not."""
     for name, kinds in saved.items():
+        if name in frozen and name not in made:
+            raise OtherOptimizerError(
+                f"{path}: {name} was trained when it was saved, and is frozen now, so that its optimizer state has no "
+                "place. Load the checkpoint first, and freeze (requires_grad_(False)) after that."
+            )
         if kinds != made.get(name, set()):
             raise OtherOptimizerError(
                 f"{path}: holds the optimizer state {', '.join(sorted(kinds))} of {name}, and {optimizer} has "
