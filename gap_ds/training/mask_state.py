@@ -6,7 +6,7 @@ shards. E entries; a piece is this rank's part of an entry.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,15 +87,22 @@ class MaskState:
                 found |= {id(piece): piece for piece in copies}
         return list(found.values())
 
-    def revived(self) -> tuple[str, int] | None:
+    def pieces(self) -> dict[str, Tensor]:
+        """This rank's piece (numel,) of every masked entry."""
+        return {name: shard.weight() for name, shard in self._masked()}
+
+    def revived(self, among: Collection[str] | None = None) -> tuple[str, int] | None:
         """The first entry with pruned weights on this rank that are not 0, and their number; None if all are 0.
 
         One pass over the weights, and over all that they could come back from: the library's copies of them, and other
         sequences of the optimizer.
+
+        Args:
+            among: names of masked entries of which this rank has a piece; None: all.
         """
         names: list[str] = []
         pieces: list[tuple[Tensor, Tensor]] = []
-        for name, shard in self._masked():
+        for name, shard in self._masked() if among is None else ((name, self.shards[name]) for name in among):
             for piece in (shard.weight(), *shard.copies(), *self._backend.optimizers.sequences(shard)):
                 names.append(name)
                 pieces.append((piece, self.bits[name].to(piece.device)))
