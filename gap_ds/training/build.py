@@ -17,7 +17,8 @@ from gap_ds.method.config import GaPConfig
 from gap_ds.parallel import ParallelWorker
 from gap_ds.sharding.backends import Backend, Training, detect
 from gap_ds.sharding.comm import Comm, raise_on_all_ranks
-from gap_ds.training import mask_state, saving
+from gap_ds.training import boundary_losses, mask_state, saving
+from gap_ds.training.boundary_losses import BoundaryLosses
 from gap_ds.training.consistency import LossGuard, check_model
 from gap_ds.training.exchanging import Exchanging
 from gap_ds.training.history import History
@@ -223,6 +224,7 @@ def _observers(run: Run, history: str | Path | None) -> list[Observer]:
     if history is not None:
         comms = (run.backend.comm, run.world)
         found.append(History(Path(history), run.plan, run.signature, run.mask_state, *comms))
+        found.append(BoundaryLosses(Path(history).with_name(boundary_losses.NAME), run.world))
     if run.worker is not None:
         of_run = (run.plan, run.signature, run.config.unpartitioned)
         found.append(Exchanging(run.worker, *of_run, run.mask_state, run.backend, run.world))
