@@ -54,7 +54,7 @@ def build(
     Raises:
         ValueError: a mistake in the config, or a combination that is not supported; the message names the setting.
     """
-    world, worker = Comm(), options.worker
+    world, worker = training.world, options.worker
     schedulers = training.schedulers() or [s for s in [getattr(model, "lr_scheduler", None)] if s is not None]
 
     def begin() -> tuple[GaPConfig, Backend, int | None, schedule.Schedule]:

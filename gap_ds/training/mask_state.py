@@ -21,7 +21,7 @@ from gap_ds.method.config import GaPConfig
 from gap_ds.method.pattern import Unstructured
 from gap_ds.method.plan import Entry, Plan
 from gap_ds.sharding.backends import Backend
-from gap_ds.sharding.comm import Comm
+from gap_ds.sharding.comm import Comm, sum_of
 from gap_ds.sharding.shard import Shard
 from gap_ds.training.regrowth import SECOND_MOMENTS, Young, mean_second_moments
 
@@ -240,7 +240,7 @@ class MaskState:
             budget = budgets.setdefault(entry.partition if shared_budget else entry.name, len(budgets))
             keep += [0] * (len(budgets) - len(keep))
             keep[budget] += n
-            pieces.append(selection.Piece(entry.name, shard.start, shard.numel, keys, budget))
+            pieces.append(selection.Piece(entry.name, shard.box, keys, budget, shard.counted))
         bits = selection.select_largest(pieces, keep, self._backend.comm)
         return {piece.name: b for piece, b in zip(pieces, bits, strict=True)}
 
@@ -267,7 +267,7 @@ class MaskState:
 
     def _random(self, entry: Entry, name: str) -> selection.Keys:
         shard = self.shards[entry.name]
-        return selection.random_keys(self._config.seed, name, shard.start, shard.weight().device)
+        return selection.random_keys(self._config.seed, name, shard.box, shard.weight().device)
 
     def _growth(self, entry: Entry, by_gradient: bool, step: int) -> selection.Keys:
         """Keys by which grown weights are chosen. A parameter without a gradient has zeros as its gradient."""
@@ -280,12 +280,12 @@ class MaskState:
     def _whole(self, entry: Entry, keep: int, keys: selection.Keys, by_magnitude: bool) -> Tensor:
         """Bits of this rank's piece where the pattern needs the whole entry: all ranks assemble it and decide alike."""
         shard = self.shards[entry.name]
-        piece = selection.Piece(entry.name, shard.start, shard.numel, keys, budget=0)
+        piece = selection.Piece(entry.name, shard.box, keys, budget=0)
         own = torch.cat([piece.keys(0, 0), *(chunk for _, chunk in piece.chunks())])
-        whole = self._backend.comm.assemble_everywhere(own, piece.start, entry.numel)
+        whole = self._backend.comm.assemble_everywhere(own, shard)
         scores = selection.magnitudes(entry.name, whole) if by_magnitude else whole
         kept = self._plan.pattern.mask(scores.view(entry.shape), keep, entry.dims)
-        return bitmask.pack(kept.flatten()[piece.start : piece.start + piece.numel])
+        return bitmask.pack(shard.box.cut(kept.flatten()))
 
     def _stored(self, names: set[str]) -> dict[str, Tensor]:
         """Masks that were written by another run, of the same entries."""
@@ -300,8 +300,7 @@ class MaskState:
         local = [
             bitmask.count(self.bits[name]) if name in self.bits else shard.numel for name, shard in self.shards.items()
         ]
-        counts: list[int] = self._backend.comm.sum(torch.tensor(local, dtype=torch.int64)).tolist()
-        return counts
+        return sum_of(self.shards.values(), local, self._backend.comm)
 
     def stats(self) -> dict[str, Any]:
         """Exact figures of the masks over all ranks, as `GaPEngine.stats` returns them."""
@@ -362,8 +361,8 @@ class MaskState:
 
 def nonzero(shards: Sequence[Shard], comm: Comm) -> dict[str, int]:
     """Weights of each parameter that are not 0. All ranks of `comm` must call this."""
-    local = torch.tensor([int(shard.weight().count_nonzero()) for shard in shards], dtype=torch.int64)
-    return {shard.name: n for shard, n in zip(shards, comm.sum(local).tolist(), strict=True)}
+    local = [int(shard.weight().count_nonzero()) for shard in shards]
+    return {shard.name: n for shard, n in zip(shards, sum_of(shards, local, comm), strict=True)}
 
 
 def inherited(config: GaPConfig, shards: Sequence[Shard]) -> dict[str, int]:
