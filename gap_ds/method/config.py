@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
     ModelWrapValidatorHandler,
     PrivateAttr,
     TypeAdapter,
@@ -22,17 +18,10 @@ from pydantic import (
 )
 
 from gap_ds.method.config_file import explain, read
-from gap_ds.method.distribution import DISTRIBUTIONS
+from gap_ds.method.fields import FURTHER_TIMES, TIMES, Fields
 from gap_ds.method.methods import METHODS
 from gap_ds.method.pattern import NofM, Unstructured, parse
 from gap_ds.method.rules import Method
-
-if TYPE_CHECKING:
-    MethodName = str
-    DistributionName = str
-else:  # derived, so that a new one is added in one place
-    MethodName = Literal[tuple(METHODS)]
-    DistributionName = Literal[tuple(DISTRIBUTIONS)]
 
 #: Labels of the settings that the signature has only where they are not the default. Labels never change, so that an
 #: old signature can be compared with a new one.
@@ -46,13 +35,12 @@ _SIGNATURE_LABELS = {
     "target": "target",
     "grow": "grow",
     "grow_share": "grow_share",
+    "moments": "regrow_moments",
     "shared": "unpartitioned",
 }
-#: Lengths that every config has, in epochs or in steps.
-_TIMES = ("phase", "finetune")
 
 
-class GaPConfig(BaseModel):
+class GaPConfig(Fields):
     """A complete description of one sparse training run, independent of model, backend and number of ranks.
 
     Times are counted in applied optimizer steps: a step skipped for an fp16 overflow does not count, and gradient
@@ -63,119 +51,8 @@ class GaPConfig(BaseModel):
             would have no effect. `GaPConfig.load` raises a ValueError with one sentence per mistake instead.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-    method: MethodName = Field(
-        "cyclic", description=" ".join(f"{method.name}: {method.summary}." for method in METHODS.values())
-    )
-    sparsity: float = Field(
-        0.0,
-        ge=0.0,
-        lt=1.0,
-        description="Fraction of the entries' weights that are zero in the final model; must be set.",
-    )
-    distribution: DistributionName | dict[str, float] = Field(
-        "uniform",
-        description="How the sparsity is spread over the entries. "
-        + " ".join(f"{name}: {(f.__doc__ or '').partition(chr(10))[0]}" for name, f in DISTRIBUTIONS.items())
-        + " An object: name patterns, and the sparsity of the entries that match each.",
-    )
-    pattern: str = Field(
-        "unstructured",
-        description="Legal sets of kept weights: unstructured, N:M (2:4) of every M inputs, or block:HxW "
-        "(block:4x4) of outputs x inputs.",
-    )
-    partitions: int | list[list[str]] = Field(
-        1, description="Number of partitions (kappa), or the partitions written out as lists of name patterns."
-    )
-    partition_assignment: Literal["contiguous", "interleaved", "random"] = Field(
-        "contiguous", description="How blocks are assigned to partitions if only their number is given."
-    )
-    partition_order: Literal["cyclic", "random"] = Field(
-        "cyclic", description="Order in which the partitions become dense."
-    )
-    dense_epochs: float | None = Field(
-        None, ge=0, description="Length of a first phase with all partitions dense, in epochs."
-    )
-    dense_steps: int | None = Field(
-        None, ge=0, description="Length of a first phase with all partitions dense, in steps."
-    )
-    phase_epochs: float | None = Field(None, gt=0, description="T, the length of a phase, in epochs.")
-    phase_steps: int | None = Field(None, gt=0, description="T, the length of a phase, in applied optimizer steps.")
-    rounds: int = Field(1, ge=0, description="Number of rounds; a round makes every partition dense once.")
-    prune_ramp: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="Fraction of a phase, at its end, in which the outgoing partition is pruned gradually; 0: at once.",
-    )
-    target: Literal["constant", "rising"] = Field(
-        "constant",
-        description="Level of the sparse partitions. constant: always the target. rising: dense at first, and from the "
-        "end of the dense phase to the last boundary the cubic of gradual pruning, at every boundary and update.",
-    )
-    grow: Literal["dense", "gradient", "random"] = Field(
-        "dense",
-        description="Growth of a partition at the beginning of its phase: to dense, or a share of its pruned weights, "
-        "by gradient or at random.",
-    )
-    grow_share: float = Field(
-        0.3,
-        gt=0,
-        lt=1,
-        description="With grow: share of the pruned weights that the first phase grows; over the phases it falls to 0 "
-        "by a cosine.",
-    )
-    update_epochs: float | None = Field(None, gt=0, description="Epochs between two updates of masks inside a phase.")
-    update_steps: int | None = Field(None, gt=0, description="Steps between two updates of masks inside a phase.")
-    drop_fraction: float = Field(
-        0.3, gt=0, lt=1, description="Fraction of the kept weights that the first drop-and-grow update replaces."
-    )
-    finetune_epochs: float | None = Field(
-        None, ge=0, description="Length of the final phase with fixed masks, in epochs."
-    )
-    finetune_steps: int | None = Field(None, ge=0, description="Length of the final phase with fixed masks, in steps.")
-    mask_init: Literal["auto", "random", "magnitude", "from_weights", "from_file"] = Field(
-        "auto",
-        description="First masks: random, by magnitude, or auto: by magnitude if the model was loaded by "
-        "from_pretrained, else random. With static also those of a sparse model: its nonzero weights, or the content "
-        "of a file of masks.",
-    )
-    mask_file: str | None = Field(
-        None,
-        description="With mask_init from_file: the masks.safetensors of a checkpoint in which all entries are sparse.",
-    )
-    include: list[str] = Field(default=[], description="Name patterns of further weights to prune.")
-    exclude: list[str] = Field(default=[], description="Name patterns of weights that stay dense.")
-    optimizer_state: Literal["keep_survivors", "reset"] = Field(
-        "keep_survivors", description="At a boundary: keep the moments of kept weights, or clear all moments."
-    )
-    regrow: Literal["zero", "last_value"] = Field(
-        "zero", description="Value of a grown weight: zero, or its value when it was pruned."
-    )
-    unpartitioned: Literal["average", "first"] = Field(
-        "average",
-        description="Parallel GaP, weights in no partition: the average over the workers, or those of worker 0.",
-    )
-    lr_restart: bool = Field(
-        False,
-        description="True: the learning-rate schedule restarts in every phase. False: one schedule covers the run.",
-    )
-    seed: int = Field(0, ge=0, description="Seed of random masks, random growth, random order and random assignment.")
-
     #: The method's record, if the config was given one instead of a name.
     _given_method: Method | None = PrivateAttr(None)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _numbers(cls, data: Any) -> Any:
-        # Strict mode refuses 1 for a float, which JSON writers produce for 1.0; bool is no number here.
-        if isinstance(data, dict):
-            for key in ("sparsity", "prune_ramp", *(f"{name}_epochs" for name in ("dense", *_TIMES, "update"))):
-                if type(data.get(key)) is int:
-                    with contextlib.suppress(OverflowError):
-                        data = {**data, key: float(data[key])}
-        return data
 
     @model_validator(mode="wrap")
     @classmethod
@@ -212,36 +89,6 @@ class GaPConfig(BaseModel):
             return name
         data = _RECORD.dump_python(self._given_method, exclude={"dense", "rule"})
         return {**data, "reads": sorted(data["reads"])}
-
-    @field_validator("distribution", mode="before")
-    @classmethod
-    def _distribution(cls, value: Any) -> Any:
-        # Checked here, because pydantic reports a mistake in a union once per member.
-        if isinstance(value, str) and value in DISTRIBUTIONS:
-            return value
-        rows = list(value.items()) if isinstance(value, dict) else []
-        if rows and all(type(name) is str and type(s) in (int, float) and 0 <= s < 1 for name, s in rows):
-            return {pattern: float(s) for pattern, s in value.items()}
-        names = ", ".join(f'"{name}"' for name in DISTRIBUTIONS)
-        raise ValueError(f"must be {names}, or an object with name patterns and the sparsity of each in [0, 1)")
-
-    @field_validator("pattern")
-    @classmethod
-    def _pattern(cls, value: str) -> str:
-        parse(value)
-        return value
-
-    @field_validator("partitions", mode="before")
-    @classmethod
-    def _partitions(cls, value: Any) -> Any:
-        # Checked here, because pydantic reports a mistake in a union once per member.
-        if type(value) is int and value >= 1:
-            return value
-        groups = value if isinstance(value, list) else []
-        lists = bool(groups) and all(isinstance(group, list) and group for group in groups)
-        if lists and all(isinstance(pattern, str) for group in groups for pattern in group):
-            return value
-        raise ValueError("must be an integer of at least 1, or a list of non-empty lists of name patterns")
 
     def _check(self) -> None:
         """Refuse settings that do not go together."""
@@ -285,14 +132,14 @@ class GaPConfig(BaseModel):
             raise ValueError(f'"mask_file" with mask_init="{self.mask_init}": the file and "from_file" go together')
 
     def _check_times(self) -> None:
-        for name in _TIMES:
+        for name in TIMES:
             epochs, steps = f"{name}_epochs", f"{name}_steps"
             if (getattr(self, epochs) is None) == (getattr(self, steps) is None):
                 raise ValueError(f'exactly one of "{epochs}" and "{steps}" must be set')
         if (self.phase_epochs is None) != (self.finetune_epochs is None):
             raise ValueError('"phase_..." and "finetune_..." must have the same unit: both _epochs or both _steps')
         wrong, right = ("steps", "epochs") if self.in_epochs else ("epochs", "steps")
-        for name in ("dense", "update"):
+        for name in FURTHER_TIMES:
             if getattr(self, f"{name}_{wrong}") is not None:
                 raise ValueError(
                     f'"{name}_{wrong}" and "phase_{right}" must have the same unit: set "{name}_{right}" instead'
@@ -310,6 +157,15 @@ class GaPConfig(BaseModel):
             raise ValueError('"mask_init" has no effect with target="rising", which begins dense: remove it')
         if self.grow == "dense" and "grow_share" in given:
             raise ValueError('"grow_share" has no effect with grow="dense": remove it')
+        if self.regrow_moments != "zero" and self.optimizer_state == "reset" and not self.record.updates:
+            raise ValueError(
+                f'regrow_moments="{self.regrow_moments}" with optimizer_state="reset": has no effect, because all '
+                "moments are cleared: remove it"
+            )
+        if self.regrow_moments == "mean_second" and self.record.has_workers:
+            raise ValueError(
+                f'regrow_moments="mean_second" with method={self.method!r}: set "regrow_moments" to "keep_second"'
+            )
         if self.grow != "dense" and self.regrow != "zero":
             raise ValueError(f'grow="{self.grow}" with regrow="{self.regrow}": set "regrow" to "zero"')
 
@@ -388,7 +244,7 @@ class GaPConfig(BaseModel):
 
     def as_dense(self) -> GaPConfig:
         """Return the dense run to compare with: equally long, with the same learning-rate restarts."""
-        times = [f"{name}_{unit}" for name in ("dense", *_TIMES) for unit in ("epochs", "steps")]
+        times = [f"{name}_{unit}" for name in ("dense", *TIMES) for unit in ("epochs", "steps")]
         data = {key: getattr(self, key) for key in (*times, "lr_restart", "seed") if key in self.model_fields_set}
         return GaPConfig.model_validate({**data, "method": "dense", "sparsity": 0.0, "rounds": self.exploring})
 
@@ -445,6 +301,8 @@ class GaPConfig(BaseModel):
             parts["drop"] = _exact(self.drop_fraction)
         if self.prune_ramp:
             parts["ramp"] = _exact(self.prune_ramp)
+        if self.regrow_warmup_epochs or self.regrow_warmup_steps:
+            parts["warm"] = self._length("regrow_warmup")
         for label, key in _SIGNATURE_LABELS.items():
             if getattr(self, key) != type(self).model_fields[key].default:
                 parts[label] = getattr(self, key)
