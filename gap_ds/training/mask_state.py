@@ -107,7 +107,7 @@ class MaskState:
                 found |= {id(piece): piece for piece in copies}
         return list(found.values())
 
-    def pieces(self) -> dict[str, Tensor]:
+    def masked_weights(self) -> dict[str, Tensor]:
         """This rank's piece (numel,) of every masked entry."""
         return {name: shard.weight() for name, shard in self._masked()}
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from gap_ds import checkpoint
 from gap_ds import export as exports

@@ -87,7 +87,7 @@ class Updates:
     def watch(self) -> None:
         """Remembers all weights as they are now. Call it after masks or weights changed outside of an update."""
         self._watched = _seen(self._run.mask_state.tensors())
-        self._parts = _Parts(self._run.mask_state.pieces())
+        self._parts = _Parts(self._run.mask_state.masked_weights())
 
     def complete(self) -> bool:
         """True if an update was applied since the last call. All ranks must call this after the same steps.
