@@ -44,6 +44,7 @@ class Options:
     masks_from: str | Path | None = None
     history: str | Path | None = None
     fresh: bool = False
+    whole: nn.Module | None = None
 
 
 def build(
@@ -73,7 +74,7 @@ def build(
 
     config, backend, steps, phases = _on_all_ranks(world, begin)
     check_model(world, backend.shards())
-    of_model = _plan(config, backend, options.masks_from, world)
+    of_model = _plan(config, backend, options, world)
     state = MaskState(of_model, config, backend, phases.regrow_warmup)
     run = Run(
         config=config,
@@ -203,7 +204,7 @@ def _check_lr_restart(config: GaPConfig, schedulers: list[Any], masks_from: str 
         )
 
 
-def _plan(config: GaPConfig, backend: Backend, masks_from: str | Path | None, world: Comm) -> plan.Plan:
+def _plan(config: GaPConfig, backend: Backend, options: Options, world: Comm) -> plan.Plan:
     """The plan of a backend's model, with the budgets of existing masks if the config reuses them.
 
     A resumed run has those that it was saved with: a kept weight may have become 0 since then.
@@ -214,9 +215,15 @@ def _plan(config: GaPConfig, backend: Backend, masks_from: str | Path | None, wo
     kept = None
     if config.reuses_masks:
         nonzero = mask_state.nonzero(shards, backend.comm) if config.mask_file is None else None
-        saved = _on_all_ranks(world, lambda: masks_from and saving.budgets(Path(masks_from)))
+        saved = _on_all_ranks(world, lambda: options.masks_from and saving.budgets(Path(options.masks_from)))
         kept = (nonzero or _on_all_ranks(world, lambda: mask_state.inherited(config, shards))) | (saved or {})
-    return _on_all_ranks(world, lambda: plan.build(backend.module, config, shapes, frozen, kept))
+    if (whole := options.whole) is None:
+        return _on_all_ranks(world, lambda: plan.build(backend.module, config, shapes, frozen, kept))
+    if config.reuses_masks:
+        raise ValueError(
+            f'whole: has no effect with mask_init="{config.mask_init}", where budgets are those of masks. Leave it out.'
+        )
+    return _on_all_ranks(world, lambda: plan.of_part(plan.build(whole, config), backend.module, shapes))
 
 
 def _observers(run: Run, history: str | Path | None) -> list[Observer]:
