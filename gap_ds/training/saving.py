@@ -250,7 +250,7 @@ def _restore_weights(run: Run, path: Path, state: State) -> None:
         backend.recount(state.applied_steps, state.counters)
         optimizers.used = optimizers.used or state.applied_steps > 0
         return
-    if was != now and not (backend.reshards and state.backend == backend.name):
+    if was != now and state.backend not in backend.reshards:
         raise ValueError(
             f"{path}: was saved by {was}, and this is {now}: that takes a checkpoint saved with portable=True. "
             f"Go on with {was}, and save such a one there."
