@@ -157,7 +157,7 @@ def _bits(path: Path, plan: Plan, weights: Mapping[str, Tensor], phase: Phase) -
         for e in plan.entries
     }
     bits = checkpoint.read_masks(file, plan, set(checkpoint.kept_weights(file)), shards, Comm(single=True))
-    dense = [e for e in plan.entries if e.partition in phase.dense and e.keep < e.numel]
+    dense = [e for e in plan.entries if not phase.at_target(e.partition) and e.keep < e.numel]
     groups: dict[int | str, list[Entry]] = {}
     for entry in dense:
         groups.setdefault(entry.partition if plan.shared_budget else entry.name, []).append(entry)

@@ -13,7 +13,7 @@ import math
 import random
 import re
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
@@ -186,6 +186,38 @@ def build(
         shared_budget=config.distribution == "global",
         blocks=tuple(found.blocks),
         dense=found.dense,
+    )
+
+
+def of_part(whole: Plan, model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> Plan:
+    """The plan of a part of a model, such as a stage of a pipeline: its entries, with the whole model's budgets.
+
+    Args:
+        whole: the plan of the whole model, in which the parameters have the same names.
+        shapes: full shape of every parameter of the part by its clean name.
+    Raises:
+        ValueError: the part has no entry, or one threshold holds for entries of several parts.
+    """
+    if whole.shared_budget:
+        raise ValueError(
+            'distribution="global": one threshold holds for all entries of a partition, and a part of the model sees '
+            'its own alone. Set "uniform", "erk", or a sparsity by name.'
+        )
+    entries = tuple(entry for entry in whole.entries if shapes.get(entry.name) == entry.shape)
+    if not entries:
+        raise ValueError(
+            f"whole: has no entry that is a parameter of this part ({next(iter(shapes), 'which is empty')} is one of "
+            f"the part, {whole.entries[0].name} of the whole). Parts must keep the names and shapes of the "
+            "whole model; a part without entries needs no engine."
+        )
+    modules = {clean_name(name): module for name, module in model.named_modules()}
+    matrices = Matrices(modules, shapes)
+    return replace(
+        whole,
+        entries=entries,
+        total=sum(math.prod(shape) for shape in shapes.values()),
+        dense_matmul=_dense_matmul(_tensors(modules), matrices, shapes, {entry.name for entry in entries}),
+        dense=tuple(row for row in whole.dense if row.name in shapes),
     )
 
 

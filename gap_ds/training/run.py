@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -127,9 +127,9 @@ class Run:
 
         raise_on_all_ranks(self.world, look)
 
-    def doubt_weights(self, place: str, wait: bool = False) -> None:
-        """Looks for pruned weights on this rank that are not 0."""
-        if found := self.mask_state.revived():
+    def doubt_weights(self, place: str, names: Collection[str] | None = None, wait: bool = False) -> None:
+        """Looks for pruned weights on this rank that are not 0, in all entries or in some."""
+        if found := self.mask_state.revived(names):
             self.doubt(consistency.revived_message(*found, place), wait)
 
     def doubt(self, message: str, wait: bool = False) -> None:
@@ -152,11 +152,11 @@ class Run:
         consistency.check_masks(self.plan, state.bits, state.shards, backend.comm, self.world, backend.replicated)
 
     def to_prune(self, phase: Phase) -> Mapping[Entry, rules.PruneByMagnitude]:
-        """Updates that prune for the final model what is dense in this phase, entries of a ramp included."""
+        """Updates that prune for the final model what is above its target in this phase."""
         return {
             entry: rules.PruneByMagnitude(entry.keep)
             for entry in self.plan.entries
-            if entry.partition in phase.dense and entry.keep < entry.numel
+            if not phase.at_target(entry.partition) and entry.keep < entry.numel
         }
 
     def state(self, place: Place, client_state: Any = None) -> State:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from gap_ds.training.run import Place, Run
 _UNSEEN = 3
 #: Calls in a row without a step, after which the weights are looked at, and again whenever there were twice as many.
 _IDLE = 8
+#: Updates in which all pruned weights are looked at, a part of them before each; and the least weights of a part.
+_ROUND, _PART = 32, 2**16
 #: Steps of one optimizer while another has not stepped, after which that one is no longer used.
 _ALONE = 32
 #: The optimizers that some engine has hooked.
@@ -46,6 +48,7 @@ class Updates:
         self._calls = 0
         #: Tensors that hold weights, with PyTorch's count of changes and the address as the last update left them.
         self._watched: list[tuple[Tensor, int, int]] = []
+        self._parts = _Parts()
         self._handles: list[Any] = []
         for optimizer in run.backend.optimizers:
             if optimizer in _HOOKED:
@@ -84,6 +87,7 @@ class Updates:
     def watch(self) -> None:
         """Remembers all weights as they are now. Call it after masks or weights changed outside of an update."""
         self._watched = _seen(self._run.mask_state.tensors())
+        self._parts = _Parts(self._run.mask_state.masked_weights())
 
     def complete(self) -> bool:
         """True if an update was applied since the last call. All ranks must call this after the same steps.
@@ -120,6 +124,9 @@ class Updates:
         _out_of_graph(self._mask, optimizer)
 
     def _look_first(self, optimizer: torch.optim.Optimizer) -> None:
+        if not self._run.backend.optimizers.quiet:
+            state = self._run.mask_state
+            state.young.before_update(state.held_by(optimizer, state.young.grown), self._place().step)
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise ValueError(
                 f"optimizer={type(optimizer).__name__}: its step is captured into a CUDA graph, whose replays run no "
@@ -129,10 +136,12 @@ class Updates:
             return
         if not self._checked:
             self._run.doubt_weights("before the first update")
-        # In between, a look at all weights in every step would be slow, and at the boundary itself it is too late:
-        # this update masks the weights that the forward pass has used.
-        elif self._place().changes_masks(self._run.schedule) or self._changed():
-            self._run.doubt_weights("before an update; they were 0 after the update before it")
+            return
+        # This update masks the weights that the forward pass has used, so the look at a boundary comes too late for
+        # them. PyTorch does not count changes through a parameter's `data`: for these there is a part in every update.
+        part = self._parts.next(rest=self._place().changes_masks(self._run.schedule))
+        place = "before an update; they were 0 after the update before it"
+        self._run.doubt_weights(place, None if self._changed() else part)
 
     def _changed(self) -> bool:
         """True if some weights may have changed since the last update: by PyTorch's counts, without the device."""
@@ -143,7 +152,9 @@ class Updates:
         """Zeroes the pruned weights that the optimizer has just changed."""
         if self._run.backend.optimizers.quiet:
             return
-        self._masked |= self._run.mask_state.zero_pruned(optimizer)
+        state = self._run.mask_state
+        state.young.after_update(state.held_by(optimizer, state.young.grown), self._place().step)
+        self._masked |= state.zero_pruned(optimizer)
         # A fused optimizer is stepped by a gradient scaler on overflow, too, and leaves all weights as they are.
         if (overflow := getattr(optimizer, "found_inf", None)) is not None and bool(overflow):
             self._version = self._read_version()
@@ -201,6 +212,39 @@ class Updates:
                 "it may have been built anew, or update weights without its step(), as optimizers that step inside "
                 "the backward pass do."
             )
+
+
+class _Parts:
+    """Parts of all pruned weights, to look at one before each update.
+
+    A round takes `_ROUND` updates, or fewer if weights are few. Entries on a device, where a look would make the host
+    wait, and those that a phase shorter than a round leaves, come before the update ahead of the next change of masks.
+
+    Args:
+        pieces: this rank's pieces of the masked entries.
+    """
+
+    def __init__(self, pieces: Mapping[str, Tensor] | None = None) -> None:
+        pieces = pieces or {}
+        self._numel = {name: piece.numel() for name, piece in pieces.items()}
+        self._left = list(pieces)  # not looked at since masks changed
+        self._in_turn = deque(name for name, piece in pieces.items() if piece.device.type == "cpu")
+        self._size = max(_PART, sum(self._numel[name] for name in self._in_turn) // _ROUND)
+
+    def next(self, rest: bool) -> list[str]:
+        """The entries to look at now; `rest`: all that this phase has left."""
+        found: list[str] = []
+        numel = 0
+        while numel < self._size and len(found) < len(self._in_turn):
+            found.append(self._in_turn[0])
+            self._in_turn.rotate(-1)
+            numel += self._numel[found[-1]]
+        if self._left:
+            self._left = [name for name in self._left if name not in found]
+        if rest:
+            found += self._left
+            self._left = []
+        return found
 
 
 def _out_of_graph(hook: Callable[[torch.optim.Optimizer], None], optimizer: torch.optim.Optimizer) -> None:
