@@ -26,6 +26,9 @@ from gap_ds.training.mask_state import MaskState
 from gap_ds.training.observer import Observer
 from gap_ds.training.run import Run
 
+#: Share of the weights of an entry that are not 0 unless a sparse run or a special initialization made them so.
+_FULL = 0.95
+
 log = logging.getLogger("gap_ds")
 
 T = TypeVar("T")
@@ -69,8 +72,16 @@ def build(
         return config, backend, steps, phases
 
     config, backend, steps, phases = _on_all_ranks(world, begin)
+    asks_nothing = GaPConfig.load(source).mask_init == "auto" and options.masks_from is None
     check_model(world, backend.shards())
     of_model = _plan(config, backend, options.masks_from, world)
+    if asks_nothing and config.mask_init == "random" and (name := _trained_sparse(of_model, backend)):
+        if world.rank == 0:
+            log.warning(
+                f"{name}: some of its weights are 0, as a sparse run leaves them, so the first masks are by magnitude. "
+                "To go on with that run, use load_checkpoint or masks_from; to begin a new one, set mask_init."
+            )
+        config = config.model_copy(update={"mask_init": "magnitude"})
     state = MaskState(of_model, config, backend)
     run = Run(
         config=config,
@@ -158,6 +169,13 @@ def _pretrained(module: nn.Module) -> bool:
     return any("_weight_conversions" in vars(part) for part in module.modules()) or any(
         getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters()
     )
+
+
+def _trained_sparse(of_model: plan.Plan, backend: Backend) -> str | None:
+    """The first entry of which a part is 0, but not all: no initialization at random leaves that. All ranks call it."""
+    entries = {entry.name: entry.numel for entry in of_model.entries}
+    counts = mask_state.nonzero([shard for shard in backend.shards() if shard.name in entries], backend.comm)
+    return next((name for name, n in counts.items() if 0 < n <= _FULL * entries[name]), None)
 
 
 def _check_held(state: MaskState, backend: Backend) -> None:
