@@ -117,33 +117,33 @@ def of_boundaries(args: argparse.Namespace, device: Any) -> dict[str, Any]:
     batch = overhead.tokens(small, device)
     inside: list[float] = []
     look = timed(engine.mask_state.revived, inside)
-    looks, times = [], []
+    looks: list[float] = []
+    times: list[tuple[bool, float]] = []
     enter = engine._enter
 
     def crossed(*phases: Any) -> None:
         on = len(times) % 2 == 0
         inside.clear()
         with patched(engine.mask_state, "revived", look if on else lambda *_: None):
-            times.append(measure.both_seconds(lambda: enter(*phases))[1])
-        if on and len(times) > PARTITIONS:
-            looks.append(sum(inside) / times[-1])
+            times.append((on, measure.both_seconds(lambda: enter(*phases))[1]))
+        looks.extend([sum(inside) / times[-1][1]] if on else [])
 
     engine._enter = crossed
     for _ in range(args.boundaries + PARTITIONS):
         step(batch)
     engine.close()
-    times = times[PARTITIONS:]  # before them libraries are loaded and moments are made
-    on, off = (times[odd::2] for odd in (PARTITIONS % 2, 1 - PARTITIONS % 2))
-    # Neighbours of one partition are so many boundaries apart, an odd number: one of them has looks.
-    pairs = [(a, b) if (i + PARTITIONS) % 2 == 0 else (b, a) for i, (a, b) in enumerate(zip(times, times[PARTITIONS:]))]
-    ratios = [with_ / without for with_, without in pairs]
+    del times[:PARTITIONS]  # libraries are loaded and moments are made
+    # An odd number of boundaries lies between two that prune the same partition: one of them has looks.
+    pairs = zip(times, times[PARTITIONS:], strict=False)
+    ratios = [a / b if on else b / a for (on, a), (_, b) in pairs]
+    medians = {key: statistics.median(t for on, t in times if on is key) for key in (True, False)}
     return {
         "boundaries": args.boundaries,
-        "boundary_ms": round(1e3 * statistics.median(on), 1),
-        "without_ms": round(1e3 * statistics.median(off), 1),
+        "boundary_ms": round(1e3 * medians[True], 1),
+        "without_ms": round(1e3 * medians[False], 1),
         "boundary_ratio": round(statistics.median(ratios), 3),
         "interval": [round(value, 3) for value in measure.interval(ratios)],
-        "look_share": round(statistics.median(looks), 3),
+        "look_share": round(statistics.median(looks[PARTITIONS // 2 + 1 :]), 3),
     }
 
 
