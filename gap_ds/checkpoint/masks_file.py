@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gap_ds.masks import bitmask
 from gap_ds.method.plan import Entry, Plan
-from gap_ds.sharding.comm import Comm, by_rank
+from gap_ds.sharding.comm import Comm, boxes_of, sum_of
 from gap_ds.sharding.shard import Shard
 from gap_ds.storage.json import parse_json
 from gap_ds.storage.safetensors import Layout, Writer, open_tensors
@@ -41,7 +41,7 @@ def write_masks(
         bits: packed mask of this rank's piece of every sparse entry; empty where the rank owns nothing.
         about: further metadata of the run, for people.
     """
-    kept = _kept(plan, bits, comm)
+    kept = _kept(plan, shards, bits, comm)
     metadata = {**(about or {}), "format": FORMAT, "version": str(VERSION), "plan": plan.fingerprint}
     metadata["kept"] = json.dumps(kept)
     layout = {name: (torch.uint8, (bitmask.nbytes(shards[name].full_numel),)) for name in kept}
@@ -69,10 +69,11 @@ def read_masks(
             shard, piece = shards[entry.name], file.get_slice(entry.name)
             if piece.get_shape() != [bitmask.nbytes(entry.numel)] or piece.get_dtype() != "U8":
                 raise ValueError(f"{path}: the mask of {entry.name} does not have the size of its entry")
-            lo, hi = shard.start // 8, bitmask.nbytes(shard.start + shard.numel)
-            found[entry.name] = bitmask.pack(bitmask.unpack(piece[lo:hi], shard.numel, start=shard.start - 8 * lo))
+            first = shard.box.start // 8
+            covering = piece[first : max(first, bitmask.nbytes(shard.box.end))]
+            found[entry.name] = bitmask.cut(covering, shard.box, first)
         wanted = counts_of(path, file.metadata())
-    for name, n in _kept(plan, found, comm).items():
+    for name, n in _kept(plan, shards, found, comm).items():
         if n != wanted.get(name):
             raise ValueError(
                 f"{path}: the mask of {name} keeps {n} weights instead of {wanted.get(name)}: it is damaged"
@@ -112,7 +113,9 @@ def read_values(path: Path, plan: Plan, sparse: set[str], shards: Mapping[str, S
             shard, piece = shards[entry.name], file.get_slice(entry.name)
             if piece.get_shape() != [entry.numel] or piece.get_dtype() != "F32":
                 raise ValueError(f"{path}: the values of {entry.name} do not have the size of their entry")
-            found[entry.name] = piece[shard.start : shard.start + shard.numel]
+            lo, hi = shard.box.start, shard.box.end
+            covering = piece[lo:hi]
+            found[entry.name] = covering if shard.box.is_range else covering[shard.box.indices() - lo]
     return found
 
 
@@ -120,11 +123,11 @@ def _entries(plan: Plan, names: Container[str]) -> list[Entry]:
     return [entry for entry in plan.entries if entry.name in names]
 
 
-def _kept(plan: Plan, bits: Mapping[str, Tensor], comm: Comm) -> dict[str, int]:
+def _kept(plan: Plan, shards: Mapping[str, Shard], bits: Mapping[str, Tensor], comm: Comm) -> dict[str, int]:
     """Weights that each sparse entry keeps, over all ranks."""
     names = [entry.name for entry in _entries(plan, bits)]
-    counts = comm.sum(torch.tensor([bitmask.count(bits[name]) for name in names], dtype=torch.int64))
-    return dict(zip(names, counts.tolist(), strict=True))
+    own = [bitmask.count(bits[name]) for name in names]
+    return dict(zip(names, sum_of([shards[name] for name in names], own, comm), strict=True))
 
 
 def _check_names(path: Path, found: Iterable[str], sparse: set[str]) -> None:
@@ -174,9 +177,9 @@ def _write_pieces(
         pieces: this rank's values of each.
         encode: from the whole vector to the one that is written.
     """
-    ranges = by_rank([(shards[name].start, shards[name].numel) for name in layout], comm)
+    boxes = boxes_of([shards[name] for name in layout], comm)
     with Writer(path, layout, metadata) if comm.rank == 0 else nullcontext() as writer:
-        for name, (starts, numels) in zip(layout, ranges, strict=True):
-            whole = comm.assemble(pieces[name], starts, numels, shards[name].full_numel)
+        for name, places in zip(layout, boxes, strict=True):
+            whole = comm.assemble(pieces[name], places, shards[name].full_numel)
             if writer is not None and whole is not None:
                 writer.write(name, encode(whole))

@@ -1,16 +1,16 @@
 """Weights and optimizer state for another number of ranks or another backend, in coordinates of the full parameters.
 
     FOLDER/TAG/gap/portable_R.safetensors    the pieces of rank R, as vectors:
-        weight:NAME     its piece of a parameter, as the optimizer updates it
+        weight:NAME     its piece of a parameter, as the optimizer updates it, in the order of its flat indices
         exp_avg:NAME    its piece of each moment, by the optimizer's own name for it
         buffer:NAME     rank 0: a buffer, whole
     metadata
-        pieces          {NAME: [start, numel]} of the flattened parameter
+        pieces          {NAME: [[24], [8], [16]]}: the view, offset and size of its box (`gap_ds.masks.box`)
         numbers         {NAME: {"step": 5}}: optimizer state that is not per weight
         groups          settings of the parameter groups that are numbers, such as the learning rate of the next step
 
-A piece that several ranks hold is written once. Each rank of the resumed run reads the ranges that overlap its own
-pieces, from any of the files. Nothing is gathered, neither in writing nor in reading.
+A piece that several ranks hold is written once. Each rank of the resumed run reads what overlaps its own pieces, from
+any of the files. Nothing is gathered, neither in writing nor in reading.
 """
 
 from __future__ import annotations
@@ -26,15 +26,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gap_ds.masks.box import Box, covers
 from gap_ds.sharding.backends import Backend
-from gap_ds.sharding.comm import Comm, by_rank, raise_on_all_ranks
+from gap_ds.sharding.comm import Comm, boxes_of, raise_on_all_ranks
 from gap_ds.sharding.optimizers import Optimizers
 from gap_ds.sharding.shard import Shard, local
 from gap_ds.storage.json import Count, parse_json
 from gap_ds.storage.safetensors import LazyTensors, Writer, open_tensors
 
+#: One number for each dimension of a view.
+Dims = list[Count]
 FORMAT = "gap_ds.portable"
-VERSION = 1
+VERSION = 2
 
 
 def exists(folder: Path) -> bool:
@@ -52,17 +55,15 @@ def write(folder: Path, backend: Backend, buffers: Mapping[str, Tensor], world: 
         ValueError: the optimizer's state is not one value per weight, or the disk refused a file; on all ranks.
     """
     comm, shards = backend.comm, backend.shards()
-    ranges = by_rank([(shard.start, shard.numel) for shard in shards], comm)
-    own = [s for s, held in zip(shards, ranges, strict=True) if s.numel and _first_with(held, comm.rank) == comm.rank]
+    own = [s for s, held in zip(shards, boxes_of(shards, comm), strict=True) if s.numel and _writes(s, held, comm.rank)]
     path = folder / f"portable_{comm.rank}.safetensors"
     kept = buffers if world.rank == 0 else {}
     raise_on_all_ranks(world, lambda: _write(path, own, backend.optimizers, kept, comm.size) if comm.writes else None)
 
 
-def _first_with(held: Sequence[Sequence[int]], rank: int) -> int:
-    """The first rank that holds the same piece, of [starts, numels]."""
-    pieces = list(zip(*held, strict=True))
-    return pieces.index(pieces[rank])
+def _writes(shard: Shard, held: Sequence[Box], rank: int) -> bool:
+    """True if no rank before this one holds the same piece."""
+    return shard.counted and held.index(shard.box) == rank
 
 
 def _write(path: Path, shards: list[Shard], optimizers: Optimizers, buffers: Mapping[str, Tensor], files: int) -> None:
@@ -79,7 +80,7 @@ def _write(path: Path, shards: list[Shard], optimizers: Optimizers, buffers: Map
         "format": FORMAT,
         "version": str(VERSION),
         "files": str(files),
-        "pieces": json.dumps({shard.name: [shard.start, shard.numel] for shard in shards}),
+        "pieces": json.dumps({s.name: [s.box.view, s.box.offset, s.box.size] for s in shards}),
         "numbers": json.dumps(numbers),
         "groups": json.dumps(
             [_settings(group, optimizer) for optimizer in optimizers for group in optimizer.param_groups]
@@ -137,7 +138,7 @@ class _File:
     tensors: Any
     lengths: Mapping[str, int]
     files: int
-    pieces: Mapping[str, tuple[int, int]]
+    pieces: Mapping[str, Box]
     numbers: Mapping[str, Mapping[str, float]]
     groups: Sequence[Mapping[str, Any]]
 
@@ -146,7 +147,8 @@ class _File:
         """ValueError: it is no such file, or its header is damaged."""
         metadata = tensors.metadata()
         try:
-            pieces = parse_json(metadata["pieces"], dict[str, tuple[Count, Count]])
+            boxes = parse_json(metadata["pieces"], dict[str, tuple[Dims, Dims, Dims]])
+            pieces = {name: Box.of(*box) for name, box in boxes.items()}
             numbers = parse_json(metadata["numbers"], dict[str, dict[str, float]])
             groups = parse_json(metadata["groups"], list[dict[str, Any]])
             files = int(metadata["files"])
@@ -156,7 +158,7 @@ class _File:
         flat = {key: int(shape[0]) for key, shape in lengths.items() if len(shape) == 1}
         for key in flat:
             kind, _, name = key.partition(":")
-            if kind != "buffer" and flat[key] != pieces.get(name, (0, -1))[1]:
+            if kind != "buffer" and (name not in pieces or flat[key] != pieces[name].numel):
                 raise ValueError(f"{path}: {key} does not have the size of its piece: it is damaged")
         return _File(path, tensors, flat, files, pieces, numbers, groups)
 
@@ -194,8 +196,8 @@ def _check(
     """Checks the files before anything is changed."""
     _check_complete(folder, files)
     for shard in shards:
-        ranges = sorted(overlap[2:] for overlap in _overlaps(files, "weight", shard))
-        if sum(numel for _, numel in ranges) != shard.numel or len({lo for lo, _ in ranges}) != len(ranges):
+        found = [file.pieces[shard.name] for file in files if f"weight:{shard.name}" in file.lengths]
+        if any(box.total != shard.full_numel for box in found) or not covers(found, shard.box):
             raise ValueError(
                 f"{folder}: its portable files do not hold {shard.name}: it is damaged, or another model's"
             )
@@ -242,10 +244,7 @@ def weights(folder: Path, shapes: Mapping[str, tuple[int, ...]], stack: contextl
         if name in homes:
             vector: Tensor = homes[name].tensors.get_tensor(f"{prefix}{name}")
         else:
-            whole = Shard(name, shape, 0, math.prod(shape), 0, torch.Tensor)
-            pieces = sorted(_overlaps(files, "weight", whole), key=lambda overlap: overlap[2])
-            found = [file.tensors.get_slice(f"weight:{name}")[at : at + n] for file, at, _, n in pieces]
-            vector = torch.cat(found) if found else torch.empty(0)
+            vector = _put_together(files, name)
         if vector.numel() != math.prod(shape):
             raise ValueError(f"{folder}: its portable files do not hold {name} in the shape {shape}")
         return vector.view(shape)
@@ -258,13 +257,20 @@ def _check_complete(folder: Path, files: Sequence[_File]) -> None:
         raise ValueError(f"{folder}: holds {len(files)} of {files[0].files} portable files")
 
 
-def _overlaps(files: list[_File], kind: str, shard: Shard) -> Iterator[tuple[_File, int, int, int]]:
-    """(file, start in its piece, start in this rank's piece, length) of the parts of a vector that both have."""
-    for file in files:
-        start, numel = file.pieces.get(shard.name, (0, 0))
-        lo, hi = max(start, shard.start), min(start + numel, shard.start + shard.numel)
-        if lo < hi and f"{kind}:{shard.name}" in file.lengths:
-            yield file, lo - start, lo - shard.start, hi - lo
+def _put_together(files: Sequence[_File], name: str) -> Tensor:
+    """A whole parameter, flattened; empty if the files do not hold every weight of it once."""
+    found = {file: file.pieces[name] for file in files if f"weight:{name}" in file.lengths}
+    total = next((box.total for box in found.values()), 0)
+    if not covers(list(found.values()), Box.span(0, total, total)):
+        return torch.empty(0)
+    whole = torch.empty(0)
+    for file, box in found.items():
+        piece: Tensor = file.tensors.get_tensor(f"weight:{name}")
+        if len(found) == 1:
+            return piece
+        whole = whole if whole.numel() else piece.new_empty(total)
+        box.put(whole, piece)
+    return whole
 
 
 @torch.no_grad()
@@ -307,9 +313,12 @@ def _restore_state(files: list[_File], owner: Tensor, shards: list[Shard], optim
 
 
 def _fill(vector: Tensor, files: list[_File], kind: str, shard: Shard) -> None:
-    for file, theirs, ours, numel in _overlaps(files, kind, shard):
-        saved = file.tensors.get_slice(f"{kind}:{shard.name}")[theirs : theirs + numel]
-        vector[ours : ours + numel].copy_(saved)
+    """Sets this rank's values of one kind (shard.numel,) to what the files hold of them."""
+    for file in files:
+        if (key := f"{kind}:{shard.name}") in file.lengths:
+            for ours, theirs in shard.box.shared(file.pieces[shard.name]):
+                saved = file.tensors.get_slice(key)
+                vector[ours] = (saved[theirs] if isinstance(theirs, slice) else saved[:][theirs]).to(vector)
 
 
 def _as_state(value: float, owner: Tensor, optimizer: torch.optim.Optimizer) -> Any:

@@ -17,7 +17,7 @@ from gap_ds.export.weights import is_weights, read_back
 from gap_ds.export.writing import complete_config, write_model
 from gap_ds.masks import bitmask
 from gap_ds.method.plan import clean_name
-from gap_ds.sharding.comm import Comm, by_rank, raise_on_all_ranks
+from gap_ds.sharding.comm import Comm, boxes_of, raise_on_all_ranks
 from gap_ds.sharding.shard import Shard
 from gap_ds.storage.atomic import replacing_folder
 from gap_ds.storage.errors import summarize_error
@@ -41,13 +41,12 @@ def full_weights(
         bits: packed mask of this rank's piece of each entry that is to be sparse.
     """
     weights: dict[str, Tensor] = {}
-    ranges = by_rank([(shard.start, shard.numel) for shard in shards], comm)
-    for shard, (starts, numels) in zip(shards, ranges, strict=True):
+    for shard, boxes in zip(shards, boxes_of(shards, comm), strict=True):
         piece = shard.weight().clone()
         if shard.name in bits and shard.numel:
             bitmask.zero_pruned_(piece, bits[shard.name])
         piece = piece.to(dtype) if piece.is_floating_point() else piece
-        whole = comm.assemble(piece, starts, numels, shard.full_numel)
+        whole = comm.assemble(piece, boxes, shard.full_numel)
         if whole is not None:
             weights[shard.name] = whole.view(shard.shape)
     if comm.rank == 0:

@@ -153,7 +153,10 @@ def _pruned(name: str, weight: Tensor, bits: Tensor | None, dtype: torch.dtype, 
 def _bits(path: Path, plan: Plan, weights: Mapping[str, Tensor], phase: Phase) -> dict[str, Tensor]:
     """The mask of every entry: from the checkpoint, or a new one if the entry is dense before this step."""
     file = path / "gap" / "masks.safetensors"
-    shards = {e.name: Shard(e.name, e.shape, 0, e.numel, 0, partial(weights.__getitem__, e.name)) for e in plan.entries}
+    shards = {
+        e.name: Shard.of_range(e.name, e.shape, 0, e.numel, 0, partial(weights.__getitem__, e.name))
+        for e in plan.entries
+    }
     bits = checkpoint.read_masks(file, plan, set(checkpoint.kept_weights(file)), shards, Comm(single=True))
     dense = [e for e in plan.entries if e.partition in phase.dense and e.keep < e.numel]
     groups: dict[int | str, list[Entry]] = {}
@@ -168,7 +171,7 @@ def _select(plan: Plan, group: list[Entry], shards: Mapping[str, Shard]) -> dict
     """Masks of entries that share a budget: their weights of largest magnitude."""
     keys = {entry.name: selection.magnitude_keys(shards[entry.name].weight()) for entry in group}
     if isinstance(plan.pattern, Unstructured):
-        pieces = [selection.Piece(e.name, 0, e.numel, keys[e.name], 0) for e in group]
+        pieces = [selection.Piece(e.name, shards[e.name].box, keys[e.name], 0) for e in group]
         found = selection.select_largest(pieces, [sum(e.keep for e in group)], selection.Single())
         return {e.name: bits for e, bits in zip(group, found, strict=True)}
     scores = {e.name: selection.magnitudes(e.name, keys[e.name](0, e.numel)).view(e.shape) for e in group}

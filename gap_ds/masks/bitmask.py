@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gap_ds.masks import cpu
+from gap_ds.masks.box import Box
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -69,6 +70,35 @@ def unpack(bits: Tensor, numel: int, start: int = 0) -> Tensor:
         shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
         flat = ((rows[:, None] >> shifts) & 1).bool().view(-1)
     return flat[start - 8 * first : start - 8 * first + numel]
+
+
+def cut(bits: Tensor, box: Box, first_byte: int = 0) -> Tensor:
+    """Return the mask of a box from the bits of the whole entry, of which `bits` are the bytes from `first_byte` on.
+
+    >>> cut(torch.tensor([0b1101_0110], dtype=torch.uint8), Box.of((2, 4), (0, 1), (2, 2))).tolist()
+    [11]
+    """
+    first = 8 * first_byte
+    if box.is_range:
+        return pack(unpack(bits, box.numel, start=box.start - first))
+    found = torch.empty(nbytes(box.numel), dtype=torch.uint8, device=bits.device)
+    for lo in range(0, box.numel, 8 * _CPU_BLOCK):
+        at = box.indices(lo, min(lo + 8 * _CPU_BLOCK, box.numel), bits.device) - first
+        found[lo // 8 : lo // 8 + _CPU_BLOCK] = pack(((bits[at >> 3] >> (at & 7).to(torch.uint8)) & 1).bool())
+    return found
+
+
+def count_before(bits: Tensor, indices: Tensor) -> Tensor:
+    """Return for each index (N,) how many of the bits before it are set; `bits` are those of the whole entry.
+
+    >>> count_before(torch.tensor([0b1101_0110, 1], dtype=torch.uint8), torch.tensor([0, 2, 8, 9])).tolist()
+    [0, 1, 5, 6]
+    """
+    ones = torch.from_numpy(np.bitwise_count(bits.cpu().numpy())).to(torch.int64)
+    before = torch.cat([torch.zeros(1, dtype=torch.int64), ones.cumsum(0)])
+    byte, rest = indices >> 3, (indices & 7).to(torch.uint8)
+    part = torch.cat([bits.cpu(), torch.zeros(1, dtype=torch.uint8)])[byte] & ((1 << rest) - 1)
+    return before[byte] + torch.from_numpy(np.bitwise_count(part.numpy())).to(torch.int64)
 
 
 def count(bits: Tensor) -> int:

@@ -2,12 +2,12 @@
 
 Every weight has an integer key, and a budget keeps its `keep` weights with the largest keys. Of equal keys the lowest
 (entry order, flat index) wins, so that a mask has exactly `keep` weights and does not depend on the number of ranks. A
-rank holds one contiguous piece of each entry (possibly empty).
+rank holds one box of each entry (possibly empty).
 
 The k-th largest key is found by radix selection: three passes over the local weights, each a histogram of some bits of
 the keys and one all-reduce of (budgets x bins) counts for all budgets of a boundary at once. If a budget keeps only
-some of the ties, the piece where it stops is found the same way, by the bits of the pieces' start indices. Nothing else
-is communicated, whatever the size of the model and the number of ranks.
+some of the ties, the flat index where it stops is found the same way, by the bits of the indices of the ties. Nothing
+else is communicated, whatever the size of the model, the number of ranks and the way in which a weight is cut.
 
 E pieces (one per entry, in plan order), G budgets, N weights of a piece, R ranks.
 """
@@ -24,11 +24,15 @@ import torch
 from torch import Tensor
 
 from gap_ds.masks import bitmask, cpu
+from gap_ds.masks.box import Box
 
-#: Bits of a 31-bit key counted by each pass, most significant first: (shift, bins).
-_PASSES = ((20, 2048), (10, 1024), (0, 1024))
-#: Bits of a piece's start counted by each pass over the ties. Few, because 2^bits counts per budget are communicated.
-_START_BITS = 6
+#: Bits of a key counted by each pass, most significant first: (shift, bins); of 31-bit keys, and of 63-bit ones.
+PASSES = {
+    31: ((20, 2048), (10, 1024), (0, 1024)),
+    63: ((52, 2048), *((shift, 1024) for shift in (42, 32, 22, 12, 2)), (0, 4)),
+}
+#: Bits of a flat index counted by each pass over the ties.
+_INDEX_BITS = 10
 #: Weights processed at a time; bounds the scratch memory of a boundary. On a CPU their keys stay in a core's cache.
 _CHUNK = 1 << 18
 #: On an accelerator larger chunks amortise the launches.
@@ -43,7 +47,8 @@ INVALID = -1
 _INFINITY = 0x7F800000
 
 
-#: (lo, hi) -> int32 keys in [0, 2^31), or INVALID, of the weights [lo, hi) of a piece, counted from its start.
+#: (lo, hi) -> keys of the weights [lo, hi) of a piece, counted from its start: int32 in [0, 2^31), or INVALID; or int64
+#: in [0, 2^63).
 Keys = Callable[[int, int], Tensor]
 
 
@@ -63,18 +68,31 @@ class Single:
 
 @dataclass(frozen=True)
 class Piece:
-    """This rank's weights [start, start + numel) of one entry, with their keys and the number of their budget."""
+    """This rank's weights of one entry, with their keys and the number of their budget.
+
+    counted: False if another rank has the same weights and counts them.
+    """
 
     name: str
-    start: int
-    numel: int
+    box: Box
     keys: Keys
     budget: int
+    counted: bool = True
+
+    @property
+    def numel(self) -> int:
+        """Weights of the piece."""
+        return self.box.numel
 
     @property
     def device(self) -> torch.device:
         """The device of the keys."""
         return self.keys(0, 0).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the keys: int32, or int64 for keys of 63 bits."""
+        return self.keys(0, 0).dtype
 
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
         """Yield (position in the piece, keys) by chunk. The length of every chunk but the last is a multiple of 8."""
@@ -85,7 +103,7 @@ class Piece:
     @property
     def passes(self) -> Passes:
         """The implementation of the passes for this piece."""
-        return _passes(self.device, self.numel)
+        return _passes(self.device, self.numel) if self.dtype == torch.int32 else _ByPyTorch()
 
 
 class Passes(Protocol):
@@ -162,18 +180,18 @@ def magnitudes(name: str, keys: Tensor) -> Tensor:
         ValueError: a weight is NaN.
     """
     if invalid := int((keys < 0).count_nonzero()):
-        raise _no_order(name, invalid)
+        raise no_order(name, invalid)
     return keys.view(torch.float32)
 
 
-def _no_order(name: str, invalid: int) -> ValueError:
+def no_order(name: str, invalid: int) -> ValueError:
     return ValueError(
         f"{name}: {invalid} weights are NaN, so their magnitudes have no order. The training has "
         "diverged before this boundary: lower the learning rate, or resume from an earlier checkpoint."
     )
 
 
-def random_keys(seed: int, name: str, start: int, device: torch.device) -> Keys:
+def random_keys(seed: int, name: str, box: Box, device: torch.device) -> Keys:
     """Return keys from a hash of (seed, entry name, flat index), the same for any sharding and device.
 
     The index passes through two rounds of multiply-xorshift (the finaliser of MurmurHash3, modulo 2^32), started from a
@@ -183,7 +201,7 @@ def random_keys(seed: int, name: str, start: int, device: torch.device) -> Keys:
     a, b = (int.from_bytes(digest[i : i + 4], "little") for i in (0, 4))
 
     def keys(lo: int, hi: int) -> Tensor:
-        x = torch.arange(start + lo, start + hi, dtype=torch.int64, device=device)
+        x = box.indices(lo, hi, device)
         # Mix in the upper half of the index, so that keys do not repeat after 2^32 weights.
         x = (x ^ a) & 0xFFFFFFFF ^ ((x >> 32) * 0x9E3779B1 & 0xFFFFFFFF)
         for constant in (0x85EBCA6B, 0xC2B2AE35, b | 1):
@@ -208,16 +226,45 @@ def select_largest(pieces: Sequence[Piece], keep: Sequence[int], reduce: Reduce)
     Raises:
         ValueError: on all ranks, if a key is invalid (a weight is NaN) or a budget exceeds its weights.
     """
+    decisions = decide(pieces, keep, reduce)
+    return [decision.mask(piece) for piece, decision in zip(pieces, decisions, strict=True)]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Which weights of an entry are kept: keys above the threshold, and at it with a flat index before `end`.
+
+    end: None keeps all weights at the threshold.
+    """
+
+    threshold: int
+    end: int | None
+
+    def mask(self, piece: Piece) -> Tensor:
+        """Return the bits of a piece of the entry, counted or not."""
+        bits = torch.empty(bitmask.nbytes(piece.numel), dtype=torch.uint8, device=piece.device)
+        passes = piece.passes
+        for lo, keys in piece.chunks():
+            if self.end:
+                first = piece.box.indices(lo, lo + keys.numel(), keys.device) < self.end
+                packed = bitmask.pack((keys > self.threshold) | ((keys == self.threshold) & first))
+            else:
+                packed = passes.pack_above(keys, self.threshold - (self.end is None))
+            bits[lo // 8 : lo // 8 + len(packed)] = packed
+        return bits
+
+
+def decide(pieces: Sequence[Piece], keep: Sequence[int], reduce: Reduce) -> list[Decision]:
+    """Return the decisions of `select_largest` for the E entries; the arguments are the same."""
     # Weights with a higher prefix are kept; `need` of those with this prefix are still to be chosen.
     prefix = torch.zeros(len(keep), dtype=torch.int64)
     need = torch.tensor(list(keep), dtype=torch.int64)
     ties = torch.zeros(len(keep), dtype=torch.int64)
     candidates: list[_Candidates] = [partial(_all_keys, piece) for piece in pieces]
-    for shift, bins in _PASSES:
-        counts = reduce.sum(
-            _histogram(pieces, candidates, len(keep), prefix, shift, bins, first=shift == _PASSES[0][0])
-        )
-        if shift == _PASSES[0][0]:
+    bits = 63 if pieces and pieces[0].dtype == torch.int64 else 31
+    for number, (shift, bins) in enumerate(PASSES[bits]):
+        counts = reduce.sum(_histogram(pieces, candidates, len(keep), prefix, shift, bins, first=number == 0))
+        if number == 0:
             _check(pieces, counts, need, reduce)
         counts = counts[: len(keep), :bins]
         # at_least[g, b]: candidates in bin b or above. The threshold's bin is the highest b with at_least >= need.
@@ -226,8 +273,8 @@ def select_largest(pieces: Sequence[Piece], keep: Sequence[int], reduce: Reduce)
         ties = counts.gather(1, chosen[:, None])[:, 0]
         need = need - (at_least.gather(1, chosen[:, None])[:, 0] - ties)
         prefix = prefix * bins + chosen
-    quota = _tie_quota(pieces, candidates, prefix, need, reduce) if bool((ties > need).any()) else None
-    return [_mask(p, int(prefix[p.budget]), None if quota is None else quota[e]) for e, p in enumerate(pieces)]
+    ends = _tie_ends(pieces, prefix, need, reduce) if bool((ties > need).any()) else [None] * len(pieces)
+    return [Decision(int(prefix[piece.budget]), end) for piece, end in zip(pieces, ends, strict=True)]
 
 
 #: Yields the keys of a piece that may still be the threshold, by chunk.
@@ -254,10 +301,12 @@ def _histogram(
     rows = torch.zeros(budgets + (-(-len(pieces) // bins) if first else 0), bins, dtype=torch.int64)
     invalid = rows[budgets:].view(-1)
     for e, piece in enumerate(pieces):
+        if not piece.counted:
+            continue
         passes, before = piece.passes, int(prefix[piece.budget])
         counts = torch.zeros(1 + bins, dtype=torch.int64, device=piece.device)
         # One block for all: small tensors kept between the large ones of each chunk would fragment the heap.
-        found = torch.empty(0 if first else piece.numel // _FEW, dtype=torch.int32, device=piece.device)
+        found = torch.empty(0 if first else piece.numel // _FEW, dtype=piece.dtype, device=piece.device)
         seen = 0
         for keys in candidates[e]():
             if not first:
@@ -279,79 +328,59 @@ def _check(pieces: Sequence[Piece], counts: Tensor, keep: Tensor, reduce: Reduce
     invalid = counts[len(keep) :].reshape(-1)[: len(pieces)]
     if bool((invalid != 0).any()):
         e = int(invalid.nonzero()[0, 0])
-        raise _no_order(pieces[e].name, int(invalid[e]))
+        raise no_order(pieces[e].name, int(invalid[e]))
     available = counts[: len(keep)].sum(1)
     if bool((keep > available).any()):
         g = int((keep > available).nonzero()[0, 0])
         raise ValueError(f"budget {g}: keep={int(keep[g])} exceeds its {int(available[g])} weights")
 
 
-def _tie_quota(
-    pieces: Sequence[Piece], candidates: Sequence[_Candidates], threshold: Tensor, need: Tensor, reduce: Reduce
-) -> list[int]:
-    """Number of weights at the threshold that each local piece keeps: the first `need` by (entry, flat index)."""
-    local = [
-        sum(int((keys == int(threshold[piece.budget])).count_nonzero()) for keys in some())
-        for piece, some in zip(pieces, candidates, strict=True)
-    ]
-    return _divide([p.start for p in pieces], [p.budget for p in pieces], local, need.tolist(), reduce)
+def _tie_ends(pieces: Sequence[Piece], threshold: Tensor, need: Tensor, reduce: Reduce) -> list[int | None]:
+    """Where the kept ties of each entry end, if each budget keeps its first `need` by (entry, flat index).
 
+    A budget keeps all ties of its first entries, none of its last ones, and some of at most one entry, the cut one.
+    The sum of the ties over the ranks tells which entry is cut, and where is found like a threshold, by the bits of
+    the ties' flat indices, most significant first.
 
-def _divide(
-    starts: Sequence[int], budgets: Sequence[int], ties: Sequence[int], need: Sequence[int], reduce: Reduce
-) -> list[int]:
-    """Number of ties that each local piece keeps, if each budget keeps its first need[g] by (entry, flat index).
-
-    A budget keeps all ties of its first entries, none of its last ones, and some of at most one entry, the cut one. The
-    sum of the ties over the ranks tells which entry is cut. The piece where the kept ties end is found like a
-    threshold, by the bits of its start, most significant first. Neither messages nor memory grow with R.
-
-    Args:
-        starts, budgets, ties: flat index at which this rank's piece of each of the E entries begins, its budget, and
-            its number of weights at the threshold.
-        need: ties that each of the G budgets keeps, at most as many as there are.
+    Returns:
+        For each entry the flat index before which ties are kept: 0 keeps none, None keeps all.
     """
-    start, own = torch.tensor(starts, dtype=torch.int64), torch.tensor(ties, dtype=torch.int64)
-    # The sum also gives the number of bits of the longest start.
-    lengths = torch.zeros(64, dtype=torch.int64)
-    lengths[max((at.bit_length() for at, n in zip(starts, ties, strict=True) if n), default=0)] = 1
-    sums = reduce.sum(torch.cat([own, lengths]))
-    total, longest = sums[: len(ties)], int(sums[len(ties) :].nonzero()[-1])
-    left, wanted = list(need), torch.zeros_like(own)
-    for e, (budget, n) in enumerate(zip(budgets, total.tolist(), strict=True)):
-        wanted[e] = min(n, left[budget])
-        left[budget] -= min(n, left[budget])
-    quota = torch.where(wanted == total, own, 0)
-    if not len(cut := ((wanted > 0) & (wanted < total)).nonzero()[:, 0]):
-        return quota.tolist()
-    # Of the pieces of a cut entry whose start has this prefix, `rest` ties are still to be kept.
-    start, own, rest, prefix = start[cut], own[cut], wanted[cut], torch.zeros_like(cut)
-    bins = 1 << _START_BITS
-    for shift in range((longest - 1) // _START_BITS * _START_BITS, -1, -_START_BITS):
+    own = torch.tensor([_tied(piece, int(threshold[piece.budget])) for piece in pieces], dtype=torch.int64)
+    total, left, wanted = reduce.sum(own), need.tolist(), torch.zeros_like(own)
+    for e, (piece, n) in enumerate(zip(pieces, total.tolist(), strict=True)):
+        wanted[e] = min(n, left[piece.budget])
+        left[piece.budget] -= int(wanted[e])
+    ends: list[int | None] = [None if n == m else 0 for n, m in zip(wanted.tolist(), total.tolist(), strict=True)]
+    cut = [e for e, end in enumerate(ends) if end == 0 and wanted[e]]
+    if not cut:
+        return ends
+    # Of the ties of a cut entry whose index has this prefix, `rest` are still to be kept.
+    rest, prefix, bins = wanted[cut], torch.zeros(len(cut), dtype=torch.int64), 1 << _INDEX_BITS
+    bits = max((pieces[e].box.total - 1).bit_length() for e in cut)
+    for shift in range((bits - 1) // _INDEX_BITS * _INDEX_BITS, -1, -_INDEX_BITS):
         rows = torch.zeros(len(cut), bins, dtype=torch.int64)
-        inside = torch.where(start >> (shift + _START_BITS) == prefix, own, 0)
-        counts = reduce.sum(rows.scatter_(1, (start >> shift & (bins - 1))[:, None], inside[:, None]))
-        before = counts.cumsum(1) - counts
-        chosen = (before < rest[:, None]).sum(1, keepdim=True) - 1
-        rest = rest - before.gather(1, chosen)[:, 0]
+        for row, e, before in zip(rows, cut, prefix.tolist(), strict=True):
+            for at in _tied_indices(pieces[e], int(threshold[pieces[e].budget])):
+                inside = at[at >> (shift + _INDEX_BITS) == before]
+                row += torch.bincount(inside >> shift & (bins - 1), minlength=bins).cpu()
+        counts = reduce.sum(rows)
+        before_bin = counts.cumsum(1) - counts
+        chosen = (before_bin < rest[:, None]).sum(1, keepdim=True) - 1
+        rest = rest - before_bin.gather(1, chosen)[:, 0]
         prefix = prefix * bins + chosen[:, 0]
-    # An empty piece may have the same start as the piece with the last tie.
-    quota[cut] = torch.where(start < prefix, own, torch.where(start == prefix, torch.minimum(own, rest), 0))
-    return quota.tolist()
+    for e, last in zip(cut, prefix.tolist(), strict=True):
+        ends[e] = last + 1
+    return ends
 
 
-def _mask(piece: Piece, threshold: int, quota: int | None) -> Tensor:
-    """Bits of the weights above the threshold and of the first `quota` at it (None: all)."""
-    bits = torch.empty(bitmask.nbytes(piece.numel), dtype=torch.uint8, device=piece.device)
-    passes = piece.passes
-    for lo, keys in piece.chunks():
-        if quota:
-            kept = keys > threshold
-            at = (keys == threshold).nonzero()[:quota, 0]
-            kept[at] = True
-            quota -= at.numel()
-            packed = bitmask.pack(kept)
-        else:
-            packed = passes.pack_above(keys, threshold - (quota is None))
-        bits[lo // 8 : lo // 8 + len(packed)] = packed
-    return bits
+def _tied(piece: Piece, threshold: int) -> int:
+    """Number of counted weights at the threshold."""
+    return sum(int((keys == threshold).count_nonzero()) for _, keys in piece.chunks()) if piece.counted else 0
+
+
+def _tied_indices(piece: Piece, threshold: int) -> Iterator[Tensor]:
+    """Yields the flat indices of the counted weights at the threshold, by chunk."""
+    for lo, keys in piece.chunks() if piece.counted else ():
+        tied = keys == threshold
+        if bool(tied.any()):
+            yield piece.box.indices(lo, lo + keys.numel(), keys.device)[tied]

@@ -1,7 +1,8 @@
 """Patterns: the legal sets of kept weights. Unstructured, N of every M along the input dimension, whole blocks.
 
-A pattern is plain data with three pure functions: `misfit` (why a shape does not fit), `budget` (the legal budget for a
+A pattern is plain data with pure functions: `misfit` (why a shape does not fit), `budget` (the legal budget for a
 wanted one) and `mask` (the mask for scores of a whole entry and a budget). Of equal scores the lowest flat index wins.
+The others are what `gap_ds.masks.groups` needs to find the same masks over shards.
 
     2:4, Linear (2, 8)         block:1x4, Linear (2, 8)
     | x . x . | . . x x |      | x x x x | . . . . |
@@ -80,22 +81,33 @@ class NofM:
         """Return the only legal budget; `keep` is ignored."""
         return math.prod(shape) // self.m * self.n
 
-    def mask(self, scores: Tensor, keep: int, dims: tuple[int, int]) -> Tensor:
-        """Return the mask of the N largest scores of each group.
+    def cell(self, shape: Sequence[int], dims: tuple[int, int]) -> tuple[int, ...]:
+        """Return the size of a group in each dimension."""
+        return tuple(self.m if dim == dims[1] else 1 for dim in range(len(shape)))
 
-        >>> NofM(2, 4).mask(torch.tensor([[3, 1, 3, 3, 0, 0, 0, 0]]), 4, (0, 1)).int().tolist()
-        [[1, 0, 1, 0, 1, 1, 0, 0]]
+    def band(self, shape: Sequence[int], dims: tuple[int, int]) -> int:
+        """Return the length of the shortest stretch of a flattened entry that holds whole groups."""
+        return self.m * math.prod(shape[dims[1] + 1 :])
+
+    def flags(self, scores: Tensor, shape: Sequence[int], dims: tuple[int, int]) -> Tensor:
+        """Return the mask (N,) for the scores (N,) of a stretch of whole bands of an entry: the N largest of a group.
+
+        >>> NofM(2, 4).flags(torch.tensor([3, 1, 3, 3, 0, 0, 0, 0]), (1, 8), (0, 1)).int().tolist()
+        [1, 0, 1, 0, 1, 1, 0, 0]
         """
-        assert keep == self.budget(scores.shape, keep, dims)
-        along = dims[1] + 1
-        groups = torch.unflatten(scores, dims[1], (-1, self.m))
+        groups = scores.view(-1, self.m, math.prod(shape[dims[1] + 1 :]))
         # Counts the members of the group ahead of each score: greater, or equal and before it.
         ahead = torch.zeros_like(groups, dtype=torch.uint8)
         for j in range(self.m):
-            rival = groups.narrow(along, j, 1)
+            rival = groups[:, j : j + 1]
             ahead += rival > groups
-            ahead.narrow(along, j + 1, self.m - j - 1).add_(rival == groups.narrow(along, j + 1, self.m - j - 1))
-        return (ahead < self.n).flatten(dims[1], along)
+            ahead[:, j + 1 :] += rival == groups[:, j + 1 :]
+        return (ahead < self.n).flatten()
+
+    def mask(self, scores: Tensor, keep: int, dims: tuple[int, int]) -> Tensor:
+        """Return the mask for the scores of a whole entry."""
+        assert keep == self.budget(scores.shape, keep, dims)
+        return self.flags(scores.flatten(), scores.shape, dims).view(scores.shape)
 
 
 @dataclass(frozen=True)
@@ -127,8 +139,40 @@ class Block:
         >>> Block(4, 4).budget((8, 12), 40, (0, 1)), Block(4, 4).budget((8, 4, 3, 3), 1, (0, 1))
         (48, 144)
         """
-        size = self._size(shape, dims)
+        size = math.prod(self.cell(shape, dims))
         return round_half_up(Fraction(keep, size)) * size
+
+    def cell(self, shape: Sequence[int], dims: tuple[int, int]) -> tuple[int, ...]:
+        """Return the size of a block in each dimension; of a convolution's kernel the whole."""
+        sides = {dims[0]: self.height, dims[1]: self.width}
+        return tuple(n if dim > max(dims) else sides.get(dim, 1) for dim, n in enumerate(shape))
+
+    def band(self, shape: Sequence[int], dims: tuple[int, int]) -> int:
+        """Return the length of a stretch of a flattened entry that holds whole blocks: a row of them."""
+        return self.cell(shape, dims)[min(dims)] * math.prod(shape[min(dims) + 1 :])
+
+    def sums(self, scores: Tensor, shape: Sequence[int], dims: tuple[int, int]) -> Tensor:
+        """Return the sums (B,) of the blocks in a stretch of whole bands of an entry, by flat index of the blocks.
+
+        In fp64, or int64 for integers. They are added one by one in a fixed order: a library's sum may round
+        differently with other threads or devices.
+
+        >>> Block(1, 2).sums(torch.tensor([9, 0, 5, 5]), (1, 4), (0, 1)).tolist()
+        [9, 10]
+        """
+        cells = self._cells(scores, shape, dims)
+        exact = torch.float64 if scores.is_floating_point() else torch.int64
+        total = torch.zeros_like(cells[:, 0, :, 0, 0], dtype=exact)
+        for i, j, k in itertools.product(*(range(cells.shape[dim]) for dim in (1, 3, 4))):
+            total += cells[:, i, :, j, k]
+        return total.flatten()
+
+    def spread(self, kept: Tensor, shape: Sequence[int], dims: tuple[int, int]) -> Tensor:
+        """Return the mask (N,) of a stretch of whole bands from the flags (B,) of its blocks."""
+        cell = self.cell(shape, dims)
+        a, b, kernel = cell[min(dims)], cell[max(dims)], math.prod(cell[max(dims) + 1 :])
+        grid = kept.view(-1, 1, shape[max(dims)] // b, 1, 1)
+        return grid.expand(-1, a, -1, b, kernel).flatten()
 
     def mask(self, scores: Tensor, keep: int, dims: tuple[int, int]) -> Tensor:
         """Return the mask of the blocks of largest sum; of equal sums the block with the lowest flat index wins.
@@ -136,24 +180,17 @@ class Block:
         >>> Block(1, 2).mask(torch.tensor([[9, 0, 5, 5], [5, 5, 9, 9]]), 4, (0, 1)).int().tolist()
         [[0, 0, 1, 1], [0, 0, 1, 1]]
         """
-        first, second = sorted(dims)
-        assert second == first + 1
-        a, b = (self.height, self.width) if dims[0] < dims[1] else (self.width, self.height)
-        matrices, kernel = math.prod(scores.shape[:first]), math.prod(scores.shape[second + 1 :])
-        cells = scores.reshape(matrices, scores.shape[first] // a, a, scores.shape[second] // b, b, kernel)
-        # Added one by one in a fixed order: a library's sum may round differently with other threads or devices.
-        exact = torch.float64 if scores.is_floating_point() else torch.int64
-        total = torch.zeros_like(cells[:, :, 0, :, 0, 0], dtype=exact)
-        for i, j, k in itertools.product(range(a), range(b), range(kernel)):
-            total += cells[:, :, i, :, j, k]
-        size = self._size(scores.shape, dims)
+        assert max(dims) == min(dims) + 1
+        size = math.prod(self.cell(scores.shape, dims))
         assert keep % size == 0
-        kept = _largest(total, keep // size)
-        return kept[:, :, None, :, None, None].expand(cells.shape).reshape(scores.shape)
+        kept = _largest(self.sums(scores.flatten(), scores.shape, dims), keep // size)
+        return self.spread(kept, scores.shape, dims).view(scores.shape)
 
-    def _size(self, shape: Sequence[int], dims: tuple[int, int]) -> int:
-        """Return the number of weights in a block."""
-        return self.height * self.width * math.prod(shape[max(dims) + 1 :])
+    def _cells(self, scores: Tensor, shape: Sequence[int], dims: tuple[int, int]) -> Tensor:
+        """Scores as (bands, a, blocks in a band, b, kernel)."""
+        cell = self.cell(shape, dims)
+        b, kernel = cell[max(dims)], math.prod(shape[max(dims) + 1 :])
+        return scores.view(-1, cell[min(dims)], shape[max(dims)] // b, b, kernel)
 
 
 Pattern = Unstructured | NofM | Block

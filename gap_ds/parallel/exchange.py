@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gap_ds.masks import bitmask
+from gap_ds.masks.box import Box
 from gap_ds.parallel import identity
 from gap_ds.parallel.items import FORMAT, VERSION, Item, Received, check_items, check_kept, layout, selected
 from gap_ds.parallel.ranks import on_rank_zero
@@ -25,7 +26,7 @@ from gap_ds.parallel.reading import Reader
 from gap_ds.parallel.records import Manifest, Records
 from gap_ds.parallel.transport import Folder, Writing, open_folder
 from gap_ds.parallel.worker import ParallelWorker, file_stem
-from gap_ds.sharding.comm import Comm, by_rank, raise_on_all_ranks
+from gap_ds.sharding.comm import Comm, Place, boxes_of, raise_on_all_ranks
 from gap_ds.storage import safetensors
 
 log = logging.getLogger("gap_ds")
@@ -158,7 +159,7 @@ class Exchange:
                 item = owners[name]
                 # A rank without memory for its piece must report that before the others wait for it.
                 piece = self._together(partial(self._piece, item, item.parts[name], bits))
-                whole = self._assemble(item, item.parts[name], piece, spreads[item.name])
+                whole = self._assemble(item, item.parts[name], piece, spreads[item.name], bits)
                 on_rank_zero(self._world, partial(file.write_tensor, item.parts[name], whole))
             self.bytes_written = on_rank_zero(self._world, partial(self._complete, round, file))
         except BaseException:
@@ -179,23 +180,31 @@ class Exchange:
         if not self._comm.writes:
             return torch.empty(0)
         if part == "whole":
-            return item.piece().to(item.dtype)
-        kept = bitmask.unpack(bits[item.name], item.numel)
+            return item.shard.weight().to(item.dtype)
+        kept = bitmask.unpack(bits[item.name], item.box.numel)
         if part == "mask":
             return kept.to(torch.uint8)
-        piece = item.piece()
+        piece = item.shard.weight()
         return piece.float()[kept.to(piece.device)]
 
-    def _assemble(self, item: Item, part: str, piece: Tensor, spread: Spread) -> Tensor | None:
+    def _assemble(
+        self, item: Item, part: str, piece: Tensor, spread: Spread, bits: Mapping[str, Tensor]
+    ) -> Tensor | None:
         """Return the whole tensor on rank 0, None on the other ranks; a mask as one flag per weight.
 
         Where several groups of ranks hold the same pieces, the group of rank 0 assembles for all.
         """
         if not self._comm.writes:
             return None
-        if part == "values":
-            return self._comm.assemble(piece, spread.before, spread.kept, sum(spread.kept))
-        return self._comm.assemble(piece, spread.starts, spread.numels, item.full_numel)
+        if part != "values":
+            return self._comm.assemble(piece, spread.boxes, item.shard.full_numel)
+        places: Sequence[Place] = spread.of_values()
+        if not spread.in_order:
+            # Kept values of boxes that are no ranges lie between each other's: only the whole mask tells where.
+            flags = self._comm.assemble(self._piece(item, "mask", bits), spread.boxes, item.shard.full_numel)
+            if flags is not None:
+                places = [_Among(box, flags) for box in spread.boxes]
+        return self._comm.assemble(piece, places, sum(spread.kept))
 
     # -- wait ------------------------------------------------------------------------------------------------------
 
@@ -233,7 +242,8 @@ class Exchange:
             spreads = spread_over_ranks(entries, bits, self._comm)
             self._together(partial(reader.check_masks, source, {name: sum(s.kept) for name, s in spreads.items()}))
             for item in entries:
-                before = spreads[item.name].before[self._comm.rank]
+                spread = spreads[item.name]
+                before = spread.before[self._comm.rank] if spread.in_order and item.shard.counted else None
                 value = self._together(partial(reader.weights, source, item, bits[item.name], before))
                 receive(Received(item.name, value, bits.pop(item.name)))
         for item in items:
@@ -259,12 +269,41 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Spread:
-    """One parameter, spread over R ranks: start and size of each piece, its kept weights, and those before it."""
+    """One parameter, spread over R ranks: each piece, its kept weights, and those before it in the flattened one.
 
-    starts: list[int]
-    numels: list[int]
+    boxes: of uncounted pieces, empty. in_order: whether all boxes are ranges, so that `before` means something.
+    """
+
+    boxes: list[Box]
     kept: list[int]
     before: list[int]
+
+    @property
+    def in_order(self) -> bool:
+        """True if all pieces are ranges: then the kept values of each one follow those of another."""
+        return all(box.is_range for box in self.boxes)
+
+    def of_values(self) -> list[Box]:
+        """Where the kept values of each piece lie among all, if they are in order."""
+        total = sum(self.kept)
+        return [Box.span(before, n, total) for before, n in zip(self.before, self.kept, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Among:
+    """Where the kept values of a box lie among those of the whole tensor, whose mask is `flags`, one per weight."""
+
+    box: Box
+    flags: Tensor
+
+    @property
+    def numel(self) -> int:
+        return int(self.box.cut(self.flags).sum(dtype=torch.int64))
+
+    def places(self, lo: int, hi: int) -> Tensor:
+        """The places of kept values lo to hi of the box."""
+        kept = self.box.indices()[self.box.cut(self.flags).bool()]
+        return bitmask.count_before(bitmask.pack(self.flags.bool()), kept[lo:hi])
 
 
 def spread_over_ranks(items: Sequence[Item], bits: Mapping[str, Tensor], comm: Comm) -> dict[str, Spread]:
@@ -273,15 +312,16 @@ def spread_over_ranks(items: Sequence[Item], bits: Mapping[str, Tensor], comm: C
     Args:
         bits: mask of this rank's piece of each entry.
     """
-    kept = [bitmask.count(bits[item.name]) if item.keep is not None else 0 for item in items]
-    rows = [(item.start, item.numel, n) for item, n in zip(items, kept, strict=True)]
+    own = [bitmask.count(bits[i.name]) if i.keep is not None and i.shard.counted else 0 for i in items]
+    boxes = boxes_of([item.shard for item in items], comm)
+    kept = comm.all_gather(torch.tensor(own, dtype=torch.int64)).T.tolist()
     spreads = {}
-    for item, (starts, numels, counts) in zip(items, by_rank(rows, comm), strict=True):
+    for item, places, counts in zip(items, boxes, kept, strict=True):
         # Of two pieces that begin at the same weight, one is empty and comes first.
-        order = sorted(range(len(starts)), key=lambda rank: (starts[rank], numels[rank]))
+        order = sorted(range(comm.size), key=lambda rank: (places[rank].start, places[rank].numel))
         sums = accumulate((counts[rank] for rank in order), initial=0)
         before = dict(zip(order, sums, strict=False))
-        spreads[item.name] = Spread(starts, numels, counts, [before[rank] for rank in range(len(starts))])
+        spreads[item.name] = Spread(places, counts, [before[rank] for rank in range(comm.size)])
     return spreads
 
 

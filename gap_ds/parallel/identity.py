@@ -11,10 +11,9 @@ from typing import Any, Literal
 
 import torch
 from pydantic import ConfigDict, field_validator
-from torch import Tensor
 
 from gap_ds.parallel.items import VERSION, Item
-from gap_ds.sharding.comm import Comm
+from gap_ds.sharding.comm import Comm, sum_of
 from gap_ds.sharding.shard import Shard
 from gap_ds.storage.errors import printable
 from gap_ds.storage.json import Record
@@ -101,10 +100,11 @@ def of_tensors(items: Sequence[Item]) -> str:
 
     The fingerprint of the plan covers the entries only. This one also covers embeddings, norms, biases and buffers.
 
-    >>> bias = Item("bias", (2,), None, 0, 2, lambda: torch.ones(2))
-    >>> of_tensors([bias]) == of_tensors([Item("bias", (2,), None, 0, 1, lambda: torch.ones(1))])
+    >>> def bias(numel, of):
+    ...     return Item(Shard.of_range("bias", (of,), 0, numel, 0, torch.Tensor), None)
+    >>> of_tensors([bias(2, of=2)]) == of_tensors([bias(1, of=2)])
     True
-    >>> of_tensors([bias]) == of_tensors([Item("bias", (3,), None, 0, 3, lambda: torch.ones(3))])
+    >>> of_tensors([bias(2, of=2)]) == of_tensors([bias(3, of=3)])
     False
     """
     return _digest(sorted((item.name, item.shape, NAMES[item.dtype], str(item.partition)) for item in items))
@@ -117,24 +117,23 @@ def of_weights(shards: Iterable[Shard], comm: Comm) -> str:
     pieces does not matter. The cost is one pass over the weights, and a sum of one number per parameter over the ranks.
 
     >>> def shard(start, weight):
-    ...     return Shard("w", (4,), start, weight.numel(), 0, lambda: weight)
+    ...     return Shard.of_range("w", (4,), start, weight.numel(), 0, lambda: weight)
     >>> alone = Comm(single=True)
     >>> of_weights([shard(0, torch.arange(4.0))], alone) == of_weights([shard(0, torch.arange(4.0).flip(0))], alone)
     False
     """
     trained = [shard for shard in shards if shard.trainable]
-    sums = comm.sum(torch.tensor([_sum(shard.weight(), shard.start) for shard in trained], dtype=torch.int64))
-    rows = zip(trained, sums.tolist(), strict=True)
+    rows = zip(trained, sum_of(trained, [_sum(shard) for shard in trained], comm), strict=True)
     return _digest(sorted((shard.name, shard.shape, total) for shard, total in rows))
 
 
-def _sum(piece: Tensor, start: int) -> int:
-    """Return the sum for the weights (N,) of a piece that begins at `start`, as a signed 64-bit integer."""
+def _sum(shard: Shard) -> int:
+    """Return the sum for the weights of a piece, as a signed 64-bit integer."""
+    piece = shard.weight()
     total = torch.zeros((), dtype=torch.int64, device=piece.device)
     for lo in range(0, piece.numel(), _CHUNK):
         patterns = piece[lo : lo + _CHUNK].float().view(torch.int32).to(torch.int64)
-        first = start + lo
-        total += (patterns * (2 * torch.arange(first, first + patterns.numel(), device=piece.device) + 1)).sum()
+        total += (patterns * (2 * shard.box.indices(lo, lo + patterns.numel(), piece.device) + 1)).sum()
     return int(total)
 
 

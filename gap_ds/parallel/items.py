@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Final, Literal
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gap_ds.masks import codec
+from gap_ds.masks.box import Box
 from gap_ds.method.plan import Plan
 from gap_ds.sharding.shard import Shard
 from gap_ds.storage import safetensors
@@ -29,7 +30,7 @@ DTYPES = (torch.float64, torch.float32, torch.int64, torch.int32, torch.int16, t
 
 @dataclass(frozen=True)
 class Item:
-    """One tensor of the model, and this rank's piece of it: flatten(tensor)[start : start + numel] == piece().
+    """One tensor of the model, a parameter or a buffer, and this rank's piece of it.
 
     partition: the worker that it is taken from; None for a tensor in no partition.
     keep: number of kept weights of an entry; None for any other tensor. With `shared_budget`, the entries of a
@@ -37,20 +38,26 @@ class Item:
     dtype: in the file.
     """
 
-    name: str
-    shape: tuple[int, ...]
+    shard: Shard
     partition: int | None
-    start: int
-    numel: int
-    piece: Callable[[], Tensor] = field(repr=False, compare=False)
     keep: int | None = None
     shared_budget: bool = False
     dtype: torch.dtype = torch.float32
 
     @property
-    def full_numel(self) -> int:
-        """Weights of the whole tensor."""
-        return math.prod(self.shape)
+    def name(self) -> str:
+        """The name of the tensor in the model."""
+        return self.shard.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the whole tensor."""
+        return self.shard.shape
+
+    @property
+    def box(self) -> Box:
+        """Where this rank's piece lies."""
+        return self.shard.box
 
     @property
     def parts(self) -> dict[str, Literal["mask", "values", "whole"]]:
@@ -96,15 +103,14 @@ def items_of(plan: Plan, shards: Sequence[Shard], buffers: Mapping[str, Tensor])
         entry = entries.get(shard.name)
         where = plan.partition_of(shard.name) if entry is None else entry.partition
         keep = None if entry is None else entry.keep
-        items.append(
-            Item(shard.name, shard.shape, where, shard.start, shard.numel, shard.weight, keep, plan.shared_budget)
-        )
+        items.append(Item(shard, where, keep, plan.shared_budget))
     for name, buffer in buffers.items():
         dtype = torch.float32 if buffer.is_floating_point() and buffer.dtype != torch.float64 else buffer.dtype
         if dtype not in DTYPES:
             raise ValueError(f"{name}: a buffer of {buffer.dtype} cannot be exchanged. Make it non-persistent.")
-        piece = partial(torch.Tensor.reshape, buffer.detach(), (-1,))
-        items.append(Item(name, tuple(buffer.shape), plan.partition_of(name), 0, buffer.numel(), piece, dtype=dtype))
+        whole = Box.span(0, buffer.numel(), buffer.numel())
+        shard = Shard(name, tuple(buffer.shape), whole, 0, partial(torch.Tensor.reshape, buffer.detach(), (-1,)))
+        items.append(Item(shard, plan.partition_of(name), dtype=dtype))
     return items
 
 
@@ -169,7 +175,8 @@ def layout(items: Sequence[Item], kept: Mapping[str, int]) -> Layout:
     Args:
         kept: number of kept weights of each entry.
 
-    >>> entry = Item("w", (3, 4), 0, 0, 12, lambda: torch.ones(12), keep=5)
+    >>> shard = Shard.of_range("w", (3, 4), 0, 12, 0, lambda: torch.ones(12))
+    >>> entry = Item(shard, 0, keep=5)
     >>> list(layout([entry], {"w": 5}).items())
     [('w.values', (torch.float32, (5,))), ('w.mask', (torch.uint8, (2,)))]
     """
@@ -191,7 +198,9 @@ def accept(text: bytes, area: int, items: Sequence[Item], metadata: Mapping[str,
     kept = budgets(items)
     for item in items:
         match found.get(f"{item.name}.values"):
-            case {"shape": [int(n)]} if item.shared_budget and item.keep is not None and 0 <= n <= item.full_numel:
+            case {"shape": [int(n)]} if (
+                item.shared_budget and item.keep is not None and 0 <= n <= item.shard.full_numel
+            ):
                 kept[item.name] = int(n)
     tensors = layout(items, kept)
     wanted = safetensors.header_table(tensors, metadata)

@@ -100,11 +100,15 @@ class Reader:
         """Return the mask bits of this rank's pieces, cut out of the bytes that cover them."""
         found = {}
         for item in entries:
-            begin = source.where[f"{item.name}.mask"][0]
-            lo, hi = item.start // 8, bitmask.nbytes(item.start + item.numel) if item.numel else item.start // 8
-            covering = safetensors.decode(self._fetch(source.path, begin + lo, begin + hi), torch.uint8)
-            found[item.name] = bitmask.pack(bitmask.unpack(covering, item.numel, start=item.start - 8 * lo))
+            first = item.box.start // 8
+            covering = self._mask_bytes(source, item, first, max(first, bitmask.nbytes(item.box.end)))
+            found[item.name] = bitmask.cut(covering, item.box, first)
         return found
+
+    def _mask_bytes(self, source: Source, item: Item, lo: int, hi: int) -> Tensor:
+        """Bytes lo to hi of an entry's mask."""
+        begin = source.where[f"{item.name}.mask"][0]
+        return safetensors.decode(self._fetch(source.path, begin + lo, begin + hi), torch.uint8)
 
     def check_masks(self, source: Source, kept: dict[str, int]) -> None:
         """Check that the masks keep as many weights as the file has values; else weights would go to wrong places.
@@ -120,22 +124,32 @@ class Reader:
                     f"{(end - begin) // 4}: it is damaged, or the pieces of the ranks do not make up the parameter"
                 )
 
-    def weights(self, source: Source, item: Item, bits: Tensor, before: int) -> Tensor:
+    def weights(self, source: Source, item: Item, bits: Tensor, before: int | None) -> Tensor:
         """Return this rank's piece of an entry, in fp32.
 
         Args:
             bits: mask of the piece.
-            before: number of kept weights of the entry that come before the piece.
+            before: number of kept weights of the entry that come before the piece; None if the pieces are not ranges.
         """
-        begin = source.where[f"{item.name}.values"][0] + 4 * before
-        data = self._fetch(source.path, begin, begin + 4 * bitmask.count(bits))
-        return codec.spread(safetensors.decode(data, torch.float32), bits, item.numel)
+        n, first = bitmask.count(bits), source.where[f"{item.name}.values"][0]
+        places = None
+        if before is None and n:
+            kept = item.box.indices()[bitmask.unpack(bits, item.box.numel)]
+            places = bitmask.count_before(self._mask_bytes(source, item, 0, bitmask.nbytes(item.box.total)), kept)
+            before, n = int(places[0]), int(places[-1]) + 1 - int(places[0])
+        begin = first + 4 * (before or 0)
+        values = safetensors.decode(self._fetch(source.path, begin, begin + 4 * n), torch.float32)
+        if places is not None:
+            values = values[places - places[0]]
+        return codec.spread(values, bits, item.box.numel)
 
     def whole(self, source: Source, item: Item) -> Tensor:
         """Return this rank's piece of a tensor without a mask."""
         width = item.dtype.itemsize
-        begin = source.where[item.name][0] + width * item.start
-        return safetensors.decode(self._fetch(source.path, begin, begin + width * item.numel), item.dtype)
+        begin = source.where[item.name][0]
+        lo, hi = begin + width * item.box.start, begin + width * item.box.end
+        covering = safetensors.decode(self._fetch(source.path, lo, hi), item.dtype)
+        return covering if item.box.is_range else covering[item.box.indices() - item.box.start]
 
     def unpartitioned(self, sources: Sequence[Source], item: Item, rule: str) -> Tensor:
         """Return this rank's piece of a tensor in no partition: the mean over the workers, or the value of worker 0.

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gap_ds.masks.box import Box
+from gap_ds.sharding.shard import Shard
 from gap_ds.storage.errors import error_text
 
+ProcessGroup = dist.ProcessGroup
 T = TypeVar("T")
 
 #: Weights that travel at a time.
@@ -48,22 +51,25 @@ class Comm:
     """The ranks among which the pieces of a parameter are spread; without a process group, one rank.
 
     Tensors may be on any device: they travel on the one that the group's library can send from.
+
+    Args:
+        group: of torch.distributed; None: all ranks of the job. single: this rank alone.
+        within: all ranks that train the model; None: this group.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, *, single: bool = False) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup | None = None, *, single: bool = False, within: Comm | None = None
+    ) -> None:
         self._alone = single or not dist.is_initialized()
         self._group = None if self._alone else (group or dist.group.WORLD)
         self.rank = 0 if self._alone else dist.get_rank(self._group)
         self.size = 1 if self._alone else dist.get_world_size(self._group)
-        #: Whether global rank 0 is in this group: where groups hold the same pieces, that one writes for all.
-        ranks = (
-            [0]
-            if not dist.is_initialized()
-            else [dist.get_rank()]
-            if single
-            else dist.get_process_group_ranks(self._group)
-        )
-        self.writes = 0 in ranks
+        own = [dist.get_rank() if dist.is_initialized() else 0]
+        #: The ranks of the job that are in this group, in its order.
+        self.ranks = tuple(own if self._alone else dist.get_process_group_ranks(self._group))
+        #: True if the first rank that trains the model is in this group: where groups hold the same pieces, that one
+        #: writes for all.
+        self.writes = (within or self).ranks[0] in self.ranks
         nccl = not self._alone and "nccl" in str(dist.get_backend(self._group))
         self._device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
 
@@ -76,6 +82,11 @@ class Comm:
             dist.all_reduce(travelling, group=self._group)
         return travelling.cpu()
 
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The process group; None where there is none."""
+        return self._group
+
     def all_gather(self, row: Tensor) -> Tensor:
         """The equally long rows of all ranks, stacked along a new first dimension (R, ...), on the CPU."""
         if self.size == 1:
@@ -86,61 +97,58 @@ class Comm:
             dist.all_gather(rows, travelling, group=self._group)
         return torch.stack(rows).cpu()
 
-    def assemble(self, piece: Tensor, starts: Sequence[int], numels: Sequence[int], total: int) -> Tensor | None:
+    def assemble(self, piece: Tensor, places: Sequence[Place], total: int) -> Tensor | None:
         """On rank 0 the tensor (total,) that the ranks' pieces make up, on the CPU; None on the other ranks.
 
         Only ranks that have something of it send, each part to where it belongs: rank 0 holds the whole once, and where
         the group's library cannot send from the CPU a part on its device, however many ranks there are.
 
         Args:
-            piece: this rank's values, `numels[rank]` of them, of one dtype on all ranks that have any and on rank 0.
-            starts: where each rank's piece begins; known to every rank.
+            piece: this rank's values, of one dtype on all ranks that have any and on rank 0.
+            places: where the values of each rank lie in the whole (`boxes_of`); known to every rank.
         """
-        if self.size == 1 or numels[0] == total:
+        if self.size == 1 or places[0].numel == total:
             return piece.cpu() if self.rank == 0 else None
         whole = torch.empty(total, dtype=piece.dtype) if self.rank == 0 else None
         with _named(f"gathering of a tensor of {total} weights", self.size):
-            for rank, (start, numel) in enumerate(zip(starts, numels, strict=True)):
+            for rank, there in enumerate(places):
                 if self.rank not in (0, rank):
                     continue
-                for lo in range(0, numel, _PART):
-                    hi = min(lo + _PART, numel)
+                for lo in range(0, there.numel, _PART):
+                    hi = min(lo + _PART, there.numel)
                     if whole is None:
                         self._pass(dist.isend, piece[lo:hi].to(self._device), 0)
-                    elif rank == 0:
-                        whole[start + lo : start + hi] = piece[lo:hi]
                     else:
-                        self._receive(whole[start + lo : start + hi], rank)
+                        part = piece[lo:hi].cpu() if rank == 0 else self._receive(hi - lo, piece.dtype, rank)
+                        whole[there.places(lo, hi)] = part
         return whole
 
-    def _receive(self, part: Tensor, rank: int) -> None:
-        """Sets a contiguous part of a tensor on the CPU to what a rank sends."""
-        if self._device.type == "cpu":
-            self._pass(dist.irecv, part, rank)
-            return
-        received = torch.empty_like(part, device=self._device)
+    def _receive(self, numel: int, dtype: torch.dtype, rank: int) -> Tensor:
+        """A vector that a rank sends, on the CPU."""
+        received = torch.empty(numel, dtype=dtype, device=self._device)
         self._pass(dist.irecv, received, rank)
-        part.copy_(received)
+        return received.cpu()
 
     def _pass(self, way: Callable[..., Any], values: Tensor, rank: int) -> None:
         """Sends to a rank, or receives from it. As a batch, NCCL needs no further connections for that."""
         for work in dist.batch_isend_irecv([dist.P2POp(way, values, group=self._group, group_peer=rank)]):
             work.wait()
 
-    def assemble_everywhere(self, piece: Tensor, start: int, total: int) -> Tensor:
-        """On every rank the integers (total,) that the ranks' pieces make up, on the device of the piece.
+    def assemble_everywhere(self, piece: Tensor, shard: Shard) -> Tensor:
+        """On every rank the integers of a whole parameter that the ranks' pieces make up, on the device of the piece.
 
-        Each of them lies in just one piece, so the sum of all pieces, each padded with zeros, is exact; and no rank
-        ever holds more than the whole, however unevenly it is cut.
+        Each of them is counted on just one rank, so the sum of all pieces, each padded with zeros, is exact; and no
+        rank ever holds more than the whole, however unevenly it is cut.
 
         Args:
-            piece: this rank's values; `start`: where they begin.
+            piece: this rank's values (shard.numel,).
         """
         if self.size == 1:
             return piece
-        whole = torch.zeros(total, dtype=piece.dtype, device=self._device)
-        whole[start : start + piece.numel()] = piece
-        with _named(f"sum of {total} scores", self.size):
+        whole = torch.zeros(shard.full_numel, dtype=piece.dtype, device=self._device)
+        if shard.counted:
+            shard.box.put(whole, piece.to(self._device))
+        with _named(f"sum of {shard.full_numel} scores", self.size):
             dist.all_reduce(whole, group=self._group)
         return whole.to(piece.device)
 
@@ -159,16 +167,48 @@ class Comm:
             self.sum(torch.zeros(1))
 
 
-def by_rank(rows: Sequence[Sequence[int]], comm: Comm) -> list[list[list[int]]]:
-    """Each number of each row as the list of what the R ranks have there; known to every rank.
+class Place(Protocol):
+    """Where the values of one rank lie in a whole tensor: a `Box`, or the like."""
 
-    >>> by_rank([(0, 12), (3, 4)], Comm(single=True))
-    [[[0], [12]], [[3], [4]]]
+    @property
+    def numel(self) -> int: ...
+    def places(self, lo: int, hi: int) -> slice | Tensor: ...
+
+
+#: Most dimensions of a box that travels.
+_DIMS = 8
+
+
+def boxes_of(shards: Sequence[Shard], comm: Comm) -> list[list[Box]]:
+    """For each shard the boxes that the R ranks count, known to every rank; empty where a rank counts nothing.
+
+    >>> boxes_of([Shard.of_range("w", (3, 4), 0, 12, 0, torch.Tensor)], Comm(single=True))
+    [[Box(view=(12,), offset=(0,), size=(12,))]]
     """
-    if not rows:
+    if not shards:
         return []
-    table: list[list[list[int]]] = comm.all_gather(torch.tensor(rows, dtype=torch.int64)).permute(1, 2, 0).tolist()
-    return table
+    rows = torch.zeros(len(shards), 3, _DIMS, dtype=torch.int64)
+    for row, shard in zip(rows, shards, strict=True):
+        box = shard.box if shard.counted else Box.span(0, 0, shard.full_numel)
+        assert len(box.view) <= _DIMS, f"{shard.name}: cut along more than {_DIMS} dimensions"
+        row[:, : len(box.view)] = torch.tensor([box.view, box.offset, box.size])
+    by_rank: list[list[list[list[int]]]] = comm.all_gather(rows).transpose(0, 1).tolist()
+    return [[_box(row, shard.full_numel) for row in ranks] for shard, ranks in zip(shards, by_rank, strict=True)]
+
+
+def _box(row: list[list[int]], total: int) -> Box:
+    if not total:
+        return Box.span(0, 0, 0)
+    view, offset, size = row
+    dims = len(view) - view.count(0)
+    return Box(tuple(view[:dims]), tuple(offset[:dims]), tuple(size[:dims]))
+
+
+def sum_of(shards: Iterable[Shard], numbers: Sequence[int], comm: Comm) -> list[int]:
+    """The sum over the ranks of a number for each shard, such as of its kept weights, without what is not counted."""
+    own = [number if shard.counted else 0 for shard, number in zip(shards, numbers, strict=True)]
+    sums: list[int] = comm.sum(torch.tensor(own, dtype=torch.int64)).tolist()
+    return sums
 
 
 class Apart(ValueError):

@@ -1,13 +1,15 @@
 """Where a rank's piece of each parameter lies.
 
-    parameter (4, 5), flattened, on 3 ranks:   | 0 1 2 3 4 5 6 | 7 8 9 10 11 12 13 | 14 15 16 17 18 19 |
-    the owner on rank 1, e.g. a flat buffer:   [ other ... | 7 8 9 10 11 12 13 | other ... ]
-                                                             ^ offset            start = 7, numel = 7
+    parameter (4, 6), on 4 ranks:    | 0 0 0 1 1 1 |    the owner on rank 1, e.g. a flat buffer:
+                                     | 0 0 0 1 1 1 |    [ other ... | 3 4 5 9 10 11 | other ... ]
+                                     | 2 2 2 3 3 3 |                  ^ offset
+                                     | 2 2 2 3 3 3 |
 
-In every backend a rank's piece of a parameter is one contiguous range of the flattened parameter, inside one tensor
-(the owner) that the innermost optimizer updates. So this record is the whole truth about a backend's geometry, and the
-same slice of the owner, of its gradient and of its optimizer state is the weight, the gradient and the moment.
-A library may hold the same weights a second time, such as in 16 bits for the forward pass: the shard's `copies`.
+In every backend a rank's piece of a parameter is a box of it (`gap_ds.masks.box`), a range of the flattened parameter
+being one, and lies inside one tensor, the owner, that the innermost optimizer updates. So this record is the whole
+truth about a backend's geometry, and the same slice of the owner, of its gradient and of its optimizer state is the
+weight, the gradient and the moment. A library may hold the same weights a second time, such as in 16 bits for the
+forward pass: the shard's `copies`.
 """
 
 from __future__ import annotations
@@ -21,27 +23,51 @@ from typing import TYPE_CHECKING, TypeGuard
 import torch
 from torch import Tensor
 
+from gap_ds.masks.box import Box
+
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
 class Shard:
-    """flatten(parameter)[start : start + numel] == flatten(owner())[offset : offset + numel], on this rank.
+    """The box of a flattened parameter is flatten(owner())[offset : offset + numel], on this rank.
 
     `owner` is asked afresh at every use: libraries replace tensors, and a view kept across steps may stop being the
-    weight. Where this rank owns nothing of the parameter, numel is 0 and `owner` is not asked.
+    weight. Where this rank owns nothing of the parameter, the box is empty and `owner` is not asked.
     `copies` returns the other tensors (numel,) that hold the same weights between two steps.
+    `counted`: False if a rank before this one, of those among which pieces are spread, has the same box: each weight
+    is counted on one rank.
     """
 
     name: str
     shape: tuple[int, ...]
-    start: int
-    numel: int
+    box: Box
     offset: int
     owner: Callable[[], Tensor]
     trainable: bool = True
     copies: Callable[[], Sequence[Tensor]] = tuple
+    counted: bool = True
+
+    @classmethod
+    def of_range(
+        cls,
+        name: str,
+        shape: tuple[int, ...],
+        start: int,
+        numel: int,
+        offset: int,
+        owner: Callable[[], Tensor],
+        trainable: bool = True,
+        copies: Callable[[], Sequence[Tensor]] = tuple,
+    ) -> Shard:
+        """Return the shard of flatten(parameter)[start : start + numel]."""
+        return cls(name, shape, Box.span(start, numel, math.prod(shape)), offset, owner, trainable, copies)
+
+    @property
+    def numel(self) -> int:
+        """Weights of this rank's piece."""
+        return self.box.numel
 
     def of(self, tensor: Tensor) -> Tensor:
         """This piece (numel,) of a tensor that is laid out as the owner; a view."""

@@ -55,7 +55,7 @@ def build(
     Raises:
         ValueError: a mistake in the config, or a combination that is not supported; the message names the setting.
     """
-    world, worker = Comm(), options.worker
+    world, worker = training.world, options.worker
     schedulers = training.schedulers() or [s for s in [getattr(model, "lr_scheduler", None)] if s is not None]
 
     def begin() -> tuple[GaPConfig, Backend, int | None, schedule.Schedule]:
@@ -67,21 +67,13 @@ def build(
         steps = _steps(options, backend.micro_batches) if config.in_epochs else None
         if steps != given:
             phases = schedule.build(config, steps, worker.index if worker else 0)
-        if config.mask_init == "auto" and config.record.reads_setting("mask_init"):
-            config = config.model_copy(update={"mask_init": "magnitude" if _pretrained(backend.module) else "random"})
         return config, backend, steps, phases
 
     config, backend, steps, phases = _on_all_ranks(world, begin)
-    asks_nothing = GaPConfig.load(source).mask_init == "auto" and options.masks_from is None
     check_model(world, backend.shards())
     of_model = _plan(config, backend, options.masks_from, world)
-    if asks_nothing and config.mask_init == "random" and (name := _trained_sparse(of_model, backend)):
-        if world.rank == 0:
-            log.warning(
-                f"{name}: some of its weights are 0, as a sparse run leaves them, so the first masks are by magnitude. "
-                "To go on with that run, use load_checkpoint or masks_from; to begin a new one, set mask_init."
-            )
-        config = config.model_copy(update={"mask_init": "magnitude"})
+    if config.mask_init == "auto" and config.record.reads_setting("mask_init"):
+        config = config.model_copy(update={"mask_init": _first_masks(of_model, backend, options, world)})
     state = MaskState(of_model, config, backend)
     run = Run(
         config=config,
@@ -171,11 +163,21 @@ def _pretrained(module: nn.Module) -> bool:
     )
 
 
-def _trained_sparse(of_model: plan.Plan, backend: Backend) -> str | None:
-    """The first entry of which a part is 0, but not all: no initialization at random leaves that. All ranks call it."""
+def _first_masks(of_model: plan.Plan, backend: Backend, options: Options, world: Comm) -> str:
+    """How `mask_init: auto` chooses the first masks. All ranks call it."""
+    if _pretrained(backend.module):
+        return "magnitude"
+    if options.masks_from is not None:
+        return "random"
     entries = {entry.name: entry.numel for entry in of_model.entries}
     counts = mask_state.nonzero([shard for shard in backend.shards() if shard.name in entries], backend.comm)
-    return next((name for name, n in counts.items() if 0 < n <= _FULL * entries[name]), None)
+    sparse = [name for name, n in counts.items() if 0 < n <= _FULL * entries[name]]
+    if sparse and world.rank == 0:
+        log.warning(
+            f"{sparse[0]}: a part of it is 0, as a sparse run leaves it, so the first masks are by magnitude. To go on with "
+            "that run, use load_checkpoint or masks_from; to begin a new one, set mask_init."
+        )
+    return "magnitude" if sparse else "random"
 
 
 def _check_held(state: MaskState, backend: Backend) -> None:

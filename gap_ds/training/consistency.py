@@ -13,8 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from gap_ds.masks.box import Box
 from gap_ds.method.plan import Plan, clean_name
-from gap_ds.sharding.comm import Comm
+from gap_ds.sharding.comm import Comm, raise_on_all_ranks, sum_of
 from gap_ds.sharding.shard import Shard
 
 #: Micro-batches left out in a row, after which a run has diverged rather than met a bad batch.
@@ -69,23 +70,33 @@ def check_position(world: Comm, step: int, signature: str, fingerprint: str, non
         )
 
 
-def check_masks(plan: Plan, bits: Mapping[str, Tensor], shards: Mapping[str, Shard], comm: Comm, world: Comm) -> None:
-    """Every copy of every mask is the same, on all groups of ranks that hold the model once.
+def check_masks(
+    plan: Plan,
+    bits: Mapping[str, Tensor],
+    shards: Mapping[str, Shard],
+    comm: Comm,
+    world: Comm,
+    replicated: bool = False,
+) -> None:
+    """Every copy of every mask is the same, on all groups of ranks that hold the model once, and within each group.
 
-    Costs one pass over the bits, an all-reduce of E numbers within each group, and an all-gather of one number.
+    Costs one pass over the bits, an all-reduce of E numbers within each group, and an all-gather of one number; where
+    pieces are replicated within a group, an all-gather of 2 E numbers in it, too.
 
     Args:
-        comm: the ranks among which the pieces of a parameter are spread; world: all ranks.
+        comm: the ranks among which the pieces of parameters are spread; world: all ranks.
+        replicated: whether some pieces are on several ranks of `comm`.
     Raises:
         ValueError: on all ranks, naming the first entry whose masks differ and the ranks.
     """
-    if comm.size == world.size:
+    if comm.size == world.size and not replicated:
         return  # one group: there is no second copy to compare with
     names = [entry.name for entry in plan.entries if entry.name in bits]
-    own = [_digest(bits[name], shards[name].start) for name in names]
+    own = [_digest(bits[name], shards[name].box) for name in names]
+    if replicated:
+        _check_replicas(names, [shards[name].box for name in names], own, comm, world)
     # Sums of 31-bit numbers: 2^32 ranks before they overflow.
-    whole = torch.tensor(own, dtype=torch.int64)
-    whole = comm.sum(whole) if comm.size > 1 else whole
+    whole = torch.tensor(sum_of([shards[name] for name in names], own, comm), dtype=torch.int64)
     total = zlib.crc32(whole.numpy().tobytes(), len(names))
     totals = world.all_gather(torch.tensor([total], dtype=torch.int64)).view(-1)
     if bool((totals == totals[0]).all()):
@@ -96,8 +107,29 @@ def check_masks(plan: Plan, bits: Mapping[str, Tensor], shards: Mapping[str, Sha
     rows = world.all_gather(padded)
     first = int((rows != rows[0]).any(0).nonzero()[0, 0])
     others = (rows[:, first] != rows[0, first]).nonzero().view(-1).tolist()
-    raise ValueError(
-        f"{names[min(first, len(names) - 1)]}: its masks differ between ranks 0 and {_some(others)}, so their copies "
+    raise _drifted(names[min(first, len(names) - 1)], 0, others)
+
+
+def _check_replicas(
+    names: Sequence[str], boxes: Sequence[Box], digests: Sequence[int], comm: Comm, world: Comm
+) -> None:
+    """Ranks of one group that hold the same box of an entry have the same mask of it."""
+    places = [zlib.crc32(repr(box).encode()) for box in boxes]
+    rows = comm.all_gather(torch.tensor([places, digests], dtype=torch.int64))
+
+    def compare() -> None:
+        for name, at, masks in zip(names, *rows.permute(1, 2, 0).tolist(), strict=True):
+            first: dict[int, int] = {}
+            for rank, (place, mask) in enumerate(zip(at, masks, strict=True)):
+                if mask != masks[first.setdefault(place, rank)]:
+                    raise _drifted(name, first[place], [rank])
+
+    raise_on_all_ranks(world, compare)
+
+
+def _drifted(name: str, first: int, others: list[int]) -> ValueError:
+    return ValueError(
+        f"{name}: its masks differ between ranks {first} and {_some(others)}, so their copies "
         "of the weights have drifted apart. Gradients must be reduced over all ranks before every step: wrap the "
         "model by DistributedDataParallel, and do not average weights now and then (local SGD) or keep other experts "
         "on every rank under the same names. Else look at those machines, and go on from the newest checkpoint."
@@ -137,11 +169,11 @@ def revived_message(name: str, found: int, place: str) -> str:
     )
 
 
-def _digest(bits: Tensor, start: int) -> int:
+def _digest(bits: Tensor, box: Box) -> int:
     """31 bits that depend on a piece's mask and place; 0 where there is none."""
     if not bits.numel():
         return 0
-    return zlib.crc32(bits.cpu().numpy().tobytes(), start & 0xFFFFFFFF) >> 1
+    return zlib.crc32(bits.cpu().numpy().tobytes(), zlib.crc32(repr(box).encode())) >> 1
 
 
 def _some(ranks: list[int]) -> str:

@@ -28,7 +28,7 @@ def apply(run: Run, module: nn.Module) -> None:
         held = local(found[entry.name]).detach()
         if held.numel() == entry.numel:
             kept = bitmask.unpack(bits, shard.numel).to(torch.uint8)
-            whole = run.backend.comm.assemble_everywhere(kept, shard.start, entry.numel)
+            whole = run.backend.comm.assemble_everywhere(kept, shard)
             held.view(-1)[(whole == 0).to(held.device)] = 0
         elif held.numel() == shard.numel:
             bitmask.zero_pruned_(held.view(-1), bits.to(held.device))

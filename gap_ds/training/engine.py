@@ -22,7 +22,7 @@ from gap_ds.method.config import GaPConfig
 from gap_ds.method.schedule import Phase
 from gap_ds.parallel import ParallelWorker
 from gap_ds.sharding.backends import Training
-from gap_ds.sharding.comm import operation
+from gap_ds.sharding.comm import Comm, ProcessGroup, operation
 from gap_ds.sharding.optimizers import Meaning
 from gap_ds.training import boundary, copies, saving
 from gap_ds.training.build import Options, build
@@ -69,6 +69,8 @@ class GaPEngine:
         optimizer_state: what state of an optimizer means that gap_ds does not know, by its name: "moment" (one value
             per weight, first 0), "sequence" (another sequence of the weights), "other".
         fresh: begin a new schedule although the optimizer has stepped.
+        group: the ranks that train this model, where others train another one: a stage of a pipeline, one of two
+            models. By default all ranks of the job.
     Raises:
         ValueError: a mistake in the config, or a combination that is not supported; the message names the setting.
     """
@@ -91,10 +93,10 @@ class GaPEngine:
         grad_scaler: Any = None,
         optimizer_state: Mapping[str, Meaning] | None = None,
         fresh: bool = False,
+        group: ProcessGroup | None = None,
     ) -> None:
-        training = Training(
-            optimizer, lr_scheduler, gradient_accumulation_steps, gradient_clipping, grad_scaler, optimizer_state
-        )
+        loop = (optimizer, lr_scheduler, gradient_accumulation_steps, gradient_clipping, grad_scaler, optimizer_state)
+        training = Training(*loop, world=Comm(group))
         options = Options(steps_per_epoch, batches_per_epoch, worker, nonfinite_loss, masks_from, history, fresh)
         self.run = build(model, config, training, options)
         self.config, self.schedule, self.plan = self.run.config, self.run.schedule, self.run.plan

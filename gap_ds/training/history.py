@@ -18,14 +18,13 @@ import json
 import warnings
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from gap_ds import checkpoint
 from gap_ds.masks import bitmask
 from gap_ds.method.plan import Plan
 from gap_ds.method.schedule import Phase
-from gap_ds.sharding.comm import Comm
+from gap_ds.sharding.comm import Comm, sum_of
 from gap_ds.storage.atomic import replacing
 from gap_ds.storage.errors import summarize_error
 from gap_ds.training.mask_state import MaskState
@@ -64,8 +63,9 @@ class History(Observer):
         if self._last is None:
             self._last, self._seen = {}, dict(self._mask_state.bits)
         rows = [self._row(entry.name, self._last) for entry in self._plan.entries]
-        counts = self._comm.sum(torch.tensor([[n or 0 for n in row] for row in rows], dtype=torch.int64).flatten())
-        summed = counts.view(-1, 4).tolist()
+        shards = [self._mask_state.shards[entry.name] for entry in self._plan.entries for _ in range(4)]
+        numbers = iter(sum_of(shards, [n or 0 for row in rows for n in row], self._comm))
+        summed = list(zip(*[numbers] * 4, strict=True))
         columns: dict[str, list[int | None]] = {}
         for i, name in enumerate(("kept", "came", "went", "active")):
             columns[name] = [None if own[i] is None else all_[i] for own, all_ in zip(rows, summed, strict=True)]

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from gap_ds import checkpoint
 from gap_ds.masks import bitmask, selection
+from gap_ds.masks.groups import Grouped, select_groups
 from gap_ds.method import rules
 from gap_ds.method.config import GaPConfig
 from gap_ds.method.pattern import Unstructured
 from gap_ds.method.plan import Entry, Plan
 from gap_ds.sharding.backends import Backend
-from gap_ds.sharding.comm import Comm
+from gap_ds.sharding.comm import Comm, boxes_of, sum_of
 from gap_ds.sharding.shard import Shard
 
 
@@ -185,8 +186,8 @@ class MaskState:
             )
             bits |= self._exactly({e: (u.keep, self._random(e, e.name)) for e, u in random.items()})
             return bits | self._exchanged(exchanged, step)
-        bits = {e.name: self._whole(e, u.keep, self._magnitudes(e), True) for e, u in largest.items()}
-        return bits | {e.name: self._whole(e, u.keep, self._random(e, e.name), False) for e, u in random.items()}
+        bits = self._by_groups({e: (u.keep, self._magnitudes(e)) for e, u in largest.items()}, by_magnitude=True)
+        return bits | self._by_groups({e: (u.keep, self._random(e, e.name)) for e, u in random.items()})
 
     def _exactly(
         self, wanted: Mapping[Entry, tuple[int, selection.Keys]], shared_budget: bool = False
@@ -202,7 +203,7 @@ class MaskState:
             budget = budgets.setdefault(entry.partition if shared_budget else entry.name, len(budgets))
             keep += [0] * (len(budgets) - len(keep))
             keep[budget] += n
-            pieces.append(selection.Piece(entry.name, shard.start, shard.numel, keys, budget))
+            pieces.append(selection.Piece(entry.name, shard.box, keys, budget, shard.counted))
         bits = selection.select_largest(pieces, keep, self._backend.comm)
         return {piece.name: b for piece, b in zip(pieces, bits, strict=True)}
 
@@ -224,7 +225,7 @@ class MaskState:
 
     def _random(self, entry: Entry, name: str) -> selection.Keys:
         shard = self.shards[entry.name]
-        return selection.random_keys(self._config.seed, name, shard.start, shard.weight().device)
+        return selection.random_keys(self._config.seed, name, shard.box, shard.weight().device)
 
     def _growth(self, entry: Entry, by_gradient: bool, step: int) -> selection.Keys:
         """Keys by which grown weights are chosen. A parameter without a gradient has zeros as its gradient."""
@@ -234,15 +235,28 @@ class MaskState:
         gradient = self._gradients.get(entry.name)
         return selection.magnitude_keys(torch.zeros_like(weight) if gradient is None else gradient)
 
-    def _whole(self, entry: Entry, keep: int, keys: selection.Keys, by_magnitude: bool) -> Tensor:
-        """Bits of this rank's piece where the pattern needs the whole entry: all ranks assemble it and decide alike."""
-        shard = self.shards[entry.name]
-        piece = selection.Piece(entry.name, shard.start, shard.numel, keys, budget=0)
-        own = torch.cat([piece.keys(0, 0), *(chunk for _, chunk in piece.chunks())])
-        whole = self._backend.comm.assemble_everywhere(own, piece.start, entry.numel)
-        scores = selection.magnitudes(entry.name, whole) if by_magnitude else whole
-        kept = self._plan.pattern.mask(scores.view(entry.shape), keep, entry.dims)
-        return bitmask.pack(kept.flatten()[piece.start : piece.start + piece.numel])
+    def _by_groups(
+        self, wanted: Mapping[Entry, tuple[int, selection.Keys]], by_magnitude: bool = False
+    ) -> dict[str, Tensor]:
+        """For each entry the mask of its pattern with the largest keys."""
+        pattern = self._plan.pattern
+        if not wanted or isinstance(pattern, Unstructured):
+            return {}
+        shards = [self.shards[entry.name] for entry in wanted]
+        boxes = boxes_of(shards, self._backend.comm)
+        entries = [
+            Grouped(
+                selection.Piece(entry.name, shard.box, keys, 0, shard.counted),
+                entry.shape,
+                entry.dims,
+                keep,
+                cuts,
+                by_magnitude,
+            )
+            for (entry, (keep, keys)), shard, cuts in zip(wanted.items(), shards, boxes, strict=True)
+        ]
+        bits = select_groups(pattern, entries, self._backend.comm)
+        return {entry.name: b for entry, b in zip(wanted, bits, strict=True)}
 
     def _stored(self, names: set[str]) -> dict[str, Tensor]:
         """Masks that were written by another run, of the same entries."""
@@ -257,8 +271,7 @@ class MaskState:
         local = [
             bitmask.count(self.bits[name]) if name in self.bits else shard.numel for name, shard in self.shards.items()
         ]
-        counts: list[int] = self._backend.comm.sum(torch.tensor(local, dtype=torch.int64)).tolist()
-        return counts
+        return sum_of(self.shards.values(), local, self._backend.comm)
 
     def stats(self) -> dict[str, Any]:
         """Exact figures of the masks over all ranks, as `GaPEngine.stats` returns them."""
@@ -303,8 +316,8 @@ class MaskState:
 
 def nonzero(shards: Sequence[Shard], comm: Comm) -> dict[str, int]:
     """Weights of each parameter that are not 0. All ranks of `comm` must call this."""
-    local = torch.tensor([int(shard.weight().count_nonzero()) for shard in shards], dtype=torch.int64)
-    return {shard.name: n for shard, n in zip(shards, comm.sum(local).tolist(), strict=True)}
+    local = [int(shard.weight().count_nonzero()) for shard in shards]
+    return {shard.name: n for shard, n in zip(shards, sum_of(shards, local, comm), strict=True)}
 
 
 def inherited(config: GaPConfig, shards: Sequence[Shard]) -> dict[str, int]:

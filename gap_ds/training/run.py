@@ -148,7 +148,8 @@ class Run:
     def agree_on_masks(self) -> None:
         """Checks that all copies of every mask are equal, else raises ValueError on all ranks with the first entry."""
         state = self.mask_state
-        consistency.check_masks(self.plan, state.bits, state.shards, self.backend.comm, self.world)
+        backend = self.backend
+        consistency.check_masks(self.plan, state.bits, state.shards, backend.comm, self.world, backend.replicated)
 
     def to_prune(self, phase: Phase) -> Mapping[Entry, rules.PruneByMagnitude]:
         """Updates that prune for the final model what is dense in this phase, entries of a ramp included."""

@@ -21,14 +21,15 @@ from gap_ds.sharding.comm import Comm
 
 def gather(pieces: Sequence[tuple[Any, Tensor]]) -> list[Tensor]:
     """The whole tensors, on every rank, from all ranks' (shard, piece of it)."""
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, [(shard.start, piece.detach().cpu().clone()) for shard, piece in pieces])
+    parts: list[Any] = [None] * toy.Job.size()
+    own = [(shard.box.indices(), piece.detach().cpu().clone()) for shard, piece in pieces]
+    dist.all_gather_object(parts, own, group=toy.Job.group)
     whole = []
     for i, (shard, piece) in enumerate(pieces):
         tensor = torch.zeros(shard.full_numel, dtype=piece.dtype)
         for rank in parts:
-            start, part = rank[i]
-            tensor[start : start + part.numel()] = part
+            indices, part = rank[i]
+            tensor[indices] = part
         whole.append(tensor.view(shard.shape))
     return whole
 
@@ -64,9 +65,9 @@ class Traffic:
             self.other.append("assemble")
             return self._assemble(comm, *arguments)
 
-        def assembled_everywhere(comm: Comm, piece: Tensor, start: int, total: int) -> Tensor:
-            self.other.append(f"assemble_everywhere {total}")
-            return self._everywhere(comm, piece, start, total)
+        def assembled_everywhere(comm: Comm, piece: Tensor, shard: Any) -> Tensor:
+            self.other.append(f"assemble_everywhere {shard.full_numel}")
+            return self._everywhere(comm, piece, shard)
 
         Comm.sum, Comm.all_gather, Comm.assemble = summed, gathered, assembled  # type: ignore[method-assign]
         Comm.assemble_everywhere = assembled_everywhere  # type: ignore[method-assign]
@@ -110,7 +111,7 @@ def train(
     for step in range(first, last):
         phase = engine.phase
         for micro in range(toy.ACCUMULATION):
-            tokens, use_all = toy.batch(step, micro, dist.get_rank(), skip)
+            tokens, use_all = toy.batch(step, micro, toy.Job.rank(), skip)
             loss = engine(tokens, use_all)
             losses.append(loss.item())
             engine.backward(loss)
@@ -164,8 +165,8 @@ def final_state(engine: GaPEngine) -> dict[str, dict[str, Any]]:
     shards = [shard for shard in engine.run.backend.shards() if shard.trainable]
     optimizers = engine.run.backend.optimizers
     own = [[moment for _, moment, _ in optimizers.moments(shard)] for shard in shards]
-    counts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(counts, [len(moments) for moments in own])
+    counts: list[Any] = [None] * toy.Job.size()
+    dist.all_gather_object(counts, [len(moments) for moments in own], group=toy.Job.group)
     moments = {}
     for i, shard in enumerate(shards):  # a rank that owns nothing of a parameter has no moments of it either
         padded = own[i] + [torch.empty(0)] * (max(rank[i] for rank in counts) - len(own[i]))

@@ -91,7 +91,7 @@ def train(
             _cross(step, boundaries[step], masks, weights, optimizer, select)
             history.append({name: mask.clone() for name, mask in masks.items()})
         for micro in range(toy.ACCUMULATION):
-            loss = model(*toy.batch(step, micro, dist.get_rank(), skip))
+            loss = model(*toy.batch(step, micro, toy.Job.rank(), skip))
             losses.append(loss.item())
             trained = [p for p in model.parameters() if p.requires_grad]
             gradients = torch.autograd.grad(loss / toy.ACCUMULATION, trained, allow_unused=True)
@@ -125,8 +125,8 @@ def train(
 def _average(gradient: Tensor) -> Tensor:
     """The mean over the ranks."""
     gradient = gradient.clone()
-    dist.all_reduce(gradient)
-    return gradient / dist.get_world_size()
+    dist.all_reduce(gradient, group=toy.Job.group)
+    return gradient / toy.Job.size()
 
 
 @torch.no_grad()

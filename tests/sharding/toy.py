@@ -10,12 +10,30 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
 VOCABULARY, WIDTH, HIDDEN, BLOCKS = 11, 16, 37, 4
 GAP = {"sparsity": 0.8, "partitions": 2, "phase_steps": 3, "rounds": 2, "finetune_steps": 3}
 STEPS, ACCUMULATION = 15, 2
+
+
+class Job:
+    """Which of the processes train one model, and which data this one sees: by default all, each its own."""
+
+    group: Any = None
+    data_rank: int | None = None
+
+    @classmethod
+    def rank(cls) -> int:
+        """The number of this process's data."""
+        return dist.get_rank() if cls.data_rank is None else cls.data_rank
+
+    @classmethod
+    def size(cls) -> int:
+        """How many processes train the model."""
+        return dist.get_world_size(cls.group)
 
 
 class Block(nn.Module):

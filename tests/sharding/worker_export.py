@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from gap_ds import GaPEngine, export
+from gap_ds.masks.box import Box
 from gap_ds.sharding.comm import Comm
 
 warnings.filterwarnings("ignore")
@@ -46,7 +47,8 @@ def assemble(out: Path) -> None:
             for dtype in DTYPES:
                 whole = (torch.arange(sum(numels)) % 251).to(dtype)
                 piece = whole[starts[comm.rank] :][: numels[comm.rank]].clone()
-                found = comm.assemble(piece, starts, numels, len(whole))
+                boxes = [Box.span(start, n, len(whole)) for start, n in zip(starts, numels, strict=True)]
+                found = comm.assemble(piece, boxes, len(whole))
                 if (found is None) if comm.rank == 0 else (found is not None):
                     wrong.append(f"{starts} {dtype}: the wrong rank has it")
                 elif found is not None and not torch.equal(found, whole):
@@ -56,7 +58,7 @@ def assemble(out: Path) -> None:
     comm.barrier()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what there is now
     before = resident("VmRSS")
-    whole_ = comm.assemble(piece, [0] * comm.size, [0] * last + [numel], numel)
+    whole_ = comm.assemble(piece, [Box.span(0, n, numel) for n in [0] * last + [numel]], numel)
     grown = resident("VmHWM") - before
     assert whole_ is None or bool(whole_.eq(1).all())
     found_ = {"wrong": wrong, "share": grown / (4 * numel)}

@@ -73,7 +73,7 @@ def build(row: dict[str, Any]) -> GaPEngine:
 def cut_groups(engine: GaPEngine, pattern: str) -> int:
     """Groups of entries in the middle of which this rank's piece begins."""
     return sum(
-        group[0] < engine.mask_state.shards[entry.name].start <= group[-1]
+        group[0] < engine.mask_state.shards[entry.name].box.start <= group[-1]
         for entry in engine.plan.entries
         for group in groups(pattern, *entry.shape)
         if engine.mask_state.shards[entry.name].numel

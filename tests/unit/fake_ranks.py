@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from gap_ds.parallel import Item
+from gap_ds.sharding.shard import Shard
 
 
 class Ranks:
@@ -53,12 +57,13 @@ class Rank:
     def all_gather(self, row: Tensor) -> Tensor:
         return torch.stack(self.exchange(row))
 
-    def assemble(self, piece: Tensor, starts: list[int], numels: list[int], total: int) -> Tensor | None:
+    def assemble(self, piece: Tensor, places: list[Any], total: int) -> Tensor | None:
         pieces = self.exchange(piece)
         whole = torch.empty(total, dtype=piece.dtype)
-        for start, numel, part in zip(starts, numels, pieces, strict=True):
-            assert part.numel() == numel
-            whole[start : start + numel] = part
+        for place, part in zip(places, pieces, strict=True):
+            assert place.numel in (0, part.numel())
+            if place.numel:
+                whole[place.places(0, place.numel)] = part
         return whole if self.rank == 0 else None
 
     def broadcast_object(self, value: Any) -> Any:
@@ -66,3 +71,23 @@ class Rank:
 
     def barrier(self) -> None:
         self.ranks.wait()
+
+
+def item_of(
+    name: str,
+    shape: tuple[int, ...],
+    partition: int | None,
+    start: int,
+    numel: int,
+    piece: Callable[[], Tensor],
+    keep: int | None = None,
+    shared_budget: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Item:
+    """What is exchanged of a tensor of which this rank has the range [start, start + numel), which is `piece()`."""
+    return Item(Shard.of_range(name, shape, start, numel, 0, piece), partition, keep, shared_budget, dtype)
+
+
+def renamed(item: Item, name: str) -> Item:
+    """The same item under another name."""
+    return replace(item, shard=replace(item.shard, name=name))

@@ -8,7 +8,7 @@ which backend it has.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,8 @@ class Backend:
     module: the model inside, whose module tree has the names of the plan.
     optimizers: the innermost optimizers; their post-step hooks fire after the fp32 weights changed and before the
         library copies them to low precision and spreads them.
-    comm: the ranks among which the pieces of one parameter are spread.
+    comm: the ranks among which the pieces of parameters are spread.
+    replicated: whether some pieces are on several ranks of `comm`, which must keep them equal.
     shards: this rank's piece of every parameter, trainable or not, in an order that is the same on all ranks.
     publish: makes a change of the fp32 pieces outside an optimizer step known to working copies and other ranks.
     skips_overflow: whether a step whose gradients are not finite is left out, as loss scaling does.
@@ -59,6 +60,7 @@ class Backend:
     micro_batches: int = 1
     skips_overflow: bool = False
     reshards: bool = False
+    replicated: bool = False
     counters: Callable[[], dict[str, float]] = dict
     recount: Callable[[int, dict[str, float]], None] = lambda applied_steps, counters: None
 
@@ -73,6 +75,8 @@ class Training:
     gradient_clipping: float = 0.0
     grad_scaler: Any = None
     optimizer_state: Mapping[str, Meaning] | None = None
+    #: All ranks that train the model.
+    world: Comm = field(default_factory=Comm)
 
     def optimizers(self) -> Optimizers:
         """The user's optimizers; ValueError if one cannot be used."""

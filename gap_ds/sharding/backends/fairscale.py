@@ -78,8 +78,8 @@ def _oss(model: Any, training: Training) -> Backend:
             "wrapped with. Pass that OSS; several of them are not supported."
         )
     inner = Optimizers([oss.optim], meanings=training.optimizer_state)
-    require_world(oss.world_size)
-    comm = Comm(oss.group)
+    require_world(oss.world_size, training.world)
+    comm = Comm(oss.group, within=training.world)
 
     def shards() -> list[Shard]:
         return [_owned(clean_name(name), p, oss) for name, p in model.module.named_parameters()]
@@ -122,7 +122,9 @@ def _owned(name: str, parameter: nn.Parameter, oss: Any) -> Shard:
     """The whole parameter on the rank that updates it, nothing on the others."""
     mine = not parameter.requires_grad or oss._param_to_rank.get(parameter, oss.rank) == oss.rank
     numel = parameter.numel() if mine else 0
-    return Shard(name, tuple(parameter.shape), 0, numel, 0, lambda: parameter, trainable=parameter.requires_grad)
+    return Shard.of_range(
+        name, tuple(parameter.shape), 0, numel, 0, lambda: parameter, trainable=parameter.requires_grad
+    )
 
 
 # -- FullyShardedDataParallel ------------------------------------------------------------------------------------------
@@ -131,7 +133,7 @@ def _owned(name: str, parameter: nn.Parameter, oss: Any) -> Shard:
 def _fsdp(root: Any, training: Training) -> Backend:
     optimizers = training.optimizers()
     units = [module for module in root.modules() if _fully_sharded(module)]
-    comm = _comm(units)
+    comm = _comm(units, training.world)
 
     def use_shards(*_: object) -> None:
         """Frees the whole parameters that the root keeps after a forward pass, and points all at their pieces."""
@@ -169,7 +171,7 @@ def _fsdp(root: Any, training: Training) -> Backend:
     )
 
 
-def _comm(units: list[Any]) -> Comm:
+def _comm(units: list[Any], world: Comm) -> Comm:
     """The ranks among which the parameters are spread.
 
     Raises:
@@ -183,8 +185,8 @@ def _comm(units: list[Any]) -> Comm:
             "group for all is needed. Wrap every module with the same process_group."
         )
     group = next(iter(groups.values()))
-    require_world(group.size())
-    return Comm(group) if group.size() > 1 else Comm(single=True)
+    require_world(group.size(), world)
+    return Comm(group, single=group.size() == 1, within=world)
 
 
 def _flat_pieces(root: nn.Module, units: list[Any], comm: Comm) -> Iterator[Shard]:
@@ -204,7 +206,7 @@ def _flat_pieces(root: nn.Module, units: list[Any], comm: Comm) -> Iterator[Shar
                 lo = min(max(first, begin), begin + shape.numel())
                 hi = min(first + width, begin + shape.numel())
                 numel = max(0, hi - lo)
-                yield Shard(
+                yield Shard.of_range(
                     name,
                     tuple(shape),
                     lo - begin,

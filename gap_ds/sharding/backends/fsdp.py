@@ -1,6 +1,6 @@
 """PyTorch's own sharding: FullyShardedDataParallel (FSDP1) and fully_shard (FSDP2), hybrid sharding included.
 
-    FSDP2                     rows of each parameter: the local tensor of a DTensor
+    FSDP2                     a box of each parameter, by default rows: the local tensor of a DTensor
     FSDP1, use_orig_params    the parameters, as 1-D views of the rank's piece (maybe empty) of a flat parameter
     FSDP1, flat               that piece of the flat parameter itself, several parameters one after the other
 
@@ -16,13 +16,13 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor.placement_types import Shard as ShardPlacement
+from torch.distributed.tensor import DTensor
 
 from gap_ds.method.plan import clean_name
 from gap_ds.sharding.backends import Backend, Training, uncompiled
 from gap_ds.sharding.backends.plain import Loop, NoSync, load_state, require_world, save_state
 from gap_ds.sharding.comm import Comm
+from gap_ds.sharding.mesh import Layout, shard_of
 from gap_ds.sharding.shard import Shard
 
 
@@ -54,11 +54,11 @@ def _backend(name: str, model: nn.Module, root: nn.Module, training: Training, l
 
     def save(folder: Path) -> None:
         publish()  # whole parameters that a forward pass has left are not those of the optimizer
-        save_state(root, optimizers, folder)
+        save_state(root, optimizers, folder, training.world)
 
     def load(folder: Path) -> None:
         publish()
-        load_state(root, optimizers, folder)
+        load_state(root, optimizers, folder, training.world)
 
     return Backend(
         name=name,
@@ -86,7 +86,7 @@ def _unsharded(name: str, parameter: Tensor) -> Shard:
             f"{name}: is trained but not sharded (FSDP was told to ignore it), so its gradients are not reduced over "
             "the ranks. Freeze it, or let FSDP shard it."
         )
-    return Shard(name, tuple(parameter.shape), 0, parameter.numel(), 0, lambda: parameter, trainable=False)
+    return Shard.of_range(name, tuple(parameter.shape), 0, parameter.numel(), 0, lambda: parameter, trainable=False)
 
 
 # -- FSDP2 -------------------------------------------------------------------------------------------------------------
@@ -104,9 +104,10 @@ def _fsdp2(model: nn.Module, root: FSDPModule, training: Training) -> Backend:
 
     def shards() -> list[Shard]:
         reshard()
-        return [_rows(clean_name(name), parameter) for name, parameter in root.named_parameters()]
+        return [_shard(clean_name(name), parameter) for name, parameter in root.named_parameters()]
 
     reshard()
+    layout = Layout.of(root, shards, training.world)
     loop = Loop(training, optimizers, sync=root.set_requires_gradient_sync)
     return _backend(
         "fsdp2",
@@ -115,80 +116,25 @@ def _fsdp2(model: nn.Module, root: FSDPModule, training: Training) -> Backend:
         training,
         loop,
         module=root,
-        comm=_mesh_comm(dict(root.named_parameters())),
-        shards=shards,
+        comm=layout.comm,
+        shards=layout.shards,
+        replicated=layout.replicated,
         publish=reshard,
     )
 
 
-def _rows(name: str, parameter: nn.Parameter) -> Shard:
-    """This rank's rows of a parameter; as torch.chunk cuts them, so the last ranks may have fewer or none.
-
-    The owner is the parameter object itself: FSDP2 keeps it for life, the optimizer holds it, and the local tensor is
-    taken from it afresh at every use.
-    """
-    if not isinstance(parameter, DTensor):
-        return _unsharded(name, parameter)
-    shape = tuple(parameter.shape)
-    dim = _sharded_dim(name, parameter)
-    start, numel = 0, parameter.to_local().numel()
-    if dim is not None:
-        size, rank = parameter.device_mesh.size(dim), parameter.device_mesh.get_local_rank(dim)
-        rows = -(-shape[0] // size)
-        start = min(rank * rows, shape[0]) * (parameter.numel() // max(shape[0], 1))
-    return Shard(name, shape, start, numel, 0, lambda: parameter, trainable=parameter.requires_grad)
+def _shard(name: str, parameter: nn.Parameter) -> Shard:
+    return shard_of(name, parameter) if isinstance(parameter, DTensor) else _unsharded(name, parameter)
 
 
-def _sharded_dim(name: str, parameter: DTensor) -> int | None:
-    """The mesh dimension over which a parameter is sharded; None if every rank has it whole.
-
-    Raises:
-        ValueError: a rank's piece is no contiguous range of the flattened parameter.
-    """
-    placements = parameter.placements
-    dims = [i for i, placement in enumerate(placements) if not isinstance(placement, Replicate)]
-    if len(dims) > 1:
-        raise ValueError(
-            f"{name}: is sharded over {len(dims)} mesh dimensions ({placements}), as with tensor parallelism: an entry "
-            "would be cut in two ways. Use fully_shard on a mesh of data-parallel dimensions alone."
-        )
-    for placement in placements:
-        if isinstance(placement, ShardPlacement) and placement.dim != 0:
-            raise ValueError(
-                f"{name}: is sharded on dimension {placement.dim}; only dimension 0 is supported, where a rank's piece "
-                "is contiguous. Remove shard_placement_fn, or let it return None for this parameter."
-            )
-        if not isinstance(placement, Replicate | ShardPlacement):
-            raise ValueError(f"{name}: has the placement {placement}; only Shard(0) and Replicate() are supported.")
-    return dims[0] if dims else None
-
-
-def _mesh_comm(parameters: dict[str, nn.Parameter]) -> Comm:
-    """The ranks among which all sharded parameters are spread.
-
-    Raises:
-        ValueError: not all are spread over the same ranks.
-    """
-    groups: dict[tuple[int, ...], tuple[str, dist.ProcessGroup]] = {}
-    for parameter in parameters.values():
-        if isinstance(parameter, DTensor):
-            require_world(parameter.device_mesh.size())
-            break
-    for name, parameter in parameters.items():
-        if isinstance(parameter, DTensor) and (dim := _sharded_dim(clean_name(name), parameter)) is not None:
-            group = parameter.device_mesh.get_group(dim)
-            groups.setdefault(tuple(dist.get_process_group_ranks(group)), (clean_name(name), group))
-    return _one_comm(groups)
-
-
-def _one_comm(groups: dict[tuple[int, ...], tuple[str, dist.ProcessGroup]]) -> Comm:
+def _one_comm(groups: dict[tuple[int, ...], tuple[str, dist.ProcessGroup]], world: Comm) -> Comm:
     if len(groups) > 1:
         (first, (a, _)), (second, (b, _)) = list(groups.items())[:2]
         raise ValueError(
             f"{a} is sharded over the ranks {list(first)} and {b} over {list(second)}: one group for all parameters is "
             "needed (experts on a separate mesh are not supported). Wrap every module with the same mesh."
         )
-    return Comm(next(iter(groups.values()))[1]) if groups else Comm(single=True)
+    return Comm(next(iter(groups.values()))[1], within=world) if groups else Comm(single=True, within=world)
 
 
 # -- FSDP1 -------------------------------------------------------------------------------------------------------------
@@ -216,7 +162,7 @@ def _fsdp1(model: nn.Module, root: FullyShardedDataParallel, training: Training)
         training,
         loop,
         module=root.module,
-        comm=_handle_comm(root),
+        comm=_handle_comm(root, training.world),
         shards=shards,
         publish=reshard,
     )
@@ -251,7 +197,7 @@ def _refuse_fsdp1(model: nn.Module, root: FullyShardedDataParallel) -> None:
             )
 
 
-def _handle_comm(root: FullyShardedDataParallel) -> Comm:
+def _handle_comm(root: FullyShardedDataParallel, world: Comm) -> Comm:
     """The ranks among which all flat parameters are spread; NO_SHARD: none."""
     groups: dict[tuple[int, ...], tuple[str, dist.ProcessGroup]] = {}
     kinds = {handle.uses_sharded_strategy for handle in _handles(root)}
@@ -261,12 +207,12 @@ def _handle_comm(root: FullyShardedDataParallel) -> Comm:
             "either spread over the ranks or not. Use the same sharding_strategy everywhere."
         )
     own, replicas = root.process_group, getattr(root, "_inter_node_pg", None)  # the latter with hybrid sharding
-    require_world(dist.get_world_size(own) * (dist.get_world_size(replicas) if replicas is not None else 1))
+    require_world(dist.get_world_size(own) * (dist.get_world_size(replicas) if replicas is not None else 1), world)
     for handle in _handles(root):
         if handle.uses_sharded_strategy:
             group = handle.process_group
             groups.setdefault(tuple(dist.get_process_group_ranks(group)), (handle.flat_param._fqns[0], group))
-    return _one_comm(groups)
+    return _one_comm(groups, world)
 
 
 def _flat_pieces(root: FullyShardedDataParallel) -> Iterator[Shard]:
@@ -282,7 +228,7 @@ def _flat_pieces(root: FullyShardedDataParallel) -> Iterator[Shard]:
             original: bool = handle._use_orig_params
             parameter: Tensor = flat._params[i] if original else flat
             sharded.add(id(parameter))
-            yield Shard(
+            yield Shard.of_range(
                 name=f"{modules[id(info.module)]}.{info.param_name}".removeprefix("."),
                 shape=tuple(shape),
                 start=piece.intra_param_start_idx or 0,

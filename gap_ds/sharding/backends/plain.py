@@ -1,4 +1,4 @@
-"""Plain PyTorch and DistributedDataParallel: every rank holds every parameter whole."""
+"""Plain PyTorch, DistributedDataParallel, tensor parallelism: parameters are whole on every rank, or DTensors."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from gap_ds.method.plan import clean_name
 from gap_ds.sharding.backends import Backend, OtherOptimizerError, Training, uncompiled
 from gap_ds.sharding.comm import Apart, Comm
+from gap_ds.sharding.mesh import Layout, clip, shard_of
 from gap_ds.sharding.optimizers import Optimizers
 from gap_ds.sharding.shard import Shard
 from gap_ds.storage.errors import summarize_error
@@ -35,7 +36,7 @@ def recognises(model: nn.Module) -> bool:
 
 
 def build(model: nn.Module, training: Training) -> Backend:
-    """The backend of a model whose parameters are whole on every rank.
+    """The backend of a model whose parameters are whole on every rank, or cut by tensor or expert parallelism.
 
     Raises:
         ValueError: a parameter is sharded in a way that no backend knows.
@@ -44,30 +45,26 @@ def build(model: nn.Module, training: Training) -> Backend:
     ddp = isinstance(wrapper, DistributedDataParallel)
     module = uncompiled(wrapper.module) if isinstance(wrapper, DistributedDataParallel) else wrapper
     if isinstance(wrapper, DistributedDataParallel):
-        require_world(dist.get_world_size(wrapper.process_group))
+        require_world(dist.get_world_size(wrapper.process_group), training.world)
         _refuse_ignored(wrapper)
     optimizers = training.optimizers()
-    for name, parameter in module.named_parameters():
-        if isinstance(parameter, DTensor):
-            raise ValueError(
-                f"{clean_name(name)}: is sharded ({parameter.placements}), but the model is not wrapped by "
-                "fully_shard: tensor parallelism alone is not supported. Shard the model by fully_shard."
-            )
     sync = NoSync(wrapper) if isinstance(wrapper, DistributedDataParallel) else None
+    layout = Layout.of(module, lambda: whole_shards(module), training.world)
     loop = Loop(training, optimizers, sync=sync)
     return Backend(
         name="ddp" if ddp else "plain",
         forward=model,
         module=module,
         optimizers=optimizers,
-        comm=Comm(single=True),
-        shards=lambda: whole_shards(module),
+        comm=layout.comm,
+        shards=layout.shards,
+        replicated=layout.replicated,
         publish=lambda: None,
         backward=loop.backward,
         step=loop.step,
         micro_batches=training.gradient_accumulation_steps,
-        save=lambda folder: save_state(module, optimizers, folder),
-        load=lambda folder: load_state(module, optimizers, folder),
+        save=lambda folder: save_state(module, optimizers, folder, training.world),
+        load=lambda folder: load_state(module, optimizers, folder, training.world),
         skips_overflow=training.grad_scaler is not None,
         reshards=True,
     )
@@ -83,17 +80,17 @@ def _refuse_ignored(wrapper: DistributedDataParallel) -> None:
         )
 
 
-def require_world(ranks: int) -> None:
-    """Checks that a model is trained by all ranks of the job.
+def require_world(ranks: int, world: Comm) -> None:
+    """Checks that a model is trained by all ranks of the engine.
 
     Raises:
         Apart: it is trained by fewer, as an expert or a stage of a pipeline is.
     """
-    if ranks != dist.get_world_size():
+    if ranks != world.size:
         raise Apart(
-            f"the model is wrapped for {ranks} of the job's {dist.get_world_size()} ranks: all ranks must train the "
-            "same model. Wrap it for all of them; models of groups of ranks (stages of a pipeline, experts, two models "
-            "at once) are not supported."
+            f"the model is wrapped for {ranks} of the {world.size} ranks of the engine. Wrap it for all of them; where "
+            "groups of ranks train models of their own (stages of a pipeline, two models at once), pass group= with "
+            "the ranks of this one."
         )
 
 
@@ -107,7 +104,7 @@ def _held(holder: nn.Module, leaf: str, name: str) -> Tensor:
 
 
 def whole_shards(module: nn.Module) -> list[Shard]:
-    """Shards that are the parameters themselves, looked up in their modules at every use: they may be replaced.
+    """Shards that are the parameters, or boxes of DTensors, looked up in their modules at every use: they may change.
 
     Raises:
         ValueError: a parameter does not lie in memory in the order of its indices.
@@ -127,7 +124,9 @@ def whole_shards(module: nn.Module) -> list[Shard]:
             )
         shape = tuple(parameter.shape)
         owner = cast(Callable[[], Tensor], holders[id(parameter)])
-        return Shard(clean_name(name), shape, 0, parameter.numel(), 0, owner, parameter.requires_grad)
+        if isinstance(parameter, DTensor):
+            return shard_of(clean_name(name), parameter, owner)
+        return Shard.of_range(clean_name(name), shape, 0, parameter.numel(), 0, owner, parameter.requires_grad)
 
     return [shard(name, parameter) for name, parameter in module.named_parameters()]
 
@@ -174,7 +173,7 @@ class Loop:
 
     def _clip_whole(self, norm: float) -> None:
         parameters = [p for group in self.optimizers.groups() for p in group["params"]]
-        torch.nn.utils.clip_grad_norm_(parameters, norm)
+        clip(parameters, norm)
 
     def _clear(self) -> None:
         for optimizer in self.optimizers:
@@ -221,14 +220,14 @@ def _overflow_together(scaler: torch.amp.GradScaler, optimizers: Optimizers) -> 
             flag.copy_(total)
 
 
-def save_state(module: nn.Module, optimizers: Optimizers, folder: Path) -> None:
+def save_state(module: nn.Module, optimizers: Optimizers, folder: Path, world: Comm) -> None:
     """Weights and optimizer state by torch.distributed.checkpoint, which also reshards them."""
     with optimizers.aside():
         stepped = optimizers.stepped
         model, optimizer = _state_dict(module, optimizers)
         state = {"model": model, "optimizer": optimizer, "stepped": stepped}
         try:
-            save_distributed(state, checkpoint_id=folder / "state", no_dist=not dist.is_initialized())
+            save_distributed(state, checkpoint_id=folder / "state", **_among(world))
         except CheckpointException as error:
             raise _first_failure(folder / "state", error) from error
 
@@ -242,14 +241,19 @@ def _state_dict(module: nn.Module, optimizers: Optimizers) -> tuple[dict[str, An
     return get_state_dict(module, list(optimizers))
 
 
-def load_state(module: nn.Module, optimizers: Optimizers, folder: Path) -> None:
+def _among(world: Comm) -> dict[str, Any]:
+    """The ranks that take part, as torch.distributed.checkpoint takes them."""
+    return {"process_group": world.group, "no_dist": not dist.is_initialized()}
+
+
+def load_state(module: nn.Module, optimizers: Optimizers, folder: Path, world: Comm) -> None:
     """Reads what `save_state` wrote into the same module and optimizers. State that was not saved is cleared.
 
     Raises:
         OtherOptimizerError: another optimizer's state was saved; nothing was changed.
         ValueError: it cannot be read.
     """
-    path, alone = folder / "state", not dist.is_initialized()
+    path, ranks = folder / "state", _among(world)
     with optimizers.aside() as aside:  # torch makes the state that is filled by a step, which must not count
         optimizers.clear()
         model_state, optimizer_state = _state_dict(module, optimizers)
@@ -259,13 +263,13 @@ def load_state(module: nn.Module, optimizers: Optimizers, folder: Path) -> None:
         facts: dict[str, Any] = {"stepped": True}
         partly = DefaultLoadPlanner(allow_partial_load=True)  # settings of a group, and parameters without a gradient
         try:
-            load_distributed(facts, checkpoint_id=path, no_dist=alone)
+            load_distributed(facts, checkpoint_id=path, **ranks)
             saved = _saved_state(path, made)
-            _check_groups(path, optimizer_state["param_groups"], alone)
+            _check_groups(path, optimizer_state["param_groups"], ranks)
             frozen = {clean_name(name) for name, p in module.named_parameters() if not p.requires_grad}
             _check_state(path, saved, made, facts["stepped"], optimizers.names, frozen)
-            load_distributed({"model": model_state}, checkpoint_id=path, no_dist=alone)
-            load_distributed(state, checkpoint_id=path, no_dist=alone, planner=partly)
+            load_distributed({"model": model_state}, checkpoint_id=path, **ranks)
+            load_distributed(state, checkpoint_id=path, **ranks, planner=partly)
         except CheckpointException as error:
             raise _first_failure(path, error) from error
         set_state_dict(module, list(optimizers), model_state_dict=state["model"], optim_state_dict=state["optimizer"])
@@ -289,7 +293,7 @@ def _saved_state(path: Path, known: Iterable[str]) -> dict[str, set[str]]:
     return saved
 
 
-def _check_groups(path: Path, groups: Any, alone: bool) -> None:
+def _check_groups(path: Path, groups: Any, ranks: dict[str, Any]) -> None:
     """Checks that parameters were saved in the same groups as they are in now; OtherOptimizerError if not."""
     prefix, now = "optimizer.param_groups.", [set(group["params"]) for group in groups]
     saved = {key for key in FileSystemReader(path).read_metadata().state_dict_metadata if key.startswith(prefix)}
@@ -300,7 +304,7 @@ def _check_groups(path: Path, groups: Any, alone: bool) -> None:
             "with the same groups in the same order."
         )
     then: dict[str, Any] = {f"{prefix}{i}.params": [] for i in range(len(now))}
-    load_distributed(then, checkpoint_id=path, no_dist=alone)
+    load_distributed(then, checkpoint_id=path, **ranks)
     for i, (names, own) in enumerate(zip(then.values(), now, strict=True)):
         if other := sorted(own.symmetric_difference(names)):
             there, here = ("now", "then") if other[0] in own else ("then", "now")

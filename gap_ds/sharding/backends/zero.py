@@ -66,9 +66,9 @@ def build(engine: Any, training: Training) -> Backend:
         ValueError: a setting under which pieces lie elsewhere, or the optimizer is not called.
     """
     _refuse(engine, training)
-    require_world(engine.seq_data_parallel_group.size())
+    require_world(engine.seq_data_parallel_group.size(), training.world)
     stage: int = engine.zero_optimization_stage()
-    layout, comm, publish = _layout(engine, stage)
+    layout, comm, publish = _layout(engine, stage, training.world)
     module: nn.Module = engine.module
     # What is frozen later keeps its fragment and its place in the optimizer's buffers.
     trained = {p for p in module.parameters() if p.requires_grad}
@@ -201,7 +201,7 @@ _Layout = Callable[[nn.Parameter], _Place]
 def _shard(name: str, parameter: Any, layout: _Layout, trained: bool) -> Shard:
     name, shape = clean_name(name), tuple(getattr(parameter, "ds_shape", parameter.shape))
     if not trained:
-        return Shard(name, shape, *_untrained_place(parameter), trainable=False)
+        return Shard.of_range(name, shape, *_untrained_place(parameter), trainable=False)
     try:
         start, numel, offset, owner = layout(parameter)
     except (AttributeError, KeyError):
@@ -216,7 +216,7 @@ def _shard(name: str, parameter: Any, layout: _Layout, trained: bool) -> Shard:
         first = 0 if hasattr(parameter, "ds_tensor") else start
         return () if not numel or owner() is parameter else (held[first : first + numel],)
 
-    return Shard(name, shape, start, numel, offset, owner, copies=copies)
+    return Shard.of_range(name, shape, start, numel, offset, owner, copies=copies)
 
 
 def _untrained_place(parameter: Any) -> _Place:
@@ -227,16 +227,21 @@ def _untrained_place(parameter: Any) -> _Place:
     return start, min(n, parameter.ds_numel - start), 0, lambda: parameter.ds_tensor
 
 
-def _layout(engine: Any, stage: int) -> tuple[_Layout, Comm, Callable[[], None]]:
+def _layout(engine: Any, stage: int, world: Comm) -> tuple[_Layout, Comm, Callable[[], None]]:
     """Where pieces lie, who shares them, and how changes are made known, for the optimizer that DeepSpeed built."""
     optimizer = engine.optimizer
     if stage == 3:
-        return _stage3_place(optimizer), Comm(optimizer.dp_process_group), lambda: _publish_stage3(optimizer)
+        return (
+            _stage3_place(optimizer),
+            Comm(optimizer.dp_process_group, within=world),
+            partial(_publish_stage3, optimizer),
+        )
     if hasattr(optimizer, "update_lp_params"):  # stages 1 and 2, and stage 1's BF16_Optimizer
-        return _fragment_place(optimizer), Comm(engine.seq_data_parallel_group), optimizer.update_lp_params
+        comm = Comm(engine.seq_data_parallel_group, within=world)
+        return _fragment_place(optimizer), comm, optimizer.update_lp_params
     if hasattr(optimizer, "fp32_groups_flat") or hasattr(optimizer, "fp32_groups"):  # stage 0 with fp32 copies
-        return _copied_place(optimizer), Comm(single=True), lambda: _publish_copies(optimizer)
-    return _whole_place, Comm(single=True), lambda: None
+        return _copied_place(optimizer), Comm(single=True, within=world), partial(_publish_copies, optimizer)
+    return _whole_place, Comm(single=True, within=world), lambda: None
 
 
 def _whole_place(parameter: nn.Parameter) -> _Place:

@@ -36,7 +36,7 @@ def no_owner() -> Tensor:
 
 
 def piece(entry: Entry, start: int, numel: int) -> Shard:
-    return Shard(entry.name, entry.shape, start, numel, 0, no_owner)
+    return Shard.of_range(entry.name, entry.shape, start, numel, 0, no_owner)
 
 
 def plan_of(full: dict[str, Tensor], shapes: dict[str, tuple[int, ...]] | None = None) -> Plan:

@@ -300,18 +300,28 @@ def test_any_header(tmp_path_factory: pytest.TempPathFactory, key: str, value: A
     small.read()
 
 
+def pieces(offset: list[int], size: list[int]) -> str:
+    return json.dumps({"0.weight": [[3], offset, size], "0.bias": [[1], [0], [1]]})
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         (
-            lambda h: h["__metadata__"].update(version="2"),
-            "gap_ds.portable of version 2; this",
+            lambda h: h["__metadata__"].update(version="9"),
+            "gap_ds.portable of version 9; this",
         ),
         (lambda h: h["__metadata__"].update(files="2"), "holds 1 of 2 portable files"),
         (lambda h: h["__metadata__"].pop("pieces"), "its header is damaged"),
-        (lambda h: h["__metadata__"].update(pieces='{"0.weight": [0, 3], "0.bias": [0, 1]}'), "is damaged"),
-        (lambda h: h["__metadata__"].update(pieces='{"0.weight": [1, 2], "0.bias": [0, 1]}'), "do not hold 0.weight"),
-        (lambda h: h["__metadata__"].update(pieces='{"0.bias": [0, 1]}'), "0.weight does not have the size"),
+        (
+            lambda h: h["__metadata__"].update(pieces=pieces([0], [3])),
+            "is damaged",
+        ),
+        (
+            lambda h: h["__metadata__"].update(pieces=pieces([1], [2])),
+            "do not hold 0.weight",
+        ),
+        (lambda h: h["__metadata__"].update(pieces='{"0.bias": [[1], [0], [1]]}'), "0.weight does not have the size"),
         (lambda h: h["__metadata__"].update(groups="[]"), "0 parameter groups"),
         (lambda h: h.update(x=h.pop("buffer:buffer")), "x does not have the size"),
     ],

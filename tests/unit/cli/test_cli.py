@@ -25,6 +25,7 @@ transformers = pytest.importorskip("transformers")
 from gap_ds import GaPConfig, __version__  # noqa: E402
 from gap_ds.cli import doctor, plan  # noqa: E402
 from gap_ds.masks import selection  # noqa: E402
+from gap_ds.masks.box import Box  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -293,7 +294,8 @@ def test_selection_bytes_are_those_that_travel(budgets: int) -> None:
         return torch.arange(lo, hi, dtype=torch.int32)
 
     reduce = Counting()
-    selection.select_largest([selection.Piece(f"{g}", 0, 4, keys, g) for g in range(budgets)], [2] * budgets, reduce)
+    pieces = [selection.Piece(f"{g}", Box.span(0, 4, 4), keys, g) for g in range(budgets)]
+    selection.select_largest(pieces, [2] * budgets, reduce)
     assert reduce.sent == plan.selection_bytes(budgets)
 
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from gap_ds.inference.layers import CSRLinear, joined
 from gap_ds.masks import bitmask, cpu, selection
+from gap_ds.masks.box import Box
 
 PROPERTY = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 needs_compiler = pytest.mark.skipif(cpu.library() is None, reason="no C compiler, or GAP_DS_NATIVE=0")
@@ -169,7 +170,7 @@ def test_selection_from_large_pieces_uses_the_compiled_loops(monkeypatch: pytest
     weights = torch.randn(bitmask.COMPILED + 5, generator=torch.Generator().manual_seed(0)).bfloat16()
 
     def select() -> torch.Tensor:
-        piece = selection.Piece("w", 0, len(weights), selection.magnitude_keys(weights), 0)
+        piece = selection.Piece("w", Box.span(0, len(weights), len(weights)), selection.magnitude_keys(weights), 0)
         return selection.select_largest([piece], [5000], selection.Single())[0]
 
     with monkeypatch.context() as patch:

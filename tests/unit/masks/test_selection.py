@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fake_meshes import meshes_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from gap_ds.masks import bitmask, selection
+from gap_ds.masks.box import Box
 
 PROPERTY = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 
@@ -85,7 +87,7 @@ def select(
     for e, weight in enumerate(weights):
         start, numel = cuts[e][rank.rank]
         keys = selection.magnitude_keys(weight[start : start + numel])
-        pieces.append(selection.Piece(f"entry{e}", start, numel, keys, budgets[e]))
+        pieces.append(selection.Piece(f"entry{e}", Box.span(start, numel, len(weight)), keys, budgets[e]))
     bits = selection.select_largest(pieces, keep, rank)
     assert [b.numel() for b in bits] == [bitmask.nbytes(piece.numel) for piece in pieces]
     return [bitmask.unpack(b, piece.numel) for b, piece in zip(bits, pieces, strict=True)]
@@ -205,7 +207,7 @@ def test_ties_on_both_sides_of_a_chunk(monkeypatch: pytest.MonkeyPatch, keep: in
 
 def test_more_entries_than_bins() -> None:
     """Invalid keys of more entries than bins need more than one row of counts."""
-    n = selection._PASSES[0][1] + 10
+    n = selection.PASSES[31][0][1] + 10
     weights = [torch.tensor([float(e % 7), float(e % 5)]) for e in range(n)]
     keep = [n // 2]
     got = on_ranks(1, lambda rank: select(weights, whole(weights), [0] * n, keep, rank))
@@ -229,13 +231,13 @@ def test_messages_do_not_grow_with_the_weights() -> None:
 
     on_ranks(2, work)
     assert max(travelled) <= (2 + 1) * 2048
-    # Per rank: three histograms, the ties of each entry, and the piece with the last tie by the 15 bits of its start.
-    assert len(travelled) <= 2 * (3 + 1 + 3)
+    # Per rank: three histograms, the ties of each entry, and the index of the last tie by its bits, 10 at a time.
+    assert len(travelled) <= 2 * (3 + 1 + 2)
 
 
 def test_single_is_a_group_of_one() -> None:
     weight = torch.tensor([3.0, -1.0, 2.0, 0.0])
-    piece = selection.Piece("w", 0, 4, selection.magnitude_keys(weight), 0)
+    piece = selection.Piece("w", Box.span(0, 4, 4), selection.magnitude_keys(weight), 0)
     (bits,) = selection.select_largest([piece], [2], selection.Single())
     assert bitmask.unpack(bits, 4).tolist() == [True, False, True, False]
 
@@ -276,65 +278,53 @@ def test_a_pooled_budget_may_leave_an_entry_without_weights() -> None:
 # -- ties ----------------------------------------------------------------------------------------------------------
 
 
-def by_a_loop(
-    starts: list[list[int]], budgets: Sequence[int], ties: list[list[int]], need: Sequence[int]
-) -> list[list[int]]:
-    """Ties that each rank's pieces keep, counted one by one, in the order of entries and of the pieces in them."""
-    left, kept = list(need), [[0] * len(budgets) for _ in ties]
-    for e, g in enumerate(budgets):
-        for rank in sorted(range(len(ties)), key=lambda rank: starts[rank][e]):
-            kept[rank][e] = min(ties[rank][e], left[g])
-            left[g] -= kept[rank][e]
-    return kept
-
-
-def divided(
-    starts: list[list[int]], budgets: Sequence[int], ties: list[list[int]], need: Sequence[int]
-) -> tuple[list[list[int]], list[int]]:
-    """Ties that each rank's pieces keep by the real code, and the size of all messages of rank 0."""
-    sent: list[int] = []
-
-    def work(rank: Rank) -> list[int]:
-        found = selection._divide(starts[rank.rank], budgets, ties[rank.rank], need, rank)
-        if rank.rank == 0:
-            sent.extend(rank.group.sizes)
-        return found
-
-    results = on_ranks(len(ties), work)
-    assert not any(isinstance(result, Exception) for result in results), results
-    return results, sent
-
-
 @PROPERTY
 @given(st.data())
-def test_ties_are_divided_as_by_a_loop(data: st.DataObject) -> None:
-    """Pieces in any order over the ranks, empty ones among them, starts of up to 40 bits, budgets over many entries."""
-    ranks, entries = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 5))
-    groups = data.draw(st.integers(1, entries))
-    budgets = [data.draw(st.integers(0, groups - 1)) for _ in range(entries)]
-    bits = data.draw(st.sampled_from([3, 6, 7, 12, 13, 40]))
-    starts = [[0] * entries for _ in range(ranks)]
-    ties = [[0] * entries for _ in range(ranks)]
-    for e in range(entries):
-        # Pieces with ties have different starts; an empty piece begins anywhere.
-        places = data.draw(st.lists(st.integers(0, 2**bits - 1), min_size=ranks, max_size=ranks, unique=True))
-        for rank, place in enumerate(places):
-            ties[rank][e] = data.draw(st.sampled_from([0, 0, 1, 2, 7, 2**33]))
-            starts[rank][e] = place if ties[rank][e] else data.draw(st.sampled_from([0, place, max(places)]))
-    total = [sum(n[e] for n in ties for e in range(entries) if budgets[e] == g) for g in range(groups)]
-    need = [data.draw(st.one_of(st.integers(0, n), st.just(n))) for n in total]
-    assert divided(starts, budgets, ties, need)[0] == by_a_loop(starts, budgets, ties, need)
+def test_any_mesh_selects_what_one_rank_selects(data: st.DataObject) -> None:
+    """Weights in few values, so that ties lie on all ranks; two weights of one budget, cut in different ways."""
+    shape = data.draw(st.lists(st.integers(1, 7), min_size=1, max_size=3))
+    boxes = data.draw(meshes_of(shape))
+    other_cuts = data.draw(st.permutations(boxes))
+    weights = [
+        torch.tensor(data.draw(st.lists(st.sampled_from([0.0, 1.0, -1.0, 2.0]), min_size=n, max_size=n)))
+        for n in (math.prod(shape), math.prod(shape))
+    ]
+    keep = data.draw(st.integers(0, 2 * math.prod(shape)))
+
+    def work(rank: Rank) -> list[Tensor]:
+        pieces = []
+        for e, (weight, cuts) in enumerate(zip(weights, (boxes, other_cuts), strict=True)):
+            box = cuts[rank.rank]
+            keys = selection.magnitude_keys(box.cut(weight))
+            counted = cuts.index(box) == rank.rank
+            pieces.append(selection.Piece(f"entry{e}", box, keys, 0, counted))
+        return selection.select_largest(pieces, [keep], rank)
+
+    expected = reference(weights, [0, 0], [keep])
+    for rank, bits in enumerate(on_ranks(len(boxes), work)):
+        assert not isinstance(bits, Exception), bits
+        for mask, cuts, full in zip(bits, (boxes, other_cuts), expected, strict=True):
+            box = cuts[rank]
+            assert bitmask.unpack(mask, box.numel).tolist() == box.cut(torch.tensor(full)).tolist()
 
 
-@pytest.mark.parametrize("ranks", [1, 8, 64, 256])
-def test_messages_about_ties_do_not_grow_with_the_ranks(ranks: int) -> None:
-    """Two entries of 2^40 weights, cut in equal pieces; half of the second entry's ties are kept."""
-    starts = [[rank * (2**40 // ranks)] * 2 for rank in range(ranks)]
-    ties = [[3, 1 + rank % 2] for rank in range(ranks)]
-    need = [1, sum(row[1] for row in ties) // 2]
-    found, sent = divided(starts, [0, 1], ties, need)
-    assert found == by_a_loop(starts, [0, 1], ties, need)
-    assert len(sent) <= ranks * (1 + 7) and max(sent) <= 2 * 64
+@pytest.mark.parametrize("start", [0, 1, 1023, 1024, 2**20 - 3, 2**40 - 64])
+@pytest.mark.parametrize("keep", [1, 5, 63])
+def test_ties_of_long_weights_end_at_the_right_index(start: int, keep: int) -> None:
+    """All 64 weights, far into a weight of 2^40, are tied, on two ranks in alternating order."""
+    sent: list[int] = []
+
+    def work(rank: Rank) -> list[bool]:
+        box = Box.span(start + 32 * (1 - rank.rank), 32, 2**40)
+        piece = selection.Piece("w", box, selection.magnitude_keys(torch.ones(32)), 0)
+        (bits,) = selection.select_largest([piece], [keep], rank)
+        if rank.rank == 0:
+            sent.extend(rank.group.sizes)
+        return bitmask.unpack(bits, 32).tolist()
+
+    second, first = on_ranks(2, work)
+    assert first + second == [i < keep for i in range(64)]
+    assert len(sent) <= 2 * (3 + 1 + 4) and max(sent) <= 2 * 2048
 
 
 # -- only among some -----------------------------------------------------------------------------------------------
@@ -354,7 +344,7 @@ def select_only(
         start, numel = cuts[e][rank.rank]
         part = slice(start, start + numel)
         keys = selection.only(selection.magnitude_keys(weight[part]), bitmask.pack(among[e][part]))
-        pieces.append(selection.Piece(f"entry{e}", start, numel, keys, budgets[e]))
+        pieces.append(selection.Piece(f"entry{e}", Box.span(start, numel, len(weight)), keys, budgets[e]))
     bits = selection.select_largest(pieces, keep, rank)
     return [bitmask.unpack(b, piece.numel) for b, piece in zip(bits, pieces, strict=True)]
 
@@ -437,8 +427,8 @@ def test_only_keeps_the_order_of_random_keys() -> None:
     """The largest random key and the one below may become one; there are but 2^31 of them."""
     n = 4096
     among = torch.arange(n) % 3 == 0
-    keys = selection.random_keys(5, "w", 0, CPU)
-    piece = selection.Piece("w", 0, n, selection.only(keys, bitmask.pack(among)), 0)
+    keys = selection.random_keys(5, "w", Box.span(0, n, n), CPU)
+    piece = selection.Piece("w", Box.span(0, n, n), selection.only(keys, bitmask.pack(among)), 0)
     (bits,) = selection.select_largest([piece], [100], selection.Single())
     order = sorted((i for i in range(n) if i % 3 == 0), key=lambda i: -hashed(5, "w", i))
     assert bitmask.unpack(bits, n).nonzero()[:, 0].tolist() == sorted(order[:100])
@@ -488,7 +478,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("start", [0, 1, 12_345, 2**31 - 3, 2**32 - 3, 5 * 2**32 + 17])
 def test_random_keys_are_the_documented_hash(start: int) -> None:
-    keys = selection.random_keys(3, "a.weight", start, CPU)(0, 8)
+    keys = selection.random_keys(3, "a.weight", Box.span(start, 1 << 17, 2**40), CPU)(0, 8)
     assert keys.dtype == torch.int32
     assert keys.tolist() == [hashed(3, "a.weight", start + i) for i in range(8)]
 
@@ -496,8 +486,8 @@ def test_random_keys_are_the_documented_hash(start: int) -> None:
 @settings(PROPERTY, max_examples=100)
 @given(st.integers(0, 2**33), st.integers(0, 50), st.integers(1, 50), st.integers(0, 20))
 def test_random_keys_do_not_depend_on_the_sharding(start: int, lo: int, numel: int, shift: int) -> None:
-    one = selection.random_keys(0, "w", start, CPU)(lo + shift, lo + shift + numel)
-    other = selection.random_keys(0, "w", start + shift, CPU)(lo, lo + numel)
+    one = selection.random_keys(0, "w", Box.span(start, 1 << 17, 2**40), CPU)(lo + shift, lo + shift + numel)
+    other = selection.random_keys(0, "w", Box.span(start + shift, 1 << 17, 2**40), CPU)(lo, lo + numel)
     assert torch.equal(one, other)
 
 
@@ -507,7 +497,8 @@ def test_random_masks_do_not_depend_on_the_sharding() -> None:
     def work(cuts: list[tuple[int, int]]) -> Callable[[Rank], Tensor]:
         def run(rank: Rank) -> Tensor:
             start, numel = cuts[rank.rank]
-            piece = selection.Piece("w", start, numel, selection.random_keys(7, "w", start, CPU), 0)
+            box = Box.span(start, numel, n)
+            piece = selection.Piece("w", box, selection.random_keys(7, "w", box, CPU), 0)
             return bitmask.unpack(selection.select_largest([piece], [keep], rank)[0], numel)
 
         return run
@@ -523,7 +514,7 @@ def test_random_masks_do_not_depend_on_the_sharding() -> None:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_random_keys_are_near_uniform(seed: int, start: int) -> None:
     """Chi-square over 256 bins has mean 255 and standard deviation 22.6; also of pairs of neighbours, 16 x 16 bins."""
-    keys = selection.random_keys(seed, "layers.0.weight", start, CPU)(0, 1 << 16).numpy()
+    keys = selection.random_keys(seed, "layers.0.weight", Box.span(start, 1 << 17, 2**40), CPU)(0, 1 << 16).numpy()
     for bins in (keys >> 23, keys & 255, (keys[:-1] >> 27) * 16 + (keys[1:] >> 27)):
         expected = len(bins) / 256
         chi_square = float((((np.bincount(bins, minlength=256) - expected) ** 2) / expected).sum())
@@ -532,7 +523,7 @@ def test_random_keys_are_near_uniform(seed: int, start: int) -> None:
 
 def test_random_keys_differ_by_seed_name_and_high_index() -> None:
     streams = [
-        selection.random_keys(seed, name, start, CPU)(0, 1000)
+        selection.random_keys(seed, name, Box.span(start, 1 << 17, 2**40), CPU)(0, 1000)
         for seed, name, start in [(0, "a", 0), (1, "a", 0), (0, "b", 0), (0, "a", 2**32), (0, "a", 2**33)]
     ]
     for i, one in enumerate(streams):
@@ -546,10 +537,11 @@ MEMORY = """
 import resource
 import torch
 from gap_ds.masks import selection
+from gap_ds.masks.box import Box
 
 def run(n):
     weights = torch.empty(n).uniform_(-1, 1)  # nothing is freed, so the peak is what is held
-    piece = selection.Piece("w", 0, n, selection.magnitude_keys(weights), 0)
+    piece = selection.Piece("w", Box.span(0, n, n), selection.magnitude_keys(weights), 0)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     (bits,) = selection.select_largest([piece], [n // 10], selection.Single())
     return bits.numel(), 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from gap_ds import GaPConfig, GaPEngine
 from gap_ds.masks import bitmask, selection
+from gap_ds.masks.box import Box
 from gap_ds.method import plan
 from gap_ds.method.pattern import Block, NofM, Pattern, Unstructured, parse
 
@@ -161,7 +162,7 @@ def test_every_name_is_read_back(a: int, b: int) -> None:
 
 def test_unstructured_is_what_is_selected_over_shards() -> None:
     scores = torch.randint(-3, 4, (7, 9), generator=torch.Generator().manual_seed(0)).float()
-    piece = selection.Piece("w", 0, 63, selection.magnitude_keys(scores.flatten()), 0)
+    piece = selection.Piece("w", Box.span(0, 63, 63), selection.magnitude_keys(scores.flatten()), 0)
     bits = selection.select_largest([piece], [20], selection.Single())
     whole = Unstructured().mask(scores.abs(), 20, (0, 1))
     assert torch.equal(bitmask.unpack(bits[0], 63).view(7, 9), whole)

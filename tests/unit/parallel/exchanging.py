@@ -7,6 +7,7 @@ from typing import Any
 
 import fsspec
 import torch
+from fake_ranks import item_of
 from hypothesis import settings
 from torch import Tensor
 
@@ -62,7 +63,7 @@ class Model:
 
     def items(self) -> list[Item]:
         return [
-            Item(name, tuple(t.shape), where, 0, t.numel(), lambda t=t: t.reshape(-1), keep, dtype=t.dtype)
+            item_of(name, tuple(t.shape), where, 0, t.numel(), lambda t=t: t.reshape(-1), keep, dtype=t.dtype)
             for name, (t, where, keep) in self.tensors.items()
         ]
 

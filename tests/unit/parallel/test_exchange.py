@@ -33,7 +33,7 @@ from exchanging import (
     start,
     take,
 )
-from fake_ranks import Rank, Ranks
+from fake_ranks import Rank, Ranks, item_of
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -130,7 +130,7 @@ def test_the_bytes_are_logged_and_counted(folder: str, caplog: pytest.LogCapture
 def test_equal_shared_values_stay_as_they_are(folder: str) -> None:
     """(a + a + a) / 3 in fp32 need not be a."""
     value = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 1e3
-    items = [Item("shared", (1000,), None, 0, 1000, lambda: value)]
+    items = [item_of("shared", (1000,), None, 0, 1000, lambda: value)]
     jobs = [start(folder, worker, 3) for worker in range(3)]
     for job in jobs:
         job.publish(0, items, {})
@@ -141,7 +141,7 @@ def test_equal_shared_values_stay_as_they_are(folder: str) -> None:
 def test_kept_values_do_not_change_in_any_bit(folder: str) -> None:
     weight = torch.tensor([0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e-45, -3.0, 5.0])
     kept = torch.tensor([True] * 6 + [False, False])
-    items = [Item("w", (2, 4), 0, 0, 8, lambda: weight, keep=6)]
+    items = [item_of("w", (2, 4), 0, 0, 8, lambda: weight, keep=6)]
     job = start(folder, 0, 1)
     (received,) = combine(job, 0, items, {"w": bitmask.pack(kept)})
     assert same(received.value[:6], weight[:6]) and same(received.value[6:], torch.zeros(2))
@@ -154,8 +154,8 @@ def test_pooled_budgets_are_those_of_the_file(folder: str) -> None:
 
     def items(first: int) -> list[Item]:
         return [
-            Item("a", (10, 1), 0, 0, 10, lambda: weights["a"], keep=first, shared_budget=True),
-            Item("b", (10, 1), 0, 0, 10, lambda: weights["b"], keep=5, shared_budget=True),
+            item_of("a", (10, 1), 0, 0, 10, lambda: weights["a"], keep=first, shared_budget=True),
+            item_of("b", (10, 1), 0, 0, 10, lambda: weights["b"], keep=5, shared_budget=True),
         ]
 
     bits = {name: bitmask.pack(mask) for name, mask in kept.items()}
@@ -197,7 +197,7 @@ def test_any_cut_writes_the_same_file_and_reads_its_pieces(tmp_path_factory: Any
             keep = None if kept is None else int(kept.sum())
             piece = lambda tensor=tensor, lo=lo, n=n: tensor[lo : lo + n] if n else torch.empty(0)  # noqa: E731
             home = 0 if kept is not None else (None, 0)[i // 2 % 2]
-            made.append(Item(name, shapes[i // 2], home, lo, n, piece, keep))
+            made.append(item_of(name, shapes[i // 2], home, lo, n, piece, keep))
         return made
 
     def bits(where: dict[str, list[int]], rank: int) -> dict[str, Tensor]:
@@ -247,7 +247,7 @@ def test_a_rank_reads_the_bytes_of_its_pieces_alone(tmp_path: Path) -> None:
 
     def work(rank: Any) -> None:
         lo = 400 * rank.rank
-        item = Item("w", (800, 1), 0, lo, 400, lambda: weight[lo : lo + 400], keep=200)
+        item = item_of("w", (800, 1), 0, lo, 400, lambda: weight[lo : lo + 400], keep=200)
         job = Exchange(ParallelWorker(0, str(tmp_path), 60.0), 1, SIGNATURE, "abc", "def", rank, rank)
         read = job._folder.read
 
@@ -274,7 +274,7 @@ def test_an_error_on_one_rank_is_the_same_on_all(tmp_path: Path) -> None:
 
     def work(rank: Any) -> None:
         lo = 4 * rank.rank
-        item = Item("w", (8, 1), 0, lo, 4, lambda: weight[lo : lo + 4], keep=4)
+        item = item_of("w", (8, 1), 0, lo, 4, lambda: weight[lo : lo + 4], keep=4)
         job = Exchange(ParallelWorker(0, str(tmp_path), 60.0), 1, SIGNATURE, "abc", "def", rank, rank)
         if rank.rank == 1:
 
@@ -292,7 +292,7 @@ def test_an_error_on_one_rank_is_the_same_on_all(tmp_path: Path) -> None:
 
 def test_a_full_disk_on_the_writing_rank_stops_all(tmp_path: Path) -> None:
     def work(rank: Any) -> None:
-        item = Item("w", (8, 1), 0, 4 * rank.rank, 4, lambda: torch.ones(4), keep=8)
+        item = item_of("w", (8, 1), 0, 4 * rank.rank, 4, lambda: torch.ones(4), keep=8)
         job = Exchange(ParallelWorker(0, str(tmp_path), 60.0), 1, SIGNATURE, "abc", "def", rank, rank)
         stream = job._folder.stream
 
@@ -323,7 +323,7 @@ def test_a_rank_without_memory_for_its_piece_stops_all(tmp_path: Path, monkeypat
     def work(rank: Any) -> None:
         piece = (lambda: torch.empty(1 << 60)) if rank.rank and part != "mask" else (lambda: torch.ones(4))
         left.calls = 2 if rank.rank and part == "mask" else 1000
-        item = Item("w", (8, 1), 0, 4 * rank.rank, 4, piece, None if part == "whole" else 8)
+        item = item_of("w", (8, 1), 0, 4 * rank.rank, 4, piece, None if part == "whole" else 8)
         job = Exchange(ParallelWorker(0, str(tmp_path), 60.0), 1, SIGNATURE, "abc", "def", rank, rank)
         job.publish(0, [item], {"w": bitmask.pack(torch.ones(4, dtype=torch.bool))})
 
@@ -370,7 +370,7 @@ def test_groups_that_hold_the_same_pieces_keep_step_with_the_one_that_writes(tmp
 
     def work(world: Any) -> list[Received]:
         comm = Rank(Ranks(1), 0) if world.rank == 0 else Other(Ranks(1), 0)
-        item = Item("w", (8, 1), 0, 0, 8, lambda: weight, keep=3)
+        item = item_of("w", (8, 1), 0, 0, 8, lambda: weight, keep=3)
         job = Exchange(ParallelWorker(0, str(tmp_path), 60.0), 1, SIGNATURE, "abc", "def", world, comm)
         found = combine(job, 0, [item], {"w": bitmask.pack(kept)})
         assert job.bytes_written == (tmp_path / "round_0" / "worker_0.safetensors").stat().st_size

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from exchanging import ALONE, PROPERTY, SIGNATURE, cut, raw, start
-from fake_ranks import Ranks
+from fake_ranks import Ranks, item_of, renamed
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -65,17 +65,17 @@ def tensors_of(*items: Item) -> str:
 
 
 def test_the_tensors_fingerprint_knows_what_the_plan_does_not() -> None:
-    item = Item("embedding", (8, 4), None, 0, 32, lambda: torch.ones(32))
-    norm = Item("norm.steps", (), 1, 0, 1, lambda: torch.ones(1))
+    item = item_of("embedding", (8, 4), None, 0, 32, lambda: torch.ones(32))
+    norm = item_of("norm.steps", (), 1, 0, 1, lambda: torch.ones(1))
     same_ones = [item, norm]
-    assert tensors_of(*same_ones) == tensors_of(norm, replace(item, start=8, numel=8))
+    assert tensors_of(*same_ones) == tensors_of(norm, item_of("embedding", (8, 4), None, 8, 8, lambda: torch.ones(8)))
     others = [
-        [replace(item, shape=(9, 4)), norm],
+        [item_of("embedding", (9, 4), None, 0, 32, lambda: torch.ones(32)), norm],
         [item, replace(norm, dtype=torch.int64)],
         [item, replace(norm, partition=None)],
-        [item, replace(norm, name="norm.count")],
+        [item, renamed(norm, "norm.count")],
         [item],
-        [item, norm, replace(norm, name="x")],
+        [item, norm, renamed(norm, "x")],
     ]
     assert len({tensors_of(*items) for items in [same_ones, *others]}) == 7
 
@@ -84,18 +84,20 @@ def test_the_tensors_fingerprint_knows_what_the_plan_does_not() -> None:
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=3), st.integers(1, 3), st.randoms(use_true_random=False))
 def test_the_weights_fingerprint_is_that_of_any_cut(sizes: list[int], ranks: int, random: Any) -> None:
     full = {f"w{i}": torch.randn(n) for i, n in enumerate(sizes)}
-    frozen = Shard("frozen", (1,), 0, 1, 0, lambda: torch.rand(1), trainable=False)
+    frozen = Shard.of_range("frozen", (1,), 0, 1, 0, lambda: torch.rand(1), trainable=False)
 
     def shards(rank: int, tensors: dict[str, Tensor]) -> list[Shard]:
         found = [frozen]
         for name, tensor in tensors.items():
             lo, n = cut(tensor, edges[name], rank) if ranks > 1 else (0, tensor.numel())
-            found.append(Shard(name, tuple(tensor.shape), lo, n, 0, lambda t=tensor, lo=lo, n=n: t[lo : lo + n]))
+            found.append(
+                Shard.of_range(name, tuple(tensor.shape), lo, n, 0, lambda t=tensor, lo=lo, n=n: t[lo : lo + n])
+            )
         return found
 
     edges = {n: sorted(random.randint(0, t.numel()) for _ in range(ranks - 1)) for n, t in full.items()}
     found = Ranks(ranks).run(lambda rank: identity.of_weights(shards(rank.rank, full), rank))
-    whole = [Shard(n, tuple(t.shape), 0, t.numel(), 0, lambda t=t: t) for n, t in full.items()]
+    whole = [Shard.of_range(n, tuple(t.shape), 0, t.numel(), 0, lambda t=t: t) for n, t in full.items()]
     assert found == [identity.of_weights(whole, ALONE)] * ranks
     name = random.choice(sorted(full))
     place = random.randrange(full[name].numel())
@@ -107,7 +109,7 @@ def test_the_weights_fingerprint_is_that_of_any_cut(sizes: list[int], ranks: int
 
 def test_the_weights_fingerprint_goes_through_a_piece_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(1000)
-    shard = Shard("w", (1000,), 0, 1000, 0, lambda: weight)
+    shard = Shard.of_range("w", (1000,), 0, 1000, 0, lambda: weight)
     whole = identity.of_weights([shard], ALONE)
     monkeypatch.setattr(identity, "_CHUNK", 7)
     assert identity.of_weights([shard], ALONE) == whole

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from exchanging import PROPERTY, combine, same, start
+from fake_ranks import item_of, renamed
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -17,7 +18,7 @@ from torch import nn
 from gap_ds.masks import bitmask
 from gap_ds.method import plan
 from gap_ds.method.config import GaPConfig
-from gap_ds.parallel import Item, items, items_of
+from gap_ds.parallel import items, items_of
 from gap_ds.sharding.shard import Shard
 from gap_ds.storage import safetensors
 
@@ -34,7 +35,7 @@ def test_items_of_a_model() -> None:
         model, GaPConfig(method="parallel", sparsity=0.5, partitions=2, phase_steps=1, rounds=1, finetune_steps=1)
     )
     shards = [
-        Shard(name, tuple(p.shape), 0, p.numel(), 0, lambda p=p: p, p.requires_grad)
+        Shard.of_range(name, tuple(p.shape), 0, p.numel(), 0, lambda p=p: p, p.requires_grad)
         for name, p in model.named_parameters()
     ]
     items = {item.name: item for item in items_of(made, shards, dict(model.named_buffers()))}
@@ -51,22 +52,22 @@ def test_items_of_a_model() -> None:
 
 def test_names_and_partitions_that_the_file_could_not_hold(folder: str) -> None:
     job = start(folder, 0, 1)
-    entry = Item("w", (8, 1), 0, 0, 8, lambda: torch.ones(8), keep=8)
-    bias = Item("b", (2,), 0, 0, 2, lambda: torch.ones(2))
+    entry = item_of("w", (8, 1), 0, 0, 8, lambda: torch.ones(8), keep=8)
+    bias = item_of("b", (2,), 0, 0, 2, lambda: torch.ones(2))
     for own, sentence in (
-        ([entry, replace(bias, name="w.mask")], "w.mask: two tensors"),
+        ([entry, renamed(bias, "w.mask")], "w.mask: two tensors"),
         ([bias, bias], "b: two tensors"),
-        ([replace(bias, name="__metadata__")], "__metadata__: two tensors"),
+        ([renamed(bias, "__metadata__")], "__metadata__: two tensors"),
         ([replace(bias, partition=1)], "b: is in partition 1, and there are 1 workers"),
     ):
         with pytest.raises(ValueError, match=sentence):
             job.publish(0, own, {"w": bitmask.pack(torch.ones(8, dtype=torch.bool))})
     # Legal, if unusual: names that look like parts or like paths.
-    odd = [replace(bias, name=name) for name in ("b.mask", "b", "b.values", "../../x", "ü\n")]
+    odd = [renamed(bias, name) for name in ("b.mask", "b", "b.values", "../../x", "ü\n")]
     assert [received.name for received in combine(job, 0, odd, {})] == [item.name for item in odd]
 
 
-ENTRIES = [Item(name, (3, 3), 0, 0, 9, torch.Tensor, keep=4, shared_budget=True) for name in "ab"]
+ENTRIES = [item_of(name, (3, 3), 0, 0, 9, torch.Tensor, keep=4, shared_budget=True) for name in "ab"]
 
 
 JSON = st.recursive(
@@ -114,7 +115,7 @@ def test_shared_budgets_that_a_header_may_say(first: Any, second: int) -> None:
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 5), st.booleans()), max_size=5))
 def test_our_own_headers_are_accepted(shapes: list[tuple[int, int, bool]]) -> None:
     own = [
-        Item(f"t{i}", (a, b), 0, 0, a * b, torch.Tensor, keep=a * b // 2 if entry else None)
+        item_of(f"t{i}", (a, b), 0, 0, a * b, torch.Tensor, keep=a * b // 2 if entry else None)
         for i, (a, b, entry) in enumerate(shapes)
     ]
     layout = items.layout(own, items.budgets(own))

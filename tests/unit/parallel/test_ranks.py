@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from exchanging import SIGNATURE, combine
-from fake_ranks import Rank, Ranks
+from fake_ranks import Rank, Ranks, item_of
 
 from gap_ds.masks import bitmask
-from gap_ds.parallel import Exchange, Item, ParallelWorker
+from gap_ds.parallel import Exchange, ParallelWorker
 from gap_ds.parallel.ranks import on_rank_zero
 from gap_ds.parallel.transport import open_folder
 
@@ -114,7 +114,7 @@ def test_the_ranks_meet_during_every_access_of_rank_zero(
     def run(rank: Rank) -> list[Any]:
         meeting, weight = Meeting(rank, work), torch.randn(4)
         job = Exchange(ParallelWorker(0, str(tmp_path), 60.0), 1, SIGNATURE, "abc", "def", meeting, meeting)
-        item = Item("w", (8, 1), 0, 4 * rank.rank, 4, lambda: weight, keep=8)
+        item = item_of("w", (8, 1), 0, 4 * rank.rank, 4, lambda: weight, keep=8)
         return combine(job, 0, [item], {"w": bitmask.pack(torch.ones(4, dtype=torch.bool))})
 
     monkeypatch.setattr("gap_ds.parallel.exchange.open_folder", open_slowly)

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 from exchanging import read, start
+from fake_ranks import item_of
 
 from gap_ds.masks import bitmask
-from gap_ds.parallel import Exchange, Item, Received
+from gap_ds.parallel import Exchange, Received
 
 
 @pytest.fixture
@@ -24,8 +25,8 @@ def small(tmp_path: Path) -> tuple[Exchange, Path, Callable[[], list[Received]]]
     """One worker's folder with a small file in it."""
     weight, kept = torch.arange(1.0, 13.0), torch.arange(12) % 3 == 0
     items = [
-        Item("w", (3, 4), 0, 0, 12, lambda: weight, keep=4),
-        Item("b", (2,), None, 0, 2, lambda: torch.tensor([0.5, 1.5])),
+        item_of("w", (3, 4), 0, 0, 12, lambda: weight, keep=4),
+        item_of("b", (2,), None, 0, 2, lambda: torch.tensor([0.5, 1.5])),
     ]
     job = start(str(tmp_path), 0, 1)
     job.publish(0, items, {"w": bitmask.pack(kept)})

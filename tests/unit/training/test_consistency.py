@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gap_ds import GaPEngine
 from gap_ds.masks import bitmask
+from gap_ds.masks.box import Box
 from gap_ds.method.plan import Entry, Plan
 from gap_ds.sharding.shard import Shard
 from gap_ds.training import consistency
@@ -67,7 +68,9 @@ def masks_of(*kept: list[bool]) -> tuple[Plan, dict[str, Tensor], dict[str, Shar
     names = [f"layers.{i}.weight" for i in range(len(kept))]
     plan = Plan(tuple(Entry(n, (len(k),), 0, sum(k)) for n, k in zip(names, kept, strict=True)), 1, 100, 0)
     bits = {n: bitmask.pack(torch.tensor(k)) for n, k in zip(names, kept, strict=True)}
-    shards = {n: Shard(n, (len(k),), 0, len(k), 0, lambda: torch.empty(0)) for n, k in zip(names, kept, strict=True)}
+    shards = {
+        n: Shard.of_range(n, (len(k),), 0, len(k), 0, lambda: torch.empty(0)) for n, k in zip(names, kept, strict=True)
+    }
     return plan, bits, shards
 
 
@@ -79,7 +82,7 @@ def test_a_mask_that_differs_names_the_first_entry() -> None:
     consistency.check_masks(*theirs, Rows(), Rows(lambda row: seen.append(row) or row))  # type: ignore[func-returns-value]
     consistency.check_masks(*mine, Rows(), Rows(same, same))
 
-    rows = torch.tensor([consistency._digest(bits, 0) for bits in theirs[1].values()])
+    rows = torch.tensor([consistency._digest(bits, Box.span(0, 3, 3)) for bits in theirs[1].values()])
 
     def other(row: Tensor) -> Tensor:
         return seen[0] if row.numel() == 1 else rows
@@ -99,7 +102,7 @@ def test_copies_on_groups_of_ranks_are_compared() -> None:
             copy, place = divmod(world.rank, 2)
             pieces = [mask[2 * place : 2 * place + 2] for mask in masks[copy]]
             plan, bits, shards = masks_of(*pieces)
-            shards = {n: replace(shard, start=2 * place) for n, shard in shards.items()}
+            shards = {n: replace(shard, box=Box.span(2 * place, 2, 4)) for n, shard in shards.items()}
             consistency.check_masks(plan, bits, shards, Rank(groups[copy], place), world)
 
         return work

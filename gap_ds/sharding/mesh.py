@@ -1,0 +1,204 @@
+"""Parameters that are DTensors, on any mesh: where this rank's piece lies, and among which ranks pieces are spread.
+
+    mesh (dp 2, tp 2)      a weight (Shard(0), Shard(1))      a norm (Shard(0), Replicate())
+    | rank 0  rank 1 |     | box 0  box 1 |                   | box 0          |    ranks 1 and 3 have what 0 and 2
+    | rank 2  rank 3 |     | box 2  box 3 |                   | box 2          |    have, and count nothing of it
+
+All ranks among which some parameter is spread are one group, also where parameters lie on different meshes, as experts
+do: a selection is one collective whatever the meshes are. Where several ranks of it have the same box, the first one
+counts it. Ranks outside the group have copies of the whole, as with hybrid sharding; they decide for themselves, and
+alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import Shard as ShardPlacement
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from gap_ds.masks.box import Box, covers
+from gap_ds.method.plan import clean_name
+from gap_ds.sharding.comm import Apart, Comm, boxes_of
+from gap_ds.sharding.shard import Shard
+
+#: Groups made here, by their ranks: libraries free none, and a run may build several engines.
+_GROUPS: dict[tuple[int, ...], dist.ProcessGroup] = {}
+
+
+def shard_of(name: str, parameter: DTensor, owner: Callable[[], Tensor] | None = None) -> Shard:
+    """This rank's piece of a parameter.
+
+    Args:
+        owner: by default the parameter object itself: FSDP2 keeps it for life, the optimizer holds it, and the local
+            tensor is taken from it afresh at every use.
+    Raises:
+        ValueError: the piece is no box of the parameter, or does not lie in memory in the order of its indices.
+    """
+    for placement in parameter.placements:
+        if not isinstance(placement, Replicate | ShardPlacement | _StridedShard):
+            raise ValueError(
+                f"{name}: has the placement {placement}, which gives no rank its weights: only Shard and Replicate are "
+                "supported. Redistribute the parameter before the engine is built."
+            )
+    shape, piece = tuple(parameter.shape), _local(parameter)
+    if not piece.is_contiguous():
+        raise ValueError(
+            f"{name}: this rank's piece of it is not contiguous in memory (strides {piece.stride()}). Build the "
+            "parameter from piece.contiguous()."
+        )
+    size, offset = compute_local_shape_and_global_offset(shape, parameter.device_mesh, parameter.placements)
+    box = Box.of(shape, offset, size) if offset else Box.span(0, 0, parameter.numel())
+    return Shard(name, shape, box, 0, owner or (lambda: parameter), trainable=parameter.requires_grad)
+
+
+@torch.no_grad()
+def _local(parameter: DTensor) -> Tensor:
+    return parameter.to_local()
+
+
+def group_of(parameters: Mapping[str, Tensor], world: Comm) -> Comm:
+    """The ranks among which all parameters are spread.
+
+    Args:
+        world: all ranks that train the model.
+    Raises:
+        Apart: the meshes have fewer ranks than train the model, or others.
+    """
+    spread: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
+    reached: set[int] = set()
+    for parameter in parameters.values():
+        if isinstance(parameter, DTensor):
+            reached |= set(_ranks(parameter, whole=True))
+            if (ranks := _ranks(parameter)) not in spread:
+                spread[ranks] = _known_group(parameter, ranks)
+    if reached and reached != set(world.ranks):
+        raise Apart(
+            f"{_first_outside(parameters, world)}: lies on a mesh of the ranks {_some(reached)}, and the engine trains "
+            f"on {_some(world.ranks)}. Pass group= with the ranks of this model, where others train another one (a "
+            "stage of a pipeline, a second model), or build the mesh over all ranks."
+        )
+    widest = max(spread, key=len, default=())
+    if not all(set(ranks) <= set(widest) for ranks in spread):
+        return world
+    if len(widest) <= 1:
+        return Comm(single=True, within=world)
+    if widest == world.ranks:
+        return world
+    return Comm(spread[widest] or _made_group(widest), within=world)
+
+
+def _first_outside(parameters: Mapping[str, Tensor], world: Comm) -> str:
+    meshes = ((n, set(_ranks(p, whole=True))) for n, p in parameters.items() if isinstance(p, DTensor))
+    return next(name for name, ranks in meshes if ranks != set(world.ranks))
+
+
+def _ranks(parameter: DTensor, whole: bool = False) -> tuple[int, ...]:
+    """The ranks among which a parameter is spread, this one among them; whole: all that its mesh has."""
+    mesh, here = parameter.device_mesh, parameter.device_mesh.get_coordinate()
+    if whole or here is None:
+        return tuple(sorted(mesh.mesh.flatten().tolist()))
+    place = [at if isinstance(p, Replicate) else slice(None) for at, p in zip(here, parameter.placements, strict=True)]
+    return tuple(sorted(mesh.mesh[tuple(place)].flatten().tolist()))
+
+
+def _known_group(parameter: DTensor, ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
+    """The group of one of the mesh's dimensions, if its ranks are these."""
+    for dim in range(parameter.device_mesh.ndim):
+        group = parameter.device_mesh.get_group(dim)
+        if tuple(sorted(dist.get_process_group_ranks(group))) == ranks:
+            return group
+    return None
+
+
+def _made_group(ranks: tuple[int, ...]) -> dist.ProcessGroup:
+    if ranks not in _GROUPS:
+        # All ranks of the group come here together; others need not.
+        group = dist.new_group(list(ranks), use_local_synchronization=True)
+        assert isinstance(group, dist.ProcessGroup)
+        _GROUPS[ranks] = group
+    return _GROUPS[ranks]
+
+
+def uncounted(shards: Sequence[Shard], comm: Comm) -> frozenset[str]:
+    """The parameters whose piece on this rank is counted on another one. All ranks of `comm` must call this.
+
+    Raises:
+        ValueError: the pieces of a parameter do not make it up, each weight once.
+    """
+    if comm.size == 1:
+        return frozenset()
+    found = set()
+    checked: set[tuple[Box, ...]] = set()
+    for shard, boxes in zip(shards, boxes_of(shards, comm), strict=True):
+        distinct = tuple(dict.fromkeys(box for box in boxes if box.numel))
+        if distinct not in checked and not covers(distinct, Box.span(0, shard.full_numel, shard.full_numel)):
+            raise ValueError(
+                f"{shard.name}: the pieces of {comm.size} ranks do not make up its {shard.full_numel} weights, each "
+                f"once. Shard it by torch's own placements, over a mesh of all ranks. (This rank: {shard.box}.)"
+            )
+        checked.add(distinct)
+        if boxes.index(shard.box) != comm.rank:
+            found.add(shard.name)
+    return frozenset(found)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the parameters of a model are spread: `comm`, `shards` and `replicated` of its backend."""
+
+    comm: Comm
+    shards: Callable[[], list[Shard]]
+    replicated: bool
+
+    @staticmethod
+    def of(module: nn.Module, find: Callable[[], list[Shard]], world: Comm) -> Layout:
+        """Return the layout of a module, some of whose parameters may be DTensors. All ranks must call this.
+
+        Args:
+            find: the shard of every parameter, by `shard_of` where it is a DTensor.
+            world: all ranks that train the model.
+        Raises:
+            ValueError: as `group_of` and `uncounted` do.
+        """
+        if not any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+            return Layout(Comm(single=True, within=world), find, False)
+        comm = group_of({clean_name(name): p for name, p in module.named_parameters()}, world)
+        first = find()
+        elsewhere = uncounted(first, comm)
+        copies = torch.tensor([sum(shard.trainable for shard in first if shard.name in elsewhere)])
+
+        def shards() -> list[Shard]:
+            return [replace(shard, counted=shard.name not in elsewhere) for shard in find()]
+
+        return Layout(comm, shards, bool(comm.sum(copies)))
+
+
+def clip(parameters: Iterable[Tensor], norm: float) -> None:
+    """Clips the gradients of all parameters together at a norm, on whatever meshes they are.
+
+    torch.nn.utils.clip_grad_norm_ stacks the norms of all parameters, which it can't where their meshes differ.
+    """
+    trained = [parameter for parameter in parameters if parameter.grad is not None]
+    alike: dict[object, list[Tensor]] = {}
+    for parameter in trained:
+        key = (parameter.device_mesh, parameter.placements) if isinstance(parameter, DTensor) else None
+        alike.setdefault(key, []).append(parameter)
+    norms = [torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]) for group in alike.values()]
+    whole = [one.full_tensor() if isinstance(one, DTensor) else one for one in norms]
+    if whole:
+        many = len(whole) > 1
+        total = torch.linalg.vector_norm(torch.stack([one.to(whole[0].device) for one in whole])) if many else whole[0]
+        for group in alike.values():
+            torch.nn.utils.clip_grads_with_norm_(group, norm, total)
+
+
+def _some(ranks: Iterable[int]) -> str:
+    shown = sorted(ranks)
+    return ", ".join(map(str, shown[:8])) + (" and others" if len(shown) > 8 else "")

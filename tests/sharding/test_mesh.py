@@ -1,0 +1,111 @@
+"""Meshes of tensor, expert, data and context parallelism: every row really trained on 4 processes over gloo."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import parity
+import pytest
+import torch
+from launch import run_workers
+from parity import Row
+from table_rows import marked, needed
+
+RIGL = {"method": "rigl", "sparsity": 0.8, "phase_steps": 12, "update_steps": 4, "finetune_steps": 3}
+
+ROWS: list[Row] = [
+    {"name": "tp_groups", "mesh": "tp_groups"},
+    {"name": "fsdp_tp", "mesh": "fsdp_tp"},
+    {"name": "fsdp_tp_clip", "mesh": "fsdp_tp", "clip": 0.5},
+    {"name": "fsdp_sp", "mesh": "fsdp_sp"},
+    {"name": "hsdp_tp", "mesh": "hsdp_tp"},
+    {"name": "shard1", "mesh": "shard1"},
+    {"name": "cp", "mesh": "cp"},
+]
+MIXTURES: list[Row] = [
+    {"name": "ep_groups", "mesh": "ep_groups", "experts": True, "same_as": "mixture_alone"},
+    {"name": "fsdp_ep", "mesh": "fsdp_ep", "experts": True, "same_as": "mixture_ddp"},
+    {"name": "fsdp_ep_1", "mesh": "fsdp_ep_1", "experts": True, "same_as": "mixture_ddp"},
+    {
+        "name": "rigl_fsdp_ep",
+        "mesh": "fsdp_ep",
+        "experts": True,
+        "same_as": "mixture_rigl_ddp",
+        "gap": RIGL,
+    },
+]
+UNSHARDED: list[Row] = [
+    {"name": "mixture_alone", "mesh": "alone", "experts": True},
+    {"name": "mixture_ddp", "mesh": "ddp", "experts": True},
+    {"name": "mixture_rigl_ddp", "mesh": "ddp", "experts": True, "gap": RIGL},
+]
+CHAINS: list[Row] = [
+    {
+        "name": f"chain_{'portable' if portable else 'native'}",
+        "meshes": ["fsdp4", "fsdp_tp", "tp4", "shard1", "alone"],
+        "portable": portable,
+    }
+    for portable in (False, True)
+]
+SHORT = [row["name"] for row in ROWS + MIXTURES + CHAINS]
+
+
+def table(rows: list[Row]) -> list[Any]:
+    names = {row["name"] for row in rows}
+    return marked(rows, [name for name in SHORT if name in names], lambda row: row["name"])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    folder, rows = tmp_path_factory.mktemp("mesh"), needed(request, "row")
+    wanted = {row["same_as"] for row in rows if "same_as" in row}
+    rows = [row for row in UNSHARDED if row["name"] in wanted] + rows
+    (folder / "rows.json").write_text(json.dumps(rows))
+    run_workers("worker_mesh.py", 4, folder, timeout=400)
+    return folder
+
+
+@pytest.mark.parametrize("row", table(ROWS + MIXTURES))
+def test_invariants_hold_after_every_step(trained: Path, row: Row) -> None:
+    for rank in range(4):
+        found = parity.result(trained, row["name"], rank)
+        assert found["wrong"] == []
+        entries = found["stats"]["entries"]
+        assert {name: entry["kept"] for name, entry in entries.items()} == {
+            e.name: e.keep for e in found["plan"].entries
+        }
+
+
+@pytest.mark.parametrize("row", table(ROWS + CHAINS))
+def test_masks_and_weights_are_those_of_the_independent_reference(trained: Path, row: Row) -> None:
+    for rank in range(4):
+        ours = parity.result(trained, row["name"], rank)
+        wanted = ours["reference"]
+        for got, mask in zip(ours["masks"], wanted["masks"], strict=True) if "mesh" in row else []:
+            assert got.keys() == mask.keys() and all(torch.equal(got[n], mask[n]) for n in mask)
+        assert parity.largest_difference(ours, wanted) <= 1e-5
+
+
+@pytest.mark.parametrize("row", table(MIXTURES))
+def test_mixtures_are_those_of_whole_experts(trained: Path, row: Row) -> None:
+    for rank in range(4):
+        ours, wanted = (parity.result(trained, name, rank) for name in (row["name"], row["same_as"]))
+        for got, mask in zip(ours["masks"], wanted["masks"], strict=True):
+            assert got.keys() == mask.keys() and all(torch.equal(got[n], mask[n]) for n in mask)
+        assert parity.largest_difference(ours, wanted) <= 1e-5
+
+
+@pytest.mark.parametrize("row", table(ROWS + MIXTURES))
+def test_resume_in_mid_phase_equals_never_having_stopped(trained: Path, row: Row) -> None:
+    parity.check_resume(trained, row)
+
+
+@pytest.mark.parametrize("row", table(ROWS + MIXTURES))
+def test_export_is_the_sparse_model(trained: Path, row: Row) -> None:
+    ours = parity.result(trained, row["name"])
+    for name, weight in ours["weights"].items():
+        assert torch.equal(ours["exported"][name], weight.view(ours["exported"][name].shape)), name
+    for entry in ours["plan"].entries:
+        assert int(ours["exported"][entry.name].count_nonzero()) <= entry.keep

@@ -1,0 +1,299 @@
+"""All rows of meshes with more than one dimension, one after the other in one group of 4 processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import observe
+import reference
+import torch
+import torch.distributed as dist
+import toy
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+
+from gap_ds import GaPEngine
+from gap_ds.method.plan import clean_name
+
+warnings.filterwarnings("ignore", category=FutureWarning)
+warnings.filterwarnings("ignore", category=UserWarning)
+
+#: Width of the blocks: torch's tensor parallelism needs equal pieces.
+HIDDEN, EXPERTS = 40, 4
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+class Experts(nn.Module):
+    """All experts of a block as stacked weights; each computes all tokens, and a router weighs them.
+
+    ep: the mesh over which the experts are spread.
+    """
+
+    ep: DeviceMesh | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(toy.WIDTH, EXPERTS, bias=False)
+        self.up = nn.Parameter(torch.randn(EXPERTS, HIDDEN, toy.WIDTH) / 4)
+        self.down = nn.Parameter(torch.randn(EXPERTS, toy.WIDTH, HIDDEN) / 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, WIDTH) to the same, whether experts are whole or spread over a mesh's dimension `ep`."""
+        share = self.router(x).softmax(-1)
+        up, down = (self._own(weight) for weight in (self.up, self.down))
+        first = self._first(len(up))
+        hidden = torch.einsum("bti,eoi->ebto", self._same(x), up).relu()
+        own = torch.einsum("ebti,eoi,bte->bto", hidden, down, self._same(share)[..., first : first + len(up)])
+        return self._summed(own)
+
+    def _own(self, weight: Tensor) -> Tensor:
+        return weight.to_local() if isinstance(weight, DTensor) else weight
+
+    def _first(self, count: int) -> int:
+        return 0 if self.ep is None else self.ep.get_local_rank() * count
+
+    def _same(self, x: Tensor) -> Tensor:
+        """Equal on all ranks of `ep`; its gradient is their sum."""
+        return (
+            x
+            if self.ep is None
+            else DTensor.from_local(x, self.ep, [Replicate()]).to_local(grad_placements=[Partial()])
+        )
+
+    def _summed(self, x: Tensor) -> Tensor:
+        if self.ep is None:
+            return x
+        return DTensor.from_local(x, self.ep, [Partial()]).redistribute(placements=[Replicate()]).to_local()
+
+
+class Mixture(nn.Module):
+    """The toy with experts, for expert parallelism."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(toy.VOCABULARY, toy.WIDTH)
+        self.layers = nn.ModuleList(Experts() for _ in range(toy.BLOCKS))
+        self.head = nn.Linear(toy.WIDTH, toy.VOCABULARY)
+
+    def forward(self, tokens: Tensor, use_all: bool) -> Tensor:
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = x + layer(x)
+        return functional.cross_entropy(self.head(x).flatten(0, 1), tokens.roll(1, dims=1).flatten())
+
+
+class Context(toy.Toy):
+    """The toy on one part of every sequence, as with context parallelism; no weight is cut by it."""
+
+    part = 0, 1
+
+    def forward(self, tokens: Tensor, use_all: bool) -> Tensor:
+        rank, size = self.part
+        wanted = tokens.roll(1, dims=1)
+        mine = slice(rank * tokens.shape[1] // size, (rank + 1) * tokens.shape[1] // size)
+        x = self.embedding(tokens[:, mine])
+        for layer in self.layers:
+            x = layer(x)
+        x = self.frozen(x)
+        x = x + self.sometimes(x) if use_all else x
+        return functional.cross_entropy(self.head(self.norm(x)).flatten(0, 1), wanted[:, mine].flatten())
+
+
+def unsharded(row: dict[str, Any]) -> nn.Module:
+    torch.manual_seed(1)
+    return Mixture() if row.get("experts") else Context(HIDDEN) if row.get("cp") else toy.Toy(HIDDEN)
+
+
+# -- meshes ------------------------------------------------------------------------------------------------------------
+
+
+def tensor_parallel(model: nn.Module, mesh: DeviceMesh, sequence: bool = False) -> None:
+    plan: dict[str, Any] = {}
+    for i in range(toy.BLOCKS):
+        if sequence:
+            plan[f"layers.{i}.norm"] = SequenceParallel(use_local_output=False)
+        plan[f"layers.{i}.fc1"] = ColwiseParallel(input_layouts=Shard(1) if sequence else Replicate())
+        plan[f"layers.{i}.fc2"] = RowwiseParallel()
+    parallelize_module(model, mesh, plan)
+
+    def cut(_: nn.Module, arguments: tuple[Tensor]) -> tuple[DTensor]:
+        """This rank's part of every sequence, for the norm."""
+        return (DTensor.from_local(arguments[0], mesh, [Replicate()]).redistribute(placements=[Shard(1)]),)
+
+    for layer in model.layers if sequence else []:
+        layer.norm.register_forward_pre_hook(cut, prepend=True)
+
+
+def expert_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
+    for layer in model.layers:
+        for name in ("up", "down"):
+            setattr(layer, name, nn.Parameter(distribute_tensor(getattr(layer, name).detach(), mesh, [Shard(0)])))
+        layer.ep = mesh
+
+
+def sharded(model: nn.Module, mesh: DeviceMesh, place: Callable[[nn.Parameter], Any] | None = None) -> nn.Module:
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh, shard_placement_fn=place)
+    return fully_shard(model, mesh=mesh, shard_placement_fn=place)
+
+
+def last(parameter: nn.Parameter) -> Shard | None:
+    """The last dimension, where it can be cut evenly."""
+    return Shard(parameter.dim() - 1) if parameter.shape[-1] % 4 == 0 else None
+
+
+def wrap(row: dict[str, Any]) -> nn.Module:
+    """The model on the row's mesh. Sets the group that trains it, and the data of this rank."""
+    model, rank = unsharded(row), dist.get_rank()
+    toy.Job.group, toy.Job.data_rank = None, rank
+    match row["mesh"]:
+        case "alone":  # this rank and no other
+            toy.Job.group, toy.Job.data_rank = GROUPS[rank,], rank // 2
+            return model
+        case "tp_groups" | "ep_groups":  # two models, each on two ranks
+            pair = rank // 2
+            mesh = DeviceMesh.from_group(GROUPS[2 * pair, 2 * pair + 1], "cpu", mesh_dim_names=("tp",))
+            toy.Job.group, toy.Job.data_rank = GROUPS[2 * pair, 2 * pair + 1], pair
+            (tensor_parallel if row["mesh"] == "tp_groups" else expert_parallel)(model, mesh)
+            return model
+        case "tp4":
+            toy.Job.data_rank = 0
+            tensor_parallel(model, init_device_mesh("cpu", (4,)))
+            return model
+        case "ddp":
+            toy.Job.data_rank = rank // 2
+            return DistributedDataParallel(model, find_unused_parameters=True)
+        case "shard1":
+            return sharded(model, init_device_mesh("cpu", (4,)), last)
+        case "fsdp4":
+            return sharded(model, init_device_mesh("cpu", (4,)))
+        case "cp":
+            mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+            toy.Job.data_rank, model.part = mesh.get_local_rank("dp"), (mesh.get_local_rank("cp"), 2)
+            return sharded(model, mesh["dp", "cp"]._flatten("dp_cp"))
+        case "hsdp_tp":
+            mesh = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("replicate", "dp", "tp"))
+            tensor_parallel(model, mesh["tp"])
+            toy.Job.data_rank = mesh.get_local_rank("replicate")
+            return sharded(model, mesh["replicate", "dp"])
+        case "fsdp_tp" | "fsdp_sp":
+            mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+            tensor_parallel(model, mesh["tp"], sequence=row["mesh"] == "fsdp_sp")
+        case "fsdp_ep" | "fsdp_ep_1":
+            mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
+            expert_parallel(model, mesh["ep"])
+        case other:
+            raise AssertionError(other)
+    toy.Job.data_rank = mesh.get_local_rank("dp")
+    place = (lambda p: Shard(1) if p.dim() == 3 else None) if row["mesh"] == "fsdp_ep_1" else None
+    return sharded(model, mesh["dp"], place)
+
+
+#: Process groups by their ranks, made by all ranks in the same order.
+GROUPS: dict[tuple[int, ...], Any] = {}
+
+
+def build(row: dict[str, Any], **training: Any) -> GaPEngine:
+    model = wrap(row)
+    # One tensor at a time: torch's grouped updates do not take tensors of several meshes.
+    optimizer = torch.optim.AdamW(trained(model), lr=1e-2, foreach=False)
+    gap = row.get("gap", toy.GAP)
+    training = {"gradient_accumulation_steps": toy.ACCUMULATION, "gradient_clipping": row.get("clip", 0.0), **training}
+    return GaPEngine(model, gap, optimizer=optimizer, group=toy.Job.group, **training)
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def whole(engine: GaPEngine) -> Callable[[str], Tensor]:
+    """A whole parameter by torch's own means."""
+
+    def weight(name: str) -> Tensor:
+        engine.run.backend.publish()
+        parameters = {clean_name(n): p for n, p in engine.module.named_parameters()}
+        found = parameters[name].detach()
+        return found.full_tensor() if isinstance(found, DTensor) else found
+
+    return weight
+
+
+# -- what a row does ---------------------------------------------------------------------------------------------------
+
+
+def run(row: dict[str, Any], out: Path) -> dict[str, Any]:
+    """A whole run, saved and exported in step 4, and a second engine that goes on from there."""
+    engine, name = build(row), row["name"]
+    first = dist.get_global_rank(toy.Job.group, 0) if toy.Job.group else 0  # of the ranks that train this model
+    folder = out / "checkpoints" / f"{name}.{first}"
+    at = {4: lambda: engine.save_checkpoint(folder, portable=True)}
+    result = observe.train(engine, whole(engine), at=at)
+    result |= observe.final_state(engine) | {"stats": engine.stats(), "plan": engine.plan}
+    engine.export(out / "final" / folder.name)
+    result["exported"] = (
+        load_file(out / "final" / folder.name / "model.safetensors") if dist.get_rank() == first else {}
+    )
+    engine.close()
+    resumed = build(row)
+    resumed.load_checkpoint(folder)
+    again = observe.train(resumed, whole(resumed), first=5)
+    result["wrong"] += again["wrong"]
+    result["resumed"] = observe.final_state(resumed) | {"masks": observe.full_masks(resumed)}
+    resumed.close()
+    if not row.get("experts"):
+        result["reference"] = independent(row.get("clip", 0.0))
+    return result
+
+
+def independent(clip: float = 0.0) -> dict[str, Any]:
+    """The same training of the whole toy, without gap_ds."""
+    select = partial(reference.largest, keep=round(0.2 * toy.WIDTH * HIDDEN))
+    return reference.train("adamw", False, trained, clip, hidden=HIDDEN, select=select)
+
+
+def chain(row: dict[str, Any], out: Path) -> dict[str, Any]:
+    """One run that goes over several meshes, each of which takes three steps; compared with one that stays."""
+    found: dict[str, Any] = {"wrong": []}
+    for i, mesh in enumerate(row["meshes"]):
+        engine = build({**row, "mesh": mesh})
+        toy.Job.data_rank = 0  # all ranks see the same data, so that the number of ranks changes nothing
+        folder = out / "checkpoints" / row["name"]
+        if i:
+            engine.load_checkpoint(folder)
+        found["wrong"] += observe.train(engine, whole(engine), first=3 * i, last=3 * i + 3)["wrong"]
+        if mesh != "alone":
+            engine.save_checkpoint(folder, portable=row["portable"])
+        found |= observe.final_state(engine) | {"masks": observe.full_masks(engine)}
+        engine.close()
+    return found | {"reference": independent()}
+
+
+def main(out: Path) -> None:
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    for ranks in [(0, 1), (2, 3), (0,), (1,), (2,), (3,)]:
+        GROUPS[ranks] = dist.new_group(list(ranks))
+    rows = json.loads((out / "rows.json").read_text())
+    works = {row["name"]: partial(chain if "meshes" in row else run, row, out) for row in rows}
+    observe.work_through(out, works)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
+    sys.stdout.flush()
+    os._exit(0)  # results are handed over: no library's clean-up at exit can spoil them
