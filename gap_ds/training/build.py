@@ -174,8 +174,8 @@ def _first_masks(of_model: plan.Plan, backend: Backend, options: Options, world:
     sparse = [name for name, n in counts.items() if 0 < n <= _FULL * entries[name]]
     if sparse and world.rank == 0:
         log.warning(
-            f"{sparse[0]}: a part of it is 0, as a sparse run leaves it, so the first masks are by magnitude. To go on with "
-            "that run, use load_checkpoint or masks_from; to begin a new one, set mask_init."
+            f"{sparse[0]}: a part of it is 0, as a sparse run leaves it, so the first masks are by magnitude. To go on "
+            "with that run, use load_checkpoint or masks_from; to begin a new one, set mask_init."
         )
     return "magnitude" if sparse else "random"
 
