@@ -46,6 +46,7 @@ _SIGNATURE_LABELS = {
     "target": "target",
     "grow": "grow",
     "grow_share": "grow_share",
+    "moments": "regrow_moments",
     "shared": "unpartitioned",
 }
 #: Lengths that every config has, in epochs or in steps.
@@ -153,6 +154,17 @@ class GaPConfig(BaseModel):
     regrow: Literal["zero", "last_value"] = Field(
         "zero", description="Value of a grown weight: zero, or its value when it was pruned."
     )
+    regrow_moments: Literal["zero", "keep_second", "mean_second"] = Field(
+        "zero",
+        description="Second moment of a grown weight (Adam's exp_avg_sq): zero, the one that it has kept while pruned, "
+        "or the mean over the kept weights of its entry. Its first moment is zero.",
+    )
+    regrow_warmup_epochs: float | None = Field(
+        None, gt=0, description="Epochs over which the steps of grown weights rise linearly to their full size."
+    )
+    regrow_warmup_steps: int | None = Field(
+        None, gt=0, description="Steps over which the steps of grown weights rise linearly to their full size."
+    )
     unpartitioned: Literal["average", "first"] = Field(
         "average",
         description="Parallel GaP, weights in no partition: the average over the workers, or those of worker 0.",
@@ -171,7 +183,11 @@ class GaPConfig(BaseModel):
     def _numbers(cls, data: Any) -> Any:
         # Strict mode refuses 1 for a float, which JSON writers produce for 1.0; bool is no number here.
         if isinstance(data, dict):
-            for key in ("sparsity", "prune_ramp", *(f"{name}_epochs" for name in ("dense", *_TIMES, "update"))):
+            for key in (
+                "sparsity",
+                "prune_ramp",
+                *(f"{name}_epochs" for name in ("dense", *_TIMES, "update", "regrow_warmup")),
+            ):
                 if type(data.get(key)) is int:
                     with contextlib.suppress(OverflowError):
                         data = {**data, key: float(data[key])}
@@ -292,7 +308,7 @@ class GaPConfig(BaseModel):
         if (self.phase_epochs is None) != (self.finetune_epochs is None):
             raise ValueError('"phase_..." and "finetune_..." must have the same unit: both _epochs or both _steps')
         wrong, right = ("steps", "epochs") if self.in_epochs else ("epochs", "steps")
-        for name in ("dense", "update"):
+        for name in ("dense", "update", "regrow_warmup"):
             if getattr(self, f"{name}_{wrong}") is not None:
                 raise ValueError(
                     f'"{name}_{wrong}" and "phase_{right}" must have the same unit: set "{name}_{right}" instead'
@@ -310,6 +326,15 @@ class GaPConfig(BaseModel):
             raise ValueError('"mask_init" has no effect with target="rising", which begins dense: remove it')
         if self.grow == "dense" and "grow_share" in given:
             raise ValueError('"grow_share" has no effect with grow="dense": remove it')
+        if self.regrow_moments != "zero" and self.optimizer_state == "reset" and not self.record.updates:
+            raise ValueError(
+                f'regrow_moments="{self.regrow_moments}" with optimizer_state="reset": has no effect, because all '
+                "moments are cleared: remove it"
+            )
+        if self.regrow_moments == "mean_second" and self.record.has_workers:
+            raise ValueError(
+                f'regrow_moments="mean_second" with method={self.method!r}: set "regrow_moments" to "keep_second"'
+            )
         if self.grow != "dense" and self.regrow != "zero":
             raise ValueError(f'grow="{self.grow}" with regrow="{self.regrow}": set "regrow" to "zero"')
 
@@ -445,6 +470,8 @@ class GaPConfig(BaseModel):
             parts["drop"] = _exact(self.drop_fraction)
         if self.prune_ramp:
             parts["ramp"] = _exact(self.prune_ramp)
+        if self.regrow_warmup_epochs or self.regrow_warmup_steps:
+            parts["warm"] = self._length("regrow_warmup")
         for label, key in _SIGNATURE_LABELS.items():
             if getattr(self, key) != type(self).model_fields[key].default:
                 parts[label] = getattr(self, key)

@@ -106,6 +106,7 @@ def _prune_and_regrow(config: Settings, entry: Budget, before: Phase | None, aft
 
 
 _BUDGETS = frozenset({"distribution", "pattern"})
+_GROWN = frozenset({"regrow_moments", "regrow_warmup"})
 
 CYCLIC = Method(
     name="cyclic",
@@ -114,7 +115,8 @@ CYCLIC = Method(
     "arXiv 2106.09857, section 3.1",
     reads=_BUDGETS
     | set("partitions partition_assignment partition_order rounds dense update prune_ramp".split())
-    | set("target grow grow_share mask_init optimizer_state regrow lr_restart".split()),
+    | set("target grow grow_share mask_init optimizer_state regrow lr_restart".split())
+    | _GROWN,
     dense=_one_by_one,
     rule=grow_and_prune,
     phases_per_round=None,
@@ -139,7 +141,7 @@ DSD = Method(
     summary="C-GaP with one partition: a dense and a sparse phase in each round",
     source="Han et al., DSD: Dense-Sparse-Dense Training for Deep Neural Networks, ICLR 2017, arXiv 1607.04381; "
     "its last phase is dense, here it is sparse",
-    reads=_BUDGETS | set("rounds dense update prune_ramp optimizer_state regrow lr_restart".split()),
+    reads=_BUDGETS | _GROWN | set("rounds dense update prune_ramp optimizer_state regrow lr_restart".split()),
     dense=_all_then_none,
     rule=grow_and_prune,
     phases_per_round=2,
@@ -184,7 +186,7 @@ GRANET = replace(
     summary="gradual pruning, with some weights regrown by gradient at every update",
     source="Liu et al., Sparse Training via Boosting Pruning Plasticity with Neuroregeneration, NeurIPS 2021, "
     "arXiv 2106.10404, algorithm 1",
-    reads=GRADUAL.reads | {"drop_fraction"},
+    reads=GRADUAL.reads | _GROWN | {"drop_fraction"},
     rule=_prune_and_regrow,
     needs_gradient=True,
 )
@@ -195,7 +197,7 @@ RIGL = Method(
     name="rigl",
     summary="drop by magnitude, grow by gradient",
     source="Evci et al., Rigging the Lottery: Making All Tickets Winners, ICML 2020, arXiv 1911.11134, algorithm 1",
-    reads=_BUDGETS | set("update drop_fraction mask_init optimizer_state lr_restart".split()),
+    reads=_BUDGETS | _GROWN | set("update drop_fraction mask_init optimizer_state lr_restart".split()),
     dense=_none,
     rule=_drop_and_grow,
     updates=True,

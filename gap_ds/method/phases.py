@@ -128,10 +128,12 @@ class Phase:
 class Schedule:
     """All phases of a run, without gaps. The last phase is open: further steps belong to it.
 
-    `keep` and `numel` below are the kept weights and the weights of each partition (K values each).
+    `keep` and `numel` below are the kept weights and the weights of each partition (K values each). `regrow_warmup` is
+    the number of steps over which the steps of grown weights rise to their full size.
     """
 
     phases: tuple[Phase, ...]
+    regrow_warmup: int = 0
 
     @property
     def total_steps(self) -> int:

@@ -7,12 +7,13 @@ records are in methods.py. A record of yours is passed as the config's `method`;
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
-from gap_ds.method.phases import Budget, Phase, cosine
+from gap_ds.method.phases import Budget, Phase, Schedule, cosine
 
 # -- updates -----------------------------------------------------------------------------------------------------------
 
@@ -167,6 +168,19 @@ def stages(config: Settings, before: Phase | None, after: Phase) -> list[tuple[P
         return [(before, after)]
     sparse = replace(after, dense=frozenset())
     return [(before, sparse), (sparse, after)]
+
+
+def grown_before(config: Settings, schedule: Schedule, entry: Budget, step: int) -> int:
+    """Return the last step, up to `step`, before which an entry was grown; 0 if that never happened."""
+    changes: list[tuple[Phase | None, Phase, int]] = []
+    for before, after in itertools.pairwise((None, *schedule.phases)):
+        assert after is not None
+        changes += [(before, after, after.first_step), *((after, after, update) for update in after.updates)]
+    for before, after, at in reversed([change for change in changes if change[2] <= step]):
+        done = [rule(config)(entry, a, b, at) for a, b in stages(config, before, after)]
+        if any(isinstance(update, Grow | DropAndGrow) for update in done):
+            return at
+    return 0
 
 
 def needs_gradient(config: Settings, phase: Phase, step: int) -> bool:

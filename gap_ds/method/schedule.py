@@ -71,7 +71,8 @@ def build(config: GaPConfig, steps_per_epoch: int | None = None, worker: int = 0
         for phase, (start, end) in zip(phases, itertools.pairwise(starts), strict=True)
     ]
     _check(config, unit, phases[:-1])
-    return Schedule(tuple(phases))
+    warmup = _exact(config, "regrow_warmup")
+    return Schedule(tuple(phases), max(1, _round(unit * warmup)) if warmup else 0)
 
 
 def _segments(config: GaPConfig, worker: int) -> list[Segment]:

@@ -17,13 +17,15 @@ from gap_ds.method.config import GaPConfig
 from gap_ds.parallel import ParallelWorker
 from gap_ds.sharding.backends import Backend, Training, detect
 from gap_ds.sharding.comm import Comm, raise_on_all_ranks
-from gap_ds.training import mask_state, saving
+from gap_ds.training import boundary_losses, mask_state, saving
+from gap_ds.training.boundary_losses import BoundaryLosses
 from gap_ds.training.consistency import LossGuard, check_model
 from gap_ds.training.exchanging import Exchanging
 from gap_ds.training.history import History
 from gap_ds.training.learning_rate import LearningRate
 from gap_ds.training.mask_state import MaskState
 from gap_ds.training.observer import Observer
+from gap_ds.training.regrowth import SECOND_MOMENTS
 from gap_ds.training.run import Run
 
 log = logging.getLogger("gap_ds")
@@ -61,6 +63,7 @@ def build(
         _check_lr_restart(config, schedulers, options.masks_from)
         backend = detect(model, training)
         _check_fresh(backend, options)
+        _check_moments(config, backend)
         steps = _steps(options, backend.micro_batches) if config.in_epochs else None
         if steps != given:
             phases = schedule.build(config, steps, worker.index if worker else 0)
@@ -71,7 +74,7 @@ def build(
     config, backend, steps, phases = _on_all_ranks(world, begin)
     check_model(world, backend.shards())
     of_model = _plan(config, backend, options.masks_from, world)
-    state = MaskState(of_model, config, backend)
+    state = MaskState(of_model, config, backend, phases.regrow_warmup)
     run = Run(
         config=config,
         steps_per_epoch=steps,
@@ -103,6 +106,14 @@ def _check_fresh(backend: Backend, options: Options) -> None:
             f"optimizer={backend.optimizers.names}: has already updated weights, and the schedule would begin at step "
             "0. To go on with a run, pass masks_from or build everything anew and call load_checkpoint; to begin a new "
             "schedule from these weights, pass fresh=True."
+        )
+
+
+def _check_moments(config: GaPConfig, backend: Backend) -> None:
+    if config.regrow_moments != "zero" and not set(SECOND_MOMENTS) & backend.optimizers.moment_names:
+        raise ValueError(
+            f'regrow_moments="{config.regrow_moments}": has no effect with optimizer={backend.optimizers.names}, which '
+            "has no second moments. Remove it."
         )
 
 
@@ -213,6 +224,7 @@ def _observers(run: Run, history: str | Path | None) -> list[Observer]:
     if history is not None:
         comms = (run.backend.comm, run.world)
         found.append(History(Path(history), run.plan, run.signature, run.mask_state, *comms))
+        found.append(BoundaryLosses(Path(history).with_name(boundary_losses.NAME), run.world))
     if run.worker is not None:
         of_run = (run.plan, run.signature, run.config.unpartitioned)
         found.append(Exchanging(run.worker, *of_run, run.mask_state, run.backend, run.world))

@@ -123,11 +123,15 @@ class GaPEngine:
     def backward(self, loss: Tensor) -> None:
         """Backward pass of one micro-batch. `loss` is its mean, whatever the number of accumulated micro-batches."""
         if self.run.guard.accepts(loss, self.applied_steps):
+            for observer in self.run.observers:
+                observer.loss_seen(loss)
             self.run.backend.backward(loss)
 
     def watch(self, loss: Tensor) -> None:
         """Checks a loss that something else propagates, with nonfinite_loss="stop", as `backward` does."""
-        self.run.guard.accepts(loss, self.applied_steps)
+        if self.run.guard.accepts(loss, self.applied_steps):
+            for observer in self.run.observers:
+                observer.loss_seen(loss)
 
     def step(self) -> None:
         """Ends a micro-batch. If that completes an update: optimizer step, masks, and at a boundary prune and grow."""
@@ -146,6 +150,7 @@ class GaPEngine:
             return False
         for observer in self.run.observers:
             observer.before_first_update()
+            observer.update_applied()
         before, self._place = self._place, self._place.after_update()
         if before.changes_masks(self.schedule):
             self._enter(before.phase(self.schedule), self.phase)

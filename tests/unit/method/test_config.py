@@ -200,6 +200,15 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         {"target": "rising", "update_epochs": 0.25, "mask_init": "random"},
         '"mask_init" has no effect with target="rising", which begins dense: remove it (in gap_config).',
     ),
+    (
+        {"regrow_moments": "keep_second", "optimizer_state": "reset"},
+        'regrow_moments="keep_second" with optimizer_state="reset": has no effect, because all moments are cleared: '
+        "remove it (in gap_config).",
+    ),
+    (
+        {"method": "parallel", "regrow_moments": "mean_second"},
+        'regrow_moments="mean_second" with method=\'parallel\': set "regrow_moments" to "keep_second" (in gap_config).',
+    ),
     ({"partitions": 0}, f'partitions=0: {PATTERNS}. Set "partitions" in gap_config.'),
     ({"partitions": 2.0}, f'partitions=2.0: {PATTERNS}. Set "partitions" in gap_config.'),
     ({"partitions": True}, f'partitions=True: {PATTERNS}. Set "partitions" in gap_config.'),
@@ -428,6 +437,9 @@ VALUES = {
     "grow": "gradient",
     "grow_share": 0.2,
     "regrow": "last_value",
+    "regrow_moments": "keep_second",
+    "regrow_warmup_epochs": 0.5,
+    "regrow_warmup_steps": 3,
     "unpartitioned": "first",
     "lr_restart": True,
 }
@@ -439,7 +451,7 @@ def in_steps(changes: dict[str, Any]) -> dict[str, Any]:
     """The same config with times in steps, ten to an epoch."""
     times = {
         f"{name}_steps": int(10 * value)
-        for name in ("dense", "phase", "update", "finetune")
+        for name in ("dense", "phase", "update", "finetune", "regrow_warmup")
         if (value := (BASE | changes).get(f"{name}_epochs", REMOVE)) is not REMOVE
     }
     gone = dict.fromkeys([f"{name}_epochs" for name in ("dense", "phase", "update", "finetune")], REMOVE)
@@ -663,7 +675,8 @@ def test_different_settings_have_different_signatures() -> None:
 PROPERTY = settings(max_examples=300, deadline=None, derandomize=True, database=None)
 TAGS = {"s": "sparsity", "dist": "distribution", "pat": "pattern", "drop": "drop_fraction", "ramp": "prune_ramp"}
 TAGS |= {"init": "mask_init", "assign": "partition_assignment", "order": "partition_order", "shared": "unpartitioned"}
-TIMES = {"D": "dense", "T": "phase", "ft": "finetune", "every": "update"}
+TAGS |= {"moments": "regrow_moments"}
+TIMES = {"D": "dense", "T": "phase", "ft": "finetune", "every": "update", "warm": "regrow_warmup"}
 
 
 def parsed(signature: str) -> dict[str, Any]:
@@ -720,6 +733,8 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
         "exclude": [[], ["x"]],
         "optimizer_state": ["keep_survivors", "reset"],
         "regrow": ["zero", "last_value"],
+        "regrow_moments": ["zero", "keep_second", "mean_second"],
+        f"regrow_warmup_{unit}": [2] if unit == "steps" else [0.125],
         "unpartitioned": ["average", "first"],
         "lr_restart": [False, True],
         "drop_fraction": [0.3, 0.1, 0.123456789],
@@ -735,6 +750,10 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
         found.pop("mask_init", None)
     if "grow" in found:
         found.pop("regrow", None)
+    if method == "parallel" and found.get("regrow_moments") == "mean_second":
+        found["regrow_moments"] = "keep_second"
+    if not moves and found.get("optimizer_state") == "reset":
+        found.pop("regrow_moments", None)
     fixed = not moves and not {"prune_ramp", "target", "grow"} & found.keys()
     if draw(one_in) and fixed and found.get("distribution") != "global":
         found["pattern"] = "block:4x4"
