@@ -223,8 +223,9 @@ class MaskState:
             )
             bits |= self._exactly({e: (u.keep, self._random(e, e.name)) for e, u in random.items()})
             return bits | self._exchanged(exchanged, step)
-        bits = {e.name: self._whole(e, u.keep, self._magnitudes(e), True) for e, u in largest.items()}
-        return bits | {e.name: self._whole(e, u.keep, self._random(e, e.name), False) for e, u in random.items()}
+        bits = {e.name: self._piece_of(e, self._by_magnitude(e), u.keep) for e, u in largest.items()}
+        bits |= {e.name: self._piece_of(e, self._whole(e, self._random(e, e.name)), u.keep) for e, u in random.items()}
+        return bits | {e.name: self._exchanged_whole(e, u, step) for e, u in exchanged.items()}
 
     def _exactly(
         self, wanted: Mapping[Entry, tuple[int, selection.Keys]], shared_budget: bool = False
@@ -277,15 +278,34 @@ class MaskState:
         gradient = self._gradients.get(entry.name)
         return selection.magnitude_keys(torch.zeros_like(weight) if gradient is None else gradient)
 
-    def _whole(self, entry: Entry, keep: int, keys: selection.Keys, by_magnitude: bool) -> Tensor:
-        """Bits of this rank's piece where the pattern needs the whole entry: all ranks assemble it and decide alike."""
+    # Where a pattern needs the whole entry, all ranks assemble it, decide alike, and cut out their pieces.
+
+    def _whole(self, entry: Entry, keys: selection.Keys) -> Tensor:
         shard = self.shards[entry.name]
         piece = selection.Piece(entry.name, shard.box, keys, budget=0)
         own = torch.cat([piece.keys(0, 0), *(chunk for _, chunk in piece.chunks())])
-        whole = self._backend.comm.assemble_everywhere(own, shard)
-        scores = selection.magnitudes(entry.name, whole) if by_magnitude else whole
-        kept = self._plan.pattern.mask(scores.view(entry.shape), keep, entry.dims)
-        return bitmask.pack(shard.box.cut(kept.flatten()))
+        return self._backend.comm.assemble_everywhere(own, shard).view(entry.shape)
+
+    def _by_magnitude(self, entry: Entry) -> Tensor:
+        return selection.magnitudes(entry.name, self._whole(entry, self._magnitudes(entry)))
+
+    def _piece_of(self, entry: Entry, scores: Tensor, keep: int) -> Tensor:
+        """Bits of this rank's piece of the mask for scores of the whole entry."""
+        pattern = self._plan.pattern
+        mask = pattern.mask(scores, pattern.nearest(entry.shape, keep, entry.dims), entry.dims)
+        return bitmask.pack(self.shards[entry.name].box.cut(mask.flatten()))
+
+    def _exchanged_whole(self, entry: Entry, update: rules.DropAndGrow, step: int) -> Tensor:
+        pattern, dims = self._plan.pattern, entry.dims
+        keys = self._whole(entry, self._of_kept(entry))
+        kept = keys != 0 if entry.name in self.bits else torch.ones_like(keys, dtype=torch.bool)
+        # The keys of kept weights are one larger than those of their magnitudes, where there is a mask.
+        scores = selection.magnitudes(entry.name, keys - ((keys > 0) & (entry.name in self.bits)).to(keys.dtype))
+        growth = self._whole(entry, self._growth(entry, update.by_gradient, step))
+        growth = selection.magnitudes(entry.name, growth) if update.by_gradient else growth
+        keep = pattern.nearest(entry.shape, update.keep, dims)
+        mask = pattern.exchange(scores, kept, growth, keep, min(update.drop, keep), dims)
+        return bitmask.pack(self.shards[entry.name].box.cut(mask.flatten()))
 
     def _stored(self, names: set[str]) -> dict[str, Tensor]:
         """Masks that were written by another run, of the same entries."""

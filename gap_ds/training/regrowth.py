@@ -38,7 +38,7 @@ def mean_second_moments(
         {
             name: moment[bitmask.unpack(bits[shard.name], shard.numel)].double()
             for name, moment, _ in optimizers.moments(shard)
-            if name in SECOND_MOMENTS
+            if name in SECOND_MOMENTS and shard.counted
         }
         for shard in listed
     ]
