@@ -153,7 +153,7 @@ SCENARIOS = {
             **{11: [exchange("9/11", cubic("9/11"))], 13: [prune()]},
         },
     ),
-    # 3 of 4 are left where half of what is to be pruned is. Then 148 groups can drop a weight each: fewer than alpha asks.
+    # 3 of 4 are left where half of what is to be pruned is. Then 148 weights can be replaced.
     "granet_2of4": Scenario(
         {"method": "granet", "sparsity": 0.5, "pattern": "2:4", "exclude": ["fc2"], "dense_steps": 2, "phase_steps": 11}
         | {"update_steps": 3, "finetune_steps": 2, "drop_fraction": 0.5, "regrow_moments": "keep_second"},
