@@ -38,7 +38,7 @@ _CHUNK = 1 << 18
 class Grouped:
     """This rank's piece of an entry with a pattern.
 
-    piece: its weights with their keys; `piece.budget` is not used. shape, dims, keep: of the whole entry.
+    piece: its weights with their keys; `piece.budget` is not used. shape, dims, keep (legal): of the whole entry.
     boxes: what each rank counts of the entry. by_magnitude: whether keys are those of magnitudes.
     """
 
@@ -199,9 +199,10 @@ def _chunks(stretch: _Stretch, band: int) -> list[tuple[int, int]]:
 
 def _every_group(pattern: NofM, entry: Grouped, stretches: Sequence[_Stretch]) -> Tensor:
     """The bits of a piece by an N:M pattern, which decides each group alone."""
+    n = entry.keep * pattern.m // math.prod(entry.shape)
 
     def flags(one: _Stretch, lo: int, hi: int) -> Tensor:
-        return pattern.flags(one.scores(lo, hi), one.shape, entry.dims)
+        return pattern.flags(one.scores(lo, hi), one.shape, entry.dims, n)
 
     return _bits(pattern, entry, [(one, partial(flags, one)) for one in stretches])
 

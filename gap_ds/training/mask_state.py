@@ -234,7 +234,8 @@ class MaskState:
             bits |= self._exactly({e: (u.keep, self._random(e, e.name)) for e, u in random.items()})
             return bits | self._exchanged(exchanged, step)
         bits = self._by_groups({e: (u.keep, self._magnitudes(e)) for e, u in largest.items()}, by_magnitude=True)
-        return bits | self._by_groups({e: (u.keep, self._random(e, e.name)) for e, u in random.items()})
+        bits |= self._by_groups({e: (u.keep, self._random(e, e.name)) for e, u in random.items()})
+        return bits | {e.name: self._exchanged_whole(e, u, step) for e, u in exchanged.items()}
 
     def _exactly(
         self, wanted: Mapping[Entry, tuple[int, selection.Keys]], shared_budget: bool = False
@@ -301,7 +302,7 @@ class MaskState:
                 selection.Piece(entry.name, shard.box, keys, 0, shard.counted),
                 entry.shape,
                 entry.dims,
-                keep,
+                pattern.nearest(entry.shape, keep, entry.dims),
                 cuts,
                 by_magnitude,
             )
@@ -309,6 +310,26 @@ class MaskState:
         ]
         bits = select_groups(pattern, entries, self._backend.comm)
         return {entry.name: b for entry, b in zip(wanted, bits, strict=True)}
+
+    def _whole(self, entry: Entry, keys: selection.Keys) -> Tensor:
+        """The keys of a whole entry on every rank."""
+        shard = self.shards[entry.name]
+        piece = selection.Piece(entry.name, shard.box, keys, budget=0)
+        own = torch.cat([piece.keys(0, 0), *(chunk for _, chunk in piece.chunks())])
+        return self._backend.comm.assemble_everywhere(own, shard).view(entry.shape)
+
+    def _exchanged_whole(self, entry: Entry, update: rules.DropAndGrow, step: int) -> Tensor:
+        """Drop and grow by a pattern: all ranks assemble the entry, decide alike, and cut out their pieces."""
+        pattern, dims = self._plan.pattern, entry.dims
+        keys = self._whole(entry, self._of_kept(entry))
+        kept = keys != 0 if entry.name in self.bits else torch.ones_like(keys, dtype=torch.bool)
+        # The keys of kept weights are one larger than those of their magnitudes, where there is a mask.
+        scores = selection.magnitudes(entry.name, keys - ((keys > 0) & (entry.name in self.bits)).to(keys.dtype))
+        growth = self._whole(entry, self._growth(entry, update.by_gradient, step))
+        growth = selection.magnitudes(entry.name, growth) if update.by_gradient else growth
+        keep = pattern.nearest(entry.shape, update.keep, dims)
+        mask = pattern.exchange(scores, kept, growth, keep, min(update.drop, keep), dims)
+        return bitmask.pack(self.shards[entry.name].box.cut(mask.flatten()))
 
     def _stored(self, names: set[str]) -> dict[str, Tensor]:
         """Masks that were written by another run, of the same entries."""

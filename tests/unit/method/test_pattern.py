@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gap_ds import GaPConfig, GaPEngine
+from gap_ds.checkpoint.inspect import inspect
 from gap_ds.masks import bitmask, selection
 from gap_ds.masks.box import Box
 from gap_ds.method import plan
@@ -103,6 +104,59 @@ def test_masks_are_those_of_the_brute_force(case: tuple[Pattern, Tensor, int, tu
     assert mask.dtype == torch.bool and mask.shape == scores.shape and torch.equal(scores, before)
     assert int(mask.sum()) == keep
     assert torch.equal(mask, brute_force(pattern, scores, keep, dims))
+    assert illegal(pattern, mask, dims) == 0
+
+
+def exchanged(
+    pattern: Pattern, scores: Tensor, kept: Tensor, growth: Tensor, keep: int, drop: int, dims: tuple[int, int]
+) -> Tensor:
+    """The mask after an update that the definition asks for, by sorts of (score, index) pairs."""
+    flat, came = ([Fraction(s) for s in values.flatten().tolist()] for values in (scores, growth))
+    was, groups = kept.flatten().tolist(), groups_of(pattern, tuple(scores.shape), dims)
+    stay: list[int] = []
+    grown: list[int] = []
+    if isinstance(pattern, NofM):
+        each, more = divmod(drop, len(groups))
+        ranked = [sorted((i for i in g if was[i]), key=lambda i: (-flat[i], i)) for g in groups]
+        stays = keep // len(groups) - each
+        # The last one of each group is dropped next; where they tie, in the last group first.
+        last = sorted(range(len(groups)), key=lambda g: (flat[ranked[g][stays - 1]] if stays else 0, -g))
+        for g, group in enumerate(groups):
+            extra = g in last[:more]
+            here = ranked[g][: stays - extra]
+            others = sorted((i for i in group if i not in here), key=lambda i: (-came[i], i))
+            stay, grown = stay + here, grown + others[: each + extra]
+    else:
+        size = len(groups[0])
+        left = max(1, math.floor(Fraction(keep - drop, size) + Fraction(1, 2)))
+        best = sorted((g for g in groups if was[g[0]]), key=lambda g: (-sum(flat[i] for i in g), g[0]))[:left]
+        others = sorted((g for g in groups if g not in best), key=lambda g: (-sum(came[i] for i in g), g[0]))
+        stay = [i for g in best for i in g]
+        grown = [i for g in others[: keep // size - left] for i in g]
+    mask = torch.zeros(scores.numel(), dtype=torch.bool)
+    mask[stay + grown] = True
+    return mask.view(scores.shape)
+
+
+@PROPERTY
+@given(cases(), st.data())
+def test_exchanges_are_those_of_the_brute_force(
+    case: tuple[Pattern, Tensor, int, tuple[int, int]], data: st.DataObject
+) -> None:
+    pattern, scores, keep, dims = case
+    before = keep
+    if isinstance(pattern, NofM):  # the mask before may have kept more
+        n = data.draw(st.integers(pattern.n, pattern.m))
+        before = scores.numel() // pattern.m * n
+        kept = brute_force(NofM(n, pattern.m), scores.flip(0), before, dims)
+    else:
+        kept = pattern.mask(scores.flip(0), before, dims)
+    generator = torch.Generator().manual_seed(keep)
+    growth = torch.randint(0, 9, scores.shape, generator=generator).to(scores.dtype)
+    drop = data.draw(st.integers(0, max(0, min(keep - 1, scores.numel() - keep))))
+    mask = pattern.exchange(scores, kept, growth, keep, drop, dims)
+    assert mask.dtype == torch.bool and int(mask.sum()) == keep
+    assert torch.equal(mask, exchanged(pattern, scores, kept, growth, keep, drop, dims))
     assert illegal(pattern, mask, dims) == 0
 
 
@@ -328,6 +382,58 @@ def test_masks_are_legal_and_exact_in_every_step(pattern: str, sparsity: float, 
     for _ in run(resumed, 6):
         pass
     for (name, a), (_, b) in zip(weights.items(), resumed.module.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+MOVING: dict[str, dict[str, Any]] = {
+    "rigl": {"method": "rigl", "phase_steps": 6, "update_steps": 2, "drop_fraction": 0.5},
+    "set": {"method": "set", "phase_steps": 6, "update_steps": 2, "drop_fraction": 0.9},
+    "gradual": {"method": "gradual", "phase_steps": 6, "update_steps": 1},
+    "granet": {"method": "granet", "phase_steps": 6, "update_steps": 1},
+    "ramp": {"partitions": 2, "rounds": 1, "phase_steps": 4, "update_steps": 1, "prune_ramp": 1.0},
+    "rising": {"partitions": 2, "rounds": 1, "phase_steps": 4, "update_steps": 1, "target": "rising"},
+    "grow": {"partitions": 2, "rounds": 2, "phase_steps": 2, "grow": "gradient", "grow_share": 0.6},
+}
+
+
+@pytest.mark.parametrize("method", MOVING)
+@pytest.mark.parametrize(("pattern", "sparsity"), [("1:4", 0.75), ("block:2x4", 0.7)])
+def test_masks_that_move_are_legal_and_exact(pattern: str, sparsity: float, method: str, tmp_path: Path) -> None:
+    """In every step they keep the budget of the schedule; a resumed run goes on alike."""
+    settings = {"sparsity": sparsity, "pattern": pattern, "finetune_steps": 2, **MOVING[method]}
+
+    def build() -> GaPEngine:
+        torch.manual_seed(0)
+        model = Model()
+        return GaPEngine(model, settings, optimizer=torch.optim.AdamW(model.parameters(), lr=0.01))
+
+    engine = build()
+    total, budgets = engine.schedule.total_steps, set[tuple[int, ...]]()
+    for step in run(engine, total):
+        phase = engine.phase
+        at = [s for s in (phase.first_step, *phase.updates) if s <= step + 1][-1]
+        kept = []
+        for entry in engine.plan.entries:
+            if (mask := engine.mask(entry.name)) is not None:
+                wanted = engine.plan.pattern.nearest(entry.shape, phase.budget(entry, at), entry.dims)
+                kept.append(int(mask.sum()))
+                legal = engine.plan.pattern
+                if isinstance(legal, NofM):
+                    legal = NofM(wanted * legal.m // entry.numel, legal.m)
+                assert kept[-1] == wanted and illegal(legal, mask.view(entry.shape), entry.dims) == 0
+        budgets.add(tuple(kept))
+        counts = sum(kept) + sum(e.numel for e in engine.plan.entries if engine.mask(e.name) is None)
+        if pattern == "1:4":
+            assert engine.density == pytest.approx(counts / engine.plan.numel)
+        if step == 4:
+            engine.save_checkpoint(tmp_path)
+            assert inspect(tmp_path / "step_5", lambda *_: None)["problems"] == []
+    assert engine.stats()["kept"] == engine.plan.keep and len(budgets) > (method not in ("rigl", "set"))
+    resumed = build()
+    resumed.load_checkpoint(tmp_path)
+    for _ in run(resumed, total):
+        pass
+    for (name, a), (_, b) in zip(engine.module.named_parameters(), resumed.module.named_parameters(), strict=True):
         assert torch.equal(a, b), name
 
 
