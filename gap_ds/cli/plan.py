@@ -17,7 +17,7 @@ from gap_ds._version import __version__
 from gap_ds.masks import bitmask, selection
 from gap_ds.method import rules
 from gap_ds.method.config import GaPConfig
-from gap_ds.method.pattern import Unstructured
+from gap_ds.method.pattern import Block, Pattern, Unstructured
 from gap_ds.method.plan import Entry, Plan
 from gap_ds.method.plan import build as build_plan
 from gap_ds.method.schedule import Schedule
@@ -215,21 +215,32 @@ def _ranks(plan: Plan, schedule: Schedule, selected: Sequence[Sequence[Entry]], 
     # A rank that owns a stretch of one flat buffer may own nothing but entries, each with a partly used last byte.
     flat = min(whole, bitmask.nbytes(-(-plan.total // ranks)) + len(plan.entries))
     counts = isinstance(plan.pattern, Unstructured)
-    sent = [selection_bytes(len(row)) if counts else 4 * sum(e.numel for e in row) for row in selected]
+    sent = [_sent(plan.pattern, list(row), ranks) for row in selected]
     sent = sent if ranks > 1 else [0] * len(sent)
     return {
         "world_size": ranks,
         "mask_bytes": even,
         "mask_bytes_flat_buffer": flat,
         "mask_bytes_unsharded": whole,
-        "sent": "counts" if counts else "scores, an entry at a time",
+        "sent": "counts" if counts else "counts, and scores of groups that are cut",
         "start_bytes": sent[0],
         "boundary_bytes": max(sent[1:], default=0),
     }
 
 
-def selection_bytes(budgets: int) -> int:
+def _sent(pattern: Pattern, entries: Sequence[Entry], ranks: int) -> int:
+    """Return the most bytes that a rank contributes when the masks of some entries are selected."""
+    if isinstance(pattern, Unstructured):
+        return selection_bytes(len(entries))
+    # Every rank's first group may be cut by the end of another rank's piece.
+    cut = sum(8 * min((ranks - 1) * pattern.band(e.shape, e.dims), e.numel) for e in entries)
+    return 8 * len(entries) + cut + (selection_bytes(len(entries), bits=63) if isinstance(pattern, Block) else 0)
+
+
+def selection_bytes(budgets: int, bits: int = 31) -> int:
     """Return the bytes that a rank contributes to the all-reduces of one selection with so many budgets.
+
+    Keys have 31 bits, or 63 where blocks are selected.
 
     They are histograms (budgets × bins) of int64, one for each pass; the first pass has further rows that count the
     invalid keys of each entry.
@@ -239,5 +250,5 @@ def selection_bytes(budgets: int) -> int:
     """
     if budgets == 0:
         return 0
-    passes = [bins for _, bins in selection._PASSES]
+    passes = [bins for _, bins in selection.PASSES[bits]]
     return 8 * sum(budgets * bins for bins in passes) + 8 * passes[0] * -(-budgets // passes[0])

@@ -95,6 +95,31 @@ class Box:
         """True if the elements are contiguous in the flattened tensor."""
         return len(self.view) == 1
 
+    def sides(self, shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """Return the offset and size of the box in a tensor of this shape; None if it is no box there, but a range.
+
+        >>> Box.span(12, 12, 24).sides((4, 6)), Box.span(3, 12, 24).sides((4, 6))
+        (((2, 0), (2, 6)), None)
+        """
+        offset: list[int] = []
+        size: list[int] = []
+        dims = list(shape)
+        for of, at, n in zip(self.view, self.offset, self.size, strict=True):
+            left = of
+            while dims and (left > 1 or not offset):
+                left //= (own := dims.pop(0))
+                first, count = at // left, max(n // left, 1)
+                if count > 1 and (at % left or n % left):
+                    return None
+                if first % own + count > own:
+                    return None
+                offset.append(first)
+                size.append(count)
+                at, n = at - first * left, n if count == 1 else left
+            if n > 1 or at:
+                return None
+        return (*offset, *[0] * len(dims)), (*size, *[1] * len(dims))
+
     def indices(self, lo: int = 0, hi: int | None = None, device: torch.device | str = "cpu") -> Tensor:
         """Return the flat indices (hi - lo,), ascending, of elements lo to hi of the box, by default of all."""
         hi = self.numel if hi is None else hi

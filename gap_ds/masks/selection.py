@@ -26,8 +26,11 @@ from torch import Tensor
 from gap_ds.masks import bitmask, cpu
 from gap_ds.masks.box import Box
 
-#: Bits of a 31-bit key counted by each pass, most significant first: (shift, bins).
-_PASSES = ((20, 2048), (10, 1024), (0, 1024))
+#: Bits of a key counted by each pass, most significant first: (shift, bins); of 31-bit keys, and of 63-bit ones.
+PASSES = {
+    31: ((20, 2048), (10, 1024), (0, 1024)),
+    63: ((52, 2048), *((shift, 1024) for shift in (42, 32, 22, 12, 2)), (0, 4)),
+}
 #: Bits of a flat index counted by each pass over the ties.
 _INDEX_BITS = 10
 #: Weights processed at a time; bounds the scratch memory of a boundary. On a CPU their keys stay in a core's cache.
@@ -44,7 +47,8 @@ INVALID = -1
 _INFINITY = 0x7F800000
 
 
-#: (lo, hi) -> int32 keys in [0, 2^31), or INVALID, of the weights [lo, hi) of a piece, counted from its start.
+#: (lo, hi) -> keys of the weights [lo, hi) of a piece, counted from its start: int32 in [0, 2^31), or INVALID; or int64
+#: in [0, 2^63).
 Keys = Callable[[int, int], Tensor]
 
 
@@ -85,6 +89,11 @@ class Piece:
         """The device of the keys."""
         return self.keys(0, 0).device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the keys: int32, or int64 for keys of 63 bits."""
+        return self.keys(0, 0).dtype
+
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
         """Yield (position in the piece, keys) by chunk. The length of every chunk but the last is a multiple of 8."""
         size = _CHUNK if self.device.type == "cpu" else _DEVICE_CHUNK
@@ -94,7 +103,7 @@ class Piece:
     @property
     def passes(self) -> Passes:
         """The implementation of the passes for this piece."""
-        return _passes(self.device, self.numel)
+        return _passes(self.device, self.numel) if self.dtype == torch.int32 else _ByPyTorch()
 
 
 class Passes(Protocol):
@@ -164,6 +173,24 @@ def only(keys: Keys, among: Tensor) -> Keys:
     return chosen
 
 
+def first(keys: Keys, among: Tensor, by_magnitude: bool) -> Keys:
+    """Return keys that put all weights inside a mask `among` (bits of the piece) above all others.
+
+    Those of magnitudes stay magnitudes: inside they are infinity's.
+
+    >>> among = bitmask.pack(torch.tensor([False, True, False]))
+    >>> first(magnitude_keys(torch.tensor([3.0, 0.0, 1.0])), among, True)(0, 3).view(torch.float32).tolist()
+    [3.0, inf, 1.0]
+    """
+    top = _INFINITY if by_magnitude else 2**31 - 1
+
+    def chosen(lo: int, hi: int) -> Tensor:
+        found = keys(lo, hi).clamp(max=top - 1)
+        return torch.where(bitmask.unpack(among, hi - lo, start=lo), top, found)
+
+    return chosen
+
+
 def magnitudes(name: str, keys: Tensor) -> Tensor:
     """Return the magnitudes (N,) in fp32 that have these keys, as a view.
 
@@ -171,11 +198,11 @@ def magnitudes(name: str, keys: Tensor) -> Tensor:
         ValueError: a weight is NaN.
     """
     if invalid := int((keys < 0).count_nonzero()):
-        raise _no_order(name, invalid)
+        raise no_order(name, invalid)
     return keys.view(torch.float32)
 
 
-def _no_order(name: str, invalid: int) -> ValueError:
+def no_order(name: str, invalid: int) -> ValueError:
     return ValueError(
         f"{name}: {invalid} weights are NaN, so their magnitudes have no order. The training has "
         "diverged before this boundary: lower the learning rate, or resume from an earlier checkpoint."
@@ -217,16 +244,45 @@ def select_largest(pieces: Sequence[Piece], keep: Sequence[int], reduce: Reduce)
     Raises:
         ValueError: on all ranks, if a key is invalid (a weight is NaN) or a budget exceeds its weights.
     """
+    decisions = decide(pieces, keep, reduce)
+    return [decision.mask(piece) for piece, decision in zip(pieces, decisions, strict=True)]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Which weights of an entry are kept: keys above the threshold, and at it with a flat index before `end`.
+
+    end: None keeps all weights at the threshold.
+    """
+
+    threshold: int
+    end: int | None
+
+    def mask(self, piece: Piece) -> Tensor:
+        """Return the bits of a piece of the entry, counted or not."""
+        bits = torch.empty(bitmask.nbytes(piece.numel), dtype=torch.uint8, device=piece.device)
+        passes = piece.passes
+        for lo, keys in piece.chunks():
+            if self.end:
+                first = piece.box.indices(lo, lo + keys.numel(), keys.device) < self.end
+                packed = bitmask.pack((keys > self.threshold) | ((keys == self.threshold) & first))
+            else:
+                packed = passes.pack_above(keys, self.threshold - (self.end is None))
+            bits[lo // 8 : lo // 8 + len(packed)] = packed
+        return bits
+
+
+def decide(pieces: Sequence[Piece], keep: Sequence[int], reduce: Reduce) -> list[Decision]:
+    """Return the decisions of `select_largest` for the E entries; the arguments are the same."""
     # Weights with a higher prefix are kept; `need` of those with this prefix are still to be chosen.
     prefix = torch.zeros(len(keep), dtype=torch.int64)
     need = torch.tensor(list(keep), dtype=torch.int64)
     ties = torch.zeros(len(keep), dtype=torch.int64)
     candidates: list[_Candidates] = [partial(_all_keys, piece) for piece in pieces]
-    for shift, bins in _PASSES:
-        counts = reduce.sum(
-            _histogram(pieces, candidates, len(keep), prefix, shift, bins, first=shift == _PASSES[0][0])
-        )
-        if shift == _PASSES[0][0]:
+    bits = 63 if pieces and pieces[0].dtype == torch.int64 else 31
+    for number, (shift, bins) in enumerate(PASSES[bits]):
+        counts = reduce.sum(_histogram(pieces, candidates, len(keep), prefix, shift, bins, first=number == 0))
+        if number == 0:
             _check(pieces, counts, need, reduce)
         counts = counts[: len(keep), :bins]
         # at_least[g, b]: candidates in bin b or above. The threshold's bin is the highest b with at_least >= need.
@@ -236,7 +292,7 @@ def select_largest(pieces: Sequence[Piece], keep: Sequence[int], reduce: Reduce)
         need = need - (at_least.gather(1, chosen[:, None])[:, 0] - ties)
         prefix = prefix * bins + chosen
     ends = _tie_ends(pieces, prefix, need, reduce) if bool((ties > need).any()) else [None] * len(pieces)
-    return [_mask(piece, int(prefix[piece.budget]), end) for piece, end in zip(pieces, ends, strict=True)]
+    return [Decision(int(prefix[piece.budget]), end) for piece, end in zip(pieces, ends, strict=True)]
 
 
 #: Yields the keys of a piece that may still be the threshold, by chunk.
@@ -268,7 +324,7 @@ def _histogram(
         passes, before = piece.passes, int(prefix[piece.budget])
         counts = torch.zeros(1 + bins, dtype=torch.int64, device=piece.device)
         # One block for all: small tensors kept between the large ones of each chunk would fragment the heap.
-        found = torch.empty(0 if first else piece.numel // _FEW, dtype=torch.int32, device=piece.device)
+        found = torch.empty(0 if first else piece.numel // _FEW, dtype=piece.dtype, device=piece.device)
         seen = 0
         for keys in candidates[e]():
             if not first:
@@ -290,7 +346,7 @@ def _check(pieces: Sequence[Piece], counts: Tensor, keep: Tensor, reduce: Reduce
     invalid = counts[len(keep) :].reshape(-1)[: len(pieces)]
     if bool((invalid != 0).any()):
         e = int(invalid.nonzero()[0, 0])
-        raise _no_order(pieces[e].name, int(invalid[e]))
+        raise no_order(pieces[e].name, int(invalid[e]))
     available = counts[: len(keep)].sum(1)
     if bool((keep > available).any()):
         g = int((keep > available).nonzero()[0, 0])
@@ -346,17 +402,3 @@ def _tied_indices(piece: Piece, threshold: int) -> Iterator[Tensor]:
         tied = keys == threshold
         if bool(tied.any()):
             yield piece.box.indices(lo, lo + keys.numel(), keys.device)[tied]
-
-
-def _mask(piece: Piece, threshold: int, end: int | None) -> Tensor:
-    """Bits of the weights above the threshold, and of those at it with a flat index before `end` (None: all)."""
-    bits = torch.empty(bitmask.nbytes(piece.numel), dtype=torch.uint8, device=piece.device)
-    passes = piece.passes
-    for lo, keys in piece.chunks():
-        if end:
-            first = piece.box.indices(lo, lo + keys.numel(), keys.device) < end
-            packed = bitmask.pack((keys > threshold) | ((keys == threshold) & first))
-        else:
-            packed = passes.pack_above(keys, threshold - (end is None))
-        bits[lo // 8 : lo // 8 + len(packed)] = packed
-    return bits

@@ -1,8 +1,9 @@
 """Patterns: the legal sets of kept weights. Unstructured, N of every M along the input dimension, whole blocks.
 
 A pattern is plain data with pure functions: `misfit` (why a shape does not fit), `budget` (the final budget for a
-wanted one), `nearest` (the legal one next to a number), `mask` (the mask for scores of a whole entry and a legal
-budget) and `exchange` (the mask after an update that drops and grows). Of equal scores the lowest flat index wins.
+wanted one), `nearest` (the legal number of kept weights next to one, on the way to the budget) and `mask` (the mask for
+scores of a whole entry and a legal number). Of equal scores the lowest flat index wins. The others are what
+`gap_ds.masks.groups` needs to find the same masks over shards.
 
     2:4, Linear (2, 8)         block:1x4, Linear (2, 8)
     | x . x . | . . x x |      | x x x x | . . . . |
@@ -46,19 +47,12 @@ class Unstructured:
         return keep
 
     def nearest(self, shape: Sequence[int], keep: int, dims: tuple[int, int]) -> int:
-        """Return `keep`: any budget is legal."""
+        """Return `keep`: any number is legal."""
         return keep
 
     def mask(self, scores: Tensor, keep: int, dims: tuple[int, int]) -> Tensor:
         """Return the mask of the `keep` largest scores."""
         return _largest(scores, keep)
-
-    def exchange(
-        self, scores: Tensor, kept: Tensor, growth: Tensor, keep: int, drop: int, dims: tuple[int, int]
-    ) -> Tensor:
-        """Return the mask of the `keep - drop` largest kept scores, and of the `drop` others of largest growth."""
-        stay = _largest(torch.where(kept, scores, -1), keep - drop)
-        return stay | _largest(torch.where(stay, -1, growth), drop)
 
 
 @dataclass(frozen=True)
@@ -94,11 +88,11 @@ class NofM:
         return f"its input dimension is {size}, which is no multiple of {self.m}" if size % self.m else None
 
     def budget(self, shape: Sequence[int], keep: int, dims: tuple[int, int]) -> int:
-        """Return the only legal budget at the end; `keep` is ignored."""
+        """Return the only legal budget; `keep` is ignored."""
         return math.prod(shape) // self.m * self.n
 
     def nearest(self, shape: Sequence[int], keep: int, dims: tuple[int, int]) -> int:
-        """Return the budget next to `keep` that is the same in every group: on the way N is larger.
+        """Return the number next to `keep` that is the same in every group: on the way to the budget N is larger.
 
         >>> NofM(2, 4).nearest((2, 8), 11, (0, 1))
         12
@@ -106,51 +100,37 @@ class NofM:
         groups = math.prod(shape) // self.m
         return round_half_up(Fraction(keep, groups)) * groups
 
-    def mask(self, scores: Tensor, keep: int, dims: tuple[int, int]) -> Tensor:
-        """Return the mask of the N largest scores of each group.
+    def keeping(self, shape: Sequence[int], keep: int) -> NofM:
+        """Return the pattern with the N that leaves `keep` weights of an entry: of 0 to M."""
+        return NofM(keep * self.m // math.prod(shape), self.m)
 
-        >>> NofM(2, 4).mask(torch.tensor([[3, 1, 3, 3, 0, 0, 0, 0]]), 4, (0, 1)).int().tolist()
-        [[1, 0, 1, 0, 1, 1, 0, 0]]
+    def cell(self, shape: Sequence[int], dims: tuple[int, int]) -> tuple[int, ...]:
+        """Return the size of a group in each dimension."""
+        return tuple(self.m if dim == dims[1] else 1 for dim in range(len(shape)))
+
+    def band(self, shape: Sequence[int], dims: tuple[int, int]) -> int:
+        """Return the length of the shortest stretch of a flattened entry that holds whole groups."""
+        return self.m * math.prod(shape[dims[1] + 1 :])
+
+    def flags(self, scores: Tensor, shape: Sequence[int], dims: tuple[int, int]) -> Tensor:
+        """Return the mask (N,) for the scores (N,) of a stretch of whole bands of an entry: the N largest of a group.
+
+        >>> NofM(2, 4).flags(torch.tensor([3, 1, 3, 3, 0, 0, 0, 0]), (1, 8), (0, 1)).int().tolist()
+        [1, 0, 1, 0, 1, 1, 0, 0]
         """
-        assert keep == self.nearest(scores.shape, keep, dims)
-        along = dims[1] + 1
-        ahead = self._ahead(torch.unflatten(scores, dims[1], (-1, self.m)), along)
-        return (ahead < keep * self.m // scores.numel()).flatten(dims[1], along)
-
-    def _ahead(self, groups: Tensor, along: int) -> Tensor:
-        """Return the number of members of its group ahead of each score: greater, or equal and before it."""
+        groups = scores.view(-1, self.m, math.prod(shape[dims[1] + 1 :]))
+        # Counts the members of the group ahead of each score: greater, or equal and before it.
         ahead = torch.zeros_like(groups, dtype=torch.uint8)
         for j in range(self.m):
-            rival = groups.narrow(along, j, 1)
+            rival = groups[:, j : j + 1]
             ahead += rival > groups
-            ahead.narrow(along, j + 1, self.m - j - 1).add_(rival == groups.narrow(along, j + 1, self.m - j - 1))
-        return ahead
+            ahead[:, j + 1 :] += rival == groups[:, j + 1 :]
+        return (ahead < self.n).flatten()
 
-    def exchange(
-        self, scores: Tensor, kept: Tensor, growth: Tensor, keep: int, drop: int, dims: tuple[int, int]
-    ) -> Tensor:
-        """Return the mask after an update. All groups drop equally many weights, and grow as many.
-
-        If `drop` is no multiple of the number of groups, some drop one more: those whose next weight is smallest.
-
-        >>> scores, kept = torch.tensor([[4, 3, 0, 0, 2, 9, 0, 0]]), torch.tensor([[1, 1, 0, 0, 1, 1, 0, 0]]).bool()
-        >>> growth = torch.tensor([[0, 0, 1, 2, 1, 0, 0, 5]])
-        >>> NofM(2, 4).exchange(scores, kept, growth, 4, 1, (0, 1)).int().tolist()
-        [[1, 1, 0, 0, 0, 1, 0, 1]]
-        """
-        along, groups = dims[1] + 1, scores.numel() // self.m
-        each, more = divmod(drop, groups)
-        stays = keep // groups - each
-        of_groups = torch.unflatten(torch.where(kept, scores, -1), dims[1], (-1, self.m))
-        ahead = self._ahead(of_groups, along)
-        next_one = torch.where(ahead == stays - 1, of_groups, 0).sum(along, keepdim=True, dtype=of_groups.dtype)
-        order = torch.sort(next_one.flatten(), descending=True, stable=True).indices
-        extra = torch.zeros(groups, dtype=torch.uint8, device=scores.device)
-        extra[order[groups - more :]] = 1
-        extra = extra.view(next_one.shape)
-        stay = ahead < stays - extra
-        grown = self._ahead(torch.where(stay, -1, torch.unflatten(growth, dims[1], (-1, self.m))), along)
-        return (stay | (~stay & (grown < each + extra))).flatten(dims[1], along)
+    def mask(self, scores: Tensor, keep: int, dims: tuple[int, int]) -> Tensor:
+        """Return the mask for the scores of a whole entry."""
+        assert keep == self.nearest(scores.shape, keep, dims)
+        return self.keeping(scores.shape, keep).flags(scores.flatten(), scores.shape, dims).view(scores.shape)
 
 
 @dataclass(frozen=True)
@@ -182,25 +162,44 @@ class Block:
         >>> Block(4, 4).budget((8, 12), 40, (0, 1)), Block(4, 4).budget((8, 4, 3, 3), 1, (0, 1))
         (48, 144)
         """
-        size = self._size(shape, dims)
+        size = math.prod(self.cell(shape, dims))
         return round_half_up(Fraction(keep, size)) * size
 
     def nearest(self, shape: Sequence[int], keep: int, dims: tuple[int, int]) -> int:
-        """Return the budget in whole blocks, rounded half up, at least one block."""
+        """Return the number of weights in whole blocks, rounded half up, at least one block."""
         return self.budget(shape, keep, dims)
 
-    def exchange(
-        self, scores: Tensor, kept: Tensor, growth: Tensor, keep: int, drop: int, dims: tuple[int, int]
-    ) -> Tensor:
-        """Return the mask of the best kept blocks, and of others of largest growth: `drop`, in whole blocks.
+    def cell(self, shape: Sequence[int], dims: tuple[int, int]) -> tuple[int, ...]:
+        """Return the size of a block in each dimension; of a convolution's kernel the whole."""
+        sides = {dims[0]: self.height, dims[1]: self.width}
+        return tuple(n if dim > max(dims) else sides.get(dim, 1) for dim, n in enumerate(shape))
 
-        >>> scores, kept = torch.tensor([[4, 4, 1, 1, 0, 0]]), torch.tensor([[1, 1, 1, 1, 0, 0]]).bool()
-        >>> Block(1, 2).exchange(scores, kept, torch.tensor([[0, 0, 1, 1, 3, 0]]), 4, 2, (0, 1)).int().tolist()
-        [[1, 1, 0, 0, 1, 1]]
+    def band(self, shape: Sequence[int], dims: tuple[int, int]) -> int:
+        """Return the length of a stretch of a flattened entry that holds whole blocks: a row of them."""
+        return self.cell(shape, dims)[min(dims)] * math.prod(shape[min(dims) + 1 :])
+
+    def sums(self, scores: Tensor, shape: Sequence[int], dims: tuple[int, int]) -> Tensor:
+        """Return the sums (B,) of the blocks in a stretch of whole bands of an entry, by flat index of the blocks.
+
+        In fp64, or int64 for integers. They are added one by one in a fixed order: a library's sum may round
+        differently with other threads or devices.
+
+        >>> Block(1, 2).sums(torch.tensor([9, 0, 5, 5]), (1, 4), (0, 1)).tolist()
+        [9, 10]
         """
-        stays = self.nearest(scores.shape, keep - drop, dims)
-        stay = self.mask(torch.where(kept, scores, -1), stays, dims)
-        return stay | self.mask(torch.where(stay, -1, growth), keep - stays, dims)
+        cells = self._cells(scores, shape, dims)
+        exact = torch.float64 if scores.is_floating_point() else torch.int64
+        total = torch.zeros_like(cells[:, 0, :, 0, 0], dtype=exact)
+        for i, j, k in itertools.product(*(range(cells.shape[dim]) for dim in (1, 3, 4))):
+            total += cells[:, i, :, j, k]
+        return total.flatten()
+
+    def spread(self, kept: Tensor, shape: Sequence[int], dims: tuple[int, int]) -> Tensor:
+        """Return the mask (N,) of a stretch of whole bands from the flags (B,) of its blocks."""
+        cell = self.cell(shape, dims)
+        a, b, kernel = cell[min(dims)], cell[max(dims)], math.prod(cell[max(dims) + 1 :])
+        grid = kept.view(-1, 1, shape[max(dims)] // b, 1, 1)
+        return grid.expand(-1, a, -1, b, kernel).flatten()
 
     def mask(self, scores: Tensor, keep: int, dims: tuple[int, int]) -> Tensor:
         """Return the mask of the blocks of largest sum; of equal sums the block with the lowest flat index wins.
@@ -208,24 +207,17 @@ class Block:
         >>> Block(1, 2).mask(torch.tensor([[9, 0, 5, 5], [5, 5, 9, 9]]), 4, (0, 1)).int().tolist()
         [[0, 0, 1, 1], [0, 0, 1, 1]]
         """
-        first, second = sorted(dims)
-        assert second == first + 1
-        a, b = (self.height, self.width) if dims[0] < dims[1] else (self.width, self.height)
-        matrices, kernel = math.prod(scores.shape[:first]), math.prod(scores.shape[second + 1 :])
-        cells = scores.reshape(matrices, scores.shape[first] // a, a, scores.shape[second] // b, b, kernel)
-        # Added one by one in a fixed order: a library's sum may round differently with other threads or devices.
-        exact = torch.float64 if scores.is_floating_point() else torch.int64
-        total = torch.zeros_like(cells[:, :, 0, :, 0, 0], dtype=exact)
-        for i, j, k in itertools.product(range(a), range(b), range(kernel)):
-            total += cells[:, :, i, :, j, k]
-        size = self._size(scores.shape, dims)
+        assert max(dims) == min(dims) + 1
+        size = math.prod(self.cell(scores.shape, dims))
         assert keep % size == 0
-        kept = _largest(total, keep // size)
-        return kept[:, :, None, :, None, None].expand(cells.shape).reshape(scores.shape)
+        kept = _largest(self.sums(scores.flatten(), scores.shape, dims), keep // size)
+        return self.spread(kept, scores.shape, dims).view(scores.shape)
 
-    def _size(self, shape: Sequence[int], dims: tuple[int, int]) -> int:
-        """Return the number of weights in a block."""
-        return self.height * self.width * math.prod(shape[max(dims) + 1 :])
+    def _cells(self, scores: Tensor, shape: Sequence[int], dims: tuple[int, int]) -> Tensor:
+        """Scores as (bands, a, blocks in a band, b, kernel)."""
+        cell = self.cell(shape, dims)
+        b, kernel = cell[max(dims)], math.prod(shape[max(dims) + 1 :])
+        return scores.view(-1, cell[min(dims)], shape[max(dims)] // b, b, kernel)
 
 
 Pattern = Unstructured | NofM | Block

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from gap_ds import checkpoint
 from gap_ds.masks import bitmask, selection
+from gap_ds.masks.groups import Grouped, select_groups
 from gap_ds.method import rules
 from gap_ds.method.config import GaPConfig
-from gap_ds.method.pattern import Unstructured
+from gap_ds.method.pattern import NofM, Unstructured
 from gap_ds.method.plan import Entry, Plan
 from gap_ds.sharding.backends import Backend
-from gap_ds.sharding.comm import Comm, sum_of
+from gap_ds.sharding.comm import Comm, boxes_of, sum_of
 from gap_ds.sharding.shard import Shard
 from gap_ds.training.regrowth import SECOND_MOMENTS, Young, mean_second_moments
 
@@ -223,9 +224,9 @@ class MaskState:
             )
             bits |= self._exactly({e: (u.keep, self._random(e, e.name)) for e, u in random.items()})
             return bits | self._exchanged(exchanged, step)
-        bits = {e.name: self._piece_of(e, self._by_magnitude(e), u.keep) for e, u in largest.items()}
-        bits |= {e.name: self._piece_of(e, self._whole(e, self._random(e, e.name)), u.keep) for e, u in random.items()}
-        return bits | {e.name: self._exchanged_whole(e, u, step) for e, u in exchanged.items()}
+        bits = self._by_groups({e: (u.keep, self._magnitudes(e)) for e, u in largest.items()}, by_magnitude=True)
+        bits |= self._by_groups({e: (u.keep, self._random(e, e.name)) for e, u in random.items()})
+        return bits | self._exchanged_groups(exchanged, step)
 
     def _exactly(
         self, wanted: Mapping[Entry, tuple[int, selection.Keys]], shared_budget: bool = False
@@ -278,34 +279,62 @@ class MaskState:
         gradient = self._gradients.get(entry.name)
         return selection.magnitude_keys(torch.zeros_like(weight) if gradient is None else gradient)
 
-    # Where a pattern needs the whole entry, all ranks assemble it, decide alike, and cut out their pieces.
-
-    def _whole(self, entry: Entry, keys: selection.Keys) -> Tensor:
-        shard = self.shards[entry.name]
-        piece = selection.Piece(entry.name, shard.box, keys, budget=0)
-        own = torch.cat([piece.keys(0, 0), *(chunk for _, chunk in piece.chunks())])
-        return self._backend.comm.assemble_everywhere(own, shard).view(entry.shape)
-
-    def _by_magnitude(self, entry: Entry) -> Tensor:
-        return selection.magnitudes(entry.name, self._whole(entry, self._magnitudes(entry)))
-
-    def _piece_of(self, entry: Entry, scores: Tensor, keep: int) -> Tensor:
-        """Bits of this rank's piece of the mask for scores of the whole entry."""
+    def _by_groups(
+        self, wanted: Mapping[Entry, tuple[int, selection.Keys]], by_magnitude: bool = False
+    ) -> dict[str, Tensor]:
+        """For each entry the mask of its pattern with the largest keys."""
         pattern = self._plan.pattern
-        mask = pattern.mask(scores, pattern.nearest(entry.shape, keep, entry.dims), entry.dims)
-        return bitmask.pack(self.shards[entry.name].box.cut(mask.flatten()))
+        if not wanted or isinstance(pattern, Unstructured):
+            return {}
+        shards = [self.shards[entry.name] for entry in wanted]
+        boxes = boxes_of(shards, self._backend.comm)
+        entries = [
+            Grouped(
+                selection.Piece(entry.name, shard.box, keys, 0, shard.counted),
+                entry.shape,
+                entry.dims,
+                pattern.nearest(entry.shape, keep, entry.dims) if keep else 0,
+                cuts,
+                by_magnitude,
+            )
+            for (entry, (keep, keys)), shard, cuts in zip(wanted.items(), shards, boxes, strict=True)
+        ]
+        bits = select_groups(pattern, entries, self._backend.comm)
+        return {entry.name: b for entry, b in zip(wanted, bits, strict=True)}
 
-    def _exchanged_whole(self, entry: Entry, update: rules.DropAndGrow, step: int) -> Tensor:
-        pattern, dims = self._plan.pattern, entry.dims
-        keys = self._whole(entry, self._of_kept(entry))
-        kept = keys != 0 if entry.name in self.bits else torch.ones_like(keys, dtype=torch.bool)
-        # The keys of kept weights are one larger than those of their magnitudes, where there is a mask.
-        scores = selection.magnitudes(entry.name, keys - ((keys > 0) & (entry.name in self.bits)).to(keys.dtype))
-        growth = self._whole(entry, self._growth(entry, update.by_gradient, step))
-        growth = selection.magnitudes(entry.name, growth) if update.by_gradient else growth
-        keep = pattern.nearest(entry.shape, update.keep, dims)
-        mask = pattern.exchange(scores, kept, growth, keep, min(update.drop, keep), dims)
-        return bitmask.pack(self.shards[entry.name].box.cut(mask.flatten()))
+    def _exchanged_groups(self, updates: Mapping[Entry, rules.DropAndGrow], step: int) -> dict[str, Tensor]:
+        """Drop and grow with a pattern: select what stays, then the mask that has it and the best of all others.
+
+        Groups of N:M drop equally many weights each; if the number is no multiple of the groups, some drop one more:
+        those that lose the least. Blocks are dropped and grown as wholes.
+        """
+        pattern, bits = self._plan.pattern, dict[str, Tensor]()
+        if isinstance(pattern, NofM):
+            stays = self._staying_of_groups(pattern, updates)
+        else:
+            stays = self._by_groups({e: (u.keep - u.drop, self._magnitudes(e)) for e, u in updates.items()}, True)
+        for by_gradient in (True, False):
+            wanted = {
+                e: (u.keep, selection.first(self._growth(e, by_gradient, step), stays[e.name], by_gradient))
+                for e, u in updates.items()
+                if u.by_gradient == by_gradient
+            }
+            bits |= self._by_groups(wanted, by_magnitude=by_gradient)
+        return bits
+
+    def _staying_of_groups(self, pattern: NofM, updates: Mapping[Entry, rules.DropAndGrow]) -> dict[str, Tensor]:
+        """Bits of the weights that an update of an N:M pattern does not drop."""
+        keys = {entry: self._of_kept(entry) for entry in updates}
+        groups = {entry: entry.numel // pattern.m for entry in updates}
+        parts = {entry: divmod(update.drop, groups[entry]) for entry, update in updates.items()}
+        count = {e: pattern.nearest(e.shape, u.keep, e.dims) - parts[e][0] * groups[e] for e, u in updates.items()}
+        stays = self._by_groups({e: (n, keys[e]) for e, n in count.items()})
+        some = [entry for entry, (_, more) in parts.items() if more]
+        safe = self._by_groups({e: (count[e] - groups[e], keys[e]) for e in some})
+        # One weight of each group is left to choose from.
+        last = {e: selection.only(self._magnitudes(e), stays[e.name] & ~safe[e.name]) for e in some}
+        chosen = self._exactly({e: (groups[e] - parts[e][1], last[e]) for e in some})
+        return stays | {name: safe[name] | chosen[name] for name in chosen}
 
     def _stored(self, names: set[str]) -> dict[str, Tensor]:
         """Masks that were written by another run, of the same entries."""

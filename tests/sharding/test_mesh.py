@@ -13,6 +13,8 @@ from launch import run_workers
 from parity import Row
 from table_rows import marked, needed
 
+RIGL = {"method": "rigl", "sparsity": 0.8, "phase_steps": 12, "update_steps": 4, "finetune_steps": 3}
+
 ROWS: list[Row] = [
     {"name": "tp_groups", "mesh": "tp_groups"},
     {"name": "fsdp_tp", "mesh": "fsdp_tp"},
@@ -31,12 +33,13 @@ MIXTURES: list[Row] = [
         "mesh": "fsdp_ep",
         "experts": True,
         "same_as": "mixture_rigl_ddp",
-        "gap": {"method": "rigl"},
+        "gap": RIGL,
     },
 ]
 UNSHARDED: list[Row] = [
     {"name": "mixture_alone", "mesh": "alone", "experts": True},
     {"name": "mixture_ddp", "mesh": "ddp", "experts": True},
+    {"name": "mixture_rigl_ddp", "mesh": "ddp", "experts": True, "gap": RIGL},
 ]
 CHAINS: list[Row] = [
     {

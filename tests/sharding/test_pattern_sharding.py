@@ -117,7 +117,7 @@ def test_exports_have_the_budgets(trained: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_boundary_assembles_one_entry_at_a_time(trained: Path, name: str) -> None:
+def test_a_boundary_assembles_no_entry(trained: Path, name: str) -> None:
     for sums, other in result(trained, name)["traffic"]:
         # Besides them the ranks compare 4 numbers of their position, one for pruned weights that are not 0, and where
         # each has all masks one for those, before and after.

@@ -131,6 +131,13 @@ def tensor_parallel(model: nn.Module, mesh: DeviceMesh, sequence: bool = False) 
         plan[f"layers.{i}.fc2"] = RowwiseParallel()
     parallelize_module(model, mesh, plan)
 
+    def cut(_: nn.Module, arguments: tuple[Tensor]) -> tuple[DTensor]:
+        """This rank's part of every sequence, for the norm."""
+        return (DTensor.from_local(arguments[0], mesh, [Replicate()]).redistribute(placements=[Shard(1)]),)
+
+    for layer in model.layers if sequence else []:
+        layer.norm.register_forward_pre_hook(cut, prepend=True)
+
 
 def expert_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
     for layer in model.layers:
@@ -205,7 +212,7 @@ def build(row: dict[str, Any], **training: Any) -> GaPEngine:
     model = wrap(row)
     # One tensor at a time: torch's grouped updates do not take tensors of several meshes.
     optimizer = torch.optim.AdamW(trained(model), lr=1e-2, foreach=False)
-    gap = {**toy.GAP, **row.get("gap", {})}
+    gap = row.get("gap", toy.GAP)
     training = {"gradient_accumulation_steps": toy.ACCUMULATION, "gradient_clipping": row.get("clip", 0.0), **training}
     return GaPEngine(model, gap, optimizer=optimizer, group=toy.Job.group, **training)
 
@@ -232,13 +239,15 @@ def whole(engine: GaPEngine) -> Callable[[str], Tensor]:
 def run(row: dict[str, Any], out: Path) -> dict[str, Any]:
     """A whole run, saved and exported in step 4, and a second engine that goes on from there."""
     engine, name = build(row), row["name"]
-    folder = out / "checkpoints" / f"{name}.{toy.Job.rank()}" if toy.Job.group else out / "checkpoints" / name
+    first = dist.get_global_rank(toy.Job.group, 0) if toy.Job.group else 0  # of the ranks that train this model
+    folder = out / "checkpoints" / f"{name}.{first}"
     at = {4: lambda: engine.save_checkpoint(folder, portable=True)}
     result = observe.train(engine, whole(engine), at=at)
     result |= observe.final_state(engine) | {"stats": engine.stats(), "plan": engine.plan}
     engine.export(out / "final" / folder.name)
-    first = dist.get_rank(toy.Job.group) == 0
-    result["exported"] = load_file(out / "final" / folder.name / "model.safetensors") if first else {}
+    result["exported"] = (
+        load_file(out / "final" / folder.name / "model.safetensors") if dist.get_rank() == first else {}
+    )
     engine.close()
     resumed = build(row)
     resumed.load_checkpoint(folder)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fake_meshes import meshes_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -206,7 +207,7 @@ def test_ties_on_both_sides_of_a_chunk(monkeypatch: pytest.MonkeyPatch, keep: in
 
 def test_more_entries_than_bins() -> None:
     """Invalid keys of more entries than bins need more than one row of counts."""
-    n = selection._PASSES[0][1] + 10
+    n = selection.PASSES[31][0][1] + 10
     weights = [torch.tensor([float(e % 7), float(e % 5)]) for e in range(n)]
     keep = [n // 2]
     got = on_ranks(1, lambda rank: select(weights, whole(weights), [0] * n, keep, rank))
@@ -277,36 +278,12 @@ def test_a_pooled_budget_may_leave_an_entry_without_weights() -> None:
 # -- ties ----------------------------------------------------------------------------------------------------------
 
 
-@st.composite
-def meshes(draw: st.DrawFn) -> tuple[list[int], list[list[Box]]]:
-    """The shape of a weight, and the box of each rank of a mesh that cuts any of its dimensions, or none: replicas."""
-    shape = draw(st.lists(st.integers(1, 7), min_size=1, max_size=3))
-    boxes = [(tuple(0 for _ in shape), tuple(shape))]
-    for size in draw(st.lists(st.integers(1, 3), min_size=1, max_size=2)):
-        dim = draw(st.one_of(st.none(), st.integers(0, len(shape) - 1)))
-        cut = []
-        for offset, sizes in boxes:
-            for rank in range(size):
-                if dim is None:
-                    cut.append((offset, sizes))
-                    continue
-                width = -(-sizes[dim] // size)  # as torch.chunk cuts
-                lo, hi = min(rank * width, sizes[dim]), min((rank + 1) * width, sizes[dim])
-                cut.append(
-                    (
-                        tuple(at + lo * (i == dim) for i, at in enumerate(offset)),
-                        tuple(hi - lo if i == dim else n for i, n in enumerate(sizes)),
-                    )
-                )
-        boxes = cut
-    return shape, [Box.of(shape, offset, size) for offset, size in boxes]
-
-
 @PROPERTY
 @given(st.data())
 def test_any_mesh_selects_what_one_rank_selects(data: st.DataObject) -> None:
     """Weights in few values, so that ties lie on all ranks; two weights of one budget, cut in different ways."""
-    shape, boxes = data.draw(meshes())
+    shape = data.draw(st.lists(st.integers(1, 7), min_size=1, max_size=3))
+    boxes = data.draw(meshes_of(shape))
     other_cuts = data.draw(st.permutations(boxes))
     weights = [
         torch.tensor(data.draw(st.lists(st.sampled_from([0.0, 1.0, -1.0, 2.0]), min_size=n, max_size=n)))

@@ -1,0 +1,243 @@
+"""Patterns over shards: N:M and blocks, decided where their groups lie; no entry is ever assembled.
+
+    Linear (4, 8), 2:4, cut as a flat range in the middle of a group:
+
+    rank 0   | a a a a  b b b b |        the bands of rank 0 are a to e, whole on it but for f
+             | c c c c  d d d d |        band f is cut: both ranks get its scores, by one all-reduce of all cut bands
+    rank 0/1 | e e e e  f f|f f |
+    rank 1   | g g g g  h h h h |
+
+A band is the shortest contiguous stretch of the flattened entry that holds whole groups from every multiple of its
+length on: a group of an N:M pattern along the last dimension, M rows of one along the first, a row of blocks. Of a rank
+with a range only its first and last band can be cut. A box whose sides do not cut a group is decided alone as well, as
+a weight of its own; any other box has its whole entry as its one band.
+
+N:M decides each group alone. Blocks have a budget over all ranks: their scores, sums in 64 bits in a fixed order, are
+selected as weights are (`selection`), each block on the rank where its band begins.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gap_ds.masks import bitmask, selection
+from gap_ds.masks.box import Box
+from gap_ds.method.pattern import Block, NofM
+
+#: Weights decided at a time, rounded to whole bands.
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """This rank's piece of an entry with a pattern.
+
+    piece: its weights with their keys; `piece.budget` is not used. shape, dims, keep: of the whole entry.
+    boxes: what each rank counts of the entry. by_magnitude: whether keys are those of magnitudes.
+    """
+
+    piece: selection.Piece
+    shape: tuple[int, ...]
+    dims: tuple[int, int]
+    keep: int
+    boxes: Sequence[Box]
+    by_magnitude: bool
+
+
+def select_groups(pattern: NofM | Block, entries: Sequence[Grouped], reduce: selection.Reduce) -> list[Tensor]:
+    """Return the bits of the kept weights of each piece, as the pattern's `mask` has them for the whole entry.
+
+    All ranks must call this with the same entries, in the same order.
+
+    Raises:
+        ValueError: on all ranks, if a weight is NaN.
+    """
+    invalid = reduce.sum(torch.tensor([_invalid(entry.piece) for entry in entries], dtype=torch.int64))
+    if bool(invalid.any()):
+        first = int(invalid.nonzero()[0, 0])
+        raise selection.no_order(entries[first].piece.name, int(invalid[first]))
+    stretches = [_stretches(pattern, entry, reduce) for entry in entries]
+    if isinstance(pattern, NofM):
+        # On the way to its budget an entry keeps more in a group.
+        rows = [(pattern.keeping(entry.shape, entry.keep), entry) for entry in entries]
+        return [_every_group(*row, own) for row, own in zip(rows, stretches, strict=True)]
+    blocks = [[_blocks(pattern, entry, one) for one in own] for entry, own in zip(entries, stretches, strict=True)]
+    sizes = [math.prod(pattern.cell(entry.shape, entry.dims)) for entry in entries]
+    counted = [_counted(entries[e], e, math.prod(entries[e].shape) // sizes[e], own) for e, own in enumerate(blocks)]
+    keep = [entry.keep // size for entry, size in zip(entries, sizes, strict=True)]
+    decisions = selection.decide(counted, keep, reduce)
+    return [_every_block(pattern, *one) for one in zip(entries, stretches, blocks, decisions, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """Whole bands in a row, some of whose weights are this rank's.
+
+    shape: of the tensor whose bands they are: of the entry, or of this rank's box of it. scores: keys of the stretch's
+    weights. own: this rank's part of the stretch, flattened; at: where this part lies in the rank's piece.
+    blocks: the stretch's blocks, among all blocks of the entry. counted: whether this rank counts them.
+    """
+
+    shape: tuple[int, ...]
+    scores: selection.Keys
+    numel: int
+    own: Box
+    at: slice
+    blocks: Box
+    counted: bool
+
+
+def _invalid(piece: selection.Piece) -> int:
+    return sum(int((keys < 0).count_nonzero()) for _, keys in piece.chunks()) if piece.counted else 0
+
+
+def _stretches(pattern: NofM | Block, entry: Grouped, reduce: selection.Reduce) -> list[_Stretch]:
+    """The stretches that hold this rank's weights, in their order; a collective for the bands that are cut."""
+    if all(box.is_range for box in entry.boxes):
+        return _of_range(pattern, entry, reduce)
+    cell = pattern.cell(entry.shape, entry.dims)
+    sides = [box.sides(entry.shape) for box in entry.boxes if box.numel]
+    if all(one is not None and _aligned(cell, *one) for one in sides):
+        return _of_box(pattern, entry)
+    return _of_whole(pattern, entry, reduce)
+
+
+def _aligned(cell: Sequence[int], offset: Sequence[int], size: Sequence[int]) -> bool:
+    return all(at % c == 0 and n % c == 0 for c, at, n in zip(cell, offset, size, strict=True))
+
+
+def _of_box(pattern: NofM | Block, entry: Grouped) -> list[_Stretch]:
+    """A box that cuts no group is decided as a weight of its own."""
+    piece, cell = entry.piece, pattern.cell(entry.shape, entry.dims)
+    if not piece.numel:
+        return []
+    sides = piece.box.sides(entry.shape)
+    assert sides is not None
+    offset, size = sides
+    grid = [tuple(n // c for n, c in zip(numbers, cell, strict=True)) for numbers in (entry.shape, offset, size)]
+    everything = Box.span(0, piece.numel, piece.numel)
+    all_of_it = slice(0, piece.numel)
+    return [_Stretch(size, piece.keys, piece.numel, everything, all_of_it, Box.of(*grid), piece.counted)]
+
+
+def _of_range(pattern: NofM | Block, entry: Grouped, reduce: selection.Reduce) -> list[_Stretch]:
+    """A range has whole bands in the middle; its first and its last one may go on, on other ranks."""
+    piece, band = entry.piece, pattern.band(entry.shape, entry.dims)
+    start, end = piece.box.start, piece.box.end
+    per_band = band // math.prod(pattern.cell(entry.shape, entry.dims))
+    blocks = piece.box.total // band * per_band
+    cut = sorted({box.start // band for box in entry.boxes if box.numel and box.start % band})
+    rows = torch.zeros(len(cut), band, dtype=torch.int64)
+
+    def parts() -> list[tuple[int, int, int]]:
+        """(band, first, last) of this rank's part of each cut band that it has weights of, as flat indices."""
+        bounds = [(number, max(start, number * band), min(end, (number + 1) * band)) for number in cut]
+        return [(number, lo, hi) for number, lo, hi in bounds if lo < hi]
+
+    for number, lo, hi in parts() if piece.counted else []:
+        rows[cut.index(number), lo - number * band : hi - number * band] = piece.keys(lo - start, hi - start).cpu()
+    shared = reduce.sum(rows) if cut else rows
+    found = []
+    for number, lo, hi in parts():
+        scores = shared[cut.index(number)].to(piece.device, torch.int32)
+        found.append(
+            _Stretch(
+                entry.shape,
+                lambda a, b, scores=scores: scores[a:b],  # type: ignore[misc]
+                band,
+                Box.span(lo - number * band, hi - lo, band),
+                slice(lo - start, hi - start),
+                Box.span(number * per_band, per_band, blocks),
+                piece.counted and lo == number * band,
+            )
+        )
+    first, last = -(-start // band), end // band
+    while first < last and first in cut:
+        first += 1
+    while first < last and last - 1 in cut:
+        last -= 1
+    if first < last:
+        skipped, numel = first * band - start, (last - first) * band
+        found.append(
+            _Stretch(
+                entry.shape,
+                lambda a, b: piece.keys(skipped + a, skipped + b),
+                numel,
+                Box.span(0, numel, numel),
+                slice(skipped, skipped + numel),
+                Box.span(first * per_band, (last - first) * per_band, blocks),
+                piece.counted,
+            )
+        )
+    return sorted(found, key=lambda one: one.at.start)
+
+
+def _of_whole(pattern: NofM | Block, entry: Grouped, reduce: selection.Reduce) -> list[_Stretch]:
+    """All ranks assemble the entry and decide alike. The rank with its first weight counts the blocks."""
+    piece, total = entry.piece, entry.piece.box.total
+    whole = torch.zeros(total, dtype=torch.int64)
+    if piece.counted:
+        for lo, keys in piece.chunks():
+            whole[piece.box.places(lo, lo + keys.numel())] = keys.cpu().to(torch.int64)
+    scores = reduce.sum(whole).to(piece.device, torch.int32)
+    if not piece.numel:
+        return []
+    counted = piece.counted and piece.box.start == 0
+    blocks = total // math.prod(pattern.cell(entry.shape, entry.dims))
+    every = Box.span(0, blocks, blocks)
+    return [_Stretch(entry.shape, lambda a, b: scores[a:b], total, piece.box, slice(0, piece.numel), every, counted)]
+
+
+def _chunks(stretch: _Stretch, band: int) -> list[tuple[int, int]]:
+    """Parts (lo, hi) of a stretch, of whole bands."""
+    step = max(_CHUNK // band, 1) * band
+    return [(lo, min(lo + step, stretch.numel)) for lo in range(0, stretch.numel, step)]
+
+
+def _every_group(pattern: NofM, entry: Grouped, stretches: Sequence[_Stretch]) -> Tensor:
+    """The bits of a piece by an N:M pattern, which decides each group alone."""
+    kept = torch.empty(entry.piece.numel, dtype=torch.bool, device=entry.piece.device)
+    for one in stretches:
+        band = pattern.band(one.shape, entry.dims)
+        flags = [pattern.flags(one.scores(lo, hi), one.shape, entry.dims) for lo, hi in _chunks(one, band)]
+        kept[one.at] = one.own.cut(torch.cat(flags))
+    return bitmask.pack(kept)
+
+
+def _blocks(pattern: Block, entry: Grouped, stretch: _Stretch) -> selection.Piece:
+    """A stretch's blocks; their keys are the bit patterns of their sums, which are not negative."""
+    found = []
+    for lo, hi in _chunks(stretch, pattern.band(stretch.shape, entry.dims)):
+        scores = stretch.scores(lo, hi)
+        sums = pattern.sums(scores.view(torch.float32) if entry.by_magnitude else scores, stretch.shape, entry.dims)
+        found.append(sums.view(torch.int64))
+    keys = torch.cat(found)
+    return selection.Piece(entry.piece.name, stretch.blocks, lambda lo, hi: keys[lo:hi], 0, stretch.counted)
+
+
+def _counted(entry: Grouped, budget: int, total: int, blocks: Sequence[selection.Piece]) -> selection.Piece:
+    """The blocks of an entry that this rank counts: of a range, those of all stretches but a first one that is cut."""
+    own = [piece for piece in blocks if piece.counted]
+    keys = torch.cat([torch.empty(0, dtype=torch.int64, device=entry.piece.device), *(p.keys(0, p.numel) for p in own)])
+    box = own[0].box if len(own) == 1 else Box.span(min((p.box.start for p in own), default=0), len(keys), total)
+    return selection.Piece(entry.piece.name, box, lambda lo, hi: keys[lo:hi], budget)
+
+
+def _every_block(
+    pattern: Block,
+    entry: Grouped,
+    stretches: Sequence[_Stretch],
+    blocks: Sequence[selection.Piece],
+    decision: selection.Decision,
+) -> Tensor:
+    """The bits of a piece from those of the blocks of each stretch."""
+    kept = torch.empty(entry.piece.numel, dtype=torch.bool, device=entry.piece.device)
+    for one, piece in zip(stretches, blocks, strict=True):
+        flags = bitmask.unpack(decision.mask(piece), piece.numel)
+        kept[one.at] = one.own.cut(pattern.spread(flags, one.shape, entry.dims))
+    return bitmask.pack(kept)
