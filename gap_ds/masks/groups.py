@@ -64,7 +64,9 @@ def select_groups(pattern: NofM | Block, entries: Sequence[Grouped], reduce: sel
         raise selection.no_order(entries[first].piece.name, int(invalid[first]))
     stretches = [_stretches(pattern, entry, reduce) for entry in entries]
     if isinstance(pattern, NofM):
-        return [_every_group(pattern, entry, own) for entry, own in zip(entries, stretches, strict=True)]
+        # On the way to its budget an entry keeps more in a group.
+        rows = [(pattern.keeping(entry.shape, entry.keep), entry) for entry in entries]
+        return [_every_group(*row, own) for row, own in zip(rows, stretches, strict=True)]
     blocks = [[_blocks(pattern, entry, one) for one in own] for entry, own in zip(entries, stretches, strict=True)]
     sizes = [math.prod(pattern.cell(entry.shape, entry.dims)) for entry in entries]
     counted = [_counted(entries[e], e, math.prod(entries[e].shape) // sizes[e], own) for e, own in enumerate(blocks)]
@@ -199,10 +201,10 @@ def _chunks(stretch: _Stretch, band: int) -> list[tuple[int, int]]:
 
 def _every_group(pattern: NofM, entry: Grouped, stretches: Sequence[_Stretch]) -> Tensor:
     """The bits of a piece by an N:M pattern, which decides each group alone."""
-    n = entry.keep * pattern.m // math.prod(entry.shape)
+    legal = pattern.keeping(entry.shape, entry.keep)
 
     def flags(one: _Stretch, lo: int, hi: int) -> Tensor:
-        return pattern.flags(one.scores(lo, hi), one.shape, entry.dims, n)
+        return legal.flags(one.scores(lo, hi), one.shape, entry.dims)
 
     return _bits(pattern, entry, [(one, partial(flags, one)) for one in stretches])
 

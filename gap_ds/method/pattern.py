@@ -1,9 +1,9 @@
 """Patterns: the legal sets of kept weights. Unstructured, N of every M along the input dimension, whole blocks.
 
 A pattern is plain data with pure functions: `misfit` (why a shape does not fit), `budget` (the final budget for a
-wanted one), `nearest` (the legal one next to a number), `mask` (the mask for scores of a whole entry and a legal
-budget) and `exchange` (the mask after an update that drops and grows). Of equal scores the lowest flat index wins. The
-others are what `gap_ds.masks.groups` needs to find the same masks over shards.
+wanted one), `nearest` (the legal number of kept weights next to one, on the way to the budget) and `mask` (the mask for
+scores of a whole entry and a legal number). Of equal scores the lowest flat index wins. The others are what
+`gap_ds.masks.groups` needs to find the same masks over shards.
 
     2:4, Linear (2, 8)         block:1x4, Linear (2, 8)
     | x . x . | . . x x |      | x x x x | . . . . |
@@ -47,19 +47,12 @@ class Unstructured:
         return keep
 
     def nearest(self, shape: Sequence[int], keep: int, dims: tuple[int, int]) -> int:
-        """Return `keep`: any budget is legal."""
+        """Return `keep`: any number is legal."""
         return keep
 
     def mask(self, scores: Tensor, keep: int, dims: tuple[int, int]) -> Tensor:
         """Return the mask of the `keep` largest scores."""
         return _largest(scores, keep)
-
-    def exchange(
-        self, scores: Tensor, kept: Tensor, growth: Tensor, keep: int, drop: int, dims: tuple[int, int]
-    ) -> Tensor:
-        """Return the mask of the `keep - drop` largest kept scores, and of the `drop` others of largest growth."""
-        stay = _largest(torch.where(kept, scores, -1), keep - drop)
-        return stay | _largest(torch.where(stay, -1, growth), drop)
 
 
 @dataclass(frozen=True)
@@ -95,17 +88,21 @@ class NofM:
         return f"its input dimension is {size}, which is no multiple of {self.m}" if size % self.m else None
 
     def budget(self, shape: Sequence[int], keep: int, dims: tuple[int, int]) -> int:
-        """Return the only legal budget at the end; `keep` is ignored."""
+        """Return the only legal budget; `keep` is ignored."""
         return math.prod(shape) // self.m * self.n
 
     def nearest(self, shape: Sequence[int], keep: int, dims: tuple[int, int]) -> int:
-        """Return the budget next to `keep` that is the same in every group: on the way N is larger.
+        """Return the number next to `keep` that is the same in every group: on the way to the budget N is larger.
 
         >>> NofM(2, 4).nearest((2, 8), 11, (0, 1))
         12
         """
         groups = math.prod(shape) // self.m
         return round_half_up(Fraction(keep, groups)) * groups
+
+    def keeping(self, shape: Sequence[int], keep: int) -> NofM:
+        """Return the pattern with the N that leaves `keep` weights of an entry: of 0 to M."""
+        return NofM(keep * self.m // math.prod(shape), self.m)
 
     def cell(self, shape: Sequence[int], dims: tuple[int, int]) -> tuple[int, ...]:
         """Return the size of a group in each dimension."""
@@ -115,59 +112,25 @@ class NofM:
         """Return the length of the shortest stretch of a flattened entry that holds whole groups."""
         return self.m * math.prod(shape[dims[1] + 1 :])
 
-    def flags(self, scores: Tensor, shape: Sequence[int], dims: tuple[int, int], n: int) -> Tensor:
-        """Return the mask (N,) for the scores (N,) of a stretch of whole bands of an entry: the n largest of a group.
+    def flags(self, scores: Tensor, shape: Sequence[int], dims: tuple[int, int]) -> Tensor:
+        """Return the mask (N,) for the scores (N,) of a stretch of whole bands of an entry: the N largest of a group.
 
-        >>> NofM(2, 4).flags(torch.tensor([3, 1, 3, 3, 0, 0, 0, 0]), (1, 8), (0, 1), 2).int().tolist()
+        >>> NofM(2, 4).flags(torch.tensor([3, 1, 3, 3, 0, 0, 0, 0]), (1, 8), (0, 1)).int().tolist()
         [1, 0, 1, 0, 1, 1, 0, 0]
         """
-        return (_ahead(self._groups(scores, shape, dims)) < n).flatten()
-
-    def _groups(self, scores: Tensor, shape: Sequence[int], dims: tuple[int, int]) -> Tensor:
-        """Return scores as (., M, .)."""
-        return scores.reshape(-1, self.m, math.prod(shape[dims[1] + 1 :]))
+        groups = scores.view(-1, self.m, math.prod(shape[dims[1] + 1 :]))
+        # Counts the members of the group ahead of each score: greater, or equal and before it.
+        ahead = torch.zeros_like(groups, dtype=torch.uint8)
+        for j in range(self.m):
+            rival = groups[:, j : j + 1]
+            ahead += rival > groups
+            ahead[:, j + 1 :] += rival == groups[:, j + 1 :]
+        return (ahead < self.n).flatten()
 
     def mask(self, scores: Tensor, keep: int, dims: tuple[int, int]) -> Tensor:
         """Return the mask for the scores of a whole entry."""
         assert keep == self.nearest(scores.shape, keep, dims)
-        n = keep * self.m // scores.numel()
-        return self.flags(scores.flatten(), scores.shape, dims, n).view(scores.shape)
-
-    def exchange(
-        self, scores: Tensor, kept: Tensor, growth: Tensor, keep: int, drop: int, dims: tuple[int, int]
-    ) -> Tensor:
-        """Return the mask after an update. All groups drop equally many weights, and grow as many.
-
-        If `drop` is no multiple of the number of groups, some drop one more: those whose next weight is smallest.
-
-        >>> scores, kept = torch.tensor([[4, 3, 0, 0, 2, 9, 0, 0]]), torch.tensor([[1, 1, 0, 0, 1, 1, 0, 0]]).bool()
-        >>> growth = torch.tensor([[0, 0, 1, 2, 1, 0, 0, 5]])
-        >>> NofM(2, 4).exchange(scores, kept, growth, 4, 1, (0, 1)).int().tolist()
-        [[1, 1, 0, 0, 0, 1, 0, 1]]
-        """
-        groups = scores.numel() // self.m
-        each, more = divmod(drop, groups)
-        stays = keep // groups - each
-        of_groups = self._groups(torch.where(kept, scores, -1), scores.shape, dims)
-        ahead = _ahead(of_groups)
-        next_one = torch.where(ahead == stays - 1, of_groups, 0).sum(1, keepdim=True, dtype=of_groups.dtype)
-        order = torch.sort(next_one.flatten(), descending=True, stable=True).indices
-        extra = torch.zeros(groups, dtype=torch.uint8, device=scores.device)
-        extra[order[groups - more :]] = 1
-        extra = extra.view(next_one.shape)
-        stay = ahead < stays - extra
-        grown = _ahead(torch.where(stay, -1, self._groups(growth, scores.shape, dims)))
-        return (stay | (~stay & (grown < each + extra))).view(scores.shape)
-
-
-def _ahead(groups: Tensor) -> Tensor:
-    """Return the number of members of its group ahead of each score (., M, .): greater, or equal and before it."""
-    ahead = torch.zeros_like(groups, dtype=torch.uint8)
-    for j in range(groups.shape[1]):
-        rival = groups[:, j : j + 1]
-        ahead += rival > groups
-        ahead[:, j + 1 :] += rival == groups[:, j + 1 :]
-    return ahead
+        return self.keeping(scores.shape, keep).flags(scores.flatten(), scores.shape, dims).view(scores.shape)
 
 
 @dataclass(frozen=True)
@@ -203,21 +166,8 @@ class Block:
         return round_half_up(Fraction(keep, size)) * size
 
     def nearest(self, shape: Sequence[int], keep: int, dims: tuple[int, int]) -> int:
-        """Return the budget in whole blocks, rounded half up, at least one block."""
+        """Return the number of weights in whole blocks, rounded half up, at least one block."""
         return self.budget(shape, keep, dims)
-
-    def exchange(
-        self, scores: Tensor, kept: Tensor, growth: Tensor, keep: int, drop: int, dims: tuple[int, int]
-    ) -> Tensor:
-        """Return the mask of the best kept blocks, and of others of largest growth: `drop`, in whole blocks.
-
-        >>> scores, kept = torch.tensor([[4, 4, 1, 1, 0, 0]]), torch.tensor([[1, 1, 1, 1, 0, 0]]).bool()
-        >>> Block(1, 2).exchange(scores, kept, torch.tensor([[0, 0, 1, 1, 3, 0]]), 4, 2, (0, 1)).int().tolist()
-        [[1, 1, 0, 0, 1, 1]]
-        """
-        stays = self.nearest(scores.shape, keep - drop, dims)
-        stay = self.mask(torch.where(kept, scores, -1), stays, dims)
-        return stay | self.mask(torch.where(stay, -1, growth), keep - stays, dims)
 
     def cell(self, shape: Sequence[int], dims: tuple[int, int]) -> tuple[int, ...]:
         """Return the size of a block in each dimension; of a convolution's kernel the whole."""

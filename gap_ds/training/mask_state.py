@@ -19,7 +19,7 @@ from gap_ds.masks import bitmask, selection
 from gap_ds.masks.groups import Grouped, select_groups
 from gap_ds.method import rules
 from gap_ds.method.config import GaPConfig
-from gap_ds.method.pattern import Unstructured
+from gap_ds.method.pattern import NofM, Unstructured
 from gap_ds.method.plan import Entry, Plan
 from gap_ds.sharding.backends import Backend
 from gap_ds.sharding.comm import Comm, boxes_of, sum_of
@@ -235,7 +235,7 @@ class MaskState:
             return bits | self._exchanged(exchanged, step)
         bits = self._by_groups({e: (u.keep, self._magnitudes(e)) for e, u in largest.items()}, by_magnitude=True)
         bits |= self._by_groups({e: (u.keep, self._random(e, e.name)) for e, u in random.items()})
-        return bits | {e.name: self._exchanged_whole(e, u, step) for e, u in exchanged.items()}
+        return bits | self._exchanged_groups(exchanged, step)
 
     def _exactly(
         self, wanted: Mapping[Entry, tuple[int, selection.Keys]], shared_budget: bool = False
@@ -302,7 +302,7 @@ class MaskState:
                 selection.Piece(entry.name, shard.box, keys, 0, shard.counted),
                 entry.shape,
                 entry.dims,
-                pattern.nearest(entry.shape, keep, entry.dims),
+                pattern.nearest(entry.shape, keep, entry.dims) if keep else 0,
                 cuts,
                 by_magnitude,
             )
@@ -311,25 +311,39 @@ class MaskState:
         bits = select_groups(pattern, entries, self._backend.comm)
         return {entry.name: b for entry, b in zip(wanted, bits, strict=True)}
 
-    def _whole(self, entry: Entry, keys: selection.Keys) -> Tensor:
-        """The keys of a whole entry on every rank."""
-        shard = self.shards[entry.name]
-        piece = selection.Piece(entry.name, shard.box, keys, budget=0)
-        own = torch.cat([piece.keys(0, 0), *(chunk for _, chunk in piece.chunks())])
-        return self._backend.comm.assemble_everywhere(own, shard).view(entry.shape)
+    def _exchanged_groups(self, updates: Mapping[Entry, rules.DropAndGrow], step: int) -> dict[str, Tensor]:
+        """Drop and grow with a pattern: select what stays, then the mask that has it and the best of all others.
 
-    def _exchanged_whole(self, entry: Entry, update: rules.DropAndGrow, step: int) -> Tensor:
-        """Drop and grow by a pattern: all ranks assemble the entry, decide alike, and cut out their pieces."""
-        pattern, dims = self._plan.pattern, entry.dims
-        keys = self._whole(entry, self._of_kept(entry))
-        kept = keys != 0 if entry.name in self.bits else torch.ones_like(keys, dtype=torch.bool)
-        # The keys of kept weights are one larger than those of their magnitudes, where there is a mask.
-        scores = selection.magnitudes(entry.name, keys - ((keys > 0) & (entry.name in self.bits)).to(keys.dtype))
-        growth = self._whole(entry, self._growth(entry, update.by_gradient, step))
-        growth = selection.magnitudes(entry.name, growth) if update.by_gradient else growth
-        keep = pattern.nearest(entry.shape, update.keep, dims)
-        mask = pattern.exchange(scores, kept, growth, keep, min(update.drop, keep), dims)
-        return bitmask.pack(self.shards[entry.name].box.cut(mask.flatten()))
+        Groups of N:M drop equally many weights each; if the number is no multiple of the groups, some drop one more:
+        those that lose the least. Blocks are dropped and grown as wholes.
+        """
+        pattern, bits = self._plan.pattern, dict[str, Tensor]()
+        if isinstance(pattern, NofM):
+            stays = self._staying_of_groups(pattern, updates)
+        else:
+            stays = self._by_groups({e: (u.keep - u.drop, self._magnitudes(e)) for e, u in updates.items()}, True)
+        for by_gradient in (True, False):
+            wanted = {
+                e: (u.keep, selection.first(self._growth(e, by_gradient, step), stays[e.name], by_gradient))
+                for e, u in updates.items()
+                if u.by_gradient == by_gradient
+            }
+            bits |= self._by_groups(wanted, by_magnitude=by_gradient)
+        return bits
+
+    def _staying_of_groups(self, pattern: NofM, updates: Mapping[Entry, rules.DropAndGrow]) -> dict[str, Tensor]:
+        """Bits of the weights that an update of an N:M pattern does not drop."""
+        keys = {entry: self._of_kept(entry) for entry in updates}
+        groups = {entry: entry.numel // pattern.m for entry in updates}
+        parts = {entry: divmod(update.drop, groups[entry]) for entry, update in updates.items()}
+        count = {e: pattern.nearest(e.shape, u.keep, e.dims) - parts[e][0] * groups[e] for e, u in updates.items()}
+        stays = self._by_groups({e: (n, keys[e]) for e, n in count.items()})
+        some = [entry for entry, (_, more) in parts.items() if more]
+        safe = self._by_groups({e: (count[e] - groups[e], keys[e]) for e in some})
+        # One weight of each group is left to choose from.
+        last = {e: selection.only(self._magnitudes(e), stays[e.name] & ~safe[e.name]) for e in some}
+        chosen = self._exactly({e: (groups[e] - parts[e][1], last[e]) for e in some})
+        return stays | {name: safe[name] | chosen[name] for name in chosen}
 
     def _stored(self, names: set[str]) -> dict[str, Tensor]:
         """Masks that were written by another run, of the same entries."""

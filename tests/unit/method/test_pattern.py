@@ -24,6 +24,7 @@ from gap_ds.masks import bitmask, selection
 from gap_ds.masks.box import Box
 from gap_ds.method import plan
 from gap_ds.method.pattern import Block, NofM, Pattern, Unstructured, parse
+from gap_ds.method.rules import DropAndGrow
 
 PROPERTY = settings(max_examples=200, deadline=None, derandomize=True, database=None)
 
@@ -136,28 +137,6 @@ def exchanged(
     mask = torch.zeros(scores.numel(), dtype=torch.bool)
     mask[stay + grown] = True
     return mask.view(scores.shape)
-
-
-@PROPERTY
-@given(cases(), st.data())
-def test_exchanges_are_those_of_the_brute_force(
-    case: tuple[Pattern, Tensor, int, tuple[int, int]], data: st.DataObject
-) -> None:
-    pattern, scores, keep, dims = case
-    before = keep
-    if isinstance(pattern, NofM):  # the mask before may have kept more
-        n = data.draw(st.integers(pattern.n, pattern.m))
-        before = scores.numel() // pattern.m * n
-        kept = brute_force(NofM(n, pattern.m), scores.flip(0), before, dims)
-    else:
-        kept = pattern.mask(scores.flip(0), before, dims)
-    generator = torch.Generator().manual_seed(keep)
-    growth = torch.randint(0, 9, scores.shape, generator=generator).to(scores.dtype)
-    drop = data.draw(st.integers(0, max(0, min(keep - 1, scores.numel() - keep))))
-    mask = pattern.exchange(scores, kept, growth, keep, drop, dims)
-    assert mask.dtype == torch.bool and int(mask.sum()) == keep
-    assert torch.equal(mask, exchanged(pattern, scores, kept, growth, keep, drop, dims))
-    assert illegal(pattern, mask, dims) == 0
 
 
 def illegal(pattern: Pattern, mask: Tensor, dims: tuple[int, int]) -> int:
@@ -435,6 +414,44 @@ def test_masks_that_move_are_legal_and_exact(pattern: str, sparsity: float, meth
         pass
     for (name, a), (_, b) in zip(engine.module.named_parameters(), resumed.module.named_parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("method", ["rigl", "set"])
+@pytest.mark.parametrize(("pattern", "sparsity"), [("2:4", 0.5), ("1:4", 0.75), ("3:4", 0.25), ("block:2x4", 0.7)])
+def test_exchanges_are_those_of_the_brute_force(pattern: str, sparsity: float, method: str) -> None:
+    times = {"phase_steps": 6, "update_steps": 2, "finetune_steps": 1, "drop_fraction": 0.7}
+    torch.manual_seed(0)
+    model = Model()
+    config = {"method": method, "sparsity": sparsity, "pattern": pattern, "mask_init": "magnitude", **times}
+    engine = GaPEngine(model, config, optimizer=torch.optim.SGD(model.parameters(), lr=0.01))
+    weights, last = dict(engine.module.named_parameters()), dict[str, tuple[Tensor, Tensor, Tensor]]()
+
+    def look(*_: Any) -> None:
+        for entry in engine.plan.entries:
+            mask, weight = engine.mask(entry.name), weights[entry.name]
+            assert mask is not None and weight.grad is not None
+            last[entry.name] = mask.view(entry.shape), weight.detach().abs().clone(), weight.grad.abs().clone()
+
+    engine.optimizer.register_step_post_hook(look)
+    moved = 0
+    for step in run(engine, 6):
+        phase = engine.phase
+        if step + 1 not in phase.updates:
+            continue
+        for entry in engine.plan.entries:
+            update = engine.run.rule(entry, phase, phase, step + 1)
+            assert isinstance(update, DropAndGrow)
+            was, magnitude, growth = last[entry.name]
+            if method == "set":
+                whole = Box.span(0, entry.numel, entry.numel)
+                keys = selection.random_keys(0, f"{entry.name} {step + 1}", whole, torch.device("cpu"))
+                growth = keys(0, entry.numel).view(entry.shape)
+            of_update = (update.keep, update.drop, entry.dims)
+            wanted = exchanged(engine.plan.pattern, magnitude, was, growth, *of_update)
+            found = engine.mask(entry.name)
+            assert found is not None and torch.equal(found.view(entry.shape), wanted), entry.name
+            moved += int((wanted & ~was).sum())
+    assert moved > 0
 
 
 def test_a_checkpoint_of_another_pattern_is_refused(tmp_path: Path) -> None:
