@@ -32,6 +32,19 @@ class Fault:
 
 
 FAULTS = {
+    "temperature_forgotten": Fault(
+        "    return temperature**2 * total", "    return total", ("tests/unit/test_distill.py::test_logits",)
+    ),
+    "padding_counts": Fault(
+        "    return rows if kept is None else rows[kept.flatten()]\n",
+        "    return rows\n",
+        ("tests/unit/test_distill.py::test_padding_is_ignored",),
+    ),
+    "norm_of_this_rank": Fault(
+        "            norm = comm.sum(norm).to(norm.device)\n",
+        "            norm = comm.size * norm\n",
+        (SHARDING + "distill_sharding.py::test_losses_and_weights_are_those_of_one_process",),
+    ),
     "early_end_kept": Fault(
         "        self._place = place\n",
         "        self._place = Place(place.step, place.ended or self._place.ended)\n",

@@ -20,7 +20,7 @@ from common import runtime
 from common.arguments import RunArguments
 from gap_ds import GaPConfig, GaPEngine, ParallelWorker, checkpoint
 from gap_ds.method import schedule
-from gap_ds.training import history
+from gap_ds.training import boundary_losses, history
 
 log = logging.getLogger("examples")
 
@@ -29,7 +29,16 @@ Arguments = TypeVar("Arguments", bound=RunArguments)
 #: Files that a run writes and --overwrite deletes; other files stay. The exchange folder of parallel GaP is not among
 #: them: other workers may be using it already.
 FILES = (
-    *("results.json", "metrics.jsonl", history.NAME, "model", "model.partial", "checkpoints", "tokenizer"),
+    *(
+        "results.json",
+        "metrics.jsonl",
+        history.NAME,
+        boundary_losses.NAME,
+        "model",
+        "model.partial",
+        "checkpoints",
+        "tokenizer",
+    ),
     "tensorboard",
 )
 

@@ -17,7 +17,6 @@ from gap_ds.checkpoint.masks_file import FORMAT, FORMAT_VALUES, VERSION, counts_
 from gap_ds.checkpoint.run_state import State
 from gap_ds.masks import bitmask
 from gap_ds.masks.legality import Legality, multiple, possible_dims
-from gap_ds.method import rules
 from gap_ds.method.pattern import Pattern, Unstructured
 from gap_ds.method.plan import Entry, Plan
 from gap_ds.method.schedule import Phase, Schedule
@@ -161,7 +160,7 @@ def _broken_pattern(bits: Any, entry: Entry, pattern: Any) -> str | None:
 def _against_schedule(state: State, phase: Phase, plan: Plan, found: Mapping[str, dict[str, int]]) -> list[str]:
     """Entries with a mask too many or too few, and masks that do not meet their budget."""
     config, step = state.config, state.applied_steps
-    problems, rule = [], rules.rule(config)
+    problems = []
     done = [update for update in phase.updates if update <= step]
     wanted: Counter[int] = Counter()
     kept: Counter[int] = Counter()
@@ -171,10 +170,7 @@ def _against_schedule(state: State, phase: Phase, plan: Plan, found: Mapping[str
             problems.append(f"{printable(entry.name)}: {'has a' if has else 'lacks its'} mask in {phase}")
         if not (has and should):
             continue
-        budget = entry.keep
-        if entry.partition in phase.dense and done:  # on its way out: pruned in part
-            update = rule(entry, phase, phase, done[-1])
-            budget = update.keep if isinstance(update, rules.PruneByMagnitude) else entry.keep
+        budget = phase.budget(entry, done[-1] if done else phase.first_step)
         n = found[entry.name]["kept"]
         wanted[entry.partition] += budget
         kept[entry.partition] += n

@@ -77,11 +77,20 @@ def forecast(
     if world_size is not None:
         result["ranks"] = _ranks(plan, schedule, selected, world_size)
     if with_entries:
-        result["entries"] = [
-            {"name": e.name, "shape": list(e.shape), "partition": e.partition, "weights": e.numel, "kept": e.keep}
-            for e in plan.entries
-        ]
+        result["entries"] = [_entry(entry) for entry in plan.entries]
     return result
+
+
+def _entry(entry: Entry) -> dict[str, Any]:
+    """Return the row of an entry; of an expert's, with the module that holds the experts and their number in it."""
+    row = {
+        "name": entry.name,
+        "shape": list(entry.shape),
+        "partition": entry.partition,
+        "weights": entry.numel,
+        "kept": entry.keep,
+    }
+    return row if entry.experts is None else row | {"experts": entry.experts._asdict()}
 
 
 def _phases(
@@ -127,6 +136,10 @@ def _number(value: Fraction) -> int | float:
     return int(value) if value.denominator == 1 else float(value)
 
 
+#: Updates for which weights are compared.
+_SELECTED = rules.PruneByMagnitude | rules.PruneRandomly | rules.DropAndGrow
+
+
 def _selected(plan: Plan, config: GaPConfig, schedule: Schedule) -> list[list[Entry]]:
     """Return the entries that are pruned to their budgets before each phase."""
     rule, before = rules.rule(config), (None, *schedule.phases)
@@ -135,7 +148,7 @@ def _selected(plan: Plan, config: GaPConfig, schedule: Schedule) -> list[list[En
             entry
             for a, b in rules.stages(config, old, new)
             for entry in plan.entries
-            if isinstance(rule(entry, a, b, b.first_step), rules.PruneByMagnitude | rules.PruneRandomly)
+            if isinstance(rule(entry, a, b, b.first_step), _SELECTED)
         ]
         for old, new in zip(before, schedule.phases, strict=False)
     ]

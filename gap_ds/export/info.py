@@ -124,7 +124,7 @@ class ExportInfo(ExportKeys):
         if by_schedule < applied_steps:
             final = plan.keep / plan.numel
             mean_density = (scheduled * by_schedule + final * (applied_steps - by_schedule)) / applied_steps
-        dense = {entry.partition for entry in plan.entries if entry.keep < entry.numel} & phase.dense
+        pruned_here = {e.partition for e in plan.entries if e.keep < e.numel and not phase.at_target(e.partition)}
         return cls(
             signature=signature,
             config=config,
@@ -133,7 +133,7 @@ class ExportInfo(ExportKeys):
             finished=ended_at is not None or applied_steps >= schedule.total_steps,
             ended_at=ended_at,
             phase=str(phase),
-            pruned_in_copy=sorted(dense),
+            pruned_in_copy=sorted(pruned_here),
             entry_sparsity=pruned / plan.numel,
             model_sparsity=pruned / plan.total,
             kept=plan.keep,

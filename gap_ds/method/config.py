@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
     ModelWrapValidatorHandler,
     PrivateAttr,
     TypeAdapter,
@@ -22,17 +18,10 @@ from pydantic import (
 )
 
 from gap_ds.method.config_file import explain, read
-from gap_ds.method.distribution import DISTRIBUTIONS
+from gap_ds.method.fields import FURTHER_TIMES, TIMES, Fields
 from gap_ds.method.methods import METHODS
 from gap_ds.method.pattern import NofM, Unstructured, parse
 from gap_ds.method.rules import Method
-
-if TYPE_CHECKING:
-    MethodName = str
-    DistributionName = str
-else:  # derived, so that a new one is added in one place
-    MethodName = Literal[tuple(METHODS)]
-    DistributionName = Literal[tuple(DISTRIBUTIONS)]
 
 #: Labels of the settings that the signature has only where they are not the default. Labels never change, so that an
 #: old signature can be compared with a new one.
@@ -43,13 +32,15 @@ _SIGNATURE_LABELS = {
     "exclude": "exclude",
     "optimizer_state": "optimizer_state",
     "regrow": "regrow",
+    "target": "target",
+    "grow": "grow",
+    "grow_share": "grow_share",
+    "moments": "regrow_moments",
     "shared": "unpartitioned",
 }
-#: Lengths that every config has, in epochs or in steps.
-_TIMES = ("phase", "finetune")
 
 
-class GaPConfig(BaseModel):
+class GaPConfig(Fields):
     """A complete description of one sparse training run, independent of model, backend and number of ranks.
 
     Times are counted in applied optimizer steps: a step skipped for an fp16 overflow does not count, and gradient
@@ -60,102 +51,8 @@ class GaPConfig(BaseModel):
             would have no effect. `GaPConfig.load` raises a ValueError with one sentence per mistake instead.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-    method: MethodName = Field(
-        "cyclic", description=" ".join(f"{method.name}: {method.summary}." for method in METHODS.values())
-    )
-    sparsity: float = Field(
-        0.0,
-        ge=0.0,
-        lt=1.0,
-        description="Fraction of the entries' weights that are zero in the final model; must be set.",
-    )
-    distribution: DistributionName | dict[str, float] = Field(
-        "uniform",
-        description="How the sparsity is spread over the entries. "
-        + " ".join(f"{name}: {(f.__doc__ or '').partition(chr(10))[0]}" for name, f in DISTRIBUTIONS.items())
-        + " An object: name patterns, and the sparsity of the entries that match each.",
-    )
-    pattern: str = Field(
-        "unstructured",
-        description="Legal sets of kept weights: unstructured, N:M (2:4) of every M inputs, or block:HxW "
-        "(block:4x4) of outputs x inputs.",
-    )
-    partitions: int | list[list[str]] = Field(
-        1, description="Number of partitions (kappa), or the partitions written out as lists of name patterns."
-    )
-    partition_assignment: Literal["contiguous", "interleaved", "random"] = Field(
-        "contiguous", description="How blocks are assigned to partitions if only their number is given."
-    )
-    partition_order: Literal["cyclic", "random"] = Field(
-        "cyclic", description="Order in which the partitions become dense."
-    )
-    dense_epochs: float | None = Field(
-        None, ge=0, description="Length of a first phase with all partitions dense, in epochs."
-    )
-    dense_steps: int | None = Field(
-        None, ge=0, description="Length of a first phase with all partitions dense, in steps."
-    )
-    phase_epochs: float | None = Field(None, gt=0, description="T, the length of a phase, in epochs.")
-    phase_steps: int | None = Field(None, gt=0, description="T, the length of a phase, in applied optimizer steps.")
-    rounds: int = Field(1, ge=0, description="Number of rounds; a round makes every partition dense once.")
-    prune_ramp: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="Fraction of a phase, at its end, in which the outgoing partition is pruned gradually; 0: at once.",
-    )
-    update_epochs: float | None = Field(None, gt=0, description="Epochs between two updates of masks inside a phase.")
-    update_steps: int | None = Field(None, gt=0, description="Steps between two updates of masks inside a phase.")
-    drop_fraction: float = Field(
-        0.3, gt=0, lt=1, description="Fraction of the kept weights that the first drop-and-grow update replaces."
-    )
-    finetune_epochs: float | None = Field(
-        None, ge=0, description="Length of the final phase with fixed masks, in epochs."
-    )
-    finetune_steps: int | None = Field(None, ge=0, description="Length of the final phase with fixed masks, in steps.")
-    mask_init: Literal["auto", "random", "magnitude", "from_weights", "from_file"] = Field(
-        "auto",
-        description="First masks: random, by magnitude, or auto: by magnitude if the model was loaded by "
-        "from_pretrained, else random. With static also those of a sparse model: its nonzero weights, or the content "
-        "of a file of masks.",
-    )
-    mask_file: str | None = Field(
-        None,
-        description="With mask_init from_file: the masks.safetensors of a checkpoint in which all entries are sparse.",
-    )
-    include: list[str] = Field(default=[], description="Name patterns of further weights to prune.")
-    exclude: list[str] = Field(default=[], description="Name patterns of weights that stay dense.")
-    optimizer_state: Literal["keep_survivors", "reset"] = Field(
-        "keep_survivors", description="At a boundary: keep the moments of kept weights, or clear all moments."
-    )
-    regrow: Literal["zero", "last_value"] = Field(
-        "zero", description="Value of a grown weight: zero, or its value when it was pruned."
-    )
-    unpartitioned: Literal["average", "first"] = Field(
-        "average",
-        description="Parallel GaP, weights in no partition: the average over the workers, or those of worker 0.",
-    )
-    lr_restart: bool = Field(
-        False,
-        description="True: the learning-rate schedule restarts in every phase. False: one schedule covers the run.",
-    )
-    seed: int = Field(0, ge=0, description="Seed of random masks, random growth, random order and random assignment.")
-
     #: The method's record, if the config was given one instead of a name.
     _given_method: Method | None = PrivateAttr(None)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _numbers(cls, data: Any) -> Any:
-        # Strict mode refuses 1 for a float, which JSON writers produce for 1.0; bool is no number here.
-        if isinstance(data, dict):
-            for key in ("sparsity", "prune_ramp", *(f"{name}_epochs" for name in ("dense", *_TIMES, "update"))):
-                if type(data.get(key)) is int:
-                    with contextlib.suppress(OverflowError):
-                        data = {**data, key: float(data[key])}
-        return data
 
     @model_validator(mode="wrap")
     @classmethod
@@ -193,36 +90,6 @@ class GaPConfig(BaseModel):
         data = _RECORD.dump_python(self._given_method, exclude={"dense", "rule"})
         return {**data, "reads": sorted(data["reads"])}
 
-    @field_validator("distribution", mode="before")
-    @classmethod
-    def _distribution(cls, value: Any) -> Any:
-        # Checked here, because pydantic reports a mistake in a union once per member.
-        if isinstance(value, str) and value in DISTRIBUTIONS:
-            return value
-        rows = list(value.items()) if isinstance(value, dict) else []
-        if rows and all(type(name) is str and type(s) in (int, float) and 0 <= s < 1 for name, s in rows):
-            return {pattern: float(s) for pattern, s in value.items()}
-        names = ", ".join(f'"{name}"' for name in DISTRIBUTIONS)
-        raise ValueError(f"must be {names}, or an object with name patterns and the sparsity of each in [0, 1)")
-
-    @field_validator("pattern")
-    @classmethod
-    def _pattern(cls, value: str) -> str:
-        parse(value)
-        return value
-
-    @field_validator("partitions", mode="before")
-    @classmethod
-    def _partitions(cls, value: Any) -> Any:
-        # Checked here, because pydantic reports a mistake in a union once per member.
-        if type(value) is int and value >= 1:
-            return value
-        groups = value if isinstance(value, list) else []
-        lists = bool(groups) and all(isinstance(group, list) and group for group in groups)
-        if lists and all(isinstance(pattern, str) for group in groups for pattern in group):
-            return value
-        raise ValueError("must be an integer of at least 1, or a list of non-empty lists of name patterns")
-
     def _check(self) -> None:
         """Refuse settings that do not go together."""
         given, method = self.model_fields_set, self.record
@@ -245,6 +112,7 @@ class GaPConfig(BaseModel):
             raise ValueError(f'"sparsity" must be set with method={self.method!r}')
         if not self.reuses_masks and method.prunes == (self.sparsity == 0.0):
             raise ValueError(f'sparsity={self.sparsity} with method="{self.method}": 0 and "dense" go together')
+        self._check_growth(given)
         self._check_selection()
         if not (self.exploring or self.dense_epochs or self.dense_steps or self.finetune_epochs or self.finetune_steps):
             raise ValueError('the run would be empty: raise "rounds" or the length of the fine-tuning')
@@ -264,25 +132,50 @@ class GaPConfig(BaseModel):
             raise ValueError(f'"mask_file" with mask_init="{self.mask_init}": the file and "from_file" go together')
 
     def _check_times(self) -> None:
-        for name in _TIMES:
+        for name in TIMES:
             epochs, steps = f"{name}_epochs", f"{name}_steps"
             if (getattr(self, epochs) is None) == (getattr(self, steps) is None):
                 raise ValueError(f'exactly one of "{epochs}" and "{steps}" must be set')
         if (self.phase_epochs is None) != (self.finetune_epochs is None):
             raise ValueError('"phase_..." and "finetune_..." must have the same unit: both _epochs or both _steps')
         wrong, right = ("steps", "epochs") if self.in_epochs else ("epochs", "steps")
-        for name in ("dense", "update"):
+        for name in FURTHER_TIMES:
             if getattr(self, f"{name}_{wrong}") is not None:
                 raise ValueError(
                     f'"{name}_{wrong}" and "phase_{right}" must have the same unit: set "{name}_{right}" instead'
                 )
         if self.updates and self.update_epochs is None and self.update_steps is None:
-            why = "prune_ramp" if self.prune_ramp else f"method={self.method!r}"
+            why = self._moving()
             raise ValueError(f'"update_{right}" must be set with {why}: the time between two updates of the masks')
         if not self.updates and (self.update_epochs or self.update_steps):
             raise ValueError(
                 f'"update_{right}" has no effect with method={self.method!r} without "prune_ramp": remove it'
             )
+
+    def _check_growth(self, given: set[str]) -> None:
+        if self.target == "rising" and "mask_init" in given:
+            raise ValueError('"mask_init" has no effect with target="rising", which begins dense: remove it')
+        if self.grow == "dense" and "grow_share" in given:
+            raise ValueError('"grow_share" has no effect with grow="dense": remove it')
+        if self.regrow_moments != "zero" and self.optimizer_state == "reset" and not self.record.updates:
+            raise ValueError(
+                f'regrow_moments="{self.regrow_moments}" with optimizer_state="reset": has no effect, because all '
+                "moments are cleared: remove it"
+            )
+        if self.regrow_moments == "mean_second" and self.record.has_workers:
+            raise ValueError(
+                f'regrow_moments="mean_second" with method={self.method!r}: set "regrow_moments" to "keep_second"'
+            )
+        if self.grow != "dense" and self.regrow != "zero":
+            raise ValueError(f'grow="{self.grow}" with regrow="{self.regrow}": set "regrow" to "zero"')
+
+    def _moving(self) -> str:
+        """Return the setting by which masks change inside phases."""
+        if self.target == "rising":
+            return 'target="rising"'
+        if self.grow != "dense":
+            return f'grow="{self.grow}"'
+        return "prune_ramp" if self.prune_ramp else f"method={self.method!r}"
 
     def _check_selection(self) -> None:
         pattern = parse(self.pattern)
@@ -297,8 +190,8 @@ class GaPConfig(BaseModel):
                 f'pattern="{pattern}" with sparsity={self.sparsity}: keeps {pattern.n} of {pattern.m}, so set '
                 f'"sparsity" to {pattern.sparsity}'
             )
-        if self.updates and not isinstance(pattern, Unstructured):
-            why = "prune_ramp" if self.prune_ramp else f"method={self.method!r}"
+        if (self.updates or self.grow != "dense") and not isinstance(pattern, Unstructured):
+            why = self._moving()
             raise ValueError(
                 f'pattern="{pattern}" with {why}: masks change in single weights inside a phase, so set "pattern" to '
                 '"unstructured"'
@@ -318,6 +211,11 @@ class GaPConfig(BaseModel):
     def reuses_masks(self) -> bool:
         """True if masks and budgets come from a model that is sparse already."""
         return self.mask_init in ("from_weights", "from_file")
+
+    @property
+    def begins_sparse(self) -> bool:
+        """True if the first masks follow "mask_init": with a rising target they keep every weight."""
+        return self.record.reads_setting("mask_init") and self.target == "constant"
 
     @property
     def kappa(self) -> int:
@@ -342,11 +240,11 @@ class GaPConfig(BaseModel):
     @property
     def updates(self) -> bool:
         """True if masks also change inside phases."""
-        return self.prune_ramp > 0 or self.record.updates
+        return self.prune_ramp > 0 or self.target == "rising" or self.record.updates
 
     def as_dense(self) -> GaPConfig:
         """Return the dense run to compare with: equally long, with the same learning-rate restarts."""
-        times = [f"{name}_{unit}" for name in ("dense", *_TIMES) for unit in ("epochs", "steps")]
+        times = [f"{name}_{unit}" for name in ("dense", *TIMES) for unit in ("epochs", "steps")]
         data = {key: getattr(self, key) for key in (*times, "lr_restart", "seed") if key in self.model_fields_set}
         return GaPConfig.model_validate({**data, "method": "dense", "sparsity": 0.0, "rounds": self.exploring})
 
@@ -394,7 +292,7 @@ class GaPConfig(BaseModel):
             parts["s"] = _exact(self.sparsity)
             parts["dist"] = self.distribution if isinstance(self.distribution, str) else json.dumps(self.distribution)
             parts["pat"] = self.pattern
-        if self.record.reads_setting("mask_init"):
+        if self.begins_sparse:
             parts["init"] = "random" if self.mask_init == "auto" else self.mask_init
         parts["lr"] = "restart" if self.lr_restart else "continuous"
         if self.updates:
@@ -403,6 +301,8 @@ class GaPConfig(BaseModel):
             parts["drop"] = _exact(self.drop_fraction)
         if self.prune_ramp:
             parts["ramp"] = _exact(self.prune_ramp)
+        if self.regrow_warmup_epochs or self.regrow_warmup_steps:
+            parts["warm"] = self._length("regrow_warmup")
         for label, key in _SIGNATURE_LABELS.items():
             if getattr(self, key) != type(self).model_fields[key].default:
                 parts[label] = getattr(self, key)

@@ -22,6 +22,8 @@ acdc     (3, [0]) (1, [0]) (1, []) (1, [0]) (1, []) (2, [])
 one_shot (4, [0]) (2, [])
 >>> show("gradual", update_steps=1)
 gradual  (4, [0]) (2, [])
+>>> show("granet", update_steps=1)
+granet   (4, [0]) (2, [])
 >>> show("rigl", update_steps=1)
 rigl     (4, []) (2, [])
 >>> show("set", update_steps=1)
@@ -39,12 +41,12 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 
-from gap_ds.method.phases import Phase
+from gap_ds.method.phases import Budget, Phase
 from gap_ds.method.rules import (
-    Budget,
     DropAndGrow,
     Keep,
     Method,
+    PruneByMagnitude,
     Settings,
     Update,
     drop_count,
@@ -94,7 +96,17 @@ def _drop_and_grow(config: Settings, entry: Budget, before: Phase | None, after:
     return DropAndGrow(entry.keep, drop, by_gradient=config.record.needs_gradient) if drop else Keep()
 
 
+def _prune_and_regrow(config: Settings, entry: Budget, before: Phase | None, after: Phase, step: int) -> Update:
+    """Gradual pruning, in which every update also replaces some of the weights that it leaves."""
+    if before is not after or not after.prunes(entry.partition, step):
+        return grow_and_prune(config, entry, before, after, step)
+    keep = after.budget(entry, step)
+    drop = drop_count(config, entry, after, step, keep)
+    return DropAndGrow(keep, drop, by_gradient=True) if drop else PruneByMagnitude(keep)
+
+
 _BUDGETS = frozenset({"distribution", "pattern"})
+_GROWN = frozenset({"regrow_moments", "regrow_warmup"})
 
 CYCLIC = Method(
     name="cyclic",
@@ -103,7 +115,8 @@ CYCLIC = Method(
     "arXiv 2106.09857, section 3.1",
     reads=_BUDGETS
     | set("partitions partition_assignment partition_order rounds dense update prune_ramp".split())
-    | set("mask_init optimizer_state regrow lr_restart".split()),
+    | set("target grow grow_share mask_init optimizer_state regrow lr_restart".split())
+    | _GROWN,
     dense=_one_by_one,
     rule=grow_and_prune,
     phases_per_round=None,
@@ -128,7 +141,7 @@ DSD = Method(
     summary="C-GaP with one partition: a dense and a sparse phase in each round",
     source="Han et al., DSD: Dense-Sparse-Dense Training for Deep Neural Networks, ICLR 2017, arXiv 1607.04381; "
     "its last phase is dense, here it is sparse",
-    reads=_BUDGETS | set("rounds dense update prune_ramp optimizer_state regrow lr_restart".split()),
+    reads=_BUDGETS | _GROWN | set("rounds dense update prune_ramp optimizer_state regrow lr_restart".split()),
     dense=_all_then_none,
     rule=grow_and_prune,
     phases_per_round=2,
@@ -164,13 +177,27 @@ GRADUAL = replace(
     updates=True,
 )
 
+#: In the paper an update prunes by one threshold over all layers and then replaces a part of what is left; here one
+#: selection keeps the rest of it, and each entry has its budget (with distribution="global" a partition has one). The
+#: paper's layers begin sparse (ERK); these are dense.
+GRANET = replace(
+    GRADUAL,
+    name="granet",
+    summary="gradual pruning, with some weights regrown by gradient at every update",
+    source="Liu et al., Sparse Training via Boosting Pruning Plasticity with Neuroregeneration, NeurIPS 2021, "
+    "arXiv 2106.10404, algorithm 1",
+    reads=GRADUAL.reads | _GROWN | {"drop_fraction"},
+    rule=_prune_and_regrow,
+    needs_gradient=True,
+)
+
 #: Grows by the gradient of the step before the update, over all micro-batches and ranks, clipped if the run clips. In
 #: the paper an update takes the place of an optimizer step; here it follows one.
 RIGL = Method(
     name="rigl",
     summary="drop by magnitude, grow by gradient",
     source="Evci et al., Rigging the Lottery: Making All Tickets Winners, ICML 2020, arXiv 1911.11134, algorithm 1",
-    reads=_BUDGETS | set("update drop_fraction mask_init optimizer_state lr_restart".split()),
+    reads=_BUDGETS | _GROWN | set("update drop_fraction mask_init optimizer_state lr_restart".split()),
     dense=_none,
     rule=_drop_and_grow,
     updates=True,
@@ -212,4 +239,6 @@ DENSE = Method(
     prunes=False,
 )
 
-METHODS = {method.name: method for method in (CYCLIC, PARALLEL, DSD, ACDC, ONE_SHOT, GRADUAL, RIGL, SET, STATIC, DENSE)}
+METHODS = {
+    method.name: method for method in (CYCLIC, PARALLEL, DSD, ACDC, ONE_SHOT, GRADUAL, GRANET, RIGL, SET, STATIC, DENSE)
+}

@@ -9,20 +9,36 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import Literal, Protocol
+
+from gap_ds.method.distribution import round_half_up
 
 Kind = Literal["dense", "explore", "finetune"]
+
+
+class Budget(Protocol):
+    """The numbers of an entry that a schedule and a rule may read."""
+
+    @property
+    def partition(self) -> int: ...
+    @property
+    def keep(self) -> int: ...
+    @property
+    def numel(self) -> int: ...
 
 
 @dataclass(frozen=True)
 class Phase:
     """An interval of applied steps with one set of dense partitions.
 
-    leaving: partitions that are pruned when the phase ends. updates: steps inside the phase before which masks change,
-    all after `update_from`, the step from which progress is counted.
+    leaving: partitions that are pruned when the phase ends. updates: steps inside the phase before which masks change;
+    those after `update_from`, the step from which progress is counted, also prune what leaves. rise: with a rising
+    target, the steps between which the level of the sparse partitions rises; None: they are at their target. growth:
+    part of their pruned weights that the dense partitions have grown; 1: they are dense indeed.
     """
 
     index: int
@@ -34,6 +50,8 @@ class Phase:
     leaving: frozenset[int] = frozenset()
     update_from: int = 0
     updates: tuple[int, ...] = ()
+    rise: tuple[int, int] | None = None
+    growth: Fraction = Fraction(1)
 
     @property
     def end_step(self) -> int:
@@ -44,19 +62,53 @@ class Phase:
         """Progress of the updates before a step: 0 at `update_from`, 1 at the end of the phase."""
         return Fraction(step - self.update_from, self.end_step - self.update_from)
 
+    def level(self, step: int) -> Fraction:
+        """Pruned part of the weights to prune that a sparse partition has after a boundary or update before `step`.
+
+        It is 1, or with a rising target the cubic of gradual pruning.
+
+        >>> phase = Phase(1, 0, 10, 20, frozenset({0}), "explore", rise=(10, 50))
+        >>> [str(phase.level(step)) for step in (10, 20, 30, 50)]
+        ['0', '37/64', '7/8', '1']
+        """
+        if self.rise is None:
+            return Fraction(1)
+        first, last = self.rise
+        return ramp(Fraction(min(max(step, first), last) - first, last - first))
+
     def is_masked(self, partition: int, step: int) -> bool:
-        """True if a partition has masks in a step of this phase: it is sparse, or its gradual pruning has begun."""
-        leaves = partition in self.leaving and bool(self.updates) and step >= self.updates[0]
-        return partition not in self.dense or leaves
+        """True if a partition has masks in a step of this phase: it is not dense, or its gradual pruning has begun."""
+        return partition not in self.dense or self.growth < 1 or self._ramps(partition, step)
+
+    def prunes(self, partition: int, step: int) -> bool:
+        """True if the update before a step inside this phase prunes a partition."""
+        return self._ramps(partition, step) if partition in self.dense else self.rise is not None
+
+    def at_target(self, partition: int) -> bool:
+        """True if a partition has its final budget in all steps of this phase."""
+        return partition not in self.dense and self.rise is None
+
+    def _ramps(self, partition: int, step: int) -> bool:
+        i = bisect.bisect_right(self.updates, self.update_from)
+        return partition in self.leaving and i < len(self.updates) and step >= self.updates[i]
+
+    def pruned(self, partition: int, step: int) -> Fraction:
+        """Pruned part of the weights to prune that a partition has after the boundary or update before `step`."""
+        level = self.level(step)
+        if partition not in self.dense:
+            return level
+        start = (1 - self.growth) * self.level(self.first_step)
+        return start + ramp(self.progress(step)) * (level - start) if self._ramps(partition, step) else start
+
+    def budget(self, entry: Budget, step: int) -> int:
+        """Kept weights of an entry in the steps that follow the boundary or update before `step`."""
+        return round_half_up(entry.numel - self.pruned(entry.partition, step) * (entry.numel - entry.keep))
 
     def density(self, step: int, keep: Sequence[int], numel: Sequence[int]) -> float:
         """Density in the steps that follow the boundary or update before `step`."""
         active = Fraction(0)
         for k, (s, n) in enumerate(zip(keep, numel, strict=True)):
-            if k not in self.dense:
-                active += s
-            else:
-                active += n - (ramp(self.progress(step)) * (n - s) if self.is_masked(k, step) else 0)
+            active += s if self.at_target(k) else n - self.pruned(k, step) * (n - s)
         return float(active / sum(numel))
 
     def mean_density(self, keep: Sequence[int], numel: Sequence[int], end: int | None = None) -> float:
@@ -76,10 +128,12 @@ class Phase:
 class Schedule:
     """All phases of a run, without gaps. The last phase is open: further steps belong to it.
 
-    `keep` and `numel` below are the kept weights and the weights of each partition (K values each).
+    `keep` and `numel` below are the kept weights and the weights of each partition (K values each). `regrow_warmup` is
+    the number of steps over which the steps of grown weights rise to their full size.
     """
 
     phases: tuple[Phase, ...]
+    regrow_warmup: int = 0
 
     @property
     def total_steps(self) -> int:
@@ -126,3 +180,14 @@ def ramp(progress: Fraction) -> Fraction:
     ['0', '37/64', '7/8', '63/64', '1']
     """
     return 1 - (1 - progress) ** 3
+
+
+def cosine(first: float, progress: Fraction) -> Fraction:
+    """Return a fraction that falls from `first` to 0 by a cosine.
+
+    >>> [str(cosine(0.3, Fraction(i, 2))) for i in range(3)]
+    ['3/10', '3/20', '0']
+    """
+    value = first / 2 * (1 + math.cos(math.pi * float(progress)))
+    # Nine decimals: the last bit of a machine's cosine must not decide about one weight more or less.
+    return Fraction(f"{value:.9f}")

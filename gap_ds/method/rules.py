@@ -7,15 +7,13 @@ records are in methods.py. A record of yours is passed as the config's `method`;
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from functools import partial
 from typing import Protocol
 
-from gap_ds.method.distribution import round_half_up
-from gap_ds.method.phases import Phase, ramp
+from gap_ds.method.phases import Budget, Phase, Schedule, cosine
 
 # -- updates -----------------------------------------------------------------------------------------------------------
 
@@ -83,18 +81,9 @@ class Settings(Protocol):
     @property
     def drop_fraction(self) -> float: ...
     @property
+    def grow(self) -> str: ...
+    @property
     def seed(self) -> int: ...
-
-
-class Budget(Protocol):
-    """The numbers of an entry that a rule may read."""
-
-    @property
-    def partition(self) -> int: ...
-    @property
-    def keep(self) -> int: ...
-    @property
-    def numel(self) -> int: ...
 
 
 #: (entry, phase before, phase after, step) -> what happens to the entry before that step. There is no phase before the
@@ -181,51 +170,73 @@ def stages(config: Settings, before: Phase | None, after: Phase) -> list[tuple[P
     return [(before, sparse), (sparse, after)]
 
 
+def grown_before(config: Settings, schedule: Schedule, entry: Budget, step: int) -> int:
+    """Return the last step, up to `step`, before which an entry was grown; 0 if that never happened."""
+    changes: list[tuple[Phase | None, Phase, int]] = []
+    for before, after in itertools.pairwise((None, *schedule.phases)):
+        assert after is not None
+        changes += [(before, after, after.first_step), *((after, after, update) for update in after.updates)]
+    for before, after, at in reversed([change for change in changes if change[2] <= step]):
+        done = [rule(config)(entry, a, b, at) for a, b in stages(config, before, after)]
+        if any(isinstance(update, Grow | DropAndGrow) for update in done):
+            return at
+    return 0
+
+
 def needs_gradient(config: Settings, phase: Phase, step: int) -> bool:
-    """True if the update before a step uses the gradients of the step before it."""
-    return config.record.needs_gradient and step in phase.updates
+    """True if the update or boundary before a step uses the gradients of the step before it."""
+    grows = config.grow == "gradient" and phase.kind == "explore" and step == phase.end_step
+    return grows or (config.record.needs_gradient and step in phase.updates)
 
 
 # -- rules that methods share ------------------------------------------------------------------------------------------
 
 
-def first_mask(config: Settings, entry: Budget) -> Update:
-    """Return the update that gives a sparse entry its first mask.
+def first_mask(config: Settings, entry: Budget, keep: int | None = None) -> Update:
+    """Return the update that gives a sparse entry its first mask, of `keep` weights (None: those of its budget).
 
     With mask_init="from_weights", whose zeros are the mask, the `keep` largest weights are all those that are not zero.
     """
     if config.mask_init == "from_file":
         return LoadMask()
-    return PruneRandomly(entry.keep) if config.mask_init in ("random", "auto") else PruneByMagnitude(entry.keep)
+    keep = entry.keep if keep is None else keep
+    return PruneRandomly(keep) if config.mask_init in ("random", "auto") else PruneByMagnitude(keep)
 
 
 def grow_and_prune(config: Settings, entry: Budget, before: Phase | None, after: Phase, step: int) -> Update:
     """Grow the partitions that become dense and prune by magnitude those that were dense; keep all others.
 
     Before the first step the sparse entries get their first masks. At an update inside a phase, the partitions that
-    leave it are pruned to a budget that falls by the cubic schedule.
+    leave it are pruned to a budget that falls by the cubic schedule. With a rising target the sparse partitions are
+    pruned to its level at every boundary and update. With partial growth a partition that becomes dense is pruned to
+    the level, too, and then grows a share of its pruned weights.
     """
+    k, keep = entry.partition, after.budget(entry, step)
     if before is after:
-        if entry.partition not in after.leaving:
-            return Keep()
-        return PruneByMagnitude(round_half_up(entry.numel - ramp(after.progress(step)) * (entry.numel - entry.keep)))
-    is_dense = entry.partition in after.dense
-    was_dense = before is not None and entry.partition in before.dense
-    if is_dense:
+        return PruneByMagnitude(keep) if after.prunes(k, step) else Keep()
+    was_dense = before is not None and k in before.dense
+    if k in after.dense and after.growth == 1:
         return Keep() if was_dense else Grow()
     if before is None:
-        return first_mask(config, entry)
-    return PruneByMagnitude(entry.keep) if was_dense else Keep()
+        return first_mask(config, entry, keep)
+    if was_dense:
+        return PruneByMagnitude(keep)
+    if k in after.dense:
+        rest = replace(after, dense=after.dense - {k}).budget(entry, step)
+        return DropAndGrow(keep, keep - rest, config.grow == "gradient") if keep > rest else PruneByMagnitude(keep)
+    # The second stage of a boundary of parallel GaP: the first one has pruned it.
+    if before.index == after.index or (before.rise is None and after.rise is None):
+        return Keep()
+    return PruneByMagnitude(keep)
 
 
-def drop_count(config: Settings, entry: Budget, phase: Phase, step: int) -> int:
+def drop_count(config: Settings, entry: Budget, phase: Phase, step: int, keep: int | None = None) -> int:
     """Return the number of kept weights that an update replaces.
 
-    It is a fraction of `keep` that falls from `drop_fraction` to 0 by a cosine over the phase, and at most the number
-    of pruned weights.
+    It is a fraction of `keep` (None: the entry's budget) and at most the number of pruned weights. The fraction falls
+    from `drop_fraction` to 0 by a cosine over the phase.
 
     Source: Evci et al., "Rigging the Lottery: Making All Tickets Winners", arXiv 1911.11134, section 3.
     """
-    alpha = config.drop_fraction / 2 * (1 + math.cos(math.pi * float(phase.progress(step))))
-    # Nine decimals: the last bit of a machine's cosine must not decide about one weight more or less.
-    return min(int(Fraction(f"{alpha:.9f}") * entry.keep), entry.numel - entry.keep)
+    keep = entry.keep if keep is None else keep
+    return min(int(cosine(config.drop_fraction, phase.progress(step)) * keep), entry.numel - keep)

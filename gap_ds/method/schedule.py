@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from gap_ds.method.config import GaPConfig
-from gap_ds.method.phases import Kind, Phase, Schedule
+from gap_ds.method.phases import Kind, Phase, Schedule, cosine
 
 __all__ = ["Phase", "Schedule", "build"]
 
@@ -36,6 +36,7 @@ def build(config: GaPConfig, steps_per_epoch: int | None = None, worker: int = 0
     Every run has a first phase with all partitions dense, if the config has dense_epochs or dense_steps; then the
     exploring phases of length T of its method (methods.py); then a last phase, fine-tuning, with no partition dense.
     With `prune_ramp` the partitions that leave a phase are pruned gradually in its last part, whatever the method.
+    With a rising target the level of the sparse partitions rises from the first exploring phase to the last boundary.
     Boundaries are rounded from their exact position (p * T epochs), so that fractions of an epoch do not drift.
 
     Raises:
@@ -50,6 +51,10 @@ def build(config: GaPConfig, steps_per_epoch: int | None = None, worker: int = 0
     [((1, 2, 3), 4), ((), 4)]
     >>> [round(build(config).density_at(step, [20], [100]), 2) for step in range(5)]
     [1.0, 0.54, 0.3, 0.21, 0.2]
+    >>> times = {"phase_steps": 4, "rounds": 2, "finetune_steps": 4, "update_steps": 2}
+    >>> config = GaPConfig(sparsity=0.8, partitions=2, target="rising", **times)
+    >>> [round(build(config).density_at(step, [10, 10], [50, 50]), 2) for step in range(0, 18, 2)]
+    [1.0, 0.87, 0.77, 0.7, 0.65, 0.62, 0.61, 0.6, 0.2]
     >>> config = GaPConfig(sparsity=0.5, partitions=2, phase_epochs=0.5, rounds=1, finetune_epochs=1.0)
     >>> [(phase.first_step, phase.steps) for phase in build(config, steps_per_epoch=7).phases]
     [(0, 4), (4, 3), (7, 7)]
@@ -66,7 +71,8 @@ def build(config: GaPConfig, steps_per_epoch: int | None = None, worker: int = 0
         for phase, (start, end) in zip(phases, itertools.pairwise(starts), strict=True)
     ]
     _check(config, unit, phases[:-1])
-    return Schedule(tuple(phases))
+    warmup = _exact(config, "regrow_warmup")
+    return Schedule(tuple(phases), max(1, _round(unit * warmup)) if warmup else 0)
 
 
 def _segments(config: GaPConfig, worker: int) -> list[Segment]:
@@ -89,24 +95,38 @@ def _rounded(config: GaPConfig, segments: Sequence[Segment], edges: Sequence[int
         comes_back = config.record.has_workers and segment.kind == "explore"
         after = frozenset[int]() if comes_back else segments[min(p + 1, len(segments) - 1)].dense
         leaving = segment.dense - after
-        phases.append(Phase(p, segment.round, first, end - first, segment.dense, segment.kind, leaving))
+        phase = Phase(p, segment.round, first, end - first, segment.dense, segment.kind, leaving)
+        phases.append(_of_target(config, phase, edges) if segment.kind == "explore" else phase)
     return phases
+
+
+def _of_target(config: GaPConfig, phase: Phase, edges: Sequence[int]) -> Phase:
+    """Return an exploring phase with its rising target, and with the share that its dense partitions grow."""
+    first, last = edges[-2 - config.exploring], edges[-2]
+    if config.target == "rising":
+        phase = replace(phase, rise=(first, last))
+    if config.grow != "dense":
+        phase = replace(phase, growth=cosine(config.grow_share, Fraction(phase.first_step - first, last - first)))
+    return phase
 
 
 def _with_updates(config: GaPConfig, unit: int, phase: Phase, start: Fraction, end: Fraction) -> Phase:
     """Return the phase with its updates; `start` and `end` are its exact ends in the config's unit."""
-    if phase.kind == "finetune":
+    if phase.kind == "finetune" or (phase.kind == "dense" and config.target == "rising"):
         return phase
     if config.record.updates:
         part = Fraction(phase.kind == "explore")
     else:
         part = Fraction(repr(config.prune_ramp)) if phase.leaving else Fraction(0)
-    if not part:
+    if not part and phase.rise is None:
         return phase
     begin, gap = end - part * (end - start), _exact(config, "update")
     first = max(phase.first_step, _round(unit * begin))
+    # A rising target is met from the beginning of the phase.
+    begin = begin if phase.rise is None else start
     steps = {_round(unit * (begin + gap * i)) for i in range(1, int((end - begin) / gap) + 1)}
-    inside = tuple(sorted(step for step in steps if first < step < phase.end_step))
+    after = first if phase.rise is None else phase.first_step
+    inside = tuple(sorted(step for step in steps if after < step < phase.end_step))
     return replace(phase, update_from=first, updates=inside)
 
 

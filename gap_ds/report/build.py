@@ -117,6 +117,12 @@ def _pictures(run: Run) -> list[_Job]:
             "many weights have taken part in training at some time.",
             lambda: _exploration(run),
         )
+    if around := _losses_around(run):
+        add(
+            "losses around boundaries",
+            "Training losses of rank 0, one for each step. A boundary lies before step 0 of the axis.",
+            lambda: drawing.png(plots.losses_around(around)),
+        )
     if run.layers and max(run.layers.values()) - min(run.layers.values()) > _EVEN:
         add("layers", "Counted in the final model. Rows are in the order of the model.", lambda: _layers(run))
     if run.export is not None:
@@ -156,10 +162,7 @@ def _of_partition(schedule: Schedule, step: int, keep: Sequence[int], numel: Seq
     def only(values: Sequence[int]) -> list[int]:
         return [value if i == k else 0 for i, value in enumerate(values)]
 
-    phase = schedule.phase_at(step)
-    if k not in phase.dense or not numel[k]:
-        return keep[k] / numel[k] if numel[k] else 0.0
-    return schedule.density_at(step, only(keep), only(numel)) if phase.updates else 1.0
+    return schedule.density_at(step, only(keep), only(numel)) if numel[k] else 0.0
 
 
 def _density_points(run: Run) -> list[tuple[float, float]]:
@@ -175,6 +178,17 @@ def _density(run: Run) -> bytes:
 
 def _losses(run: Run) -> bytes:
     return drawing.png(plots.losses(run.train, run.validation, run.bleu))
+
+
+def _losses_around(run: Run) -> list[drawing.Curve]:
+    """A curve for each boundary that has losses on both sides: (steps since the boundary, loss)."""
+    curves = []
+    for line in run.around:
+        losses = [(i - len(line.before), loss) for i, loss in enumerate([*line.before, *line.after])]
+        points = [(float(at), loss) for at, loss in losses if loss is not None]
+        if points and points[0][0] < 0 <= points[-1][0]:
+            curves.append(drawing.Curve(f"step {line.step:,}", points))
+    return curves
 
 
 def _layers_over_time(run: Run) -> bytes:

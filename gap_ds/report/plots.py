@@ -139,6 +139,27 @@ def _losses(axis: Axes, train: Points, validation: Points, has_boundaries: bool)
 
 
 @styled
+def losses_around(boundaries: Sequence[Curve]) -> Figure:
+    """Training losses around boundaries: (steps since the boundary, loss), thin, and their mean."""
+    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
+    axis = figure.subplots()
+    at: dict[float, list[float]] = {}
+    for i, curve in enumerate(boundaries):
+        axis.plot(*xy(curve.points), color=COLOURS[0], alpha=max(0.08, 0.5 / len(boundaries) ** 0.5), linewidth=0.8,
+                  label=None if i else "each boundary")  # fmt: skip
+        for x, y in curve.points:
+            at.setdefault(x, []).append(y)
+    full = sorted(x for x, values in at.items() if len(values) == len(boundaries))
+    axis.plot(full, [sum(at[x]) / len(at[x]) for x in full], color=COLOURS[1], linewidth=2, label="mean")
+    axis.axvline(-0.5, color="#b8bcc0", linewidth=0.8, zorder=0.5)
+    axis.set_xlabel("steps since the boundary")
+    axis.set_ylabel("loss in nats")
+    axis.set_title(f"Training losses around {len(boundaries)} boundar{'ies' if len(boundaries) > 1 else 'y'}")
+    legend_above(axis)
+    return figure
+
+
+@styled
 def density(curves: Sequence[Curve], whole_run: bool) -> Figure:
     """Density of all entries together over the run, as steps; of one run or of several."""
     figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")

@@ -3,6 +3,7 @@
 results.json      scores, counts by entry, cost: written when the run is over
 metrics.jsonl     a line every so many steps (kind "train") and at the end of an epoch (kind "validation")
 gap_history.jsonl a line for each boundary and update: see `History`
+gap_losses.jsonl  a line for each boundary: losses before and after it
 model/            the export, with its own gap.json
 checkpoints/      the latest one's state.json has the config of a run that is not over
 gap.json          the config, if the run was given one in its folder
@@ -25,7 +26,7 @@ from gap_ds.method import schedule
 from gap_ds.method.config import GaPConfig
 from gap_ds.method.schedule import Schedule
 from gap_ds.storage.json import Count, Record, parse_json, read_json
-from gap_ds.training import history
+from gap_ds.training import boundary_losses, history
 
 #: Scores that results.json may have, in the order of the columns, and how to write them.
 SCORES = {
@@ -127,7 +128,8 @@ class History:
 class Run:
     """A run. `missing`: parts that the report cannot show, with the reason; curves are (step, value) pairs.
 
-    density: as it was logged. epochs: (step, number of epochs that have ended by then).
+    density: as it was logged. epochs: (step, number of epochs that have ended by then). around: losses around
+    boundaries.
     """
 
     name: str
@@ -144,6 +146,7 @@ class Run:
     bleu: list[tuple[int, float]] = field(default_factory=list)
     density: list[tuple[int, float]] = field(default_factory=list)
     epochs: list[tuple[int, int]] = field(default_factory=list)
+    around: list[boundary_losses.Line] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
     @property
@@ -250,6 +253,7 @@ def load(folder: Path, name: str) -> Run:
     if run.schedule is None:
         run.missing.append("the schedule: neither results.json nor a checkpoint has it")
     run.history = _history(run)
+    run.around = _around(run)
     return run
 
 
@@ -352,6 +356,19 @@ def _history(run: Run) -> History | None:
         run.missing.append(f"changes of masks and exploration: {history.NAME} is damaged or of another version")
         return None
     return History(names, numel, partition, sorted(boundaries, key=lambda b: b.step))
+
+
+def _around(run: Run) -> list[boundary_losses.Line]:
+    """The losses around boundaries; damaged lines are left out."""
+    found, damaged = [], 0
+    for line in _lines(run.folder / boundary_losses.NAME):
+        try:
+            found.append(parse_json(line, boundary_losses.Line))
+        except ValueError:
+            damaged += 1
+    if damaged:
+        run.missing.append(f"{damaged:,} damaged line{'s' * (damaged > 1)} of {boundary_losses.NAME}")
+    return sorted(found, key=lambda line: line.step)
 
 
 def _lines(path: Path) -> Iterator[str]:

@@ -154,6 +154,11 @@ class Optimizers(Sequence[torch.optim.Optimizer]):
         return ", ".join(type(optimizer).__name__ for optimizer in self)
 
     @property
+    def moment_names(self) -> set[str]:
+        """Names of the moments that members may have."""
+        return {name for optimizer in self for name in self._kinds(optimizer).moments}
+
+    @property
     def has_sequences(self) -> bool:
         """True if a member keeps another sequence of the weights, which must be masked after each update, too."""
         return any(self._kinds(optimizer).sequences for optimizer in self)

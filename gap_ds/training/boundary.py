@@ -26,7 +26,8 @@ def cross(run: Run, before: Phase | None, after: Phase, step: int) -> tuple[int,
             updates += of_stage.values()
             if left is not None and entered is not after:
                 for observer in run.observers:
-                    observer.round_pruned(left.round)
+                    observer.round_pruned(left.round, entered, step)
+        run.mask_state.forget_gradients()
         run.agree_on_masks()
         if before is not None and before is not after:
             if run.config.optimizer_state == "reset":

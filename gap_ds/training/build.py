@@ -17,13 +17,15 @@ from gap_ds.method.config import GaPConfig
 from gap_ds.parallel import ParallelWorker
 from gap_ds.sharding.backends import Backend, Training, detect
 from gap_ds.sharding.comm import Comm, raise_on_all_ranks
-from gap_ds.training import mask_state, saving
+from gap_ds.training import boundary_losses, mask_state, saving
+from gap_ds.training.boundary_losses import BoundaryLosses
 from gap_ds.training.consistency import LossGuard, check_model
 from gap_ds.training.exchanging import Exchanging
 from gap_ds.training.history import History
 from gap_ds.training.learning_rate import LearningRate
 from gap_ds.training.mask_state import MaskState
 from gap_ds.training.observer import Observer
+from gap_ds.training.regrowth import SECOND_MOMENTS
 from gap_ds.training.run import Run
 
 #: Share of the weights of an entry that are not 0 unless a sparse run or a special initialization made them so.
@@ -45,6 +47,7 @@ class Options:
     masks_from: str | Path | None = None
     history: str | Path | None = None
     fresh: bool = False
+    whole: nn.Module | None = None
 
 
 def build(
@@ -64,6 +67,7 @@ def build(
         _check_lr_restart(config, schedulers, options.masks_from)
         backend = detect(model, training)
         _check_fresh(backend, options)
+        _check_moments(config, backend)
         steps = _steps(options, backend.micro_batches) if config.in_epochs else None
         if steps != given:
             phases = schedule.build(config, steps, worker.index if worker else 0)
@@ -71,10 +75,10 @@ def build(
 
     config, backend, steps, phases = _on_all_ranks(world, begin)
     check_model(world, backend.shards())
-    of_model = _plan(config, backend, options.masks_from, world)
-    if config.mask_init == "auto" and config.record.reads_setting("mask_init"):
+    of_model = _plan(config, backend, options, world)
+    if config.mask_init == "auto" and config.begins_sparse:
         config = config.model_copy(update={"mask_init": _first_masks(of_model, backend, options, world)})
-    state = MaskState(of_model, config, backend)
+    state = MaskState(of_model, config, backend, phases.regrow_warmup)
     run = Run(
         config=config,
         steps_per_epoch=steps,
@@ -106,6 +110,14 @@ def _check_fresh(backend: Backend, options: Options) -> None:
             f"optimizer={backend.optimizers.names}: has already updated weights, and the schedule would begin at step "
             "0. To go on with a run, pass masks_from or build everything anew and call load_checkpoint; to begin a new "
             "schedule from these weights, pass fresh=True."
+        )
+
+
+def _check_moments(config: GaPConfig, backend: Backend) -> None:
+    if config.regrow_moments != "zero" and not set(SECOND_MOMENTS) & backend.optimizers.moment_names:
+        raise ValueError(
+            f'regrow_moments="{config.regrow_moments}": has no effect with optimizer={backend.optimizers.names}, which '
+            "has no second moments. Remove it."
         )
 
 
@@ -212,7 +224,7 @@ def _check_lr_restart(config: GaPConfig, schedulers: list[Any], masks_from: str 
         )
 
 
-def _plan(config: GaPConfig, backend: Backend, masks_from: str | Path | None, world: Comm) -> plan.Plan:
+def _plan(config: GaPConfig, backend: Backend, options: Options, world: Comm) -> plan.Plan:
     """The plan of a backend's model, with the budgets of existing masks if the config reuses them.
 
     A resumed run has those that it was saved with: a kept weight may have become 0 since then.
@@ -223,9 +235,15 @@ def _plan(config: GaPConfig, backend: Backend, masks_from: str | Path | None, wo
     kept = None
     if config.reuses_masks:
         nonzero = mask_state.nonzero(shards, backend.comm) if config.mask_file is None else None
-        saved = _on_all_ranks(world, lambda: masks_from and saving.budgets(Path(masks_from)))
+        saved = _on_all_ranks(world, lambda: options.masks_from and saving.budgets(Path(options.masks_from)))
         kept = (nonzero or _on_all_ranks(world, lambda: mask_state.inherited(config, shards))) | (saved or {})
-    return _on_all_ranks(world, lambda: plan.build(backend.module, config, shapes, frozen, kept))
+    if (whole := options.whole) is None:
+        return _on_all_ranks(world, lambda: plan.build(backend.module, config, shapes, frozen, kept))
+    if config.reuses_masks:
+        raise ValueError(
+            f'whole: has no effect with mask_init="{config.mask_init}", where budgets are those of masks. Leave it out.'
+        )
+    return _on_all_ranks(world, lambda: plan.of_part(plan.build(whole, config), backend.module, shapes))
 
 
 def _observers(run: Run, history: str | Path | None) -> list[Observer]:
@@ -233,6 +251,7 @@ def _observers(run: Run, history: str | Path | None) -> list[Observer]:
     if history is not None:
         comms = (run.backend.comm, run.world)
         found.append(History(Path(history), run.plan, run.signature, run.mask_state, *comms))
+        found.append(BoundaryLosses(Path(history).with_name(boundary_losses.NAME), run.world))
     if run.worker is not None:
         of_run = (run.plan, run.signature, run.config.unpartitioned)
         found.append(Exchanging(run.worker, *of_run, run.mask_state, run.backend, run.world))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 from gap_ds import export
@@ -45,11 +46,13 @@ class Exchanging(Observer):
             self.exchange.begin(self._start)
             self._start = None
 
-    def round_pruned(self, round_: int) -> None:
+    def round_pruned(self, round_: int, phase: Phase, step: int) -> None:
         """Takes every partition from its worker, and all other tensors as the config sets it."""
         shards = {shard.name: shard for shard in self._backend.shards()}
         buffers = dict(export.buffers(self._backend.module))
-        items = items_of(self._plan, list(shards.values()), buffers)
+        # With a rising target partitions are exchanged as they are: at the level of this step.
+        entries = tuple(replace(entry, keep=phase.budget(entry, step)) for entry in self._plan.entries)
+        items = items_of(replace(self._plan, entries=entries), list(shards.values()), buffers)
 
         def receive(received: Received) -> None:
             if (shard := shards.get(received.name)) is None:

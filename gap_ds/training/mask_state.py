@@ -6,7 +6,8 @@ shards. E entries; a piece is this rank's part of an entry.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,22 @@ from gap_ds.method.plan import Entry, Plan
 from gap_ds.sharding.backends import Backend
 from gap_ds.sharding.comm import Comm, boxes_of, sum_of
 from gap_ds.sharding.shard import Shard
+from gap_ds.training.regrowth import SECOND_MOMENTS, Young, mean_second_moments
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """This rank's masks, last values, and grown weights with the step before which they were grown."""
+
+    bits: dict[str, Tensor]
+    last: dict[str, Tensor]
+    grown: dict[str, tuple[Tensor, int]]
 
 
 class MaskState:
     """The masks of this rank's pieces. All ranks call `apply`, `select`, `kept`, `write` and `read` together."""
 
-    def __init__(self, plan: Plan, config: GaPConfig, backend: Backend) -> None:
+    def __init__(self, plan: Plan, config: GaPConfig, backend: Backend, warmup: int = 0) -> None:
         by_name = {shard.name: shard for shard in backend.shards()}
         self.shards: dict[str, Shard] = {entry.name: by_name[entry.name] for entry in plan.entries}
         #: Packed mask of this rank's piece of each sparse entry; a new tensor for every new mask. A dense entry is not
@@ -38,6 +49,8 @@ class MaskState:
         self.last: dict[str, Tensor] = {}
         #: This rank's gradients of the step before an update that looks at them.
         self._gradients: dict[str, Tensor] = {}
+        #: Grown weights whose first steps are scaled.
+        self.young = Young(warmup, backend.optimizers)
         self._plan, self._config, self._backend = plan, config, backend
 
     # -- after every optimizer step --------------------------------------------------------------------------------
@@ -49,13 +62,20 @@ class MaskState:
         A sharding library may step its optimizer several times per update, with some of the weights each time; only
         those are masked.
         """
-        owners = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        held = [name for name, shard in self._masked() if id(shard.owner()) in owners]
+        held = [shard.name for shard in self.held_by(optimizer, self.bits)]
         bitmask.zero_pruned_all_((self.shards[name].weight(), self.bits[name]) for name in held)
         if self._backend.optimizers.has_sequences:
             for name in held:
                 self._zero_sequences(self.shards[name], self.bits[name])
         return set(held)
+
+    def held_by(self, optimizer: torch.optim.Optimizer, names: Iterable[str]) -> list[Shard]:
+        """Those of the named entries of which this rank has a piece in the optimizer's groups at this moment."""
+        shards = [shard for name in names if (shard := self.shards[name]).numel]
+        if not shards:
+            return []
+        owners = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return [shard for shard in shards if id(shard.owner()) in owners]
 
     def _masked(self) -> Iterator[tuple[str, Shard]]:
         """The sparse entries of which this rank has a piece."""
@@ -88,7 +108,7 @@ class MaskState:
                 found |= {id(piece): piece for piece in copies}
         return list(found.values())
 
-    def pieces(self) -> dict[str, Tensor]:
+    def masked_weights(self) -> dict[str, Tensor]:
         """This rank's piece (numel,) of every masked entry."""
         return {name: shard.weight() for name, shard in self._masked()}
 
@@ -116,25 +136,45 @@ class MaskState:
     def apply(self, updates: Mapping[Entry, rules.Update], step: int) -> None:
         """Does to every entry what comes before a step: selects all new masks, then changes masks, weights, moments."""
         selected = self.select(updates, step)
-        self._gradients.clear()
+        means = self._mean_second_moments(updates)
         for entry, update in updates.items():
+            shard, before = self.shards[entry.name], self.bits.get(entry.name)
             if isinstance(update, rules.Grow):
-                self._grow(self.shards[entry.name])
+                self._grow(shard, means)
             elif entry.name in selected:
-                self._mask(self.shards[entry.name], selected[entry.name])
+                self._mask(shard, selected[entry.name], means)
+            if before is not None and isinstance(update, rules.Grow | rules.DropAndGrow):
+                self.young.grow(shard.name, self._in_masks(shard, ~before), step)
         if selected or self._config.regrow == "last_value":
             self._backend.publish()
 
+    def forget_gradients(self) -> None:
+        """Frees the gradients that were copied for a boundary or update."""
+        self._gradients.clear()
+
     def replace(self, shard: Shard, bits: Tensor) -> None:
         """Takes an entry's mask from elsewhere; its weights come with it, and are the caller's."""
-        self._forget_moments(shard, self.bits[shard.name])
+        self._forget_moments(shard, self.bits[shard.name], {})
+        self.young.grown.pop(shard.name, None)
         self.bits[shard.name] = bits.to(shard.weight().device)
 
-    def _mask(self, shard: Shard, bits: Tensor) -> None:
+    def _in_masks(self, shard: Shard, bits: Tensor) -> Tensor:
+        """Bits of the weights of this rank's piece that are among `bits` and kept now."""
+        kept = self.bits.get(shard.name)
+        return bits if kept is None else bits & kept
+
+    def _mean_second_moments(self, updates: Mapping[Entry, rules.Update]) -> dict[tuple[str, str], float]:
+        if self._config.regrow_moments != "mean_second":
+            return {}
+        changed = [e.name for e, u in updates.items() if not isinstance(u, rules.Keep) and e.name in self.bits]
+        shards = [self.shards[name] for name in changed]
+        return mean_second_moments(shards, self.bits, self._backend.optimizers, self._backend.comm) if shards else {}
+
+    def _mask(self, shard: Shard, bits: Tensor, means: Mapping[tuple[str, str], float]) -> None:
         """Puts on a mask. It may keep weights that the mask before it pruned: those start with moments at zero."""
         before = self.bits.get(shard.name)
         if before is not None:
-            self._forget_moments(shard, before)
+            self._forget_moments(shard, before, means)
         if self._config.regrow == "last_value":
             self._remember(shard, before, bits)
         if shard.numel:
@@ -145,19 +185,26 @@ class MaskState:
     def _zero_sequences(self, shard: Shard, bits: Tensor) -> None:
         bitmask.zero_pruned_all_((piece, bits) for piece in self._backend.optimizers.sequences(shard))
 
-    def _grow(self, shard: Shard) -> None:
-        """Takes the mask off. The weights it had pruned are zero already, or get their last value; moments are zero."""
+    def _grow(self, shard: Shard, means: Mapping[tuple[str, str], float]) -> None:
+        """Takes the mask off. The weights it had pruned are zero already, or get their last value."""
         bits = self.bits.pop(shard.name, None)
         if bits is not None:
-            self._forget_moments(shard, bits)
+            self._forget_moments(shard, bits, means)
             if self._config.regrow == "last_value":
                 kept, last = bitmask.unpack(bits, shard.numel), self.last.pop(shard.name)
                 for piece in (shard.weight(), *self._backend.optimizers.sequences(shard)):
                     torch.where(kept, piece, last, out=piece)
 
-    def _forget_moments(self, shard: Shard, bits: Tensor) -> None:
-        """Gives the moments of the weights that a mask prunes their first values."""
-        for _, moment, first in self._backend.optimizers.moments(shard):
+    def _forget_moments(self, shard: Shard, bits: Tensor, means: Mapping[tuple[str, str], float]) -> None:
+        """Gives the moments of the weights that a mask prunes their first values.
+
+        With `regrow_moments` the second ones stay as they are, or become the mean over the kept weights. (They stay
+        meaningful while a weight is pruned, because its gradient is not masked.)
+        """
+        for name, moment, first in self._backend.optimizers.moments(shard):
+            if name in SECOND_MOMENTS and self._config.regrow_moments == "keep_second":
+                continue
+            first = means.get((shard.name, name), first)
             bitmask.zero_pruned_(moment, bits)
             if first != 0.0:
                 moment[~bitmask.unpack(bits, shard.numel)] = first
@@ -209,19 +256,24 @@ class MaskState:
 
     def _exchanged(self, updates: Mapping[Entry, rules.DropAndGrow], step: int) -> dict[str, Tensor]:
         """Drop and grow: the kept weights without the smallest, and as many of all others by gradient or at random."""
-        kept = self._exactly(
-            {e: (u.keep - u.drop, selection.only(self._magnitudes(e), self.bits[e.name])) for e, u in updates.items()}
-        )
+        shared = self._plan.shared_budget
+        kept = self._exactly({e: (u.keep - u.drop, self._of_kept(e)) for e, u in updates.items()}, shared)
         grown = self._exactly(
             {
                 e: (u.drop, selection.only(self._growth(e, u.by_gradient, step), ~kept[e.name]))
                 for e, u in updates.items()
-            }
+            },
+            shared,
         )
         return {name: bits | grown[name] for name, bits in kept.items()}
 
     def _magnitudes(self, entry: Entry) -> selection.Keys:
         return selection.magnitude_keys(self.shards[entry.name].weight())
+
+    def _of_kept(self, entry: Entry) -> selection.Keys:
+        """Magnitudes of the kept weights; those of a dense entry are all kept."""
+        bits = self.bits.get(entry.name)
+        return self._magnitudes(entry) if bits is None else selection.only(self._magnitudes(entry), bits)
 
     def _random(self, entry: Entry, name: str) -> selection.Keys:
         shard = self.shards[entry.name]
@@ -290,24 +342,40 @@ class MaskState:
         }
 
     def write(self, folder: Path, about: Mapping[str, str]) -> None:
-        """Writes masks, and with `regrow: last_value` what pruned weights were."""
+        """Writes masks, with `regrow: last_value` what pruned weights were, and which weights are young."""
         comm = self._backend.comm
         checkpoint.write_masks(folder / "masks.safetensors", self._plan, self.shards, self.bits, comm, about)
         if self._config.regrow == "last_value":
             checkpoint.write_values(folder / "pruned.safetensors", self._plan, self.shards, self.last, comm)
+        if self.young.length:
+            grown = {name: bits for name, (bits, _) in self.young.grown.items()}
+            checkpoint.write_masks(folder / "young.safetensors", self._plan, self.shards, grown, comm)
 
-    def read(self, folder: Path, sparse: set[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Reads the files of `write` for `restore`; ValueError if it is damaged or its entries are not `sparse`."""
-        comm = self._backend.comm
-        bits = checkpoint.read_masks(folder / "masks.safetensors", self._plan, sparse, self.shards, comm)
-        if self._config.regrow != "last_value":
-            return bits, {}
-        return bits, checkpoint.read_values(folder / "pruned.safetensors", self._plan, sparse, self.shards, comm)
+    def read(self, folder: Path, sparse: set[str], grown_before: Callable[[str], int]) -> Pieces:
+        """Reads the files of `write` for `restore`; ValueError if one is damaged or its entries are not `sparse`.
 
-    def restore(self, bits: dict[str, Tensor], last: dict[str, Tensor]) -> None:
+        Args:
+            grown_before: the step before which an entry was grown last.
+        """
+        args = self.shards, self._backend.comm
+        bits = checkpoint.read_masks(folder / "masks.safetensors", self._plan, sparse, *args)
+        last, grown = dict[str, Tensor](), dict[str, Tensor]()
+        if self._config.regrow == "last_value":
+            last = checkpoint.read_values(folder / "pruned.safetensors", self._plan, sparse, *args)
+        if self.young.length:
+            grown = checkpoint.read_masks(folder / "young.safetensors", self._plan, None, *args)
+        return Pieces(bits, last, {name: (young, grown_before(name)) for name, young in grown.items()})
+
+    def pieces(self) -> Pieces:
+        """The masks as they are now."""
+        return Pieces(dict(self.bits), dict(self.last), dict(self.young.grown))
+
+    def restore(self, found: Pieces) -> None:
         """Goes on with what was read."""
-        self.bits = self.on_device(bits)
-        self.last = {name: piece.to(self.shards[name].weight()) for name, piece in last.items()}
+        self.bits = self.on_device(found.bits)
+        self.last = {name: piece.to(self.shards[name].weight()) for name, piece in found.last.items()}
+        grown = self.on_device({name: bits for name, (bits, _) in found.grown.items()})
+        self.young.grown = {name: (bits, found.grown[name][1]) for name, bits in grown.items()}
 
     def on_device(self, pieces: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Pieces that were read from a file, where their weights are."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from gap_ds.method.schedule import Phase
 
 
@@ -14,7 +16,13 @@ class Observer:
     def before_first_update(self) -> None:
         """Called once, before the first update after the engine was built is counted."""
 
-    def round_pruned(self, round_: int) -> None:
+    def loss_seen(self, loss: Tensor) -> None:
+        """Called with the loss of a micro-batch."""
+
+    def update_applied(self) -> None:
+        """Called after every update, before a boundary that follows it."""
+
+    def round_pruned(self, round_: int, phase: Phase, step: int) -> None:
         """Called inside the boundary that ends a round of parallel GaP, while all partitions are sparse."""
 
     def masks_changed(self, step: int, phase: Phase) -> None:

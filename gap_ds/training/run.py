@@ -152,11 +152,11 @@ class Run:
         consistency.check_masks(self.plan, state.bits, state.shards, backend.comm, self.world, backend.replicated)
 
     def to_prune(self, phase: Phase) -> Mapping[Entry, rules.PruneByMagnitude]:
-        """Updates that prune for the final model what is dense in this phase, entries of a ramp included."""
+        """Updates that prune for the final model what is above its target in this phase."""
         return {
             entry: rules.PruneByMagnitude(entry.keep)
             for entry in self.plan.entries
-            if entry.partition in phase.dense and entry.keep < entry.numel
+            if not phase.at_target(entry.partition) and entry.keep < entry.numel
         }
 
     def state(self, place: Place, client_state: Any = None) -> State:

@@ -14,17 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from gap_ds import checkpoint
 from gap_ds import export as exports
 from gap_ds._version import __version__
 from gap_ds.checkpoint import portable as portable_files
 from gap_ds.checkpoint.run_state import RandomState, State
+from gap_ds.method import rules
 from gap_ds.sharding.backends import OtherOptimizerError
 from gap_ds.sharding.comm import raise_on_all_ranks
 from gap_ds.storage.errors import summarize_error
 from gap_ds.storage.json import read_json, write_json
+from gap_ds.training.mask_state import Pieces
 from gap_ds.training.run import Place, Run
 
 
@@ -68,9 +69,9 @@ def load_masks(run: Run, folder: Path) -> Place:
 
     state = raise_on_all_ranks(run.world, read)
     place = Place(state.applied_steps, state.ended_at)
-    before = dict(run.mask_state.bits), dict(run.mask_state.last)
+    before = run.mask_state.pieces()
     masks = _read_masks(run, folder, place)
-    run.mask_state.restore(*masks.pieces)
+    run.mask_state.restore(masks.pieces)
 
     def look() -> None:
         if found := run.mask_state.revived():
@@ -84,7 +85,7 @@ def load_masks(run: Run, folder: Path) -> Place:
     try:
         raise_on_all_ranks(run.world, look)
     except ValueError:
-        run.mask_state.restore(*before)
+        run.mask_state.restore(before)
         raise
     masks.restore(run)
     return place
@@ -140,14 +141,14 @@ def export(run: Run, folder: Path, place: Place, tokenizer: Any, dtype: torch.dt
     step, phase = place.step, place.phase(run.schedule)
     target = exports.place(folder)
 
-    def gather() -> dict[str, Tensor]:
+    def gather() -> exports.Stream:
         bits = {**run.mask_state.bits, **run.mask_state.select(run.to_prune(phase), step)}
         if not run.backend.comm.writes:
-            return {}
+            return exports.Stream({}, iter(()))
         return exports.full_weights(run.backend.module, run.backend.shards(), bits, run.backend.comm, dtype)
 
-    def about(weights: Mapping[str, Tensor]) -> exports.ExportInfo:
-        nonzero = {entry.name: int(weights[entry.name].count_nonzero()) for entry in run.plan.entries}
+    def about(counts: Mapping[str, exports.Counted]) -> exports.ExportInfo:
+        nonzero = {entry.name: counts[entry.name].nonzero for entry in run.plan.entries}
         info = exports.ExportInfo.of(run.plan, run.schedule, run.config, run.signature, step, place.ended, nonzero)
         planned = run.schedule.mean_density(*run.plan.per_partition())
         if not info.finished:
@@ -213,12 +214,12 @@ class _Masks:
     """Masks as a folder holds them, with what each observer read there."""
 
     place: Place
-    pieces: tuple[dict[str, Tensor], dict[str, Tensor]]
+    pieces: Pieces
     observed: tuple[Any, ...]
 
     def restore(self, run: Run) -> None:
         """Goes on with them."""
-        run.mask_state.restore(*self.pieces)
+        run.mask_state.restore(self.pieces)
         for observer, found in zip(run.observers, self.observed, strict=True):
             observer.restore(found, self.place.step, self.place.phase(run.schedule))
 
@@ -226,7 +227,11 @@ class _Masks:
 def _read_masks(run: Run, folder: Path, place: Place) -> _Masks:
     phase, step = place.phase(run.schedule), place.schedule_step(run.schedule)
     sparse = {entry.name for entry in run.plan.entries if phase.is_masked(entry.partition, step)}
-    pieces = run.mask_state.read(folder, sparse)
+    entries = {entry.name: entry for entry in run.plan.entries}
+    until = place.step if place.ended is None else place.ended
+    pieces = run.mask_state.read(
+        folder, sparse, lambda name: rules.grown_before(run.config, run.schedule, entries[name], until)
+    )
     return _Masks(place, pieces, tuple(observer.read(folder) for observer in run.observers))
 
 
@@ -245,7 +250,7 @@ def _restore_weights(run: Run, path: Path, state: State) -> None:
         backend.recount(state.applied_steps, state.counters)
         optimizers.used = optimizers.used or state.applied_steps > 0
         return
-    if was != now and not (backend.reshards and state.backend == backend.name):
+    if was != now and state.backend not in backend.reshards:
         raise ValueError(
             f"{path}: was saved by {was}, and this is {now}: that takes a checkpoint saved with portable=True. "
             f"Go on with {was}, and save such a one there."

@@ -87,7 +87,7 @@ class Updates:
     def watch(self) -> None:
         """Remembers all weights as they are now. Call it after masks or weights changed outside of an update."""
         self._watched = _seen(self._run.mask_state.tensors())
-        self._parts = _Parts(self._run.mask_state.pieces())
+        self._parts = _Parts(self._run.mask_state.masked_weights())
 
     def complete(self) -> bool:
         """True if an update was applied since the last call. All ranks must call this after the same steps.
@@ -125,6 +125,9 @@ class Updates:
         _out_of_graph(self._mask, optimizer)
 
     def _look_first(self, optimizer: torch.optim.Optimizer) -> None:
+        if not self._run.backend.optimizers.quiet:
+            state = self._run.mask_state
+            state.young.before_update(state.held_by(optimizer, state.young.grown), self._place().step)
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise ValueError(
                 f"optimizer={type(optimizer).__name__}: its step is captured into a CUDA graph, whose replays run no "
@@ -150,7 +153,9 @@ class Updates:
         """Zeroes the pruned weights that the optimizer has just changed."""
         if self._run.backend.optimizers.quiet:
             return
-        self._masked |= self._run.mask_state.zero_pruned(optimizer)
+        state = self._run.mask_state
+        state.young.after_update(state.held_by(optimizer, state.young.grown), self._place().step)
+        self._masked |= state.zero_pruned(optimizer)
         # A fused optimizer is stepped by a gradient scaler on overflow, too, and leaves all weights as they are.
         if (overflow := getattr(optimizer, "found_inf", None)) is not None and bool(overflow):
             self._version = self._read_version()

@@ -20,28 +20,43 @@ import torch.distributed as dist
 import toy
 from torch import Tensor
 
-#: What is done to a partition, and the progress of a ramp or a cosine there (1 where there is none).
-Event = tuple[str, int, Fraction]
+#: What is done to a partition; the pruned part of the weights to prune that it has then; and the progress of a cosine
+#: or the share that is grown (1 where there is none).
+Event = tuple[str, int, Fraction, Fraction]
+
+
+def cubic(progress: str) -> Fraction:
+    """What gradual pruning has pruned."""
+    return 1 - (1 - Fraction(progress)) ** 3
 
 
 def prune(partition: int = 0, progress: str = "1") -> Event:
     """The largest stay: the budget, or as many more as the cubic ramp has left."""
-    return "prune", partition, Fraction(progress)
+    return prune_to(partition, cubic(progress))
+
+
+def prune_to(partition: int, pruned: Fraction) -> Event:
+    return "prune", partition, pruned, Fraction(1)
 
 
 def grow(partition: int = 0) -> Event:
     """No mask any more."""
-    return "grow", partition, Fraction(1)
+    return "grow", partition, Fraction(0), Fraction(1)
 
 
-def random(partition: int = 0) -> Event:
+def grow_by(partition: int, pruned: Fraction, share: str) -> Event:
+    """The largest stay, and a share of all others is grown."""
+    return "grow_by", partition, pruned, Fraction(share)
+
+
+def random(partition: int = 0, pruned: str = "1") -> Event:
     """The first mask of fresh weights."""
-    return "random", partition, Fraction(1)
+    return "random", partition, Fraction(pruned), Fraction(1)
 
 
-def exchange(progress: str) -> Event:
-    """Drop by magnitude, and grow by gradient (RigL) or at random (SET)."""
-    return "exchange", 0, Fraction(progress)
+def exchange(progress: str, pruned: Fraction = Fraction(1)) -> Event:
+    """Drop by magnitude, and grow by gradient (RigL, GraNet) or at random (SET)."""
+    return "exchange", 0, pruned, Fraction(progress)
 
 
 @dataclass(frozen=True)
@@ -120,6 +135,73 @@ SCENARIOS = {
             **{10: [prune(0, "1/3")], 11: [prune(0, "2/3")], 12: [prune()]},
         },
     ),
+    "granet": Scenario(
+        {"method": "granet", "sparsity": 0.8, "dense_steps": 2, "phase_steps": 11, "update_steps": 3}
+        | {"finetune_steps": 2, "drop_fraction": 0.5, "regrow_warmup_steps": 2},
+        steps=15,
+        saved=9,
+        events={
+            **{5: [exchange("3/11", cubic("3/11"))], 8: [exchange("6/11", cubic("6/11"))]},
+            **{11: [exchange("9/11", cubic("9/11"))], 13: [prune()]},
+        },
+    ),
+    # The level rises from step 2 to step 12. The ramps begin at 4 and 9: updates 4 and 9 are none of theirs.
+    "rising": Scenario(
+        {"method": "cyclic", "sparsity": 0.8, "partitions": 2, "target": "rising", "dense_steps": 2, "phase_steps": 5}
+        | {"rounds": 1, "finetune_steps": 3, "update_steps": 2, "prune_ramp": 0.6, "regrow_moments": "mean_second"},
+        steps=15,
+        saved=10,
+        events={
+            **{2: [prune(1, "0")], 4: [prune(1, "2/10")]},
+            **{6: [prune(1, "4/10"), prune_to(0, cubic("2/3") * cubic("4/10"))], 7: [prune(0, "5/10"), grow(1)]},
+            **{9: [prune(0, "7/10")], 11: [prune(0, "9/10"), prune_to(1, cubic("2/3") * cubic("9/10"))]},
+            12: [prune(0), prune(1)],
+        },
+        kappa=2,
+    ),
+    "rising_global": Scenario(
+        {"method": "cyclic", "sparsity": 0.8, "partitions": 2, "target": "rising", "dense_steps": 2, "phase_steps": 5}
+        | {"rounds": 1, "finetune_steps": 3, "update_steps": 2, "distribution": "global", "regrow": "last_value"}
+        | {"regrow_warmup_steps": 4, "regrow_moments": "keep_second"},
+        steps=15,
+        saved=9,
+        events={
+            **{2: [prune(1, "0")], 4: [prune(1, "2/10")], 6: [prune(1, "4/10")], 7: [prune(0, "5/10"), grow(1)]},
+            **{9: [prune(0, "7/10")], 11: [prune(0, "9/10")], 12: [prune(0), prune(1)]},
+        },
+        kappa=2,
+    ),
+    # The second phase grows 0.4 / 2 (1 + cos(pi / 2)) of what is pruned.
+    "rising_grow": Scenario(
+        {"method": "cyclic", "sparsity": 0.8, "partitions": 2, "target": "rising", "dense_steps": 2, "phase_steps": 5}
+        | {"rounds": 1, "finetune_steps": 3, "update_steps": 2, "prune_ramp": 0.6, "grow": "random", "grow_share": 0.4}
+        | {"distribution": "global"},
+        steps=15,
+        saved=10,
+        events={
+            **{2: [prune(0, "0"), prune(1, "0")], 4: [prune(1, "2/10")]},
+            6: [prune(1, "4/10"), prune_to(0, cubic("2/3") * cubic("4/10"))],
+            7: [prune(0, "5/10"), grow_by(1, cubic("5/10"), "0.2")],
+            9: [prune(0, "7/10")],
+            11: [
+                prune(0, "9/10"),
+                prune_to(1, cubic("5/10") * 4 / 5 + cubic("2/3") * (cubic("9/10") - cubic("5/10") * 4 / 5)),
+            ],
+            12: [prune(0), prune(1)],
+        },
+        optimizer="sgd",
+        kappa=2,
+    ),
+    "cyclic_grow": Scenario(
+        {"method": "cyclic", "sparsity": 0.8, "partitions": 2, "phase_steps": 5, "rounds": 1, "finetune_steps": 3}
+        | {"grow": "gradient", "grow_share": 0.5, "regrow_warmup_steps": 3, "regrow_moments": "mean_second"},
+        steps=13,
+        saved=6,
+        events={
+            **{0: [random(0, "0.5"), random(1)], 5: [prune(0), grow_by(1, Fraction(1), "0.25")], 10: [prune(1)]},
+        },
+        kappa=2,
+    ),
     "acdc": Scenario(
         {"method": "acdc", "sparsity": 0.8, "dense_steps": 2, "phase_steps": 3, "rounds": 2, "finetune_steps": 1}
         | {"distribution": "global"},
@@ -170,9 +252,9 @@ SCENARIOS = {
 }
 
 
-def ramp_keep(numel: int, keep: int, progress: Fraction) -> int:
-    """Weights that gradual pruning has left, rounded half up."""
-    return math.floor(numel - (1 - (1 - progress) ** 3) * (numel - keep) + Fraction(1, 2))
+def left(numel: int, keep: int, pruned: Fraction) -> int:
+    """Weights that are left when a part of those to prune is pruned, rounded half up."""
+    return math.floor(numel - pruned * (numel - keep) + Fraction(1, 2))
 
 
 def dropped(numel: int, keep: int, fraction: float, progress: Fraction) -> int:
@@ -211,30 +293,51 @@ def changed(
     """
     gap, found = scenario.gap, dict[str, Tensor | None]()
     seed = gap.get("seed", 0)
-    for action, partition, progress in scenario.events.get(step, []):
+    for action, partition, pruned, progress in scenario.events.get(step, []):
         names = [name for name, k in scenario.entries().items() if k == partition]
         if action == "prune":
             magnitudes = {name: weights[name].abs() for name in names}
-            found |= largest(magnitudes, scenario.budgets(names), progress, shared_budget=scenario.shared_budget)
+            found |= largest(magnitudes, scenario.budgets(names), pruned, shared_budget=scenario.shared_budget)
+        by_gradient = gap["method"] in ("rigl", "granet") or gap.get("grow") == "gradient"
+        counts = dict[str, tuple[int, int]]()  # kept and replaced weights
         for name in names:
-            weight, keep = weights[name], scenario.budget(name)
+            weight, keep = weights[name], left(weights[name].numel(), scenario.budget(name), pruned)
             if action == "grow":
                 found[name] = None
             if action == "random":
                 found[name] = reference.largest(scores(seed, name, weight.numel()).view(weight.shape), keep)
             if action == "exchange":
                 drop = dropped(weight.numel(), keep, gap.get("drop_fraction", 0.3), progress)
-                rigl = gap["method"] == "rigl"
-                growth = gradients[name].abs() if rigl else scores(seed, f"{name} {step}", weight.numel())
-                found[name] = exchanged(keep, drop, masks[name], weight.abs(), growth)
+                counts[name] = keep, drop
+            if action == "grow_by":
+                grown = left(weight.numel(), scenario.budget(name), pruned * (1 - progress))
+                counts[name] = grown, grown - keep
+        groups = [list(counts)] if scenario.shared_budget and counts else [[name] for name in counts]
+        for group in groups:
+            growth = [
+                gradients[n].abs().flatten() if by_gradient else scores(seed, f"{n} {step}", weights[n].numel())
+                for n in group
+            ]
+            joined = [
+                torch.cat([tensors[n].flatten() for n in group]) for tensors in (_or_ones(masks, weights), weights)
+            ]
+            keep, drop = (sum(counts[n][i] for n in group) for i in (0, 1))
+            new = exchanged(keep, drop, joined[0], joined[1].abs(), torch.cat(growth))
+            parts = torch.split(new, [weights[n].numel() for n in group])
+            found |= {n: part.view(weights[n].shape) for n, part in zip(group, parts, strict=True)}
     return found
 
 
+def _or_ones(masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The masks; those of dense entries keep everything."""
+    return {name: masks.get(name, torch.ones_like(weight, dtype=torch.bool)) for name, weight in weights.items()}
+
+
 def largest(
-    magnitudes: Mapping[str, Tensor], budgets: Mapping[str, int], progress: Fraction, *, shared_budget: bool
+    magnitudes: Mapping[str, Tensor], budgets: Mapping[str, int], pruned: Fraction, *, shared_budget: bool
 ) -> dict[str, Tensor]:
     """The masks that pruning the entries of one partition leaves; with distribution "global" they are one vector."""
-    keep = {n: ramp_keep(m.numel(), budgets[n], progress) for n, m in magnitudes.items()}
+    keep = {n: left(m.numel(), budgets[n], pruned) for n, m in magnitudes.items()}
     if not shared_budget:
         return {name: reference.largest(m, keep[name]) for name, m in magnitudes.items()}
     together = reference.largest(torch.cat([m.flatten() for m in magnitudes.values()]), sum(keep.values()))
@@ -247,9 +350,9 @@ def exported(scenario: Scenario, masks: Mapping[str, Tensor], weights: Mapping[s
     found: dict[str, Tensor] = {}
     for k in range(scenario.kappa):
         names = [name for name, partition in scenario.entries().items() if partition == k]
-        left = sum(int(masks[name].sum()) if name in masks else weights[name].numel() for name in names)
+        kept = sum(int(masks[name].sum()) if name in masks else weights[name].numel() for name in names)
         final, budgets = {name: masks[name] for name in names if name in masks}, scenario.budgets(names)
-        if left != sum(budgets.values()):
+        if kept != sum(budgets.values()):
             magnitudes = {name: weights[name].abs() for name in names}
             final = largest(magnitudes, budgets, Fraction(1), shared_budget=scenario.shared_budget)
         found |= {name: torch.where(final[name], weights[name].detach(), 0.0) for name in names}
@@ -268,7 +371,8 @@ def train(scenario: Scenario, *, skip: bool, unused_is_zero: bool, every_micro_b
     masks: dict[str, Tensor] = {}
     last: dict[str, Tensor] = {}
     history, losses, middle = {}, [], {}
-    boundary(scenario, 0, masks, last, weights, {}, optimizer)
+    young: dict[str, tuple[Tensor, int]] = {}
+    boundary(scenario, 0, masks, last, weights, {}, optimizer, young)
     if 0 in scenario.events:
         history[0] = dict(masks)
     for step in range(scenario.steps):
@@ -285,12 +389,14 @@ def train(scenario: Scenario, *, skip: bool, unused_is_zero: bool, every_micro_b
                     totals[i] = gradient if (total := totals[i]) is None else total + gradient
         for parameter, total in zip(trained, totals, strict=True):
             parameter.grad = total if total is None or every_micro_batch else reference._average(total)
+        before = {name: p.detach().clone() for name, p in weights.items()}
         optimizer.step()
+        warm_up(young, step, scenario.gap.get("regrow_warmup_steps", 1), before, weights)
         gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in weights.items()}
         with torch.no_grad():
             for name, mask in masks.items():
                 weights[name][~mask] = 0.0
-        boundary(scenario, step + 1, masks, last, weights, gradients, optimizer)
+        boundary(scenario, step + 1, masks, last, weights, gradients, optimizer, young)
         if step + 1 in scenario.events:
             history[step + 1] = dict(masks)
         if step + 1 == scenario.saved:
@@ -304,6 +410,35 @@ def train(scenario: Scenario, *, skip: bool, unused_is_zero: bool, every_micro_b
 
 
 @torch.no_grad()
+def warm_up(
+    young: Mapping[str, tuple[Tensor, int]],
+    step: int,
+    length: int,
+    before: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+) -> None:
+    """The t-th step of a grown weight is t / length of what it would be."""
+    for name, (grown, since) in young.items():
+        taken = step - since + 1
+        if taken < length:
+            scaled = before[name] + (weights[name] - before[name]) * (taken / length)
+            weights[name].copy_(torch.where(grown, scaled, weights[name]))
+
+
+def second_moment(scenario: Scenario, moment: Tensor, old: Tensor, new: Tensor) -> Tensor | float:
+    """The second moments of weights that are grown."""
+    which = scenario.gap.get("regrow_moments")
+    if which == "keep_second":
+        return moment[new & ~old].clone()
+    kept = [Fraction(value) for value in moment[old].tolist()]
+    if which != "mean_second" or not any(kept):
+        return 0.0
+    # In units of 2^-30 of the power of two above the largest one, rounded down.
+    unit = Fraction(2) ** (math.frexp(max(kept))[1] - 30)
+    return float(sum(math.floor(value / unit) for value in kept) * unit / len(kept))
+
+
+@torch.no_grad()
 def boundary(
     scenario: Scenario,
     step: int,
@@ -312,15 +447,19 @@ def boundary(
     weights: Mapping[str, Tensor],
     gradients: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
+    young: dict[str, tuple[Tensor, int]],
 ) -> None:
     """Changes masks, weights and moments before a step; `last`: the values that weights had when they were pruned."""
+    grows = {k for action, k, *_ in scenario.events.get(step, []) if action in ("grow", "grow_by", "exchange")}
     for name, mask in changed(scenario, step, masks, weights, gradients).items():
         weight = weights[name]
         old = masks.pop(name, torch.ones_like(weight, dtype=torch.bool))
         new = torch.ones_like(old) if mask is None else mask
-        for moment in optimizer.state[weight].values():
+        for key, moment in optimizer.state[weight].items():
             if moment.dim():
-                moment[new & ~old] = 0.0
+                moment[new & ~old] = second_moment(scenario, moment, old, new) if key == "exp_avg_sq" else 0.0
+        if scenario.entries()[name] in grows and step:
+            young[name] = new & ~old, step
         if scenario.gap.get("regrow") == "last_value":
             value = last.setdefault(name, torch.zeros_like(weight))
             value[old & ~new] = weight[old & ~new]

@@ -69,6 +69,19 @@ SCENARIOS = {
         boundaries=(3, 6),
         homes={"layers.0": 0, "layers.1": 0, "layers.2": 1, "layers.3": 1},
     ),
+    # The level rises from step 2 to step 10: partitions are exchanged at 7/8 and at their target.
+    "rising": Scenario(
+        {"method": "parallel", "sparsity": 0.8, "partitions": 2, "target": "rising", "dense_steps": 2, "phase_steps": 4}
+        | {"rounds": 2, "finetune_steps": 2, "update_steps": 2},
+        steps=12,
+        events={
+            **{2: [("others", Fraction(0))], 4: [("others", Fraction(2, 8))]},
+            **{6: [("others", Fraction(4, 8)), ("own", Fraction(4, 8)), EXCHANGE], 8: [("others", Fraction(6, 8))]},
+            10: [OTHERS, OWN, EXCHANGE],
+        },
+        boundaries=(2, 6, 10),
+        homes={"layers.0": 0, "layers.1": 0, "layers.2": 1, "layers.3": 1},
+    ),
     # ERK over 8 matrices of 16 x 37 and one of 16 x 16: see reference_methods. All dense first; each phase has the
     # learning rates of the first, and a ramp over its last half.
     "erk": Scenario(
@@ -132,7 +145,7 @@ class Job:
                 continue
             shared_budget = self.run.gap.get("distribution") == "global"
             for name, mask in reference_methods.largest(
-                magnitudes, budgets, progress, shared_budget=shared_budget
+                magnitudes, budgets, 1 - (1 - progress) ** 3, shared_budget=shared_budget
             ).items():
                 self.put_on(name, mask)
 

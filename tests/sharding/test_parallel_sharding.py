@@ -23,12 +23,15 @@ pytestmark = pytest.mark.full  # three jobs of two ranks, by the launcher
 
 #: Rows of two and of three workers, and the reference of each.
 TWO = {"ddp": "two_False", "zero2": "two_True", "zero3": "two_True", "fsdp2": "two_False"}
+RISING = {"ddp_rising": "rising_False", "zero3_rising": "rising_True"}
 THREE = {
     **{"zero3_erk": "erk_True", "zero3_global": "global_True"},
     **{"fsdp2_erk": "erk_False", "fsdp2_global": "global_False"},
 }
 #: (row, reference, worker)
-WORKERS = [(name, reference, k) for name, reference in [*TWO.items(), ("ddp_first", "first")] for k in (0, 1)]
+WORKERS = [
+    (name, reference, k) for name, reference in [*TWO.items(), *RISING.items(), ("ddp_first", "first")] for k in (0, 1)
+]
 WORKERS_OF_THREE = [(name, reference, k) for name, reference in THREE.items() for k in (0, 1, 2)]
 
 
@@ -106,6 +109,11 @@ def test_the_mean_over_three_workers_is_rounded_once(trained_by_three: Path, ref
 @pytest.mark.parametrize("name", TWO)
 def test_worker_0_fine_tunes_and_exports_and_the_other_ends_before(trained: Path, name: str) -> None:
     check_end(trained, name, [9, 6])
+
+
+@pytest.mark.parametrize("name", RISING)
+def test_with_a_rising_target_worker_0_fine_tunes_alone(trained: Path, name: str) -> None:
+    check_end(trained, name, [12, 10])
 
 
 @pytest.mark.slow

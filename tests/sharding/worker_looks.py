@@ -323,7 +323,7 @@ def quiet(build: Callable[[], GaPEngine]) -> dict[str, Any]:
 
     def counted(run: Run, place: str, names: Collection[str] | None = None, wait: bool = False) -> None:
         if place.startswith("before"):
-            masked = set(run.mask_state.pieces())
+            masked = set(run.mask_state.masked_weights())
             looks.append((engine.applied_steps, names is None, names is None or set(names) == masked))
         look(run, place, names, wait)
 

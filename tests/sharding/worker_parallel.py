@@ -30,7 +30,10 @@ warnings.filterwarnings("ignore", category=UserWarning)
 #: By number of workers: name -> scenario of the reference, and whether gradients are averaged after every micro-batch
 #: (see test_zero.row)
 ROWS = {
-    2: {"ddp": ("two", False), "zero2": ("two", True), "zero3": ("two", True), "fsdp2": ("two", False)},
+    2: {
+        **{"ddp": ("two", False), "zero2": ("two", True), "zero3": ("two", True), "fsdp2": ("two", False)},
+        **{"ddp_rising": ("rising", False), "zero3_rising": ("rising", True)},
+    },
     3: {
         **{f"zero3_{scenario}": (scenario, True) for scenario in ("erk", "global")},
         **{f"fsdp2_{scenario}": (scenario, False) for scenario in ("erk", "global")},

@@ -29,6 +29,9 @@ from gap_ds.sharding.optimizers import Optimizers
 from gap_ds.sharding.shard import Shard
 from gap_ds.storage.errors import summarize_error
 
+#: Backends whose checkpoints are alike: torch.distributed.checkpoint stores whole parameters by name.
+DISTRIBUTED = ("plain", "ddp", "fsdp2")
+
 
 def recognises(model: nn.Module) -> bool:
     """Any model without sharding."""
@@ -66,7 +69,7 @@ def build(model: nn.Module, training: Training) -> Backend:
         save=lambda folder: save_state(module, optimizers, folder, training.world),
         load=lambda folder: load_state(module, optimizers, folder, training.world),
         skips_overflow=training.grad_scaler is not None,
-        reshards=True,
+        reshards=DISTRIBUTED,
     )
 
 

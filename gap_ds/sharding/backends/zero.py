@@ -96,7 +96,7 @@ def _refuse(engine: Any, training: Training) -> None:
     config = engine._config
     zero = config.zero_config
     given = {k for k, v in vars(training).items() if v != type(training).__dataclass_fields__[k].default}
-    if given := given - {"optimizer_state"}:
+    if given := given - {"optimizer_state", "world"}:
         raise ValueError(
             f"{', '.join(sorted(given))}: has no effect with a DeepSpeed engine, which has its own. Pass it to "
             "deepspeed.initialize, or set it in the DeepSpeed config."

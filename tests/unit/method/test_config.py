@@ -142,8 +142,8 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"method": "cyclical"},
-        "method='cyclical': input should be 'cyclic', 'parallel', 'dsd', 'acdc', 'one_shot', 'gradual', 'rigl', 'set', "
-        "'static' or 'dense'. Set \"method\" in gap_config.",
+        "method='cyclical': input should be 'cyclic', 'parallel', 'dsd', 'acdc', 'one_shot', 'gradual', 'granet', "
+        "'rigl', 'set', 'static' or 'dense'. Set \"method\" in gap_config.",
     ),
     *(
         ({"distribution": value}, f'distribution={value!r}: {DISTRIBUTION}. Set "distribution" in gap_config.')
@@ -176,6 +176,9 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
             (METHODS["rigl"], "method='rigl'"),
             (METHODS["set"], "method='set'"),
             (METHODS["gradual"], "method='gradual'"),
+            (METHODS["granet"], "method='granet'"),
+            ({"target": "rising", "update_epochs": 0.25}, 'target="rising"'),
+            ({"grow": "random"}, 'grow="random"'),
             ({"prune_ramp": 0.5, "update_epochs": 0.25}, "prune_ramp"),
         )
     ),
@@ -183,6 +186,28 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         {"pattern": "2:4", "sparsity": 0.5, "prune_ramp": 0.5, "update_epochs": 0.25},
         'pattern="2:4" with prune_ramp: masks change in single weights inside a phase, so set "pattern" to '
         '"unstructured" (in gap_config).',
+    ),
+    ({"grow_share": 0.2}, '"grow_share" has no effect with grow="dense": remove it (in gap_config).'),
+    (
+        {"grow": "gradient", "regrow": "last_value"},
+        'grow="gradient" with regrow="last_value": set "regrow" to "zero" (in gap_config).',
+    ),
+    (
+        {"target": "rising"},
+        '"update_epochs" must be set with target="rising": the time between two updates of the masks (in gap_config).',
+    ),
+    (
+        {"target": "rising", "update_epochs": 0.25, "mask_init": "random"},
+        '"mask_init" has no effect with target="rising", which begins dense: remove it (in gap_config).',
+    ),
+    (
+        {"regrow_moments": "keep_second", "optimizer_state": "reset"},
+        'regrow_moments="keep_second" with optimizer_state="reset": has no effect, because all moments are cleared: '
+        "remove it (in gap_config).",
+    ),
+    (
+        {"method": "parallel", "regrow_moments": "mean_second"},
+        'regrow_moments="mean_second" with method=\'parallel\': set "regrow_moments" to "keep_second" (in gap_config).',
     ),
     ({"partitions": 0}, f'partitions=0: {PATTERNS}. Set "partitions" in gap_config.'),
     ({"partitions": 2.0}, f'partitions=2.0: {PATTERNS}. Set "partitions" in gap_config.'),
@@ -408,7 +433,13 @@ VALUES = {
     "update_steps": 3,
     "prune_ramp": 0.5,
     "drop_fraction": 0.2,
+    "target": "rising",
+    "grow": "gradient",
+    "grow_share": 0.2,
     "regrow": "last_value",
+    "regrow_moments": "keep_second",
+    "regrow_warmup_epochs": 0.5,
+    "regrow_warmup_steps": 3,
     "unpartitioned": "first",
     "lr_restart": True,
 }
@@ -420,7 +451,7 @@ def in_steps(changes: dict[str, Any]) -> dict[str, Any]:
     """The same config with times in steps, ten to an epoch."""
     times = {
         f"{name}_steps": int(10 * value)
-        for name in ("dense", "phase", "update", "finetune")
+        for name in ("dense", "phase", "update", "finetune", "regrow_warmup")
         if (value := (BASE | changes).get(f"{name}_epochs", REMOVE)) is not REMOVE
     }
     gone = dict.fromkeys([f"{name}_epochs" for name in ("dense", "phase", "update", "finetune")], REMOVE)
@@ -454,8 +485,10 @@ def test_a_setting_with_effect_is_another_run(method: str, setting: str) -> None
     if setting == "pattern" and "update_epochs" in fits:
         return  # refused for another reason
     changes = {setting: VALUES[setting]}
-    if setting == "prune_ramp":
+    if setting in ("prune_ramp", "target"):
         changes["update_epochs"] = 0.25
+    if setting == "grow_share":
+        fits = {**fits, "grow": "random"}
     if setting.endswith("_steps"):
         fits = in_steps(fits)
     assert config(**(fits | changes)).signature("1") != config(**fits).signature("1")
@@ -642,7 +675,8 @@ def test_different_settings_have_different_signatures() -> None:
 PROPERTY = settings(max_examples=300, deadline=None, derandomize=True, database=None)
 TAGS = {"s": "sparsity", "dist": "distribution", "pat": "pattern", "drop": "drop_fraction", "ramp": "prune_ramp"}
 TAGS |= {"init": "mask_init", "assign": "partition_assignment", "order": "partition_order", "shared": "unpartitioned"}
-TIMES = {"D": "dense", "T": "phase", "ft": "finetune", "every": "update"}
+TAGS |= {"moments": "regrow_moments"}
+TIMES = {"D": "dense", "T": "phase", "ft": "finetune", "every": "update", "warm": "regrow_warmup"}
 
 
 def parsed(signature: str) -> dict[str, Any]:
@@ -679,10 +713,14 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
     found: dict[str, Any] = {"method": method, f"phase_{unit}": draw(length), f"finetune_{unit}": draw(length)}
     found["sparsity"] = 0.0 if method == "dense" else draw(st.sampled_from([0.5, 0.8, 0.9, 0.995, 1e-6, 0.123456789]))
     found |= {"rounds": draw(st.integers(0, 20)), "partitions": draw(st.sampled_from([2, 7, [["a"], ["b", "c"]]]))}
-    moves = method in ("gradual", "rigl", "set")
+    moves = method in ("gradual", "granet", "rigl", "set")
+    if draw(one_in):
+        found["target"] = "rising"
+    if draw(one_in):
+        found |= {"grow": draw(st.sampled_from(["gradient", "random"])), "grow_share": draw(st.floats(0.001, 0.999))}
     if not moves and draw(st.booleans()):
         found["prune_ramp"] = draw(st.floats(0.001, 1.0))
-    if moves or ("prune_ramp" in found and "prune_ramp" not in UNREAD[method]):
+    if moves or any(key in found and key not in UNREAD[method] for key in ("prune_ramp", "target")):
         found[f"update_{unit}"] = draw(length)
     budgets: list[Any] = ["uniform", "erk", {"a": 0.5}, {"a": 0.5, "b": 0.999}]
     budgets += [] if method in ("rigl", "set", "static") else ["global"]
@@ -695,6 +733,8 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
         "exclude": [[], ["x"]],
         "optimizer_state": ["keep_survivors", "reset"],
         "regrow": ["zero", "last_value"],
+        "regrow_moments": ["zero", "keep_second", "mean_second"],
+        f"regrow_warmup_{unit}": [2] if unit == "steps" else [0.125],
         "unpartitioned": ["average", "first"],
         "lr_restart": [False, True],
         "drop_fraction": [0.3, 0.1, 0.123456789],
@@ -706,7 +746,16 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
             found[key] = draw(st.sampled_from(values))
     if not isinstance(found["partitions"], int):
         found.pop("partition_assignment", None)
-    if draw(one_in) and not moves and "prune_ramp" not in found and found.get("distribution") != "global":
+    if "target" in found and "target" not in UNREAD[method]:
+        found.pop("mask_init", None)
+    if "grow" in found:
+        found.pop("regrow", None)
+    if method == "parallel" and found.get("regrow_moments") == "mean_second":
+        found["regrow_moments"] = "keep_second"
+    if not moves and found.get("optimizer_state") == "reset":
+        found.pop("regrow_moments", None)
+    fixed = not moves and not {"prune_ramp", "target", "grow"} & found.keys()
+    if draw(one_in) and fixed and found.get("distribution") != "global":
         found["pattern"] = "block:4x4"
     return {key: value for key, value in found.items() if key not in UNREAD[method]}
 
