@@ -201,10 +201,9 @@ def _chunks(stretch: _Stretch, band: int) -> list[tuple[int, int]]:
 
 def _every_group(pattern: NofM, entry: Grouped, stretches: Sequence[_Stretch]) -> Tensor:
     """The bits of a piece by an N:M pattern, which decides each group alone."""
-    legal = pattern.keeping(entry.shape, entry.keep)
 
     def flags(one: _Stretch, lo: int, hi: int) -> Tensor:
-        return legal.flags(one.scores(lo, hi), one.shape, entry.dims)
+        return pattern.flags(one.scores(lo, hi), one.shape, entry.dims)
 
     return _bits(pattern, entry, [(one, partial(flags, one)) for one in stretches])
 
