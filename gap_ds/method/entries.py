@@ -82,7 +82,7 @@ def find_entries(
         chosen.difference_update(found)
         excluded.update(found, matching(pattern, inner))
     names = [name for name in shapes if name in chosen]
-    _check_entries(names, inner, modules, matrices, shapes, config)
+    _check_entries(names, inner, frozen, modules, matrices, shapes, config)
 
     def reason(name: str) -> str:
         if name in excluded:
@@ -102,16 +102,20 @@ def find_entries(
 def _check_entries(
     names: Sequence[str],
     inner: Sequence[str],
+    frozen: Container[str],
     modules: Mapping[str, nn.Module],
     matrices: Matrices,
     shapes: Shapes,
     config: GaPConfig,
 ) -> None:
     if not names:
-        frozen = " All matrices of the blocks are frozen or excluded." if inner else ""
+        thin = [name for name in matrices.block_of if matrices.use(name) == "thin" and name not in frozen]
+        if thin and inner and not config.exclude:
+            raise ValueError(f"no entry found: only {_like_adapters(thin, inner, shapes)}")
+        none_left = " All matrices of the blocks are frozen or excluded." if inner else ""
         raise ValueError(
             "no entry found: the model has no repeated blocks with trainable weights of 2 or more dimensions."
-            f'{frozen} Name the weights to prune by "include".'
+            f'{none_left} Name the weights to prune by "include".'
         )
     for name in names:
         if weight := computed_from(name, modules, shapes):
@@ -122,14 +126,17 @@ def _check_entries(
                 'prune.remove), or list it in "exclude".'
             )
     if not config.include and (adapters := _adapters(names, inner, matrices, shapes)):
-        of_blocks = sum(math.prod(shapes[name]) for name in inner)
-        share = sum(math.prod(shapes[name]) for name in names) / of_blocks
-        raise ValueError(
-            f"only {len(names)} small matrices beside frozen ones would be pruned, such as {adapters[-1]} ({share:.2%} "
-            f"of the matrix weights of the blocks). They look like adapters over a frozen base. A frozen base keeps "
-            "its zeros without an engine; to prune the base, make it trainable (requires_grad_) or build the engine "
-            'before the adapters are added. To prune the adapters themselves, name them in "include".'
-        )
+        raise ValueError(f"only {_like_adapters(adapters, inner, shapes)}")
+
+
+def _like_adapters(names: Sequence[str], inner: Sequence[str], shapes: Shapes) -> str:
+    share = sum(math.prod(shapes[name]) for name in names) / sum(math.prod(shapes[name]) for name in inner)
+    return (
+        f"{len(names)} small matrices beside frozen ones are trained, such as {names[-1]} ({share:.2%} of the matrix "
+        "weights of the blocks). They look like adapters over a frozen base. A frozen base keeps its zeros without an "
+        "engine; to prune the base, make it trainable (requires_grad_) or build the engine before the adapters are "
+        'added. To prune the adapters themselves, name them in "include".'
+    )
 
 
 def _adapters(names: Sequence[str], inner: Sequence[str], matrices: Matrices, shapes: Shapes) -> list[str]:

@@ -140,7 +140,9 @@ def _steps(options: Options, micro_batches: int) -> int | None:
     if steps is not None and batches is not None:
         raise ValueError(f"steps_per_epoch={steps} and batches_per_epoch={batches}: set one of them.")
     if batches is not None:
-        return math.ceil(batches / micro_batches)
+        return max(
+            1, batches // micro_batches
+        )  # accumulation goes on across epochs: rounded up, the schedule would not end
     if steps is not None and micro_batches > 1:
         log.warning(
             f"steps_per_epoch={steps}: counts updates, and an update has {micro_batches} micro-batches, so an epoch is "
@@ -232,13 +234,23 @@ def _plan(config: GaPConfig, backend: Backend, options: Options, world: Comm) ->
     shards = backend.shards()
     frozen = {shard.name for shard in shards if not shard.trainable}
     shapes = {shard.name: shard.shape for shard in shards}
-    kept = None
+    kept, zero = None, list[str]()
     if config.reuses_masks:
         nonzero = mask_state.nonzero(shards, backend.comm) if config.mask_file is None else None
         saved = _on_all_ranks(world, lambda: options.masks_from and saving.budgets(Path(options.masks_from)))
+        # What is 0 everywhere was initialized by zeros, as last layers of branches often are, and not pruned.
+        zero = [name for name, n in (nonzero or {}).items() if not n]
+        nonzero = nonzero and nonzero | {name: math.prod(shapes[name]) for name in zero}
         kept = (nonzero or _on_all_ranks(world, lambda: mask_state.inherited(config, shards))) | (saved or {})
     if (whole := options.whole) is None:
-        return _on_all_ranks(world, lambda: plan.build(backend.module, config, shapes, frozen, kept))
+        found = _on_all_ranks(world, lambda: plan.build(backend.module, config, shapes, frozen, kept))
+        names = [entry.name for entry in found.entries if entry.name in zero]
+        if names and world.rank == 0:
+            log.warning(
+                f"{names[0]} (and {len(names) - 1} others): is 0 everywhere, as an initialization leaves it, so it is "
+                "kept whole: from_weights takes zeros for pruned weights where others are beside them."
+            )
+        return found
     if config.reuses_masks:
         raise ValueError(
             f'whole: has no effect with mask_init="{config.mask_init}", where budgets are those of masks. Leave it out.'

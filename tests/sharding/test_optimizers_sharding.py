@@ -71,3 +71,13 @@ def test_another_backend_goes_on_from_the_same_state(trained: Path, row: tuple[s
     straight, moved = result(trained, name_of(row)), result(trained, f"{name_of(row)}-moved")
     assert largest_difference(moved["saved"], straight["saved"]) == 0
     assert same(moved["masks"], straight["masks"][4:])
+
+
+@pytest.mark.full
+def test_adagrad_resumes_under_zero3(tmp_path: Path) -> None:
+    """DeepSpeed builds it anew over the pieces, and would not load what it has saved."""
+    jobs = [["straight", "zero3", "adagrad", ""], ["resumed", "zero3", "adagrad", "straight"]]
+    run_workers("worker_optimizers.py", 2, tmp_path, json.dumps(jobs), timeout=300)
+    straight, resumed = result(tmp_path, "straight"), result(tmp_path, "resumed")
+    assert same(resumed["masks"], straight["masks"][4:])
+    assert largest_difference(resumed["end"], straight["end"]) == 0

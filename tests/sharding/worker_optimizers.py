@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import toy
 import worker_fsdp
+import worker_zero
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -39,7 +40,12 @@ def optimizers(model: nn.Module, matrices: str) -> list[torch.optim.Optimizer]:
 
 
 def build(kind: str, matrices: str) -> GaPEngine:
-    """Without a wrapper, every rank trains on the batches of both."""
+    """Without a wrapper, every rank trains on the batches of both. zero3: Adagrad alone."""
+    if kind == "zero3":
+        model = toy.build()
+        adagrad = torch.optim.Adagrad([p for p in model.parameters() if p.requires_grad], lr=0.05)
+        config = worker_zero.deepspeed_config({"stage": 3, "dtype": "fp32", "accumulation": 1})
+        return GaPEngine.initialize(model=model, config=config, gap_config=toy.GAP, optimizer=adagrad)
     if kind == "fsdp2":
         model = worker_fsdp.wrap({"kind": "fsdp2"})
         return GaPEngine(model, toy.GAP, optimizer=optimizers(model, matrices))

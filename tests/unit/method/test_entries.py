@@ -333,6 +333,17 @@ def test_adapters_over_a_frozen_base() -> None:
     assert first(plan(root)) == {"fc1.weight"}
 
 
+def test_adapters_too_narrow_to_be_entries() -> None:
+    class Narrow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base = nn.Linear(64, 64).requires_grad_(False)
+            self.A, self.B = nn.Linear(64, 2, bias=False), nn.Linear(2, 64, bias=False)
+
+    with pytest.raises(ValueError, match=r"no entry found: only 4 small .* look like adapters over a frozen base"):
+        plan(model(layers=nn.ModuleList([Narrow(), Narrow()])))
+
+
 def test_everything_frozen() -> None:
     with pytest.raises(ValueError, match=r"no entry found.* All matrices of the blocks are frozen or excluded\."):
         plan(model(layers=nn.ModuleList([Block(), Block()])).requires_grad_(False))
