@@ -48,6 +48,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) -q setuptools wheel ninja hjson packaging numpy
 	$(PIP) -q torch
 	$(PIP) -q --no-build-isolation --editable '.[all,dev]'
+	@# Tests plan timm's models. Its torchvision fits one build of torch alone, and transformers would use timm: apart, without either.
+	$(PIP) -q --no-deps --upgrade --target $(VENV)/timm timm
 	@echo "== DeepSpeed's shared-memory extension: compiled once, about a minute (skipped where there is a GPU)"
 	@if $(RUN) -c 'import torch, sys; sys.exit(torch.cuda.is_available())'; then \
 	    $(RUN) -c 'from deepspeed.comm.torch import build_shm_op; build_shm_op()' > $(VENV)/extension.log 2>&1 || { \
@@ -92,7 +94,7 @@ docs: env  ## write docs/reference.md from docstrings, settings and options
 	$(RUN) docs/build_reference.py
 
 # Cheap ones first. Each writes aside and is moved whole, so a figure that is not made anew stays as it was.
-BENCHES := masks startup attention peers profile_paths throughput compact boundary memory overhead
+BENCHES := masks startup attention peers profile_paths throughput compact boundary looks memory overhead
 
 bench: env  ## all benchmarks of a CPU but inference, into benchmarks/results (about an hour on 2 free cores)
 	@started=$$(date +%s); $(MAKE) --no-print-directory -k -j1 -o env $(BENCHES:%=bench-%); status=$$?; \

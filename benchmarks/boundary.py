@@ -25,7 +25,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gap_ds.masks import bitmask, selection
+from gap_ds.masks.box import Box
 from gap_ds.sharding.comm import Comm
+from gap_ds.sharding.shard import Shard
 
 MILLION = 1_000_000
 NOTE = (
@@ -68,7 +70,9 @@ def compare(ranks: int, n: int, density: float, rounds: int, peers: list[str]) -
     def gathered(choose: Callable[[Tensor, int], Tensor]) -> Callable[[], Tensor]:
         return lambda: choose(group.gather(piece, n), keep)[start : start + numel].clone()
 
-    works = {"gap_ds": lambda: exact(piece, start, keep, group)} | {name: gathered(PEERS[name]) for name in peers}
+    works = {"gap_ds": lambda: exact(piece, Box.span(start, numel, n), keep, group)} | {
+        name: gathered(PEERS[name]) for name in peers
+    }
     memory, received, found = {}, {}, {}
     for name, work in works.items():
         work()  # loads libraries and fills the allocator's arenas
@@ -110,6 +114,10 @@ class Counted(Comm):
         self.received += (self.size - 1) * row.nbytes
         return super().all_gather(row)
 
+    def assemble_everywhere(self, piece: Tensor, shard: Shard) -> Tensor:
+        self.received += 2 * (self.size - 1) * piece.element_size() * shard.full_numel // self.size
+        return super().assemble_everywhere(piece, shard)
+
     def gather(self, piece: Tensor, total: int) -> Tensor:
         """Return the whole tensor (total,) on every rank."""
         if self.size == 1:
@@ -125,8 +133,8 @@ class Counted(Comm):
         return super().all_gather(torch.tensor(times)).amax(0).tolist()
 
 
-def exact(piece: Tensor, start: int, keep: int, group: Comm) -> Tensor:
-    entry = selection.Piece("entry", start, piece.numel(), selection.magnitude_keys(piece), 0)
+def exact(piece: Tensor, box: Box, keep: int, group: Comm) -> Tensor:
+    entry = selection.Piece("entry", box, selection.magnitude_keys(piece), 0)
     return selection.select_largest([entry], [keep], group)[0]
 
 

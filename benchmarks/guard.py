@@ -27,6 +27,7 @@ import pytest
 import torch
 
 from gap_ds.masks import bitmask, cpu, selection
+from gap_ds.masks.box import Box
 
 MILLION = 1_000_000
 CPU = torch.device("cpu")
@@ -59,8 +60,8 @@ def test_select(benchmark: Any, entries: int) -> None:
 
 
 def test_first_masks(benchmark: Any) -> None:
-    keys = selection.random_keys(0, "entry", 0, CPU)
-    pieces = [selection.Piece("entry", 0, 5 * MILLION, keys, 0)]
+    box = Box.span(0, 5 * MILLION, 5 * MILLION)
+    pieces = [selection.Piece("entry", box, selection.random_keys(0, "entry", box, CPU), 0)]
     given = (pieces, [MILLION // 2], selection.Single())
     benchmark.pedantic(selection.select_largest, given, rounds=30, warmup_rounds=1)
 
@@ -123,7 +124,8 @@ def check(limit: float, work: Callable[[], object], base: Callable[[], object], 
 def select(weights: torch.Tensor) -> list[torch.Tensor]:
     """Select a tenth of each row of (entries, N)."""
     pieces = [
-        selection.Piece(f"entry{e}", 0, row.numel(), selection.magnitude_keys(row), e) for e, row in enumerate(weights)
+        selection.Piece(f"entry{e}", Box.span(0, len(row), len(row)), selection.magnitude_keys(row), e)
+        for e, row in enumerate(weights)
     ]
     return selection.select_largest(pieces, [weights.shape[1] // 10] * len(weights), selection.Single())
 

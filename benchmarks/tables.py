@@ -16,7 +16,7 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -116,33 +116,37 @@ def translation() -> str:
     return "\n".join(lines) + "\n"
 
 
-def methods(preset: str) -> str:
-    """Return a table of benchmarks/quality: a column for each sparsity, the best method of the highest one first."""
+def methods(preset: str, only: Collection[str] = (), sparsities: Sequence[float] = ()) -> str:
+    """Return a table of benchmarks/quality: columns for each sparsity, the best method of the highest one first.
+
+    only, sparsities: rows and sparsities to show; default: all.
+    """
     sys.path.insert(0, str(ROOT / "benchmarks" / "quality"))
     import records
     import report
 
     results = report.latest(records.read(figures.RESULTS / f"quality_{preset}.jsonl"))
-    sparsities = results.sparsities
+    sparsities = sparsities or results.sparsities
     cells = {(cell.row, cell.sparsity): cell for cell in results.cells}
     rows = dict.fromkeys(cell.row for s in (*sparsities[::-1], 0.0) for cell in results.cells if cell.sparsity == s)
     dense = [row for row in rows if (row, 0.0) in cells]
     score = results.example.scores[results.example.score]
-    columns = [f"{name} at {s:.0%}" for name in (score, "FLOPs") for s in sparsities]
+    columns = [f"{name} at {s:.0%}" for name in ("loss", score, "FLOPs") for s in sparsities]
     lines = [f"| method | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     for row in (*dense, *(row for row in rows if row not in dense)):
+        if only and row not in only:
+            continue
         found = [cells.get((row, s)) or cells.get((row, 0.0)) for s in sparsities]
-        scores = [_score(cell, bold=results.leads(cell)) if cell else "" for cell in found]
+        losses = [_bold(cell.loss.text(3), results.leads(cell)) if cell else "" for cell in found]
+        scores = [cell.score.text(1) if cell else "" for cell in found]
         flops = [f"{cell.flops:.2f}" if cell else "" for cell in found]
         title = next(cell for cell in found if cell).title
-        lines.append(f"| {title} | {' | '.join([*scores, *flops])} |")
+        lines.append(f"| {title} | {' | '.join([*losses, *scores, *flops])} |")
     return "\n".join(lines) + "\n"
 
 
-def _score(cell: Any, bold: bool) -> str:
-    """Return the mean, with the range over the seeds if there are several."""
-    mean = f"**{cell.mean:.1f}**" if bold else f"{cell.mean:.1f}"
-    return mean if len(cell.scores) == 1 else f"{mean} ({min(cell.scores):.1f} to {max(cell.scores):.1f})"
+def _bold(text: str, bold: bool) -> str:
+    return f"**{text}**" if bold else text
 
 
 def inference() -> str:
@@ -357,10 +361,14 @@ def backends() -> str:
     return "\n".join(lines) + "\n"
 
 
+#: Rows of the table in README.md.
+SHORT = ("dense", "gradual", "parallel_3", "cyclic_3_dense_first", "cyclic_3")
+
 #: The sections of the pages, by the name of their markers. In README.md "performance" is the summary.
 SECTIONS: dict[str, Callable[[], str]] = {
     "translation": translation,
     "quality": partial(methods, "cpu"),
+    "quality-short": partial(methods, "cpu", only=SHORT, sparsities=(0.9,)),
     "vision": partial(methods, "vision_cpu"),
     "summary": aims.summary,
     "backends": backends,

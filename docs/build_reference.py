@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 from typer.testing import CliRunner
 
 import gap_ds
-from gap_ds import hf
+from gap_ds import distill, hf
 from gap_ds.cli.app import app
 from gap_ds.export import compact, expand
 from gap_ds.method.config import GaPConfig
@@ -30,6 +30,7 @@ PUBLIC: dict[str, list[Any]] = {
     "gap_ds": [getattr(gap_ds, name) for name in gap_ds.__all__ if not name.startswith("__")],
     "gap_ds.hf": [hf.GaPCallback, hf.prepare],
     "gap_ds.export": [compact, expand],
+    "gap_ds.distill": [distill.Teacher, distill.logit_distance, distill.hidden_distance],
 }
 #: Methods that the Trainer calls, not the user.
 _HOOKS = "on_"

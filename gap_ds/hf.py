@@ -11,6 +11,7 @@ Under DeepSpeed the optimizer has stepped already at the end of Accelerate's `ba
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import math
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
@@ -277,6 +279,26 @@ class _MasksOfState:
     def load_state_dict(self, state: dict[str, str]) -> None:
         if not self._engine.closed:
             self._engine.load_masks(self._folder)
+
+
+_load_state = Accelerator.load_state
+
+
+@functools.wraps(_load_state)
+def _load_masks_too(accelerator: Any, input_dir: str | None = None, *args: Any, **named: Any) -> Any:
+    """Refuses to restore a run's weights without its masks, before anything is changed.
+
+    Accelerate itself would load weights and optimizer, and then miss a registered object without a word about masks.
+    """
+    if input_dir is not None and accelerator not in _PREPARED and (Path(input_dir, FOLDER) / "state.json").is_file():
+        raise ValueError(
+            f"{input_dir}: holds masks, and this Accelerator has no engine yet that they belong to. Call "
+            "gap_ds.hf.prepare before accelerator.load_state, which restores weights, optimizer and masks together."
+        )
+    return _load_state(accelerator, input_dir, *args, **named)
+
+
+Accelerator.load_state = _load_masks_too
 
 
 def _refuse(config: GaPConfig) -> None:

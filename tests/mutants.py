@@ -32,6 +32,19 @@ class Fault:
 
 
 FAULTS = {
+    "temperature_forgotten": Fault(
+        "    return temperature**2 * total", "    return total", ("tests/unit/test_distill.py::test_logits",)
+    ),
+    "padding_counts": Fault(
+        "    return rows if kept is None else rows[kept.flatten()]\n",
+        "    return rows\n",
+        ("tests/unit/test_distill.py::test_padding_is_ignored",),
+    ),
+    "norm_of_this_rank": Fault(
+        "            norm = comm.sum(norm).to(norm.device)\n",
+        "            norm = comm.size * norm\n",
+        (SHARDING + "distill_sharding.py::test_losses_and_weights_are_those_of_one_process",),
+    ),
     "early_end_kept": Fault(
         "        self._place = place\n",
         "        self._place = Place(place.step, place.ended or self._place.ended)\n",
@@ -93,13 +106,13 @@ FAULTS = {
         (UPDATES + "test_a_moving_mask_changes_at_its_updates_alone_and_what_comes_is_new",),
     ),
     "change_in_place_overlooked": Fault(
-        "changes_masks(self._run.schedule) or self._changed():",
-        "changes_masks(self._run.schedule):",
+        "None if self._changed() else part",
+        "part",
         (BETWEEN + "test_a_change_in_place_is_found_at_the_next_update",),
     ),
     "no_look_before_a_boundary": Fault(
-        "elif self._place().changes_masks(self._run.schedule) or self._changed():",
-        "elif self._changed():",
+        "rest=self._place().changes_masks(self._run.schedule)",
+        "rest=False",
         (BETWEEN + "test_changes_that_pytorch_does_not_count_are_found_before_the_boundary",),
     ),
     "hooks_not_looked_for": Fault(

@@ -9,19 +9,24 @@ matplotlib (`pip install 'gap_ds[plots]'`). Without --preset: all results.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import records
+from compare import Mean, mean, paired, pooled_deviation
 from presets import EXAMPLES, PRESETS, Example
 from rows import BY_NAME, ROWS
 
 #: Okabe and Ito's colours, also distinct for colour-blind readers (without yellow, too pale on white).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = "osD^vPX<>ph8*d"
+
+BASELINE = "gradual"  # the row that others are compared with
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,8 @@ class Cell:
 
     row: str
     sparsity: float
-    scores: tuple[float, ...]  # by seed
+    losses: Mapping[int, float]  # seed -> validation loss of the last epoch, in nats
+    scores: Mapping[int, float]  # seed -> score
     second: float  # second score; this and the others are means over the seeds
     epochs: float
     flops: float  # relative to one dense run of the same epochs
@@ -39,9 +45,14 @@ class Cell:
     paused: bool  # during the training: the seconds are meaningless
 
     @property
-    def mean(self) -> float:
+    def loss(self) -> Mean:
+        """Mean validation loss: the figure that methods are compared by."""
+        return mean(self.losses.values())
+
+    @property
+    def score(self) -> Mean:
         """Mean score over the seeds."""
-        return statistics.mean(self.scores)
+        return mean(self.scores.values())
 
     @property
     def title(self) -> str:
@@ -63,11 +74,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     for name in names:
         path = args.results / f"quality_{name}.md"
-        table = latest(records.read(args.results / f"quality_{name}.jsonl"))
-        path.write_text(markdown(name, table), encoding="utf-8")
+        of_table = args.results / f"quality_{name.removesuffix('_extra')}.jsonl"
+        results = latest(records.read(args.results / f"quality_{name}.jsonl"), beside=records.read(of_table))
+        path.write_text(markdown(name, results), encoding="utf-8")
         print(path.name)
         if not args.no_plot:
-            print(plot(table, path.with_suffix(".png")).name)
+            print(plot(results, path.with_suffix(".png")).name)
     return 0
 
 
@@ -81,48 +93,40 @@ class Results:
     task: str
     kept: list[records.Record]
     left_out: int
+    #: The method that others are compared with, by sparsity; of another table if this one does not have it.
+    baseline: Mapping[float, Cell]
 
     @property
     def example(self) -> Example:
         """The example of these results, by their figures."""
-        return next(example for example in EXAMPLES if example.score in self.kept[0])
+        return _example(self.kept)
 
     @property
     def columns(self) -> tuple[str, str]:
-        """Names of the score that ranks and of the last score."""
+        """Names of the first and the last score."""
         return self.example.score, list(self.example.scores)[-1]
 
     @property
     def cells(self) -> list[Cell]:
-        """Cells by sparsity, dense first, and by score, best first."""
-        score, second = self.columns
-        groups: dict[tuple[str, float], list[records.Record]] = {}
-        for record in sorted(self.kept, key=lambda record: int(record["seed"])):
-            groups.setdefault((record["row"], record["sparsity"]), []).append(record)
-        cells = [
-            Cell(
-                row,
-                sparsity,
-                tuple(record[score] for record in group),
-                *(
-                    statistics.mean(record[figure] for record in group)
-                    for figure in (second, "epochs", "training_flops", "mean_density", "train_seconds")
-                ),
-                any(record.get("paused") for record in group),
-            )
-            for (row, sparsity), group in groups.items()
-        ]
-        return sorted(cells, key=lambda cell: (cell.sparsity, -cell.mean, cell.row))
+        """Cells by sparsity, dense first, and by validation loss, lowest first."""
+        return sorted(_cells(self.kept), key=lambda cell: (cell.sparsity, cell.loss.value, cell.row))
 
-    def spread(self, sparsity: float) -> float:
-        """Return the largest difference of two seeds of one method; 0 with one seed each."""
-        of_it = [cell.scores for cell in self.cells if cell.sparsity == sparsity]
-        return max((max(scores) - min(scores) for scores in of_it), default=0.0)
+    def deviation(self, sparsity: float) -> float | None:
+        """Return the standard deviation of the loss over the seeds of a method, pooled over all methods of a sparsity.
+
+        None if no method has two seeds.
+        """
+        return pooled_deviation(cell.losses.values() for cell in self.cells if cell.sparsity == sparsity)
 
     def leads(self, cell: Cell) -> bool:
-        """Return True if no method of the same sparsity is better by more than seeds differ; False for dense."""
-        best = max(other.mean for other in self.cells if other.sparsity == cell.sparsity)
-        return cell.sparsity > 0 and cell.mean >= best - self.spread(cell.sparsity)
+        """Return True if no method of the same sparsity has a lower loss by more than two standard errors.
+
+        The error is that of the difference of two means, from `deviation`. False for dense.
+        """
+        best = next(other for other in self.cells if other.sparsity == cell.sparsity).loss
+        deviation = self.deviation(cell.sparsity) or 0.0
+        error = deviation * math.sqrt(1 / cell.loss.count + 1 / best.count)
+        return cell.sparsity > 0 and cell.loss.value - best.value <= 2 * error
 
     @property
     def sparsities(self) -> list[float]:
@@ -130,14 +134,51 @@ class Results:
         return sorted({cell.sparsity for cell in self.cells} - {0.0})
 
 
-def latest(found: Sequence[records.Record]) -> Results:
-    """Return the results of the newest set-up, and of the newest config of each row. ValueError if there are none."""
+def latest(found: Sequence[records.Record], beside: Sequence[records.Record] = ()) -> Results:
+    """Return the results of the newest set-up, and of the newest config of each row. ValueError if there are none.
+
+    beside: results of the same task, whose baseline is used if `found` has none.
+    """
     if not found:
         raise ValueError("there are no results yet: run.py makes them.")
     task = _split(found[-1])[0]
+    kept = _newest(found, task)
+    of_both = [record for record in (*_newest(beside, task), *kept) if record["row"] == BASELINE]
+    baseline = {cell.sparsity: cell for cell in _cells(of_both)}
+    return Results(task, kept, len(found) - len(kept), baseline)
+
+
+def _newest(found: Sequence[records.Record], task: str) -> list[records.Record]:
+    """Return the results of one task that have the newest config of their row."""
     config = {record["row"]: _split(record)[1] for record in found if _split(record)[0] == task}  # the last one counts
-    kept = [record for record in found if _split(record) == (task, config.get(record["row"]))]
-    return Results(task, kept, len(found) - len(kept))
+    return [record for record in found if _split(record) == (task, config.get(record["row"]))]
+
+
+def _example(found: Sequence[records.Record]) -> Example:
+    return next(example for example in EXAMPLES if example.score in found[0])
+
+
+def _cells(found: Sequence[records.Record]) -> list[Cell]:
+    groups: dict[tuple[str, float], dict[int, records.Record]] = {}
+    for record in sorted(found, key=lambda record: int(record["seed"])):
+        groups.setdefault((record["row"], record["sparsity"]), {})[record["seed"]] = record
+    return [
+        Cell(
+            row,
+            sparsity,
+            {seed: record["validation_loss"][-1] for seed, record in group.items()},
+            {seed: record[_example(found).score] for seed, record in group.items()},
+            *(
+                statistics.mean(record[figure] for record in group.values())
+                for figure in (
+                    list(_example(found).scores)[-1],
+                    *("epochs", "training_flops", "mean_density", "train_seconds"),
+                )
+            ),
+            any(record.get("paused") for record in group.values()),
+        )
+        for (row, sparsity), group in groups.items()
+    ]
 
 
 def _split(record: records.Record) -> tuple[str, str]:
@@ -156,39 +197,61 @@ def markdown(name: str, results: Results) -> str:
     lines = [f"# Quality: `{name}`", ""]
     if preset:
         lines += [f"{preset.about[0].upper()}{preset.about[1:]}.", ""]
-    lines += [
-        f"| method | sparsity | {title} | by seed | {beside} | epochs | training FLOPs | mean density | minutes |",
-        "|---|---|---|---|---|---|---|---|---|",
+    compared = bool(results.baseline)
+    against = ["to gradual"] if compared else []
+    columns = [
+        *("method", "sparsity", "seeds", "validation loss", *against, title, *against, beside, "epochs"),
+        *("training FLOPs", *(["of gradual's"] if compared else []), "mean density", "minutes"),
     ]
+    lines += [_line(columns), "|---" * len(columns) + "|"]
     for cell in results.cells:
-        score = f"**{cell.mean:.1f}**" if results.leads(cell) else f"{cell.mean:.1f}"
-        minutes = "paused" if cell.paused else f"{cell.seconds / 60:.1f}"
-        by_seed = ", ".join(f"{one:.1f}" for one in cell.scores)
-        lines.append(
-            f"| {cell.title} | {cell.sparsity:.0%} | {score} | {by_seed} | {cell.second:.1f} | "
-            f"{cell.epochs:g} | {cell.flops:.2f} | {cell.density:.2f} | {minutes} |"
-        )
+        loss = f"**{cell.loss.text(3)}**" if results.leads(cell) else cell.loss.text(3)
+        base = results.baseline.get(cell.sparsity)
+        ratio = f"{cell.flops / base.flops:.2f}" if base else ""
+        figures = [cell.title, f"{cell.sparsity:.0%}", str(cell.loss.count), loss]
+        figures += [_difference(cell.losses, base and base.losses, 3)] if compared else []
+        figures += [cell.score.text(1)]
+        figures += [_difference(cell.scores, base and base.scores, 1)] if compared else []
+        figures += [f"{cell.second:.1f}", f"{cell.epochs:g}", f"{cell.flops:.2f}", *([ratio] if compared else [])]
+        figures += [f"{cell.density:.2f}", "paused" if cell.paused else f"{cell.seconds / 60:.1f}"]
+        lines.append(_line(figures))
     return "\n".join([*lines, "", *notes(name, results), ""])
+
+
+def _line(figures: Sequence[str]) -> str:
+    return f"| {' | '.join(figures)} |"
+
+
+def _difference(values: Mapping[int, float], others: Mapping[int, float] | None, digits: int) -> str:
+    """Return the paired difference, with the number of seeds if it is not that of `values`; empty for the baseline."""
+    found = None if others is None or others == values else paired(values, others)
+    if found is None:
+        return ""
+    return found.text(digits) + (f" ({found.count} seeds)" if 1 < found.count < len(values) else "")
 
 
 def notes(name: str, results: Results) -> list[str]:
     """Return the notes on how to read the figures."""
     kept = results.kept
-    seeds = sorted({len(cell.scores) for cell in results.cells})
-    counts = " or ".join(str(count) for count in seeds)
-    certainty = "Bold is the best score of a sparsity. Each figure is of one seed; the spread over seeds is unknown."
-    spreads = {s: results.spread(s) for s in results.sparsities if results.spread(s)}
-    if spreads:
-        score = results.example.scores[results.example.score]
-        largest = ", ".join(f"{spread:.1f} {score} at {s:.0%}" for s, spread in spreads.items())
+    certainty = "Validation loss is the cross entropy of the last epoch, in nats. Bold is the lowest of a sparsity."
+    deviations = {s: deviation for s in results.sparsities if (deviation := results.deviation(s)) is not None}
+    if deviations:
+        each = ", ".join(f"{deviation:.3f} at {s:.0%}" for s, deviation in deviations.items())
         certainty = (
-            f"Scores are means of {counts} seeds, listed beside them. Seeds of one method differ by up to {largest}; "
-            "smaller differences between methods are noise. Bold are all scores within this distance of the best."
+            "Methods are compared by the validation loss: the cross entropy of the last epoch, in nats, without label "
+            f"smoothing. Its standard deviation over the seeds of a method is {each} (pooled over the methods). Bold "
+            "are the lowest loss of a sparsity and all within two standard errors of it."
         )
     call = f"--preset {name.removesuffix('_extra')} --data DATA --out OUT"
     call += " --extra benchmarks/quality/extra.json" if name.endswith("_extra") else ""
-    lines = [
-        certainty,
+    lines = [certainty, "± is the standard error of a mean over seeds. A figure without it is of one seed."]
+    if results.baseline:
+        lines.append(
+            "`to gradual` is the difference to gradual pruning at the same sparsity, paired by seed (equal first "
+            "weights and batches), with the p-value of a two-sided paired t-test. `of gradual's` is the quotient of "
+            "the training FLOPs."
+        )
+    lines += [
         "All methods have the same epochs, batches, peak learning rate and warm-up. None was tuned for a method. "
         "A short budget favours methods that need little training.",
         results.example.entries,
@@ -229,9 +292,9 @@ def style(name: str, others: Sequence[str] = ()) -> tuple[str, str]:
 
 
 def plot(results: Results, path: Path) -> Path:
-    """Plot scores over training FLOPs, one panel per sparsity. Returns the path of the PNG.
+    """Plot validation loss and score over training FLOPs, one column per sparsity. Returns the path of the PNG.
 
-    A line connects the worst and the best seed. The dense run, far to the right, is a dashed line.
+    A line is one standard error to each side. The dense run, far to the right, is a dashed line.
     """
     import matplotlib
 
@@ -239,45 +302,46 @@ def plot(results: Results, path: Path) -> Path:
     from matplotlib import pyplot
 
     cells = results.cells
-    others = {cell.row for cell in cells} - set(BY_NAME)
-    sparsities = results.sparsities
-    dense = [cell for cell in cells if cell.sparsity == 0]
-    count = max(1, len(sparsities))
+    others = sorted({cell.row for cell in cells} - set(BY_NAME))
+    sparsities = results.sparsities or [0.0]
     names = len({cell.row for cell in cells})
     figure, panels = pyplot.subplots(
-        1,
-        count,
-        figsize=(4.2 * count + 0.8, 3.8 + 0.22 * -(-names // 2)),
-        sharey=True,
+        2,
+        len(sparsities),
+        figsize=(4.2 * len(sparsities) + 0.8, 6.2 + 0.22 * -(-names // 2)),
+        sharex="col",
+        sharey="row",
         squeeze=False,
         layout="constrained",
     )
-    handles = {}
-    for panel, sparsity in zip(panels[0], sparsities or [0.0], strict=True):
-        for cell in dense:
-            handles[f"dense ({cell.mean:.1f})"] = panel.axhline(cell.mean, color="0.35", linestyle="--", linewidth=1)
-        for cell in (cell for cell in cells if cell.sparsity == sparsity and cell not in dense):
-            colour, marker = style(cell.row, sorted(others))
-            span = [[cell.mean - min(cell.scores)], [max(cell.scores) - cell.mean]]
-            handles[cell.title] = panel.errorbar(
-                cell.flops,
-                cell.mean,
-                yerr=span,
-                color=colour,
-                marker=marker,
-                markersize=7,
-                capsize=3,
-                linestyle="none",
-                markeredgecolor="white",
-                markeredgewidth=0.5,
-            )
-        panel.set_title(f"{sparsity:.0%} of the prunable weights pruned", fontsize=10)
-        panel.set_xlabel("training FLOPs (1 = dense training)")
-        panel.grid(alpha=0.3)
-    panels[0][0].set_ylabel(results.example.axis)
-    figure.legend(
-        list(handles.values()), list(handles), loc="outside lower center", ncols=2 if count > 1 else 1, fontsize=8
-    )
+    handles: dict[str, Any] = {}
+    for sparsity, column in zip(sparsities, panels.T, strict=True):
+        for cell in (cell for cell in cells if cell.sparsity in (0.0, sparsity)):
+            colour, marker = style(cell.row, others)
+            for panel, figure_of_cell in zip(column, (cell.loss, cell.score), strict=True):
+                if cell.sparsity == 0.0:
+                    handles["dense"] = panel.axhline(figure_of_cell.value, color="0.35", linestyle="--", linewidth=1)
+                    continue
+                handles[cell.title] = panel.errorbar(
+                    cell.flops,
+                    figure_of_cell.value,
+                    yerr=figure_of_cell.error or 0.0,
+                    color=colour,
+                    marker=marker,
+                    markersize=7,
+                    capsize=3,
+                    linestyle="none",
+                    markeredgecolor="white",
+                    markeredgewidth=0.5,
+                )
+        column[0].set_title(f"{sparsity:.0%} of the prunable weights pruned", fontsize=10)
+        column[1].set_xlabel("training FLOPs (1 = dense training)")
+        for panel in column:
+            panel.grid(alpha=0.3)
+    panels[0][0].set_ylabel("validation loss (nats)")
+    panels[1][0].set_ylabel(results.example.axis)
+    ncols = 2 if len(sparsities) > 1 else 1
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=ncols, fontsize=8)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
     return path

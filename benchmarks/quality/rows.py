@@ -2,11 +2,16 @@
 
 Lengths below are in eighths of the run: epochs at the usual budget of 8. All sparse rows except `dsd` end with a
 fine-tuning with fixed masks. By default sparsity is uniform and one learning-rate schedule covers the whole run.
+
+Rows with `equal_flops` need the FLOPs of gradual pruning: `equalised` moves time between the dense phase at the start
+and the fine-tuning at the end until they do. FLOPs are linear in the sparsity, so the lengths hold for every sparsity.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +21,7 @@ from typing import Any
 
 Config = dict[str, Any]
 
-TWO_SEEDS = (0, 1)
+TWO_SEEDS, FOUR_SEEDS = (0, 1), (0, 1, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,7 @@ class Row:
     seeds: tuple[int, ...] = (0,)
     workers: int = 1  # processes that train parts of the model in parallel (parallel GaP)
     dense: bool = False  # the baseline: one run for all sparsities
+    equal_flops: bool = False  # lengths are chosen for the FLOPs of gradual pruning
 
     def config(self, sparsity: float, epochs: float, seed: int = 0) -> Config:
         """Return the GaP config of a run of exactly `epochs` epochs.
@@ -37,7 +43,9 @@ class Row:
         (5.0, 2.5)
         """
         assert (sparsity == 0) == self.dense
-        return {**self.make(epochs), "sparsity": sparsity, "seed": seed}
+        config = self.make(epochs)
+        config = equalised(config, epochs) if self.equal_flops else config
+        return {**config, "sparsity": sparsity, "seed": seed}
 
 
 def total_epochs(config: Mapping[str, Any]) -> Fraction:
@@ -54,7 +62,7 @@ def total_epochs(config: Mapping[str, Any]) -> Fraction:
 
 def _phases(config: Mapping[str, Any]) -> int:
     method, rounds = config.get("method", "cyclic"), int(config.get("rounds", 1))
-    if method in ("one_shot", "gradual", "rigl", "set"):
+    if method in ("one_shot", "gradual", "granet", "rigl", "set"):
         return 1
     return rounds * {"dsd": 2, "acdc": 2, "parallel": 1}.get(method, _partitions(config))
 
@@ -62,6 +70,65 @@ def _phases(config: Mapping[str, Any]) -> int:
 def _partitions(config: Mapping[str, Any]) -> int:
     partitions = config.get("partitions", 1)
     return partitions if isinstance(partitions, int) else len(partitions)
+
+
+def pruned_share(config: Mapping[str, Any]) -> float:
+    """Return the share of the weights to prune that is pruned, averaged over the steps of a run.
+
+    With sparsity s and a share f of dense FLOPs in prunable weights, training FLOPs are 1 - s f times this of a dense
+    run. Entries are taken to be spread evenly over the partitions.
+
+    >>> round(pruned_share({"method": "one_shot", "phase_epochs": 4, "finetune_epochs": 4}), 3)
+    0.5
+    >>> round(pruned_share({"partitions": 4, "phase_epochs": 1, "rounds": 1, "finetune_epochs": 4}), 3)
+    0.875
+    """
+    return _pruned_share(json.dumps(config, sort_keys=True))
+
+
+@functools.cache
+def _pruned_share(text: str) -> float:
+    from gap_ds import GaPConfig  # imports torch, for seconds: only tables with rows of equal FLOPs need it
+    from gap_ds.method import schedule
+
+    config = GaPConfig.load({**json.loads(text), "sparsity": 0.5, "seed": 0})
+    plan = schedule.build(config, steps_per_epoch=1000)
+    partitions = _partitions(json.loads(text))
+    return 2 * (1 - plan.mean_density([1] * partitions, [2] * partitions))
+
+
+def equalised(config: Config, epochs: float, tolerance: float = 0.005) -> Config:
+    """Return a config with `dense_epochs` and `finetune_epochs` such that its FLOPs equal those of gradual pruning.
+
+    Lengths within `tolerance` (of `pruned_share`) stay as they are; others become multiples of 0.01 epochs.
+
+    Raises:
+        ValueError: no lengths have these FLOPs.
+
+    >>> changed = equalised({"partitions": 2, "phase_epochs": 1, "rounds": 1, "finetune_epochs": 6}, 8)
+    >>> changed["dense_epochs"], changed["finetune_epochs"], float(total_epochs(changed))
+    (1.31, 4.69, 8.0)
+    """
+    wanted = pruned_share(_gradual(epochs))
+    if abs(pruned_share(config) - wanted) <= tolerance:
+        return config
+    free = Fraction(str(config.get("dense_epochs") or 0)) + Fraction(str(config.get("finetune_epochs") or 0))
+    few, many = 0, math.ceil(100 * free) - 1  # hundredths of an epoch in the dense phase: FLOPs grow with them
+    while few < many:
+        middle = (few + many) // 2
+        few, many = (few, middle) if pruned_share(_lengthened(config, middle, free)) <= wanted else (middle + 1, many)
+    found = _lengthened(config, few, free)
+    if abs(pruned_share(found) - wanted) > tolerance:
+        raise ValueError(
+            f"{json.dumps(config)}: prunes {pruned_share(found):.3f} of the weights to prune on average, gradual "
+            f"pruning {wanted:.3f}, and no dense_epochs makes them equal. Set phase_epochs or rounds."
+        )
+    return found
+
+
+def _lengthened(config: Config, dense: int, free: Fraction) -> Config:
+    """Return a config with `dense` hundredths of an epoch in the dense phase and the rest of `free` in fine-tuning."""
+    return {**config, "dense_epochs": dense / 100, "finetune_epochs": float(free - Fraction(dense, 100))}
 
 
 def _times(epochs: float, **eighths: float) -> Config:
@@ -105,6 +172,33 @@ def _gradual(epochs: float) -> Config:
     return {"method": "gradual", **_times(epochs, dense=1, phase=5, finetune=2, update=0.1)}
 
 
+def _granet(**settings: Any) -> Callable[[float], Config]:
+    """Gradual pruning, whose updates also drop and grow a share of the kept weights."""
+    return lambda epochs: {**_gradual(epochs), "method": "granet", **settings}
+
+
+def _rising(
+    method: str = "cyclic",
+    partitions: int = 3,
+    rounds: int = 3,
+    *,
+    length: float = 0.5,
+    dense: float = 0.5,
+    update: float = 0.1,
+    warmup: float = 0.0,
+    **settings: Any,
+) -> Callable[[float], Config]:
+    """A level of the sparse partitions that falls by the cubic of gradual pruning.
+
+    length (of a phase), dense, update, warmup (of grown weights): in eighths of the run; fine-tuning is the rest.
+    """
+    fixed = {"method": method, "partitions": partitions, "rounds": rounds, "target": "rising", "prune_ramp": 0.5}
+    phases = rounds * (1 if method == "parallel" else partitions)
+    times = {"phase": length, "dense": dense, "update": update, "finetune": 8 - dense - phases * length}
+    times |= {"regrow_warmup": warmup} if warmup else {}
+    return lambda epochs: {**fixed, **settings, **_times(epochs, **times)}
+
+
 def _regrown(method: str, **settings: Any) -> Callable[[float], Config]:
     return lambda epochs: {"method": method, **settings, **_times(epochs, phase=6, finetune=2, update=0.1)}
 
@@ -127,13 +221,16 @@ def _parallel_dense_first(epochs: float) -> Config:
     return {**fixed, **_times(epochs, dense=2, phase=1, finetune=3, update=0.1)}
 
 
+_GROWN: Config = {"grow": "gradient", "prune_ramp": 1.0}
+_KEPT: Config = {"regrow_moments": "keep_second"}
+
 #: In the order of the runs: the rows that a table needs most come first.
 ROWS: tuple[Row, ...] = (
-    Row("dense", "dense", _dense, TWO_SEEDS, dense=True),
-    Row("cyclic_3", "C-GaP, 3 partitions", _cyclic(3), TWO_SEEDS),
+    Row("dense", "dense", _dense, FOUR_SEEDS, dense=True),
+    Row("cyclic_3", "C-GaP, 3 partitions", _cyclic(3), FOUR_SEEDS),
     Row("cyclic_3_dense_first", "C-GaP, 3 partitions, dense first, gradual in phases", _dense_first(), TWO_SEEDS),
     Row("static", "fixed random mask, learning-rate restarts", _static(True), TWO_SEEDS),
-    Row("gradual", "gradual magnitude pruning", _gradual, TWO_SEEDS),
+    Row("gradual", "gradual magnitude pruning", _gradual, FOUR_SEEDS),
     Row("rigl", "RigL", _regrown("rigl"), TWO_SEEDS),
     Row("acdc", "AC/DC", _acdc, TWO_SEEDS),
     Row("one_shot", "one-shot magnitude pruning, half way", _one_shot),
@@ -158,12 +255,63 @@ ROWS: tuple[Row, ...] = (
         _parallel_dense_first,
         workers=3,
     ),
+    # After the others: the place of a row decides its colour and marker.
+    Row("granet", "gradual pruning with regrowth (GraNet)", _granet(), FOUR_SEEDS, equal_flops=True),
+    Row("cyclic_3_rising", "C-GaP, 3 partitions, rising target", _rising(), FOUR_SEEDS, equal_flops=True),
+    Row(
+        "cyclic_2_rising_grown",
+        "C-GaP, 2 partitions, rising target, 30% grown by gradient",
+        _rising(partitions=2, rounds=5, dense=1, grow_share=0.3, **_GROWN),
+        FOUR_SEEDS,
+        equal_flops=True,
+    ),
+    Row(
+        "cyclic_3_rising_grown_fast",
+        "C-GaP, 3 partitions, rising target, 30% grown by gradient, phases of 1/4 epoch",
+        _rising(rounds=6, length=0.25, update=0.05, dense=1, grow_share=0.3, **_GROWN),
+        FOUR_SEEDS,
+        equal_flops=True,
+    ),
+    Row(
+        "cyclic_3_rising_grown",
+        "C-GaP, 3 partitions, rising target, 50% grown by gradient",
+        _rising(dense=1, grow="gradient", grow_share=0.5),
+        equal_flops=True,
+    ),
+    Row(
+        "granet_kept",
+        "gradual pruning with regrowth (GraNet), second moments kept",
+        _granet(regrow_moments="keep_second"),
+        equal_flops=True,
+    ),
+    Row(
+        "cyclic_2_rising_grown_kept",
+        "C-GaP, 2 partitions, rising target, 30% grown by gradient, second moments kept",
+        _rising(partitions=2, rounds=5, dense=1, grow_share=0.3, **_GROWN, **_KEPT),
+        equal_flops=True,
+    ),
+    Row(
+        "cyclic_2_rising_gentle",
+        "C-GaP, 2 partitions, rising target, 10% grown by gradient and warmed up, phases of 1/4 epoch",
+        _rising(
+            partitions=2, rounds=10, length=0.25, update=0.05, dense=1, grow_share=0.1, warmup=0.05, **_GROWN, **_KEPT
+        ),
+        equal_flops=True,
+    ),
+    Row(
+        "parallel_3_rising",
+        "P-GaP, 3 partitions on 3 workers, rising target",
+        _rising("parallel", rounds=3, length=1.5),
+        workers=3,
+    ),
 )
 BY_NAME = {row.name: row for row in ROWS}
 
 
 def extra_rows(path: Path, epochs: float) -> tuple[Row, ...]:
     """Read rows from a JSON file {name: GaP config without sparsity and seed, times in epochs}.
+
+    The key `"equal_flops": true` is that of `Row`; it is no setting of a method.
 
     Raises:
         ValueError: a row is not comparable, for example by its length or a taken name. Names row and setting.
@@ -190,5 +338,7 @@ def _extra(name: str, config: Config, epochs: float, where: str) -> Row:
         raise ValueError(f"{where}: the dense run is a row of the table already. Remove this one.")
     if (length := total_epochs(config)) != Fraction(str(epochs)):
         raise ValueError(f"{where}: lasts {float(length):g} epochs, must last {epochs:g}. Set phase_epochs or rounds.")
+    config = dict(config)
+    equal = config.pop("equal_flops", False)
     workers = _partitions(config) if config.get("method") == "parallel" else 1
-    return Row(name, name, lambda _: config, workers=workers)
+    return Row(name, name, lambda _: config, workers=workers, equal_flops=equal)

@@ -8,6 +8,9 @@ go to benchmarks/results/quality_<preset>.jsonl, from which `report.py` makes th
 Ctrl-C or SIGTERM (also from `timeout -s INT 570 python ...`) lets the runs save and ends; the same command continues. A
 failed run is reported with the end of its log, and the others continue. Exit status: 0 if all runs are finished, 1 if
 some are not, 2 for a mistake in the command, 130 after Ctrl-C.
+
+With --background the command returns at once and the runs go on with the lowest priority, one command for each folder
+RUNS; `--list` shows their states, `--stop` ends them as Ctrl-C does.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, NoReturn
 
+import background
 import records
 from presets import PRESETS, Preset
 from records import ROOT, Run
@@ -46,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         runs = plan(PRESETS[args.preset], args)
+        if args.stop or args.background:
+            return detached(args, sys.argv[1:] if argv is None else argv)
         return execute(runs, args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -67,7 +73,22 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--extra", type=Path, metavar="FILE", help="JSON with rows to run instead: name -> GaP config")
     result.add_argument("--results", type=Path, default=records.RESULTS, help="folder of the JSONL file")
     result.add_argument("--list", action="store_true", help="list the runs and their states; start nothing")
+    result.add_argument("--background", action="store_true", help="return at once; log: OUT/background.log")
+    result.add_argument("--stop", action="store_true", help="let the runs of --background save and end")
     return result
+
+
+def detached(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Start the same command in the background, or stop that of the folder."""
+    if args.out is None:
+        raise ValueError("--out: must be set, to a folder for the runs.")
+    if args.stop:
+        ended = background.stop(args.out, GRACE_S + 10)
+        print("nothing runs in the background" if ended else f"{background.alive(args.out)} has not ended yet")
+        return int(not ended)
+    number = background.start(Path(__file__), [word for word in argv if word != "--background"], args.out)
+    print(f"process {number}; its log is {args.out / 'background.log'}, --list shows the runs, --stop ends them")
+    return 0
 
 
 # --- planning ---------------------------------------------------------------------------------------------------------

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar, get_args
 
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
+
+from gap_ds.method.phases import Kind
 
 Parsed = TypeVar("Parsed")
 
@@ -35,6 +37,14 @@ class RunArguments:
     seed: int = HfArg(default=0, help="of weights, batches and dropout; the GaP config has a separate seed for masks")
     bf16: bool = HfArg(default=False, help="autocast to bf16; with DeepSpeed its config decides")
 
+    teacher: str | None = HfArg(default=None, help="exported dense model to learn from; same sizes as this one")
+    teacher_phases: list[str] = field(
+        default_factory=lambda: ["finetune"], metadata={"help": "phases with the teacher: dense, explore, finetune"}
+    )
+    distillation: float = HfArg(default=0.5, help="weight of the teacher's logits in the loss, in place of the labels")
+    temperature: float = HfArg(default=1.0, help="of the logits of teacher and student in their distance")
+    hidden_distillation: float = HfArg(default=0.0, help="weight of the distance of hidden states; 0: none")
+
     resume: bool = HfArg(default=False, help="continue from the newest checkpoint in --output-dir, if there is one")
     overwrite: bool = HfArg(default=False, help="delete the run in --output-dir first")
     save_every: int | None = HfArg(default=None, help="optimizer steps between checkpoints; default: an epoch")
@@ -49,9 +59,15 @@ class RunArguments:
         check_at_least(
             self,
             {"gap_worker": 0, "exchange_timeout": 0, "accumulation": 1, "threads": 1, "keep_checkpoints": 1}
-            | {"save_every": 1, "log_every": 1, "warmup_steps": 0, "seed": 0},
+            | {"save_every": 1, "log_every": 1, "warmup_steps": 0, "seed": 0, "hidden_distillation": 0},
         )
-        check_fraction(self, ["label_smoothing"])
+        check_fraction(self, ["label_smoothing", "distillation"])
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature}: must be above 0. Set --temperature.")
+        if unknown := sorted(set(self.teacher_phases) - set(get_args(Kind))):
+            raise ValueError(
+                f"teacher_phases={unknown[0]!r}: must be of {', '.join(get_args(Kind))}. Set --teacher-phases."
+            )
         if not 0 < self.lr < math.inf:
             raise ValueError(f"lr={self.lr}: must be above 0. Set --lr.")
         if self.resume and self.overwrite:

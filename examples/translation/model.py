@@ -116,23 +116,6 @@ def loss(logits: Tensor, labels: Tensor, *, smoothing: float, denominator: int |
     return total / denominator
 
 
-def distance(logits: Tensor, wanted: Tensor, labels: Tensor, *, denominator: int | float | Tensor) -> Tensor:
-    """Return the Kullback-Leibler divergence of the teacher's distribution (`wanted`) from the student's, in nats.
-
-    logits, wanted (B, T, V), labels (B, T); summed over labels other than -100, divided by `denominator`.
-    Source: Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv 1503.02531, at temperature 1.
-
-    >>> logits = torch.zeros(1, 2, 4)
-    >>> wanted = torch.tensor([[[0.0, 0.0, -100.0, -100.0], [9.0, 0.0, 0.0, 0.0]]])
-    >>> distance(logits, wanted, torch.tensor([[1, -100]]), denominator=1).item() == torch.tensor(2.0).log().item()
-    True
-    """
-    kept = labels.flatten() != IGNORE
-    student, teacher = (x.flatten(0, -2)[kept].float().log_softmax(-1) for x in (logits, wanted))
-    total = torch.nn.functional.kl_div(student, teacher, reduction="sum", log_target=True)
-    return total / denominator
-
-
 class _SmoothedCrossEntropy(torch.autograd.Function):
     """Sum of the label-smoothed cross entropy, in fp32 over chunks of rows.
 

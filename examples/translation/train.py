@@ -17,7 +17,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,13 +28,12 @@ import data
 import evaluate
 import model as models
 import torch
-from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import arguments, run, runtime, sharding, training
+from common import arguments, distillation, run, runtime, sharding, training
 
 from gap_ds import GaPEngine, export
 from gap_ds.method.schedule import Phase
@@ -62,8 +61,6 @@ class Arguments(arguments.RunArguments):
 
     batch_tokens: int = HfArg(default=2048, help="tokens of an optimizer step, over all ranks, padding included")
     lr_schedule: Literal["inverse_sqrt", "linear"] = HfArg(default="linear", help="after the warm-up")
-    teacher: str | None = HfArg(default=None, help="exported dense model that teaches the fine-tuning phase")
-    distillation: float = HfArg(default=0.5, help="weight of the teacher's distribution in the loss, with --teacher")
 
     beams: int = HfArg(default=4, help="width of the beam when scoring")
     length_penalty: float = HfArg(default=1.0, help="exponent of the length a hypothesis is divided by")
@@ -72,14 +69,15 @@ class Arguments(arguments.RunArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         arguments.check_at_least(self, {"max_length": 1, "batch_tokens": 1, "beams": 1, "samples": 0, "limit": 1})
-        arguments.check_fraction(self, ["dropout", "distillation"])
+        arguments.check_fraction(self, ["dropout"])
 
 
 # Arguments that a resumed run must keep. The engine compares plan and schedule itself.
 FIXED = (
-    "model_name vocab_size dropout source_lang target_lang max_length batch_tokens seed bf16 "
-    "lr lr_schedule warmup_steps label_smoothing teacher distillation"
-).split()
+    *"model_name vocab_size dropout source_lang target_lang max_length batch_tokens seed bf16".split(),
+    *"lr lr_schedule warmup_steps label_smoothing".split(),
+    *distillation.ARGUMENTS,
+)
 
 LR_SCHEDULES = {"inverse_sqrt": run.inverse_sqrt, "linear": run.linear}
 
@@ -126,7 +124,8 @@ def main(args: Arguments) -> int:
     if resumed:
         state = run.resume(engine, folder, state, args.seed)
     first_step, started = engine.applied_steps, time.perf_counter()
-    task = Translation(args, device, tokenizer, (train, sampler), (validation, held_out))
+    taught = distillation.load(args, models.load_pretrained, device, deepspeed)
+    task = Translation(args, device, tokenizer, (train, sampler), (validation, held_out), taught)
     tokens, stopped = training.train(args, engine, folder, state, task)
     if stopped:
         return training.say_stopped(engine, stopped)
@@ -171,10 +170,11 @@ def main(args: Arguments) -> int:
 
 
 class Translation:
-    """Task of the training loop: cross entropy of the next token, and a teacher's distribution in the fine-tuning.
+    """Task of the training loop: cross entropy of the next token, and the distances to a teacher.
 
     Args:
         train, validation: encoded rows and their batches.
+        taught: the teacher, if there is one.
     """
 
     unit = "tokens"
@@ -186,12 +186,13 @@ class Translation:
         tokenizer: PreTrainedTokenizerBase,
         train: tuple[Any, batching.TokenBatches],
         validation: tuple[Any, batching.TokenBatches],
+        taught: distillation.Distillation | None = None,
     ) -> None:
         self._args, self._device, self._tokenizer = args, device, tokenizer
         self._train, self._validation = train, validation
         self.steps_per_epoch = train[1].steps_per_epoch
         self._share = runtime.world_size() * args.accumulation  # the engine averages over ranks and micro-batches
-        self._teacher = models.load_pretrained(args.teacher).to(device).eval() if args.teacher else None
+        self._taught = taught
         self._autocast = torch.autocast(device.type, torch.bfloat16) if args.bf16 else nullcontext()
 
     def batches(self, epoch: int, start: int) -> Iterator[tuple[int, Sequence[dict[str, torch.Tensor]]]]:
@@ -203,14 +204,16 @@ class Translation:
         """Return the label-smoothed cross entropy in nats per target token of the whole step."""
         args, denominator = self._args, units / self._share
         labels = batch.pop("labels").to(self._device)
+        taught = self._taught if self._taught is not None and self._taught.in_phase(phase) else None
+        options = taught.outputs if taught else {}
         with self._autocast:
-            logits = self._forward(engine, batch, labels)
-            loss = models.loss(logits, labels, smoothing=args.label_smoothing, denominator=denominator)
-            if self._teacher is not None and phase.kind == "finetune":
-                with torch.no_grad():
-                    wanted = self._forward(engine, batch, labels, self._teacher)
-                distance = models.distance(logits, wanted, labels, denominator=denominator)
-                loss = (1 - args.distillation) * loss + args.distillation * distance
+            found = self._forward(engine, batch, labels, **options)
+            loss = models.loss(found.logits, labels, smoothing=args.label_smoothing, denominator=denominator)
+            if taught:
+                wanted = self._forward(engine, batch, labels, taught.teacher, **options)
+                kept, source = labels != models.IGNORE, batch["attention_mask"].to(self._device).bool()
+                states = {"encoder_hidden_states": source, "decoder_hidden_states": kept}
+                loss = taught.loss(loss, found, wanted, kept, states=states, denominator=denominator)
         return loss
 
     def after_step(self, engine: GaPEngine) -> None:
@@ -224,19 +227,24 @@ class Translation:
             for batch in micro_batches:
                 labels = batch.pop("labels").to(self._device)
                 with self._autocast:
-                    logits = self._forward(engine, batch, labels)
+                    logits = self._forward(engine, batch, labels).logits
                     total += float(models.loss(logits, labels, smoothing=0.0, denominator=1))
             tokens += step.target_tokens
         return {"loss": runtime.total_over_ranks(total)[0] / tokens}
 
     def _forward(
-        self, engine: GaPEngine, batch: dict[str, torch.Tensor], labels: torch.Tensor, model: nn.Module | None = None
-    ) -> torch.Tensor:
-        """Return logits (B, T, V) of the engine, or of `model`, with the labels shifted by one as decoder input."""
+        self,
+        engine: GaPEngine,
+        batch: dict[str, torch.Tensor],
+        labels: torch.Tensor,
+        model: Callable[..., Any] | None = None,
+        **options: Any,
+    ) -> Any:
+        """Return the output of the engine, or of `model`, with the labels shifted by one as decoder input."""
         inputs = {name: tensor.to(self._device) for name, tensor in batch.items()}
         shifted = labels.masked_fill(labels == batching.IGNORED, self._tokenizer.pad_token_id).roll(1, dims=1)
         shifted[:, 0] = engine.module.config.decoder_start_token_id
-        return (model or engine)(**inputs, decoder_input_ids=shifted, use_cache=False).logits
+        return (model or engine)(**inputs, decoder_input_ids=shifted, use_cache=False, **options)
 
 
 def deepspeed_config(args: Arguments) -> dict[str, Any] | None:

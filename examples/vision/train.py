@@ -34,7 +34,7 @@ import classifier
 import images
 import numpy as np
 import scoring
-from common import arguments, run, runtime, sharding, training
+from common import arguments, distillation, run, runtime, sharding, training
 from transformers import AutoImageProcessor
 from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
 
@@ -105,9 +105,10 @@ class Arguments(arguments.RunArguments):
 
 # Arguments that a resumed run must keep. The engine compares plan and schedule itself.
 FIXED = (
-    "model_name sync_batchnorm image_size smallest_crop jitter batch_size lr lr_schedule warmup_steps momentum "
-    "weight_decay label_smoothing mixup ema statistics_batches validate_every seed bf16"
-).split()
+    *"model_name sync_batchnorm image_size smallest_crop jitter batch_size lr lr_schedule warmup_steps".split(),
+    *"momentum weight_decay label_smoothing mixup ema statistics_batches validate_every seed bf16".split(),
+    *distillation.ARGUMENTS,
+)
 
 
 def cosine(step: int, warmup: int, length: int) -> float:
@@ -168,7 +169,8 @@ def main(args: Arguments) -> int:
     if resumed:
         state = run.resume(engine, folder, state, args.seed)
     first_step, started = engine.applied_steps, time.perf_counter()
-    task = Vision(args, device, processor, train, batches, validation)
+    taught = distillation.load(args, classifier.load_pretrained, device, deepspeed)
+    task = Vision(args, device, processor, train, batches, validation, taught)
     pictures, stopped = training.train(args, engine, folder, state, task)
     if stopped:
         return training.say_stopped(engine, stopped)
@@ -212,7 +214,7 @@ def main(args: Arguments) -> int:
 
 
 class Vision:
-    """Task of the training loop: label-smoothed cross entropy of mixed pictures."""
+    """Task of the training loop: label-smoothed cross entropy of mixed pictures, and the distances to a teacher."""
 
     unit = "pictures"
 
@@ -224,8 +226,9 @@ class Vision:
         train: images.Source,
         batches: images.Batches,
         validation: images.Source | None,
+        taught: distillation.Distillation | None = None,
     ) -> None:
-        self._args, self._device, self._batches = args, device, batches
+        self._args, self._device, self._batches, self._taught = args, device, batches, taught
         self._train, self._validation = train, validation
         self.steps_per_epoch = batches.steps_per_epoch
         self._mean, self._deviation = (
@@ -262,11 +265,17 @@ class Vision:
         share, labels = batch["mix"], batch["labels"].to(self._device)
         pixels = self._pixels(batch["pictures"])
         pixels = pixels if share == 1.0 else share * pixels + (1 - share) * pixels.flip(0)
-        logits = self._forward(engine, pixels)
+        taught = self._taught if self._taught is not None and self._taught.in_phase(phase) else None
+        options = taught.outputs if taught else {}
+        found = self._output(engine, pixels, **options)
+        logits = found.logits.float()
         smoothing = self._args.label_smoothing
         loss = share * functional.cross_entropy(logits, labels, label_smoothing=smoothing)
         if share != 1.0:
             loss = loss + (1 - share) * functional.cross_entropy(logits, labels.flip(0), label_smoothing=smoothing)
+        if taught:
+            wanted = self._output(taught.teacher, pixels, **options)
+            loss = taught.loss(loss, found, wanted, states={"hidden_states": None})
         return loss
 
     def after_step(self, engine: GaPEngine) -> None:
@@ -319,10 +328,14 @@ class Vision:
         return pixels.contiguous(memory_format=wanted)
 
     def _forward(self, model: Any, pixels: torch.Tensor) -> torch.Tensor:
-        """Return logits (B, K) in fp32. Pixels take the dtype of the weights, bf16 under DeepSpeed with bf16."""
-        module = model.module if isinstance(model, GaPEngine) else model
+        """Return logits (B, K) in fp32."""
+        return self._output(model, pixels).logits.float()
+
+    def _output(self, model: Any, pixels: torch.Tensor, **options: Any) -> Any:
+        """Return the output of a model, the engine or a teacher. Pixels take the dtype of the weights, as in bf16."""
+        module = getattr(model, "module", model)
         with self._autocast:
-            return model(pixel_values=pixels.to(next(module.parameters()).dtype)).logits.float()
+            return model(pixel_values=pixels.to(next(module.parameters()).dtype), **options)
 
 
 def check_average(args: Arguments, gap: GaPConfig) -> None:

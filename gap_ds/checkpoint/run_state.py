@@ -73,8 +73,9 @@ class State(Record):
         """
         if self.plan != now.plan:
             raise ValueError(
-                f"{path}: was written for another plan ({self.plan}, now {now.plan}): the model, the sparsity, the "
-                "distribution, the pattern or the partitions differ. Restore them, or start in a new folder."
+                f"{path}: was written for another plan ({self.plan}, now {now.plan}){self._first_difference(now)}: the "
+                "model, what of it is frozen, the sparsity, the distribution, the pattern or the partitions differ. "
+                "Restore them, or start in a new folder."
             )
         if _signature(self.config) != _signature(now.config):
             was, is_ = (s.config.model_dump(exclude={"mask_file"}) for s in (self, now))
@@ -95,6 +96,20 @@ class State(Record):
         ):
             if then and current and [state.keys() for state in then] != [state.keys() for state in current]:
                 raise ValueError(f"{path}: was written with another {name}. Build the same one, or start anew.")
+
+    def _first_difference(self, now: State) -> str:
+        """The first entry that is another one now, for a message."""
+        then, rows = ({row[0]: row[1:] for row in state.entries} for state in (self, now))
+        for name in [*then, *rows]:
+            if name not in rows:
+                return f"; {name} was an entry, and is none now"
+            if name not in then:
+                return f"; {name} is an entry, and was none"
+            if (was := list(then[name])) != (is_ := list(rows[name])):
+                names = ("shape", "partition", "kept weights", "dimensions")
+                changed = [f"{what} {a}, now {b}" for what, a, b in zip(names, was, is_, strict=True) if a != b]
+                return f"; {name}: {', '.join(changed)}"
+        return ""
 
 
 def _signature(config: GaPConfig) -> str:

@@ -77,10 +77,7 @@ def forecast(
     if world_size is not None:
         result["ranks"] = _ranks(plan, schedule, selected, world_size)
     if with_entries:
-        result["entries"] = [
-            {"name": e.name, "shape": list(e.shape), "partition": e.partition, "weights": e.numel, "kept": e.keep}
-            for e in plan.entries
-        ]
+        result["entries"] = [_entry(entry) for entry in plan.entries]
     return result
 
 
@@ -95,6 +92,18 @@ def _of_partitions(plan: Plan, phase: Phase) -> dict[str, Any]:
 
     first = phase.first_step
     return {"first_density": [phase.density(first, alone(keep, k), alone(numel, k)) for k in range(plan.kappa)]}
+
+
+def _entry(entry: Entry) -> dict[str, Any]:
+    """Return the row of an entry; of an expert's, with the module that holds the experts and their number in it."""
+    row = {
+        "name": entry.name,
+        "shape": list(entry.shape),
+        "partition": entry.partition,
+        "weights": entry.numel,
+        "kept": entry.keep,
+    }
+    return row if entry.experts is None else row | {"experts": entry.experts._asdict()}
 
 
 def _phases(

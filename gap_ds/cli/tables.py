@@ -183,10 +183,20 @@ def _partitions(figures: dict[str, Any]) -> Table:
 
 
 def _entries(entries: Sequence[dict[str, Any]]) -> Table:
+    """Return a row for each entry; the experts of a block that are in one partition are one row."""
     table = _table(("", "right"), ("entry", "left"), ("shape", "right"), ("kept", "right"), ("density", "right"))
+    groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for entry in entries:
-        shape, density = " x ".join(map(str, entry["shape"])), entry["kept"] / entry["weights"]
-        table.add_row(str(entry["partition"]), entry["name"], shape, f"{entry['kept']:,}", f"{density:.4f}")
+        name = entry["experts"]["module"] if "experts" in entry else entry["name"]
+        groups.setdefault((entry["partition"], name), []).append(entry)
+    for (partition, module), rows in groups.items():
+        name, shape = rows[0]["name"], " x ".join(map(str, rows[0]["shape"]))
+        if len(rows) > 1:
+            separate = {row["experts"]["expert"] for row in rows} - {""}
+            number = len(separate) or rows[0]["experts"]["number"]
+            name, shape = f"{module}.*", "1 expert" if number == 1 else f"{number} experts"
+        kept, weights = (sum(row[key] for row in rows) for key in ("kept", "weights"))
+        table.add_row(str(partition), name, shape, f"{kept:,}", f"{kept / weights:.4f}")
     return table
 
 

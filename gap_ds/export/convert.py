@@ -59,7 +59,7 @@ def expand(source: str | Path, out: str | Path, *, overwrite: bool = False, prog
     source, out = Path(source), place(out)
     compact_file.read_contents(source)
     with _folder(source, out, overwrite) as (aside, names), compact_file.opened(source) as tensors:
-        write_weights(aside / "model.safetensors", tensors, progress)
+        write_weights(aside, tensors, progress)
         names += tensors
     return out
 

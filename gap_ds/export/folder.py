@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 
 from gap_ds.export.card import CARD, write_card
 from gap_ds.export.info import INFO, ExportInfo, is_export, renew_digests
-from gap_ds.export.weights import is_weights, read_back
-from gap_ds.export.writing import complete_config, write_model
+from gap_ds.export.weights import Counted, is_weights, read_back
+from gap_ds.export.writing import Stream, complete_config, write_model
 from gap_ds.masks import bitmask
 from gap_ds.method.plan import clean_name
 from gap_ds.sharding.comm import Comm, boxes_of, raise_on_all_ranks
@@ -32,26 +33,37 @@ T = TypeVar("T")
 
 def full_weights(
     module: nn.Module, shards: Sequence[Shard], bits: Mapping[str, Tensor], comm: Comm, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """All weights and buffers of the model with masks applied, on the CPU of rank 0; an empty dict on other ranks.
+) -> Stream:
+    """All weights and buffers of the model with masks applied, on the CPU of rank 0, one at a time.
 
-    The run's own weights are not touched. Parameters travel one at a time. All ranks of `comm` must call this.
+    The run's own weights are not touched. All ranks of `comm` must call this, and go through the stream.
 
     Args:
         bits: packed mask of this rank's piece of each entry that is to be sparse.
+        dtype: of the parameters that are floating-point numbers; buffers keep their own.
     """
-    weights: dict[str, Tensor] = {}
-    for shard, boxes in zip(shards, boxes_of(shards, comm), strict=True):
-        piece = shard.weight().clone()
-        if shard.name in bits and shard.numel:
-            bitmask.zero_pruned_(piece, bits[shard.name])
-        piece = piece.to(dtype) if piece.is_floating_point() else piece
-        whole = comm.assemble(piece, boxes, shard.full_numel)
-        if whole is not None:
-            weights[shard.name] = whole.view(shard.shape)
-    if comm.rank == 0:
-        weights |= {name: buffer.detach().cpu().clone() for name, buffer in buffers(module)}
-    return weights
+    boxes = boxes_of(shards, comm)
+
+    def tensors() -> Iterator[tuple[str, Tensor | None]]:
+        for shard, places in zip(shards, boxes, strict=True):
+            piece = shard.weight()
+            if shard.name in bits and shard.numel:
+                piece = piece.clone()
+                bitmask.zero_pruned_(piece, bits[shard.name])
+            piece = piece.to(dtype) if piece.is_floating_point() else piece
+            whole = comm.assemble(piece, places, shard.full_numel)
+            del piece
+            yield shard.name, None if whole is None else whole.view(shard.shape)
+            del whole  # before the next one comes
+        for name, buffer in buffers(module):
+            yield name, buffer.detach().cpu() if comm.rank == 0 else None
+
+    layout: dict[str, tuple[torch.dtype, Sequence[int]]] = {}
+    for shard in shards:
+        own = shard.weight().dtype
+        layout[shard.name] = dtype if own.is_floating_point else own, shard.shape
+    layout |= {name: (buffer.dtype, tuple(buffer.shape)) for name, buffer in buffers(module)}
+    return Stream(layout, tensors())
 
 
 def buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
@@ -64,24 +76,14 @@ def buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
     ]
 
 
-def check_range(name: str, lost: int, dtype: torch.dtype) -> None:
-    """ValueError: some weights became infinite in `dtype`."""
-    if lost:
-        most = torch.finfo(dtype).max
-        raise ValueError(
-            f"{name}: {lost:,} of its weights are beyond {most:,.0f}, the largest number of {dtype}. Export it as "
-            "bfloat16 or float32."
-        )
-
-
 # -- writing a folder --------------------------------------------------------------------------------------------------
 
 
 def save(
     folder: Path,
     module: nn.Module,
-    gather: Callable[[], dict[str, Tensor]],
-    about: Callable[[Mapping[str, Tensor]], ExportInfo],
+    gather: Callable[[], Stream],
+    about: Callable[[Mapping[str, Counted]], ExportInfo],
     world: Comm,
     *,
     tokenizer: Any,
@@ -92,12 +94,12 @@ def save(
 
     A Hugging Face model becomes a folder for `from_pretrained`, its weights under the names that the module gives them,
     as in gap.json and the masks; any other model becomes `model.safetensors`, which a strict `load_state_dict` takes.
-    The files are read back before they are shown.
+    The files are read back before they are shown. Rank 0 holds one weight at a time.
 
     Args:
-        gather: returns the weights in `dtype` on rank 0, anything on other ranks. All ranks call it, after the folder,
-            the tokenizer and the dtypes were checked.
-        about: called with the weights on rank 0; returns the contents of gap.json.
+        gather: returns the weights, with floating-point parameters in `dtype`. All ranks call it, after the folder, the
+            tokenizer and the dtypes were checked.
+        about: called with the figures of the weights on rank 0; returns the contents of gap.json.
     Raises:
         ValueError: it cannot be written, on all ranks alike; earlier contents of the folder are as they were.
     """
@@ -118,8 +120,16 @@ def save(
             return raise_on_all_ranks(world, lambda: _writing(folder, work) if world.rank == 0 else None)
 
         aside = on_rank_zero(begin)
-        weights = gather()
-        on_rank_zero(lambda: _write(aside or folder, folder, module, weights, about, dtype))
+        stream = gather()
+
+        def write() -> None:
+            try:
+                if world.rank == 0:
+                    _writing(folder, lambda: _write(aside or folder, folder, module, stream, about, dtype))
+            finally:  # the other ranks send all of their pieces, whatever happened here
+                deque(stream.tensors, maxlen=0)
+
+        raise_on_all_ranks(world, write)
         on_rank_zero(stack.close)
 
 
@@ -137,16 +147,12 @@ def _write(
     folder: Path,
     target: Path,
     module: nn.Module,
-    weights: dict[str, Tensor],
-    about: Callable[[Mapping[str, Tensor]], ExportInfo],
+    stream: Stream,
+    about: Callable[[Mapping[str, Counted]], ExportInfo],
     dtype: torch.dtype,
 ) -> None:
-    if dtype == torch.float16:
-        for name, weight in weights.items():
-            check_range(name, int(weight.isinf().sum()), dtype)
-    info = about(weights)
-    written = write_model(folder, module, weights, dtype)
-    describe(folder, info)
+    counts, written = write_model(folder, module, stream, dtype)
+    describe(folder, about(counts))
     read_back(folder, target, written)
 
 

@@ -19,9 +19,9 @@ from gap_ds import checkpoint
 from gap_ds.checkpoint import foreign, portable
 from gap_ds.checkpoint.inspect import is_masks_alone
 from gap_ds.checkpoint.run_state import State
-from gap_ds.export.folder import buffers, check_range, copy_config, describe
+from gap_ds.export.folder import buffers, copy_config, describe
 from gap_ds.export.info import ExportInfo
-from gap_ds.export.weights import read_back, write_weights
+from gap_ds.export.weights import check_range, read_back, write_weights
 from gap_ds.masks import bitmask, selection
 from gap_ds.method.pattern import Unstructured
 from gap_ds.method.plan import Entry, Plan
@@ -94,7 +94,7 @@ def export_checkpoint(
             copy_config(model, folder, dtype, type(module).__name__)
         kept = {} if module is None else {name: buffer.dtype for name, buffer in buffers(module)}
         tensors = LazyTensors(weights, lambda name: _pruned(name, weights[name], bits.get(name), dtype, kept.get(name)))
-        counts = write_weights(folder / "model.safetensors", tensors, progress)
+        counts = write_weights(folder, tensors, progress)
         parameters = list(counts) if module is None else [name for name, _ in module.named_parameters()]
         plan = replace(plan, total=sum(counts[name].numel for name in parameters))
         nonzero = {name: count.nonzero for name, count in counts.items()}
@@ -142,8 +142,7 @@ def _pruned(name: str, weight: Tensor, bits: Tensor | None, dtype: torch.dtype, 
     if not weight.is_floating_point():
         return weight
     cast = weight.to(dtype)
-    if dtype == torch.float16:
-        check_range(name, int(torch.count_nonzero(cast.isinf())), dtype)
+    check_range(name, cast)
     return cast
 
 

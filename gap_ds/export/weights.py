@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import NamedTuple
 
 import torch
@@ -15,9 +16,25 @@ from torch import Tensor
 
 from gap_ds.export import compact_file
 from gap_ds.export.info import INFO
+from gap_ds.masks import codec
 from gap_ds.storage.errors import printable
-from gap_ds.storage.json import Count, Record, read_json
-from gap_ds.storage.safetensors import NAMES, Progress, Writer, chunk_rows, chunks, offsets, open_tensors
+from gap_ds.storage.json import Count, Record, read_json, write_json
+from gap_ds.storage.safetensors import (
+    CHUNK,
+    NAMES,
+    Layout,
+    Progress,
+    Writer,
+    chunk_rows,
+    chunks,
+    offsets,
+    open_tensors,
+)
+
+#: The file that lists the numbered files of a model's weights.
+INDEX = "model.safetensors.index.json"
+#: Weights beyond this many bytes are cut into several files; transformers' default, too.
+MOST_BYTES = 50 * 10**9
 
 
 class Counted(NamedTuple):
@@ -42,24 +59,93 @@ def count_nonzero(tensor: Tensor) -> int:
     return int(torch.count_nonzero(tensor.float() if tensor.is_floating_point() and tensor.itemsize < 2 else tensor))
 
 
+def check_range(name: str, cast: Tensor) -> None:
+    """ValueError: float16 weights became infinite. Other dtypes have the range of fp32, or keep what they had."""
+    if cast.dtype != torch.float16:
+        return
+    flat = cast.reshape(-1)
+    if lost := sum(int(flat[lo : lo + CHUNK].isinf().sum()) for lo in range(0, flat.numel(), CHUNK)):
+        most = torch.finfo(cast.dtype).max
+        raise ValueError(
+            f"{name}: {lost:,} of its weights are beyond {most:,.0f}, the largest number of {cast.dtype}. Export it as "
+            "bfloat16 or float32."
+        )
+
+
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def write_weights(path: Path, tensors: Mapping[str, Tensor], progress: Progress | None = None) -> dict[str, Counted]:
-    """Writes a safetensors file that transformers reads, a tensor at a time; each is looked up twice.
+class ModelFiles:
+    """Writes the weights of a dense model to a folder, a tensor at a time and in any order, inside a `with` block.
+
+    They become model.safetensors; beyond `MOST_BYTES` numbered files and their index, as transformers writes them.
+    An error of the disk is raised at the end of the block.
+
+    Args:
+        layout: the tensors to come.
+    Raises:
+        ValueError: safetensors does not have a dtype.
+    """
+
+    def __init__(self, folder: Path, layout: Layout) -> None:
+        self._folder, self._layout, self._open = folder, layout, ExitStack()
+        files = _split(layout)
+        names = {file: f"model-{i:05}-of-{len(files):05}.safetensors" for i, file in enumerate(files, 1)}
+        self._names = names if len(files) > 1 else dict.fromkeys(files, "model.safetensors")
+        self._writers: dict[str, Writer] = {}
+
+    def __enter__(self) -> ModelFiles:
+        for names, path in self._names.items():
+            # transformers requires this format; wide dtypes come first, so that all are aligned.
+            layout = codec.wide_first({name: self._layout[name] for name in names})
+            writer = self._open.enter_context(Writer(self._folder / path, layout, {"format": "pt"}))
+            self._writers |= dict.fromkeys(names, writer)
+        return self
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Writes one tensor of the layout."""
+        self._writers[name].write(name, tensor)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None and len(self._names) > 1:
+            homes = {name: path for names, path in self._names.items() for name in names}
+            size = sum(math.prod(shape) * dtype.itemsize for dtype, shape in self._layout.values())
+            write_json(self._folder / INDEX, {"metadata": {"total_size": size}, "weight_map": homes})
+        self._open.__exit__(kind, error, trace)
+
+
+def _split(layout: Layout) -> list[tuple[str, ...]]:
+    """The names of the tensors of each file: in their order, no more than `MOST_BYTES` unless it is a single tensor."""
+    files: list[list[str]] = [[]]
+    held = 0
+    for name, (dtype, shape) in layout.items():
+        size = math.prod(shape) * dtype.itemsize
+        if files[-1] and held + size > MOST_BYTES:
+            files.append([])
+            held = 0
+        files[-1].append(name)
+        held += size
+    return [tuple(file) for file in files]
+
+
+def write_weights(folder: Path, tensors: Mapping[str, Tensor], progress: Progress | None = None) -> dict[str, Counted]:
+    """Writes the weights of a model, a tensor at a time; each is looked up twice. Returns their figures.
 
     Args:
         progress: called after each tensor, in bytes.
     """
-    layout, counts = {}, {}
+    layout: dict[str, tuple[torch.dtype, Sequence[int]]] = {}
+    counts = {}
     for name in tensors:
         tensor = tensors[name]
         layout[name] = tensor.dtype, tuple(tensor.shape)
         counts[name] = Counted.of(tensor)
     ends = {name: end for name, (_, end) in offsets(layout).items()}
-    with Writer(path, layout, {"format": "pt"}) as file:  # transformers requires this format
+    with ModelFiles(folder, layout) as files:
         for name, end in ends.items():
-            file.write(name, tensors[name])
+            files.write(name, tensors[name])
             if progress:
                 progress(name, end, max(ends.values()))
     return counts
@@ -83,7 +169,7 @@ def weight_files(folder: Path) -> dict[Path, list[str] | None]:
     Raises:
         ValueError: there are none, the index is damaged, or names a file outside the folder.
     """
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    single, index = folder / "model.safetensors", folder / INDEX
     if single.is_file():
         return {single: None}
     if not index.is_file():

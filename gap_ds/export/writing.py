@@ -1,63 +1,124 @@
-"""The weights and the config of a model, written to a folder by its `save_pretrained` where that can be trusted."""
+"""The weights of a model, written to a folder one at a time, and the other files of its `save_pretrained`."""
 
 from __future__ import annotations
 
 import inspect
 import sys
 from collections.abc import Callable, Container, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gap_ds.export.info import INFO, renew_digests
-from gap_ds.export.weights import Counted, first_difference, is_weights, opened, write_weights
+from gap_ds.export.weights import Counted, ModelFiles, check_range, is_weights, opened, weight_files
 from gap_ds.method.plan import clean_name
 from gap_ds.storage.json import read_json, write_json
+from gap_ds.storage.safetensors import Layout, open_tensors
 
 
-def write_model(folder: Path, module: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Counted]:
-    """Writes the weights of a model, and what else its `save_pretrained` writes; returns what the files must hold.
+@dataclass(frozen=True)
+class Stream:
+    """The tensors of a model, of which only one is there at a time.
 
-    The files of a transformers model are its own, if they hold the weights. All others become model.safetensors, where
-    a tied weight has all its names; files that the model's `save_pretrained` adds stay if they hold these weights.
+    layout: dtype and shape of each by name. tensors: names and tensors; on ranks other than 0, None for a tensor. All
+        ranks go through them together, to the end.
+    """
+
+    layout: Layout
+    tensors: Iterator[tuple[str, Tensor | None]]
+
+
+def write_model(
+    folder: Path, module: nn.Module, stream: Stream, dtype: torch.dtype
+) -> tuple[dict[str, Counted], dict[str, Counted]]:
+    """Writes the weights of a model, and all else that its `save_pretrained` writes. On rank 0.
+
+    The weights become model.safetensors, or several files with their index, as they come out of the stream. A tied
+    weight has all its names, unless the model is of transformers and declares it. Files of weights that the model's
+    `save_pretrained` adds stay if they hold these weights.
+
+    Returns:
+        The figures of the tensors of the stream, and of those in the files.
+    Raises:
+        ValueError: `dtype` is float16, and a weight is too large for it.
     """
     own = getattr(module, "save_pretrained", None)
     model = getattr(own, "__self__", module)  # the one inside a wrapper
     is_transformers = _is_transformers(model)
     declared = getattr(model, "all_tied_weights_keys", {}) if is_transformers else {}
     known = {*declared, *declared.values()}
-    # Copies, as transformers refuses tensors that share memory.
-    tied = {name: weights[one].clone() for name, one in tied_names(module, weights).items() if name not in known}
-    weights = weights | tied
-    written = {name: Counted.of(weight) for name, weight in weights.items()}
-    if not callable(own):
-        write_weights(folder / "model.safetensors", weights)
-        return written
-    before = set(folder.rglob("*"))
-    with _holding(model, weights):
-        save_pretrained(model, folder, state_dict=dict(weights))
+    left_out = (getattr(model, "_keys_to_ignore_on_save", None) or ()) if is_transformers else ()
+    tied = {name: one for name, one in tied_names(module, stream.layout).items() if name not in known}
+    source = {name: name for name in stream.layout} | tied
+    layout = {name: stream.layout[one] for name, one in source.items() if name not in left_out}
+    names: dict[str, list[str]] = {}
+    for name in layout:
+        names.setdefault(source[name], []).append(name)
+    counts: dict[str, Counted] = {}
+    with ModelFiles(folder, layout) as files:
+        for one, weight in stream.tensors:
+            assert weight is not None
+            if dtype == torch.float16:
+                check_range(one, weight)
+            counts[one] = Counted.of(weight)
+            for name in names.get(one, ()):
+                files.write(name, weight)
+            del weight  # before the next one comes
+    written = {name: counts[source[name]] for name in layout}
+    if callable(own):
+        _add_own_files(folder, model, written)
     if is_transformers:
         with suppress(ValueError):  # an adapter's folder has no such config
             complete_config(folder / "config.json", dtype)
-        left_out = getattr(model, "_keys_to_ignore_on_save", None) or ()
-        saved = {name: counted for name, counted in written.items() if name not in left_out}
-        if first_difference(folder, saved) is None:
-            return saved
-    files = [path for path in folder.rglob("*") if is_weights(path) and path.is_file() and path not in before]
-    others = [path for path in files if not path.name.startswith("model.safetensors")]
-    keep = all(path.suffix == ".json" or _holds(path, written) for path in others)
-    for path in files:
-        if not (keep and path in others):
-            path.unlink()
-    write_weights(folder / "model.safetensors", weights)
-    return written
+    return counts, written
+
+
+def _add_own_files(folder: Path, model: Any, written: Mapping[str, Counted]) -> None:
+    """Adds the files that a model's `save_pretrained` writes, but for other weights than those in the folder."""
+    with ExitStack() as stack:
+        aside = Path(stack.enter_context(TemporaryDirectory(dir=folder, prefix="own_")))
+        # Mapped from the files: whatever is not written again takes no memory.
+        weights = {name: file.get_tensor(name) for file in _mapped(folder, stack) for name in file.keys()}  # noqa: SIM118
+        with _holding(model, weights):
+            save_pretrained(model, aside, state_dict={} if _writes_as_we_do(model) else weights)
+        files = [path for path in sorted(aside.rglob("*")) if path.is_file()]
+        found = [path for path in files if is_weights(path)]
+        others = [path for path in found if not path.name.startswith("model.safetensors")]
+        keep = all(path.suffix == ".json" or _holds(path, written) for path in others)
+        for path in files:
+            if path not in found or (keep and path in others):
+                target = folder / path.relative_to(aside)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                path.replace(target)
+
+
+def _mapped(folder: Path, stack: ExitStack) -> list[Any]:
+    """The open files of a folder's weights."""
+    return [stack.enter_context(open_tensors(path)) for path in weight_files(folder)]
+
+
+def _writes_as_we_do(model: Any) -> bool:
+    """True for a model of transformers without adapters and quantization: its weights would be the files again."""
+    if (
+        not _is_transformers(model)
+        or type(model).save_pretrained is not _transformers().PreTrainedModel.save_pretrained
+    ):
+        return False
+    return not getattr(model, "_hf_peft_config_loaded", False) and getattr(model, "hf_quantizer", None) is None
+
+
+def _transformers() -> Any:
+    """The module of transformers, if it is loaded: without it there is no model of it."""
+    return sys.modules.get("transformers")
 
 
 def _is_transformers(model: Any) -> bool:
-    transformers = sys.modules.get("transformers")
+    transformers = _transformers()
     return transformers is not None and isinstance(model, transformers.PreTrainedModel)
 
 

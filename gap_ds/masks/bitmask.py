@@ -56,6 +56,24 @@ def pack(kept: Tensor) -> Tensor:
     return (padded.view(-1, 8) * weights).sum(dim=1, dtype=torch.uint8)
 
 
+def pack_parts(parts: Iterable[Tensor], numel: int, device: torch.device) -> Tensor:
+    """Return the bits of bool tensors in a row, of `numel` elements together; only one of them is held at a time.
+
+    >>> pack_parts(iter([torch.tensor([True, False, False]), torch.ones(7).bool()]), 10, torch.device("cpu")).tolist()
+    [249, 3]
+    """
+    bits = torch.empty(nbytes(numel), dtype=torch.uint8, device=device)
+    rest, done = torch.empty(0, dtype=torch.bool, device=device), 0
+    for part in parts:
+        joined = torch.cat([rest, part]) if rest.numel() else part
+        whole = joined.numel() // 8
+        bits[done : done + whole] = pack(joined[: 8 * whole])
+        rest, done = joined[8 * whole :].clone(), done + whole
+    if rest.numel():
+        bits[done:] = pack(rest)
+    return bits
+
+
 def unpack(bits: Tensor, numel: int, start: int = 0) -> Tensor:
     """Return the bits start, start + 1, ... as a bool tensor (numel,).
 

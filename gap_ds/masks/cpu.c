@@ -5,16 +5,27 @@
 
 /* -- masks: words whose bit is 0 become 0, in place ---------------------------------------------------------------- */
 
-/* Eight weights share a byte of the mask, so eight words are combined with eight bits at once. */
+/* Eight weights share a byte of the mask, so eight words are combined with eight bits at once, and two cache lines of
+   words in a round, which asks for those that come AHEAD words later. Asking past the end is harmless. */
+#define AHEAD 1024
+#define EIGHTS(BITS) (128 / BITS)
+#define ASK(BITS, WRITE)                                                                                              \
+    __builtin_prefetch(words + 8 * from + AHEAD, WRITE);                                                              \
+    __builtin_prefetch(words + 8 * from + AHEAD + 512 / BITS, WRITE);
+
 #define ZERO_PRUNED(BITS)                                                                                             \
     typedef uint##BITS##_t words##BITS __attribute__((vector_size(BITS), aligned(BITS / 8), may_alias));              \
     void zero_pruned_##BITS(uint##BITS##_t *words, const uint8_t *mask, int64_t count) {                              \
         const words##BITS bits = {1, 2, 4, 8, 16, 32, 64, 128};                                                       \
-        for (int64_t i = 0; i < count / 8; i++) {                                                                     \
-            words##BITS *eight = (words##BITS *)(words + 8 * i);                                                      \
-            *eight &= (words##BITS)((((words##BITS){0} + mask[i]) & bits) == bits);                                   \
+        int64_t from = 0;                                                                                             \
+        for (; from + EIGHTS(BITS) <= count / 8; from += EIGHTS(BITS)) {                                              \
+            ASK(BITS, 1)                                                                                              \
+            for (int64_t i = from; i < from + EIGHTS(BITS); i++) {                                                    \
+                words##BITS *eight = (words##BITS *)(words + 8 * i);                                                  \
+                *eight &= (words##BITS)((((words##BITS){0} + mask[i]) & bits) == bits);                               \
+            }                                                                                                         \
         }                                                                                                             \
-        for (int64_t i = count / 8 * 8; i < count; i++)                                                               \
+        for (int64_t i = 8 * from; i < count; i++)                                                                    \
             words[i] &= (uint##BITS##_t)0 - (uint##BITS##_t)(mask[i / 8] >> i % 8 & 1);                               \
     }
 
@@ -28,12 +39,16 @@ ZERO_PRUNED(64)
     int64_t count_revived_##BITS(const uint##BITS##_t *words, const uint8_t *mask, int64_t count) {                   \
         const words##BITS bits = {1, 2, 4, 8, 16, 32, 64, 128};                                                       \
         words##BITS eight = {0};                                                                                      \
-        for (int64_t i = 0; i < count / 8; i++)                                                                       \
-            eight |= *(const words##BITS *)(words + 8 * i) &                                                          \
-                     (words##BITS)((((words##BITS){0} + mask[i]) & bits) != bits);                                    \
+        int64_t from = 0;                                                                                             \
+        for (; from + EIGHTS(BITS) <= count / 8; from += EIGHTS(BITS)) {                                              \
+            ASK(BITS, 0)                                                                                              \
+            for (int64_t i = from; i < from + EIGHTS(BITS); i++)                                                      \
+                eight |= *(const words##BITS *)(words + 8 * i) &                                                      \
+                         (words##BITS)((((words##BITS){0} + mask[i]) & bits) != bits);                                \
+        }                                                                                                             \
         uint##BITS##_t any = 0;                                                                                       \
         for (int i = 0; i < 8; i++) any |= eight[i];                                                                  \
-        int64_t found = 0, first = (uint##BITS##_t)(any << 1) ? 0 : count / 8 * 8;                                    \
+        int64_t found = 0, first = (uint##BITS##_t)(any << 1) ? 0 : 8 * from;                                         \
         for (int64_t i = first; i < count; i++)                                                                       \
             found += (uint##BITS##_t)(words[i] << 1) && !(mask[i / 8] >> i % 8 & 1);                                  \
         return found;                                                                                                 \

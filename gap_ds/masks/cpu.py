@@ -245,10 +245,10 @@ def _check(made: Library) -> None:
     """Compares every loop with PyTorch or NumPy on small inputs; RuntimeError if one differs."""
     # Inputs come from NumPy, because the caller may have set a default dtype or device of torch.
     random = np.random.default_rng(0)
-    kept = torch.from_numpy(random.random(29) < 0.5)
+    kept = torch.from_numpy(random.random(157) < 0.5)  # two rounds of 64 words of 2 bytes, and a rest
     bits = torch.from_numpy(np.packbits(kept.numpy(), bitorder="little"))
     for dtype in (torch.int16, torch.int32, torch.int64):
-        words = torch.arange(1, 30, dtype=dtype, device="cpu")
+        words = torch.arange(1, 158, dtype=dtype, device="cpu")
         words[0] = torch.iinfo(dtype).min  # the bits of -0
         expected = words * kept
         if made.count_revived(words - expected, bits) != int((~kept[1:]).sum()) or made.count_revived(expected, bits):

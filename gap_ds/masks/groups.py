@@ -19,8 +19,9 @@ selected as weights are (`selection`), each block on the rank where its band beg
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,14 +31,14 @@ from gap_ds.masks.box import Box
 from gap_ds.method.pattern import Block, NofM
 
 #: Weights decided at a time, rounded to whole bands.
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18
 
 
 @dataclass(frozen=True)
 class Grouped:
     """This rank's piece of an entry with a pattern.
 
-    piece: its weights with their keys; `piece.budget` is not used. shape, dims, keep: of the whole entry.
+    piece: its weights with their keys; `piece.budget` is not used. shape, dims, keep (legal): of the whole entry.
     boxes: what each rank counts of the entry. by_magnitude: whether keys are those of magnitudes.
     """
 
@@ -79,7 +80,7 @@ class _Stretch:
     """Whole bands in a row, some of whose weights are this rank's.
 
     shape: of the tensor whose bands they are: of the entry, or of this rank's box of it. scores: keys of the stretch's
-    weights. own: this rank's part of the stretch, flattened; at: where this part lies in the rank's piece.
+    weights. own: this rank's part of the stretch, flattened; at: where this part begins in the rank's piece.
     blocks: the stretch's blocks, among all blocks of the entry. counted: whether this rank counts them.
     """
 
@@ -87,7 +88,7 @@ class _Stretch:
     scores: selection.Keys
     numel: int
     own: Box
-    at: slice
+    at: int
     blocks: Box
     counted: bool
 
@@ -121,8 +122,7 @@ def _of_box(pattern: NofM | Block, entry: Grouped) -> list[_Stretch]:
     offset, size = sides
     grid = [tuple(n // c for n, c in zip(numbers, cell, strict=True)) for numbers in (entry.shape, offset, size)]
     everything = Box.span(0, piece.numel, piece.numel)
-    all_of_it = slice(0, piece.numel)
-    return [_Stretch(size, piece.keys, piece.numel, everything, all_of_it, Box.of(*grid), piece.counted)]
+    return [_Stretch(size, piece.keys, piece.numel, everything, 0, Box.of(*grid), piece.counted)]
 
 
 def _of_range(pattern: NofM | Block, entry: Grouped, reduce: selection.Reduce) -> list[_Stretch]:
@@ -151,7 +151,7 @@ def _of_range(pattern: NofM | Block, entry: Grouped, reduce: selection.Reduce) -
                 lambda a, b, scores=scores: scores[a:b],  # type: ignore[misc]
                 band,
                 Box.span(lo - number * band, hi - lo, band),
-                slice(lo - start, hi - start),
+                lo - start,
                 Box.span(number * per_band, per_band, blocks),
                 piece.counted and lo == number * band,
             )
@@ -169,12 +169,12 @@ def _of_range(pattern: NofM | Block, entry: Grouped, reduce: selection.Reduce) -
                 lambda a, b: piece.keys(skipped + a, skipped + b),
                 numel,
                 Box.span(0, numel, numel),
-                slice(skipped, skipped + numel),
+                skipped,
                 Box.span(first * per_band, (last - first) * per_band, blocks),
                 piece.counted,
             )
         )
-    return sorted(found, key=lambda one: one.at.start)
+    return sorted(found, key=lambda one: one.at)
 
 
 def _of_whole(pattern: NofM | Block, entry: Grouped, reduce: selection.Reduce) -> list[_Stretch]:
@@ -190,7 +190,7 @@ def _of_whole(pattern: NofM | Block, entry: Grouped, reduce: selection.Reduce) -
     counted = piece.counted and piece.box.start == 0
     blocks = total // math.prod(pattern.cell(entry.shape, entry.dims))
     every = Box.span(0, blocks, blocks)
-    return [_Stretch(entry.shape, lambda a, b: scores[a:b], total, piece.box, slice(0, piece.numel), every, counted)]
+    return [_Stretch(entry.shape, lambda a, b: scores[a:b], total, piece.box, 0, every, counted)]
 
 
 def _chunks(stretch: _Stretch, band: int) -> list[tuple[int, int]]:
@@ -201,12 +201,27 @@ def _chunks(stretch: _Stretch, band: int) -> list[tuple[int, int]]:
 
 def _every_group(pattern: NofM, entry: Grouped, stretches: Sequence[_Stretch]) -> Tensor:
     """The bits of a piece by an N:M pattern, which decides each group alone."""
-    kept = torch.empty(entry.piece.numel, dtype=torch.bool, device=entry.piece.device)
-    for one in stretches:
-        band = pattern.band(one.shape, entry.dims)
-        flags = [pattern.flags(one.scores(lo, hi), one.shape, entry.dims) for lo, hi in _chunks(one, band)]
-        kept[one.at] = one.own.cut(torch.cat(flags))
-    return bitmask.pack(kept)
+
+    def flags(one: _Stretch, lo: int, hi: int) -> Tensor:
+        return pattern.flags(one.scores(lo, hi), one.shape, entry.dims)
+
+    return _bits(pattern, entry, [(one, partial(flags, one)) for one in stretches])
+
+
+def _bits(
+    pattern: NofM | Block, entry: Grouped, stretches: Sequence[tuple[_Stretch, Callable[[int, int], Tensor]]]
+) -> Tensor:
+    """The bits of a piece from the flags (hi - lo,) of weights [lo, hi) of its stretches."""
+
+    def parts() -> Iterator[Tensor]:
+        for one, flags in stretches:
+            chunks = _chunks(one, pattern.band(one.shape, entry.dims))
+            if one.own.numel == one.numel:
+                yield from (flags(lo, hi) for lo, hi in chunks)
+            else:
+                yield one.own.cut(torch.cat([flags(lo, hi) for lo, hi in chunks]))
+
+    return bitmask.pack_parts(parts(), entry.piece.numel, entry.piece.device)
 
 
 def _blocks(pattern: Block, entry: Grouped, stretch: _Stretch) -> selection.Piece:
@@ -236,8 +251,10 @@ def _every_block(
     decision: selection.Decision,
 ) -> Tensor:
     """The bits of a piece from those of the blocks of each stretch."""
-    kept = torch.empty(entry.piece.numel, dtype=torch.bool, device=entry.piece.device)
-    for one, piece in zip(stretches, blocks, strict=True):
-        flags = bitmask.unpack(decision.mask(piece), piece.numel)
-        kept[one.at] = one.own.cut(pattern.spread(flags, one.shape, entry.dims))
-    return bitmask.pack(kept)
+
+    def flags(one: _Stretch, bits: Tensor, lo: int, hi: int) -> Tensor:
+        size = one.numel // one.blocks.numel
+        return pattern.spread(bitmask.unpack(bits, (hi - lo) // size, start=lo // size), one.shape, entry.dims)
+
+    chosen = [partial(flags, one, decision.mask(piece)) for one, piece in zip(stretches, blocks, strict=True)]
+    return _bits(pattern, entry, list(zip(stretches, chosen, strict=True)))

@@ -18,6 +18,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -55,6 +56,17 @@ def computed_from(name: str, modules: Mapping[str, nn.Module], shapes: Shapes) -
     return match["old"] if is_set and match["old"] not in shapes else None
 
 
+class Experts(NamedTuple):
+    """The experts of a block that a matrix is of: their module, how many they are, and its expert's name among them.
+
+    `expert` is empty where the matrix holds all of them.
+    """
+
+    module: str
+    number: int
+    expert: str
+
+
 class Matrices:
     """The use of every parameter of two or more dimensions.
 
@@ -73,15 +85,22 @@ class Matrices:
         self.blocks = find_stacks(modules, [*weights, *stacked], shapes)
         self.block_of = dict(self._in_blocks(use))
         of_block: dict[str, list[str]] = defaultdict(list)
+        #: The numbers of experts that the routers of a block pick from.
+        self._routed: dict[str, set[int]] = {}
         for name, block in self.block_of.items():
             if use[name] in ("matrix", "bare"):
                 of_block[block].append(name)
+        #: How many matrices of blocks lie in each module.
+        self._held = Counter[str]()
         for block, names in of_block.items():
             width = self._width(names)
             use |= {name: self._beside(name, use[name], width) for name in names}
             # Thin ones too: a mixture may have four experts.
             tried = [name for name in names if use[name] in ("matrix", "thin")]
-            use |= dict.fromkeys(self._routers(block, tried), "router")
+            self._held.update(prefix for name in tried for prefix in ancestors(name))
+            routers = self._routers(block, tried)
+            use |= dict.fromkeys(routers, "router")
+            self._routed[block] = {self._outputs(name) or 0 for name in routers}
         use |= {name: "table" for name in use if use[name] == "bare"}
         self._use = use
 
@@ -121,6 +140,25 @@ class Matrices:
         shape = self._shapes[name]
         experts = self._count(parent(name)) if self._flat_experts(name) else 1
         return (shape[0] // experts, *shape[1:])
+
+    def experts(self, name: str) -> Experts | None:
+        """The experts that a matrix of a block belongs to; None if it belongs to none.
+
+        Experts are the members of a list, or lie in one tensor; a router has an output for each, or a name tells it.
+        """
+        if (block := self.block_of.get(name)) is None:
+            return None
+        shape, owner = self._shapes[name], parent(name)
+        for path in ancestors(owner):
+            if not inside(parent(path), block) or parent(path) == block:
+                break
+            members = self._members(parent(path))
+            if path in members and self._is_mixture(block, parent(path), len(members)):
+                return Experts(parent(path), len(members), path.rpartition(".")[2])
+        if self._flat_experts(name):
+            return Experts(owner, self._count(owner), "")
+        is_stack = len(shape) == 3 and self._use[name] == "matrix" and not _is_convolution(self._modules[owner])
+        return Experts(owner, shape[0], "") if is_stack and self._is_mixture(block, owner, shape[0]) else None
 
     # -- one parameter by itself -----------------------------------------------------------------------------------
 
@@ -180,14 +218,27 @@ class Matrices:
     def _is_expert(self, name: str) -> bool:
         return "expert" in type(self._modules[parent(name)]).__name__.lower()
 
+    def _members(self, path: str) -> list[str]:
+        """The members of a list of modules of one class that hold matrices; empty if it is none."""
+        module = self._modules[path]
+        if not isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential):
+            return []
+        members = [f"{path}.{child}" for child in module._modules if self._held[f"{path}.{child}"]]
+        kinds = {type(self._modules[member]) for member in members}
+        return members if len(members) > 1 and len(kinds) == 1 else []
+
+    def _is_mixture(self, block: str, path: str, number: int) -> bool:
+        """True if a module of a block holds as many experts as a router picks from, or is named so."""
+        named = f"{path.removeprefix(block)} {type(self._modules[path]).__name__}".lower()
+        return number in self._routed[block] or "expert" in named
+
     def _routers(self, block: str, names: Sequence[str]) -> list[str]:
         """The matrices with an output for each of the experts beside them.
 
         A router is the only matrix of its branch: that tells it from a shared expert.
         """
-        held = Counter(prefix for name in names for prefix in ancestors(name))
         counts: dict[str, set[int]] = defaultdict(set)
-        for place, number in self._experts(block, names, held):
+        for place, number in self._experts(block, names):
             for prefix in ancestors(place):
                 if inside(prefix, block):
                     counts[prefix].add(number)
@@ -196,7 +247,7 @@ class Matrices:
             for name in names
             if "router" in f"{name.removeprefix(block)} {self._classes(name)}".lower()
             or any(
-                held[branch] == 1 and self._outputs(name) in counts[parent(branch)]
+                self._held[branch] == 1 and self._outputs(name) in counts[parent(branch)]
                 for branch in ancestors(name)
                 if inside(parent(branch), block) and parent(branch) in counts
             )
@@ -215,21 +266,19 @@ class Matrices:
         shape = self._shapes[name]
         return shape[output] if shape[output] <= shape[input_] else None
 
-    def _experts(self, block: str, names: Sequence[str], held: Counter[str]) -> Iterator[tuple[str, int]]:
+    def _experts(self, block: str, names: Sequence[str]) -> Iterator[tuple[str, int]]:
         """(module around them, number) of the experts of a block."""
         for name in names:
             shape = self._shapes[name]
             if len(shape) == 3 and 1 < shape[0] < max(shape[1:]) and not _is_convolution(self._modules[parent(name)]):
                 yield parent(name), shape[0]
         for path in {prefix for name in names for prefix in ancestors(name) if inside(prefix, block)}:
-            if (module := self._modules.get(path)) is None:
+            if path not in self._modules:
                 continue
             if number := self._count(path):
                 yield path, number
-            children = [child for child in module._modules if held[f"{path}.{child}"]]
-            is_list = isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential) and path != block
-            if is_list and len(children) > 1 and len({type(module._modules[child]) for child in children}) == 1:
-                yield parent(path), len(children)
+            if path != block and (members := self._members(path)):
+                yield parent(path), len(members)
 
     def _count(self, path: str) -> int:
         """Number of experts that a module keeps in an attribute; 0 if none."""
@@ -306,8 +355,10 @@ class Matrices:
 
     def _are_beside(self, name: str, other: str) -> bool:
         """True for two tensors of one module, or of two modules that hold one each."""
-        pair = (parent(name), parent(other))
-        return self._shapes[name][0] == self._shapes[other][0] and (
+        pair, experts = (parent(name), parent(other)), (self._shapes[name][0], self._shapes[other][0])
+        if pair[0] == pair[1] and self._is_expert(name):
+            return True  # of experts that have no weights, one of two tensors may hold empty places
+        return experts[0] == experts[1] and (
             pair[0] == pair[1] or (parent(pair[0]) == parent(pair[1]) and pair[0] != "")
         )
 

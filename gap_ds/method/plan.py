@@ -7,19 +7,20 @@ partitions, N weights. The plan of a model and a config is the same for every ba
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import random
 import re
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
 from gap_ds.method.config import GaPConfig
 from gap_ds.method.distribution import DISTRIBUTIONS, keep_count
 from gap_ds.method.entries import Dense, find_entries, summarize
-from gap_ds.method.matrices import Matrices
+from gap_ds.method.matrices import Experts, Matrices
 from gap_ds.method.names import inside, matching, no_match, parent
 from gap_ds.method.pattern import Pattern, Unstructured, parse
 
@@ -38,13 +39,17 @@ def clean_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class Entry:
-    """One prunable weight tensor and its budget; `dims` are its output and its input dimension."""
+    """One prunable weight tensor and its budget; `dims` are its output and its input dimension.
+
+    `experts`: the experts of its block that it belongs to, if any; two entries that differ only in it are equal.
+    """
 
     name: str
     shape: tuple[int, ...]
     partition: int
     keep: int
     dims: tuple[int, int] = (0, 1)
+    experts: Experts | None = field(default=None, compare=False)
 
     @property
     def numel(self) -> int:
@@ -163,12 +168,13 @@ def build(
     matrices = Matrices(modules, ordered)
     found = find_entries(modules, matrices, ordered, frozen, config)
     of_entries = {name: ordered[name] for name in found.names}
-    partition = _assign(found.names, of_entries, found.blocks, config)
+    experts = {name: matrices.experts(name) for name in found.names}
+    partition = _assign(found.names, of_entries, found.blocks, experts, config)
     pattern = parse(config.pattern)
     dims = _dims(of_entries, matrices, pattern)
     keep = _inherited(of_entries, config, kept) if config.reuses_masks else _budgets(of_entries, config)
     entries = tuple(
-        Entry(name, shape, partition[name], pattern.budget(shape, k, dims[name]), dims[name])
+        Entry(name, shape, partition[name], pattern.budget(shape, k, dims[name]), dims[name], experts[name])
         for (name, shape), k in zip(of_entries.items(), keep, strict=True)
     )
     return Plan(
@@ -180,6 +186,38 @@ def build(
         shared_budget=config.distribution == "global",
         blocks=tuple(found.blocks),
         dense=found.dense,
+    )
+
+
+def of_part(whole: Plan, model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> Plan:
+    """The plan of a part of a model, such as a stage of a pipeline: its entries, with the whole model's budgets.
+
+    Args:
+        whole: the plan of the whole model, in which the parameters have the same names.
+        shapes: full shape of every parameter of the part by its clean name.
+    Raises:
+        ValueError: the part has no entry, or one threshold holds for entries of several parts.
+    """
+    if whole.shared_budget:
+        raise ValueError(
+            'distribution="global": one threshold holds for all entries of a partition, and a part of the model sees '
+            'its own alone. Set "uniform", "erk", or a sparsity by name.'
+        )
+    entries = tuple(entry for entry in whole.entries if shapes.get(entry.name) == entry.shape)
+    if not entries:
+        raise ValueError(
+            f"whole: has no entry that is a parameter of this part ({next(iter(shapes), 'which is empty')} is one of "
+            f"the part, {whole.entries[0].name} of the whole). Parts must keep the names and shapes of the "
+            "whole model; a part without entries needs no engine."
+        )
+    modules = {clean_name(name): module for name, module in model.named_modules()}
+    matrices = Matrices(modules, shapes)
+    return replace(
+        whole,
+        entries=entries,
+        total=sum(math.prod(shape) for shape in shapes.values()),
+        dense_matmul=_dense_matmul(_tensors(modules), matrices, shapes, {entry.name for entry in entries}),
+        dense=tuple(row for row in whole.dense if row.name in shapes),
     )
 
 
@@ -252,26 +290,25 @@ def _others(found: Collection[str]) -> str:
 
 
 def _assign(
-    names: Sequence[str], shapes: Mapping[str, tuple[int, ...]], blocks: Sequence[str], config: GaPConfig
+    names: Sequence[str],
+    shapes: Mapping[str, tuple[int, ...]],
+    blocks: Sequence[str],
+    experts: Mapping[str, Experts | None],
+    config: GaPConfig,
 ) -> dict[str, int]:
     """Partition of each entry."""
     if not isinstance(config.partitions, int):
         return _assign_written(names, config.partitions)
     kappa = config.partitions
-    # An entry outside every block goes with the block before it (a ResNet's stem with the first).
-    units: list[list[str]] = [[]]
-    current = None
-    for name in names:
-        block = next((b for b in blocks if inside(name, b)), None if blocks else name)
-        if block is not None and current is not None and block != current:
-            units.append([])
-        current = block or current
-        units[-1].append(name)
+    units = _by_block(names, blocks)
+    counted = "1 block" if len(units) == 1 else f"{len(units)} blocks"
+    if kappa > len(units) and any(experts.values()):
+        units = [group for unit in units for group in _by_expert(unit, experts)]
+        counted += f" of {len(units)} parts"
     if kappa > len(units):
-        number = "1 block" if len(units) == 1 else f"{len(units)} blocks"
         lower = f'Lower "partitions" to {len(units)} or less.'
         raise ValueError(
-            f"partitions={kappa}: the model has {number} with entries, and a partition needs at least one. "
+            f"partitions={kappa}: the model has {counted} with entries, and a partition needs at least one. "
             + (lower if len(units) > 1 else 'Write "partitions" as lists of name patterns.')
         )
     if config.partition_assignment == "random":
@@ -283,6 +320,32 @@ def _assign(
         else balanced_cut(sizes, kappa)
     )
     return {name: k for unit, k in zip(units, groups, strict=True) for name in unit}
+
+
+def _by_block(names: Sequence[str], blocks: Sequence[str]) -> list[list[str]]:
+    """The entries of each block; one outside all blocks goes with the block before it (a ResNet's stem with the first).
+
+    Without blocks every entry is by itself.
+    """
+    units: list[list[str]] = [[]]
+    current = None
+    for name in names:
+        block = next((b for b in blocks if inside(name, b)), None if blocks else name)
+        if block is not None and current is not None and block != current:
+            units.append([])
+        current = block or current
+        units[-1].append(name)
+    return units
+
+
+def _by_expert(unit: Sequence[str], experts: Mapping[str, Experts | None]) -> list[list[str]]:
+    """The parts of a block of experts: the rest of it, and each expert; a tensor that holds all experts is one part."""
+    parts: dict[tuple[str, str], list[str]] = {}
+    for name in unit:
+        mixture = experts[name]
+        part = ("", "") if mixture is None else (mixture.module, mixture.expert or name)
+        parts.setdefault(part, []).append(name)
+    return list(parts.values())
 
 
 def _assign_written(names: Sequence[str], partitions: Sequence[Sequence[str]]) -> dict[str, int]:
@@ -312,14 +375,12 @@ def balanced_cut(sizes: Sequence[int], parts: int) -> list[int]:
     ([0, 0, 0, 1], [0, 1, 2])
     """
     assert 1 <= parts <= len(sizes)
-    ends = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+    ends = [0, *itertools.accumulate(sizes)]
     # best[i] = (cost, first item of the last part) for the first i items; of equal costs the earliest cut wins.
     best: list[tuple[float, int]] = [(0, 0)] + [(math.inf, 0)] * len(sizes)
     cuts: list[list[int]] = []
     for part in range(1, parts + 1):
-        best = [(math.inf, 0)] * part + [
-            min((best[j][0] + (ends[i] - ends[j]) ** 2, j) for j in range(part - 1, i)) for i in range(part, len(ends))
-        ]
+        best = _with_one_more(best, ends, part)
         cuts.append([first for _, first in best])
     group, end = [0] * len(sizes), len(sizes)
     for part in range(parts - 1, -1, -1):
@@ -327,6 +388,24 @@ def balanced_cut(sizes: Sequence[int], parts: int) -> list[int]:
         group[first:end] = [part] * (end - first)
         end = first
     return group
+
+
+def _with_one_more(best: Sequence[tuple[float, int]], ends: Sequence[int], part: int) -> list[tuple[float, int]]:
+    """The best cuts into `part` parts, given those into one less.
+
+    The more items, the later the last cut (squares are convex): so the cut of the middle bounds those of both halves,
+    and hundreds of experts cost n log n instead of n * n.
+    """
+    found = [(math.inf, 0)] * len(ends)
+    todo = [(part, len(ends) - 1, part - 1, len(ends) - 2)]
+    while todo:
+        lo, hi, earliest, latest = todo.pop()
+        if lo > hi:
+            continue
+        i = (lo + hi) // 2
+        found[i] = min((best[j][0] + (ends[i] - ends[j]) ** 2, j) for j in range(earliest, min(i - 1, latest) + 1))
+        todo += [(lo, i - 1, earliest, found[i][1]), (i + 1, hi, found[i][1], latest)]
+    return found
 
 
 def _dense_matmul(

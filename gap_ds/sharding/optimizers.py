@@ -10,6 +10,7 @@ every state's first value. So the meaning comes from a table, by the optimizer's
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import inspect
 import weakref
@@ -119,6 +120,8 @@ class Optimizers(Sequence[torch.optim.Optimizer]):
         #: True while a step is none of the training's: hooks ignore it.
         self.quiet = False
         self._first_counters = [{k: group[k] for k in _COUNTERS if k in group} for group in self.groups()]
+        #: Of each member, the state that it made when it was built, as a few do, and that its step relies on.
+        self._built = [{} if optimizer in _USED else _first_state(optimizer) for optimizer in self]
 
     @property
     def used(self) -> bool:
@@ -165,7 +168,8 @@ class Optimizers(Sequence[torch.optim.Optimizer]):
         """True once an optimizer has updated weights, here or before its state was loaded."""
         if self._stepped is not None:
             return self._stepped()
-        return self.used or any(_has_stepped(state) for optimizer in self for state in optimizer.state.values())
+        lazy = [optimizer for optimizer, built in zip(self, self._built, strict=True) if not built]
+        return self.used or any(_has_stepped(state) for optimizer in lazy for state in optimizer.state.values())
 
     def alike(self, names: Sequence[str], same_class: bool) -> bool:
         """True if optimizers of other class names have state of the same meaning, in the same order.
@@ -248,38 +252,59 @@ class Optimizers(Sequence[torch.optim.Optimizer]):
         owner = shard.owner()
         optimizer = self.holder(owner)
         kinds = self._kinds(optimizer)
+        unknown = []
         for name, value in self.state(owner).items():
             parts = value if isinstance(value, list | tuple) else value.values() if isinstance(value, dict) else [value]
             if kinds.of(name) == "other" or not any(_as_large(p, owner) or _packed(p, owner) for p in parts):
                 continue
-            where = f"optimizer={type(optimizer).__name__}: its state {name!r} of {shard.name}"
             if not isinstance(value, Tensor) or not _plain(value):
                 raise ValueError(
-                    f"{where} is quantized or of a special kind ({_describe(value)}), where the value of one weight "
-                    "cannot be cleared. Use an optimizer with 16- or 32-bit state."
+                    f"optimizer={type(optimizer).__name__}: its state {name!r} of {shard.name} is quantized or of a "
+                    f"special kind ({_describe(value)}), where the value of one weight cannot be cleared. Use an "
+                    "optimizer with 16- or 32-bit state."
                 )
             if kinds.of(name) is None:
-                raise ValueError(
-                    f"{where} is as large as the weights, and its meaning is not known. Pass optimizer_state="
-                    f'{{"{name}": "moment"}} if it has one value per weight that starts at 0, "sequence" if it is '
-                    'another sequence of the weights, or "other" if it is neither.'
-                )
+                unknown.append(name)
+        if unknown:
+            given = ", ".join(f'"{name}": "moment"' for name in unknown)
+            raise ValueError(
+                f"optimizer={type(optimizer).__name__}: its state {', '.join(map(repr, unknown))} of {shard.name} is "
+                f"as large as the weights, and its meaning is not known. Pass optimizer_state={{{given}}}, with "
+                '"moment" for what has one value per weight that starts at 0, "sequence" for another sequence of the '
+                'weights, "other" for what is neither.'
+            )
 
     # -- all state -------------------------------------------------------------------------------------------------
 
     def reset(self) -> None:
         """Makes all state, step counts included, what it is before the first step."""
-        for optimizer in self:
-            made = type(optimizer).__name__ == "Adagrad"  # the one of torch's that makes its state when it is built
-            for owner, state in list(optimizer.state.items()) if made else []:
-                state["step"] = torch.zeros_like(state["step"])
-                state["sum"].fill_(self._group(owner).get("initial_accumulator_value", 0.0))
-            if not made:
+        for optimizer, built in zip(self, self._built, strict=True):
+            if type(optimizer) is torch.optim.Adagrad:  # whatever it held when this object was made
+                for owner, state in optimizer.state.items():
+                    state["step"] = torch.zeros_like(state["step"])
+                    state["sum"].fill_(self._group(owner).get("initial_accumulator_value", 0.0))
+            elif built:
+                for owner, first in built.items():
+                    state = optimizer.state[owner]
+                    for name in state.keys() - first.keys():
+                        del state[name]
+                    for name, value in first.items():
+                        if isinstance(value, Tensor):
+                            state[name].copy_(value)  # one value for all, or one each
+                        else:
+                            state[name] = copy.copy(value)
+            else:
                 optimizer.state.clear()
         for group, first in zip(self.groups(), self._first_counters, strict=False):
             for key in _COUNTERS:
                 group.pop(key, None)  # some make it in their first step, and their state with it
             group.update(first)
+
+    def clear(self) -> None:
+        """Clears the state that an optimizer makes anew in its next step; what was made when it was built stays."""
+        for optimizer, built in zip(self, self._built, strict=True):
+            if not built:
+                optimizer.state.clear()
 
     @contextmanager
     def aside(self) -> Iterator[Aside]:
@@ -381,6 +406,26 @@ def of_user(given: Any, meanings: Mapping[str, Meaning] | None = None) -> Optimi
 def _has_stepped(state: Mapping[str, Any]) -> bool:
     steps = state.get("step")
     return bool(state) if steps is None else float(steps) > 0
+
+
+def _first_state(optimizer: torch.optim.Optimizer) -> dict[Tensor, dict[str, Any]]:
+    """State of an optimizer that has not stepped: each tensor as its one value, or a copy. Empty if it has stepped."""
+    found: dict[Tensor, dict[str, Any]] = {}
+    for owner, state in optimizer.state.items():
+        values = [value for key, value in state.items() if isinstance(value, Tensor) and key != "step"]
+        if float(state.get("step", 0)) > 0 or not all(_is_constant(value) for value in values):
+            return {}
+        if state:
+            found[owner] = {
+                name: local(value).flatten()[:1].clone().squeeze() if isinstance(value, Tensor) else copy.copy(value)
+                for name, value in state.items()
+            }
+    return found
+
+
+def _is_constant(value: Tensor) -> bool:
+    inner = local(value)
+    return type(inner) in (Tensor, torch.nn.Parameter) and bool((inner == inner.flatten()[:1]).all())
 
 
 def _as_large(value: Any, owner: Tensor) -> bool:

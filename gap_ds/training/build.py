@@ -28,6 +28,9 @@ from gap_ds.training.observer import Observer
 from gap_ds.training.regrowth import SECOND_MOMENTS
 from gap_ds.training.run import Run
 
+#: Share of the weights of an entry that are not 0 unless a sparse run or a special initialization made them so.
+_FULL = 0.95
+
 log = logging.getLogger("gap_ds")
 
 T = TypeVar("T")
@@ -44,6 +47,7 @@ class Options:
     masks_from: str | Path | None = None
     history: str | Path | None = None
     fresh: bool = False
+    whole: nn.Module | None = None
 
 
 def build(
@@ -67,13 +71,13 @@ def build(
         steps = _steps(options, backend.micro_batches) if config.in_epochs else None
         if steps != given:
             phases = schedule.build(config, steps, worker.index if worker else 0)
-        if config.mask_init == "auto" and config.begins_sparse:
-            config = config.model_copy(update={"mask_init": "magnitude" if _pretrained(backend.module) else "random"})
         return config, backend, steps, phases
 
     config, backend, steps, phases = _on_all_ranks(world, begin)
     check_model(world, backend.shards())
-    of_model = _plan(config, backend, options.masks_from, world)
+    of_model = _plan(config, backend, options, world)
+    if config.mask_init == "auto" and config.begins_sparse:
+        config = config.model_copy(update={"mask_init": _first_masks(of_model, backend, options, world)})
     state = MaskState(of_model, config, backend, phases.regrow_warmup)
     run = Run(
         config=config,
@@ -171,6 +175,23 @@ def _pretrained(module: nn.Module) -> bool:
     )
 
 
+def _first_masks(of_model: plan.Plan, backend: Backend, options: Options, world: Comm) -> str:
+    """How `mask_init: auto` chooses the first masks. All ranks call it."""
+    if _pretrained(backend.module):
+        return "magnitude"
+    if options.masks_from is not None:
+        return "random"
+    entries = {entry.name: entry.numel for entry in of_model.entries}
+    counts = mask_state.nonzero([shard for shard in backend.shards() if shard.name in entries], backend.comm)
+    sparse = [name for name, n in counts.items() if 0 < n <= _FULL * entries[name]]
+    if sparse and world.rank == 0:
+        log.warning(
+            f"{sparse[0]}: a part of it is 0, as a sparse run leaves it, so the first masks are by magnitude. To go on "
+            "with that run, use load_checkpoint or masks_from; to begin a new one, set mask_init."
+        )
+    return "magnitude" if sparse else "random"
+
+
 def _check_held(state: MaskState, backend: Backend) -> None:
     """Checks that the optimizers update every entry of which this rank has a piece; ValueError if not.
 
@@ -203,7 +224,7 @@ def _check_lr_restart(config: GaPConfig, schedulers: list[Any], masks_from: str 
         )
 
 
-def _plan(config: GaPConfig, backend: Backend, masks_from: str | Path | None, world: Comm) -> plan.Plan:
+def _plan(config: GaPConfig, backend: Backend, options: Options, world: Comm) -> plan.Plan:
     """The plan of a backend's model, with the budgets of existing masks if the config reuses them.
 
     A resumed run has those that it was saved with: a kept weight may have become 0 since then.
@@ -214,9 +235,15 @@ def _plan(config: GaPConfig, backend: Backend, masks_from: str | Path | None, wo
     kept = None
     if config.reuses_masks:
         nonzero = mask_state.nonzero(shards, backend.comm) if config.mask_file is None else None
-        saved = _on_all_ranks(world, lambda: masks_from and saving.budgets(Path(masks_from)))
+        saved = _on_all_ranks(world, lambda: options.masks_from and saving.budgets(Path(options.masks_from)))
         kept = (nonzero or _on_all_ranks(world, lambda: mask_state.inherited(config, shards))) | (saved or {})
-    return _on_all_ranks(world, lambda: plan.build(backend.module, config, shapes, frozen, kept))
+    if (whole := options.whole) is None:
+        return _on_all_ranks(world, lambda: plan.build(backend.module, config, shapes, frozen, kept))
+    if config.reuses_masks:
+        raise ValueError(
+            f'whole: has no effect with mask_init="{config.mask_init}", where budgets are those of masks. Leave it out.'
+        )
+    return _on_all_ranks(world, lambda: plan.of_part(plan.build(whole, config), backend.module, shapes))
 
 
 def _observers(run: Run, history: str | Path | None) -> list[Observer]:

@@ -71,6 +71,8 @@ class GaPEngine:
         fresh: begin a new schedule although the optimizer has stepped.
         group: the ranks that train this model, where others train another one: a stage of a pipeline, one of two
             models. By default all ranks of the job.
+        whole: where the model is one stage of a pipeline, the whole one, which may be on the meta device and has the
+            same names: partitions and budgets are then its own.
     Raises:
         ValueError: a mistake in the config, or a combination that is not supported; the message names the setting.
     """
@@ -94,10 +96,11 @@ class GaPEngine:
         optimizer_state: Mapping[str, Meaning] | None = None,
         fresh: bool = False,
         group: ProcessGroup | None = None,
+        whole: nn.Module | None = None,
     ) -> None:
         loop = (optimizer, lr_scheduler, gradient_accumulation_steps, gradient_clipping, grad_scaler, optimizer_state)
         training = Training(*loop, world=Comm(group))
-        options = Options(steps_per_epoch, batches_per_epoch, worker, nonfinite_loss, masks_from, history, fresh)
+        options = Options(steps_per_epoch, batches_per_epoch, worker, nonfinite_loss, masks_from, history, fresh, whole)
         self.run = build(model, config, training, options)
         self.config, self.schedule, self.plan = self.run.config, self.run.schedule, self.run.plan
         self.worker, self.mask_state = worker, self.run.mask_state

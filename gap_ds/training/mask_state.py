@@ -6,7 +6,7 @@ shards. E entries; a piece is this rank's part of an entry.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ class MaskState:
 
     # -- after every optimizer step --------------------------------------------------------------------------------
 
+    @torch.no_grad()  # else each look at a DTensor takes four times as long
     def zero_pruned(self, optimizer: torch.optim.Optimizer) -> set[str]:
         """Zeroes the pruned weights that an optimizer step has just changed; returns the names of their entries.
 
@@ -107,15 +108,23 @@ class MaskState:
                 found |= {id(piece): piece for piece in copies}
         return list(found.values())
 
-    def revived(self) -> tuple[str, int] | None:
+    def masked_weights(self) -> dict[str, Tensor]:
+        """This rank's piece (numel,) of every masked entry."""
+        return {name: shard.weight() for name, shard in self._masked()}
+
+    @torch.no_grad()
+    def revived(self, among: Collection[str] | None = None) -> tuple[str, int] | None:
         """The first entry with pruned weights on this rank that are not 0, and their number; None if all are 0.
 
         One pass over the weights, and over all that they could come back from: the library's copies of them, and other
         sequences of the optimizer.
+
+        Args:
+            among: names of masked entries of which this rank has a piece; None: all.
         """
         names: list[str] = []
         pieces: list[tuple[Tensor, Tensor]] = []
-        for name, shard in self._masked():
+        for name, shard in self._masked() if among is None else ((name, self.shards[name]) for name in among):
             for piece in (shard.weight(), *shard.copies(), *self._backend.optimizers.sequences(shard)):
                 names.append(name)
                 pieces.append((piece, self.bits[name].to(piece.device)))

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from gap_ds import checkpoint
 from gap_ds import export as exports
@@ -142,14 +141,14 @@ def export(run: Run, folder: Path, place: Place, tokenizer: Any, dtype: torch.dt
     step, phase = place.step, place.phase(run.schedule)
     target = exports.place(folder)
 
-    def gather() -> dict[str, Tensor]:
+    def gather() -> exports.Stream:
         bits = {**run.mask_state.bits, **run.mask_state.select(run.to_prune(phase), step)}
         if not run.backend.comm.writes:
-            return {}
+            return exports.Stream({}, iter(()))
         return exports.full_weights(run.backend.module, run.backend.shards(), bits, run.backend.comm, dtype)
 
-    def about(weights: Mapping[str, Tensor]) -> exports.ExportInfo:
-        nonzero = {entry.name: int(weights[entry.name].count_nonzero()) for entry in run.plan.entries}
+    def about(counts: Mapping[str, exports.Counted]) -> exports.ExportInfo:
+        nonzero = {entry.name: counts[entry.name].nonzero for entry in run.plan.entries}
         info = exports.ExportInfo.of(run.plan, run.schedule, run.config, run.signature, step, place.ended, nonzero)
         planned = run.schedule.mean_density(*run.plan.per_partition())
         if not info.finished:
@@ -251,7 +250,7 @@ def _restore_weights(run: Run, path: Path, state: State) -> None:
         backend.recount(state.applied_steps, state.counters)
         optimizers.used = optimizers.used or state.applied_steps > 0
         return
-    if was != now and not (backend.reshards and state.backend == backend.name):
+    if was != now and state.backend not in backend.reshards:
         raise ValueError(
             f"{path}: was saved by {was}, and this is {now}: that takes a checkpoint saved with portable=True. "
             f"Go on with {was}, and save such a one there."

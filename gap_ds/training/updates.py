@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from gap_ds.training.run import Place, Run
 _UNSEEN = 3
 #: Calls in a row without a step, after which the weights are looked at, and again whenever there were twice as many.
 _IDLE = 8
+#: Updates in which all pruned weights are looked at, a part of them before each; and the least weights of a part.
+_ROUND, _PART = 32, 2**16
 #: Steps of one optimizer while another has not stepped, after which that one is no longer used.
 _ALONE = 32
 #: The optimizers that some engine has hooked.
@@ -46,6 +48,7 @@ class Updates:
         self._calls = 0
         #: Tensors that hold weights, with PyTorch's count of changes and the address as the last update left them.
         self._watched: list[tuple[Tensor, int, int]] = []
+        self._parts = _Parts()
         self._handles: list[Any] = []
         for optimizer in run.backend.optimizers:
             if optimizer in _HOOKED:
@@ -84,13 +87,14 @@ class Updates:
     def watch(self) -> None:
         """Remembers all weights as they are now. Call it after masks or weights changed outside of an update."""
         self._watched = _seen(self._run.mask_state.tensors())
+        self._parts = _Parts(self._run.mask_state.masked_weights())
 
     def complete(self) -> bool:
         """True if an update was applied since the last call. All ranks must call this after the same steps.
 
         Raises:
-            ValueError: weights change in steps that the hooks do not see, or, at the first update, pruned weights were
-                not 0 before it or the optimizer's state has an unknown meaning.
+            ValueError: weights change in steps that the hooks do not see; pruned weights were not 0 before the first
+                update; or, there and before a boundary, the optimizer's state has an unknown meaning.
         """
         self._calls += 1
         if any(handle.id not in (handle.hooks_dict_ref() or ()) for handle in self._handles):
@@ -109,8 +113,9 @@ class Updates:
                 "holds its weights: its parameter groups were changed, or the model's parameters were replaced, as by "
                 "load_state_dict(assign=True)."
             )
-        if first:
-            raise_on_all_ranks(self._run.world, self._check_first)
+        # Some optimizers make a part of their state later, as every k-th step does.
+        if first or self._place().changes_masks(self._run.schedule):
+            raise_on_all_ranks(self._run.world, self._check_state)
         return True
 
     def _before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -132,10 +137,12 @@ class Updates:
             return
         if not self._checked:
             self._run.doubt_weights("before the first update")
-        # In between, a look at all weights in every step would be slow, and at the boundary itself it is too late:
-        # this update masks the weights that the forward pass has used.
-        elif self._place().changes_masks(self._run.schedule) or self._changed():
-            self._run.doubt_weights("before an update; they were 0 after the update before it")
+            return
+        # This update masks the weights that the forward pass has used, so the look at a boundary comes too late for
+        # them. PyTorch does not count changes through a parameter's `data`: for these there is a part in every update.
+        part = self._parts.next(rest=self._place().changes_masks(self._run.schedule))
+        place = "before an update; they were 0 after the update before it"
+        self._run.doubt_weights(place, None if self._changed() else part)
 
     def _changed(self) -> bool:
         """True if some weights may have changed since the last update: by PyTorch's counts, without the device."""
@@ -159,7 +166,7 @@ class Updates:
         if rules.needs_gradient(self._run.config, place.phase(self._run.schedule), place.step + 1):
             self._run.mask_state.copy_gradients(optimizer)
 
-    def _check_first(self) -> None:
+    def _check_state(self) -> None:
         self._run.raise_doubts()
         for shard in self._run.mask_state.shards.values():
             if shard.numel:
@@ -206,6 +213,39 @@ class Updates:
                 "it may have been built anew, or update weights without its step(), as optimizers that step inside "
                 "the backward pass do."
             )
+
+
+class _Parts:
+    """Parts of all pruned weights, to look at one before each update.
+
+    A round takes `_ROUND` updates, or fewer if weights are few. Entries on a device, where a look would make the host
+    wait, and those that a phase shorter than a round leaves, come before the update ahead of the next change of masks.
+
+    Args:
+        pieces: this rank's pieces of the masked entries.
+    """
+
+    def __init__(self, pieces: Mapping[str, Tensor] | None = None) -> None:
+        pieces = pieces or {}
+        self._numel = {name: piece.numel() for name, piece in pieces.items()}
+        self._left = list(pieces)  # not looked at since masks changed
+        self._in_turn = deque(name for name, piece in pieces.items() if piece.device.type == "cpu")
+        self._size = max(_PART, sum(self._numel[name] for name in self._in_turn) // _ROUND)
+
+    def next(self, rest: bool) -> list[str]:
+        """The entries to look at now; `rest`: all that this phase has left."""
+        found: list[str] = []
+        numel = 0
+        while numel < self._size and len(found) < len(self._in_turn):
+            found.append(self._in_turn[0])
+            self._in_turn.rotate(-1)
+            numel += self._numel[found[-1]]
+        if self._left:
+            self._left = [name for name in self._left if name not in found]
+        if rest:
+            found += self._left
+            self._left = []
+        return found
 
 
 def _out_of_graph(hook: Callable[[torch.optim.Optimizer], None], optimizer: torch.optim.Optimizer) -> None:

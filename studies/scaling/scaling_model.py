@@ -263,14 +263,14 @@ def layout(backend: str, model: Model, ranks: int) -> Layout:
 
 
 def tie_sums(model: Model) -> list[int]:
-    """Bytes of each all-reduce that divides ties in every entry (`selection._divide`), for any number of ranks.
+    """Bytes of each all-reduce that divides ties in every entry (`selection._tie_ends`), for any number of ranks.
 
     >>> tie_sums(Model("tiny", 3 * 7 * 2**12, layers=3, rows=64, tokens=1))
-    [568, 3584, 3584]
+    [56, 57344, 57344]
     """
     longest = (model.weights // (model.layers * model.matrices) - 1).bit_length()
-    passes = -(-longest // selection._START_BITS)
-    return [8 * (model.entries + 64)] + [8 * model.entries << selection._START_BITS] * passes
+    passes = -(-longest // selection._INDEX_BITS)
+    return [8 * model.entries] + [8 * model.entries << selection._INDEX_BITS] * passes
 
 
 def boundary(model: Model, backend: str, ranks: int, fitted: Fitted, assumed: Assumed) -> dict[str, float]:
@@ -281,7 +281,7 @@ def boundary(model: Model, backend: str, ranks: int, fitted: Fitted, assumed: As
     """
     where, net = layout(backend, model, ranks), Network(assumed.latency, assumed.bandwidth)
     copies, entries = where.group < ranks, model.entries
-    passes = len(selection._PASSES)
+    passes = len(selection.PASSES[31])
     counts, ties = forecast.selection_bytes(entries), tie_sums(model)
     select_net = passes * net.reduce_s(counts / passes, where.group) if where.group > 1 else 0.0
     ties_net = sum(net.reduce_s(size, where.group) for size in ties) if where.group > 1 else 0.0

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from gap_ds import GaPEngine
 from gap_ds.cli import plan as forecast
 from gap_ds.masks import bitmask, selection
+from gap_ds.masks.box import Box
 from gap_ds.method import rules
 from gap_ds.parallel import Item
 from gap_ds.parallel.exchange import spread_over_ranks
@@ -75,10 +76,15 @@ def drawn(entries: int, size: int, steps: int = 1024) -> Tensor:
 def select(pieces: Sequence[tuple[int, Tensor]], keep: int, group: selection.Reduce) -> list[Tensor]:
     """Masks of this rank's (start, weights) of each entry, with `keep` weights kept in every entry."""
     own = [
-        selection.Piece(f"entry{e}", start, piece.numel(), selection.magnitude_keys(piece), e)
+        selection.Piece(f"entry{e}", span(start, piece), selection.magnitude_keys(piece), e)
         for e, (start, piece) in enumerate(pieces)
     ]
     return selection.select_largest(own, [keep] * len(own), group)
+
+
+def span(start: int, piece: Tensor) -> Box:
+    """The place of a piece in an entry of 2^31 weights."""
+    return Box.span(start, piece.numel(), 1 << 31)
 
 
 class Alike:
@@ -101,7 +107,7 @@ def selections(sizes: Sequence[tuple[int, int, int]], rounds: int) -> list[Point
         # The other rank keeps the weights of those entries; this rank keeps none.
         keep = [weights.shape[1] // 5] * len(weights) + [0] * len(empty)
         own = [
-            selection.Piece(f"entry{e}", start, piece.numel(), selection.magnitude_keys(piece), e)
+            selection.Piece(f"entry{e}", span(start, piece), selection.magnitude_keys(piece), e)
             for e, (start, piece) in enumerate(pieces)
         ]
         return thread_seconds(lambda: selection.select_largest(own, keep, selection.Single()))
@@ -258,14 +264,15 @@ def by_ranks(ranks: Sequence[int], n: int, entries: int, rounds: int) -> list[Po
     Also time the division of ties by the former method: gather the counts of all ranks and loop over the entries.
     """
     weights = drawn(entries, n // entries)
-    pieces = [(1 << 30, row) for row in weights]
+    pieces, four = [(1 << 30, row) for row in weights], torch.ones(4)
 
     def whole(r: int) -> float:
         return thread_seconds(lambda: select(pieces, r * (n // entries // 5), Alike(r)))
 
     def divide(r: int) -> float:
-        starts, budgets, ties = [1 << 30] * entries, list(range(entries)), [4] * entries
-        return thread_seconds(lambda: selection._divide(starts, budgets, ties, [4 * r - 2] * entries, Alike(r)))
+        own = [selection.Piece("", span(1 << 30, four), selection.magnitude_keys(four), e) for e in range(entries)]
+        at = torch.full((entries,), int(selection.magnitude_keys(four)(0, 1)), dtype=torch.int64)
+        return thread_seconds(lambda: selection._tie_ends(own, at, torch.full_like(at, 4 * r - 2), Alike(r)))
 
     def gathered(r: int) -> float:
         with Stub.silent():

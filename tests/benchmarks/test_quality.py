@@ -16,6 +16,7 @@ from quality_runs import ROOT, SMALL, leave_results, record, small_run
 
 pytest.importorskip("rich")
 
+import compare
 import presets
 import records
 import report
@@ -74,7 +75,7 @@ def test_rows_differ() -> None:
     assert len(rows.BY_NAME) == len(rows.ROWS) == len({row.title for row in rows.ROWS})
 
 
-@pytest.mark.parametrize("module", (rows, runner, report), ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", (rows, runner, report, compare), ids=lambda module: module.__name__)
 def test_examples_in_docstrings(module: Any) -> None:
     assert doctest.testmod(module).failed == 0
 
@@ -110,6 +111,29 @@ def test_extra_rows_are_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().out.split() == ["ramped_s0.8_seed0", "to", "run"]
 
 
+@pytest.mark.parametrize("epochs", (8, 6))
+@pytest.mark.parametrize("name", [row.name for row in rows.ROWS if row.equal_flops] + ["cyclic_3"])
+def test_lengths_give_the_flops_of_gradual_pruning(name: str, epochs: int) -> None:
+    row = replace(rows.BY_NAME[name], equal_flops=True)
+    planned = []
+    for given in (row, rows.BY_NAME["gradual"]):
+        config = GaPConfig.load(given.config(0.9, epochs))
+        plan = schedule.build(config, steps_per_epoch=247)
+        planned.append(plan.mean_density([10] * config.kappa, [100] * config.kappa))
+        assert plan.total_steps == epochs * 247
+    assert planned[0] == pytest.approx(planned[1], abs=0.01)
+
+
+def test_equal_flops_that_no_length_gives_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "extra.json"
+    # Half of the weights are dense for the whole exploration, which is nearly the whole run.
+    config = {"partitions": 2, "phase_epochs": 3.75, "rounds": 1, "finetune_epochs": 0.5, "equal_flops": True}
+    path.write_text(json.dumps({"long": config}))
+    (row,) = rows.extra_rows(path, 8)
+    with pytest.raises(ValueError, match="no dense_epochs makes them equal"):
+        row.config(0.9, 8)
+
+
 # --- planning ---------------------------------------------------------------------------------------------------------
 
 
@@ -122,8 +146,9 @@ def test_seed_0_of_all_rows_comes_first_and_dense_is_run_once() -> None:
     names = planned()
     assert names[0] == "dense_s0_seed0"
     assert sorted(names, key=lambda name: name[-1]) == names
-    assert len(set(names)) == len(names) == 2 + 2 * (6 * 2 + 5)
-    assert [name for name in names if name.startswith("dense")] == ["dense_s0_seed0", "dense_s0_seed1"]
+    chosen = [rows.BY_NAME[name] for name in presets.CPU.rows]
+    assert len(set(names)) == len(names) == 4 + 3 * sum(len(row.seeds) for row in chosen if not row.dense)
+    assert [name for name in names if name.startswith("dense")] == [f"dense_s0_seed{seed}" for seed in range(4)]
 
 
 def test_rows_sparsities_and_seeds_can_be_chosen() -> None:
@@ -302,18 +327,56 @@ def results(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_table(results: Path) -> None:
+def page_rows(results: Path) -> list[list[str]]:
+    """Return the figures of the rows of a page without epochs, density and minutes, and the page's head."""
     assert report.main(["--results", str(results.parent), "--no-plot"]) == 0
-    page = results.with_suffix(".md").read_text(encoding="utf-8")
-    assert [line for line in page.splitlines() if line.startswith("|")][2:] == [
-        "| dense | 0% | 35.0 | 35.0 | 55.0 | 8 | 0.60 | 0.40 | 1.5 |",
-        "| C-GaP, 3 partitions | 80% | **32.5** | 33.0, 32.0 | 55.0 | 8 | 0.60 | 0.40 | 1.5 |",
-        # no further behind than two seeds of one method differ
-        "| gradual magnitude pruning | 80% | **31.6** | 31.6 | 55.0 | 8 | 0.60 | 0.40 | 1.5 |",
-        "| fixed random mask, learning-rate restarts | 80% | 30.0 | 30.0 | 55.0 | 8 | 0.60 | 0.40 | 1.5 |",
-        "| fixed random mask, learning-rate restarts | 90% | **29.0** | 29.0 | 55.0 | 8 | 0.60 | 0.40 | 1.5 |",
+    lines = results.with_suffix(".md").read_text(encoding="utf-8").splitlines()
+    return [line[2:-2].split(" | ") for line in lines if line.startswith("| ")]
+
+
+def test_the_table(results: Path) -> None:
+    head, *found = page_rows(results)
+    columns = ("method", "sparsity", "seeds", "validation loss", "BLEU", "training FLOPs", "of gradual's")
+    assert [[row[head.index(column)] for column in columns] for row in found] == [
+        ["dense", "0%", "1", "1.500", "35.0", "0.60", ""],
+        ["C-GaP, 3 partitions", "80%", "2", "**1.750 ± 0.050**", "32.5 ± 0.5", "0.60", "1.00"],
+        # Two standard errors of the difference: 2 x 0.071 x sqrt(1/1 + 1/2) = 0.173.
+        ["gradual magnitude pruning", "80%", "1", "**1.840**", "31.6", "0.60", "1.00"],
+        ["fixed random mask, learning-rate restarts", "80%", "1", "2.000", "30.0", "0.60", "1.00"],
+        ["fixed random mask, learning-rate restarts", "90%", "1", "**2.100**", "29.0", "0.60", ""],
     ]
-    assert "up to 1.0 BLEU at 80%;" in page and "no run was faster" in page and "Left out" not in page
+    page = results.with_suffix(".md").read_text(encoding="utf-8")
+    assert "0.071 at 80% (pooled" in page and "no run was faster" in page and "Left out" not in page
+
+
+def test_differences_are_paired_by_seed(results: Path) -> None:
+    for seed, bleu in ((1, 33.6), (2, 30.0)):
+        records.append(results, record(small_run("gradual", seed=seed), bleu))
+    records.append(results, record(small_run("static", seed=7), 30.0))  # no seed of gradual pruning
+    head, *found = page_rows(results)
+    loss, score = (i for i, column in enumerate(head) if column == "to gradual")
+    by_row = {(row[0], row[1]): (row[loss], row[score]) for row in found}
+    # C-GaP less gradual pruning: 33.0 - 31.6 and 32.0 - 33.6, of which t = -0.1 / 1.5 and p = 1 - 2/pi arctan(1/15)
+    assert by_row["C-GaP, 3 partitions", "80%"] == ("+0.010 ± 0.150, p 0.96", "-0.1 ± 1.5, p 0.96")
+    assert by_row["fixed random mask, learning-rate restarts", "80%"] == ("+0.160", "-1.6")
+    assert by_row["gradual magnitude pruning", "80%"] == ("", "")
+    assert by_row["dense", "0%"] == ("", "")
+
+
+def test_extra_rows_are_compared_with_the_table(results: Path) -> None:
+    extra = results.with_name("quality_smoke_extra.jsonl")
+    run = replace(small_run("cyclic_3"), row=rows.Row("mine", "mine", rows.BY_NAME["cyclic_3"].make))
+    records.append(extra, record(run, 32.6))
+    head, mine = page_rows(extra)
+    assert mine[head.index("to gradual")] == "-0.100"
+
+
+def test_the_paired_test_is_that_of_a_table() -> None:
+    """Quantiles of Student's t at 95 and 99 %, from a printed table."""
+    for t, freedom, p in ((4.303, 2, 0.05), (2.776, 4, 0.05), (4.604, 4, 0.01), (1.96, 100_000, 0.05)):
+        assert compare.two_sided_p(t, freedom) == pytest.approx(p, rel=1e-3)
+    assert compare.paired({0: 1.0, 1: 2.0}, {0: 0.5, 1: 1.5}) == compare.Difference(0.5, 0.0, 2, 0.0)
+    assert compare.paired({0: 1.0}, {1: 1.0}) is None
 
 
 def test_results_of_another_set_up_are_left_out(results: Path) -> None:

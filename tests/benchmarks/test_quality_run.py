@@ -16,6 +16,7 @@ from quality_runs import QUALITY, leave_results, small_run
 
 pytest.importorskip("rich")
 
+import background
 import presets
 import records
 import report
@@ -115,6 +116,40 @@ def test_a_run_is_not_started_twice(tmp_path: Path, scripted: Callable[[dict[str
     finally:
         runner.stop([job], grace=20)
     assert job.process.returncode
+
+
+def test_a_table_in_the_background_is_stopped_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, script = tmp_path / "out", tmp_path / "script.py"
+    script.write_text(
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit('saved'))\n"
+        "print('begun')\n"
+        "time.sleep(60)\n"
+    )
+
+    def times(word: str) -> int:
+        return (out / "background.log").read_text().count(word)
+
+    assert background.alive(out) is None and background.stop(out, 1)
+    for attempt in (1, 2):
+        number = background.start(script, ["--rows", "dense"], out)
+        assert background.alive(out) == number
+        with pytest.raises(ValueError, match=f"has a process already, {number}"):
+            background.start(script, [], out)
+        wait_for(lambda attempt=attempt: times("begun") == attempt)
+        assert os.getpriority(os.PRIO_PROCESS, number) == 19
+        assert background.stop(out, 20) and background.alive(out) is None
+        assert times("saved") == attempt
+    assert runner.main(["--preset", "smoke", "--out", str(out), "--stop"]) == 0
+    assert "nothing runs" in capsys.readouterr().out
+    assert runner.main(["--preset", "smoke", "--background"]) == 2
+
+
+def wait_for(reached: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_progress_is_read_from_the_log(tmp_path: Path) -> None:

@@ -133,6 +133,8 @@ def test_what_is_too_long_to_be_told_is_told_as_a_hash(here: Path, tmp_path: Pat
         (PARALLEL, ["--gap-worker", "-1"], r"gap_worker=-1: must be at least 0. Set --gap-worker."),
         (GAP, ["--teacher", "nowhere", "--distillation", "1"], r"distillation=1.0: must lie in \[0, 1\)"),
         (GAP, ["--teacher", "nowhere"], r"model 'nowhere': must be a folder or hub name"),
+        (GAP, ["--temperature", "0"], r"temperature=0.0: must be above 0. Set --temperature."),
+        (GAP, ["--teacher-phases", "first"], r"teacher_phases='first': must be of dense, explore, finetune."),
     ],
 )
 def test_mistakes(
@@ -153,10 +155,17 @@ def test_a_teacher_changes_the_fine_tuning_alone(
     run: Callable[..., int],  # noqa: F811
     tmp_path: Path,
 ) -> None:
+    """Or the phases that are given, here the first four steps; hidden states add to the loss."""
     gap = str(here / "short.json")  # 4 steps with masks that change, 2 of fine-tuning
-    assert run(arguments(here, tmp_path / "taught", "--teacher", str(finished / "model"), gap=gap)) == 0
-    taught, alone = ([row["loss"] for row in rows(out)] for out in (tmp_path / "taught", finished))
+    teacher = ["--teacher", str(finished / "model")]
+    states = ["--teacher-phases", "explore", "--distillation", "0", "--hidden-distillation", "0.1"]
+    for name, more in {"taught": [], "hidden": states}.items():
+        assert run(arguments(here, tmp_path / name, *teacher, *more, gap=gap)) == 0
+    taught, hidden, alone = (
+        [row["loss"] for row in rows(out)] for out in (tmp_path / "taught", tmp_path / "hidden", finished)
+    )
     assert taught[:4] == alone[:4] and taught[4] != alone[4]
+    assert all(more > loss + 0.01 for more, loss in zip(hidden[:4], alone[:4], strict=True))
 
 
 @pytest.mark.parametrize("restart", [False, True])

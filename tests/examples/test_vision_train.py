@@ -177,6 +177,20 @@ def test_a_pretrained_vit_gets_a_head_of_its_own(here: Path, run: Callable[[list
 
 
 @pytest.mark.full
+def test_a_teacher_teaches_the_phases_that_are_given(
+    plain: Path, here: Path, run: Callable[[list[str]], int], tmp_path: Path
+) -> None:
+    teacher = ["--teacher", str(plain / "model"), "--distillation", "0", "--hidden-distillation", "1"]
+    taught = [*EVERYTHING, *teacher, "--teacher-phases", "finetune"]
+    assert run(arguments(tmp_path / "taught", str(here / "gap.json"), *taught)) == 0
+    fine_tuning = max(row["phase"] for row in rows(plain))
+    pairs = list(zip(rows(tmp_path / "taught"), rows(plain), strict=True))
+    assert all(one["loss"] == other["loss"] for one, other in pairs if other["phase"] < fine_tuning)
+    first = next((one, other) for one, other in pairs if other["phase"] == fine_tuning)
+    assert first[0]["loss"] > first[1]["loss"]  # equal weights, and the distance of the hidden states
+
+
+@pytest.mark.full
 def test_parallel_gap_of_two_workers(here: Path, tmp_path: Path) -> None:
     """Both end with one model, whose masks keep the budget of each entry."""
     gap = tmp_path / "gap.json"

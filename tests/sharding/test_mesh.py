@@ -15,6 +15,8 @@ from table_rows import marked, needed
 
 RIGL = {"method": "rigl", "sparsity": 0.8, "phase_steps": 12, "update_steps": 4, "finetune_steps": 3}
 
+PATTERN = {"sparsity": 0.5, "partitions": 2, "phase_steps": 3, "rounds": 2, "finetune_steps": 3}
+
 ROWS: list[Row] = [
     {"name": "tp_groups", "mesh": "tp_groups"},
     {"name": "fsdp_tp", "mesh": "fsdp_tp"},
@@ -23,6 +25,8 @@ ROWS: list[Row] = [
     {"name": "hsdp_tp", "mesh": "hsdp_tp"},
     {"name": "shard1", "mesh": "shard1"},
     {"name": "cp", "mesh": "cp"},
+    {"name": "fsdp_tp_2_4", "mesh": "fsdp_tp", "gap": PATTERN | {"pattern": "2:4"}},
+    {"name": "shard1_block", "mesh": "shard1", "gap": PATTERN | {"pattern": "block:4x4"}},
 ]
 MIXTURES: list[Row] = [
     {"name": "ep_groups", "mesh": "ep_groups", "experts": True, "same_as": "mixture_alone"},
@@ -44,12 +48,16 @@ UNSHARDED: list[Row] = [
 CHAINS: list[Row] = [
     {
         "name": f"chain_{'portable' if portable else 'native'}",
+        "what": "chain",
         "meshes": ["fsdp4", "fsdp_tp", "tp4", "shard1", "alone"],
         "portable": portable,
     }
     for portable in (False, True)
 ]
-SHORT = [row["name"] for row in ROWS + MIXTURES + CHAINS]
+PIPELINE: Row = {"name": "pipeline", "what": "pipeline"}
+BOXES: Row = {"name": "boxes", "what": "boxes"}
+#: Each kind of mesh once.
+SHORT = ["tp_groups", "fsdp_tp_clip", "hsdp_tp", "cp", "fsdp_tp_2_4", "fsdp_ep", "chain_native", "pipeline", "boxes"]
 
 
 def table(rows: list[Row]) -> list[Any]:
@@ -109,3 +117,22 @@ def test_export_is_the_sparse_model(trained: Path, row: Row) -> None:
         assert torch.equal(ours["exported"][name], weight.view(ours["exported"][name].shape)), name
     for entry in ours["plan"].entries:
         assert int(ours["exported"][entry.name].count_nonzero()) <= entry.keep
+
+
+@pytest.mark.parametrize("row", table([PIPELINE]))
+def test_stages_of_a_pipeline_have_the_budgets_and_masks_of_the_whole_model(trained: Path, row: Row) -> None:
+    seen: set[str] = set()
+    for rank in range(4):
+        found = parity.result(trained, row["name"], rank)
+        whole = found["whole"]
+        entries = found["stats"]["entries"]
+        assert entries == {name: whole["stats"]["entries"][name] for name in entries}
+        assert all(torch.equal(mask, whole["masks"][name]) for name, mask in found["masks"].items())
+        assert parity.largest_difference(found["final"], whole["final"] | {"moments": {}}) <= 1e-5
+        seen |= entries.keys()
+    assert seen == whole["stats"]["entries"].keys()
+
+
+@pytest.mark.parametrize("row", table([BOXES]))
+def test_boxes_of_all_placements_hold_what_this_rank_has(trained: Path, row: Row) -> None:
+    assert [parity.result(trained, row["name"], rank)["wrong"] for rank in range(4)] == [[]] * 4

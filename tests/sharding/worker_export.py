@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from gap_ds import GaPEngine, export
+from gap_ds.export import weights
 from gap_ds.masks.box import Box
 from gap_ds.sharding.comm import Comm
 
@@ -102,14 +103,9 @@ def full_disk(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def change_one(write: Callable[..., Any]) -> Callable[..., Any]:
-    """A disk that changes a weight on its way."""
-
-    def changed(path: Path, tensors: dict[str, Tensor]) -> Any:
-        name = next(name for name, tensor in tensors.items() if not tensor.all())
-        return write(path, {**tensors, name: torch.ones_like(tensors[name])})
-
-    return changed
+def change_one(self: weights.ModelFiles, name: str, tensor: Tensor) -> None:
+    """A disk that changes weights on their way."""
+    self._writers[name].write(name, torch.ones_like(tensor))
 
 
 def no_rename(path: Path, target: Path) -> None:
@@ -129,7 +125,7 @@ def faults(out: Path) -> None:
     gathered: list[int] = []
     gather = export.full_weights
 
-    def counting(*arguments: Any) -> dict[str, Tensor]:
+    def counting(*arguments: Any) -> export.Stream:
         gathered.append(1)
         return gather(*arguments)
 
@@ -143,11 +139,11 @@ def faults(out: Path) -> None:
         "tokenizer": (lambda: engine.export(model, overwrite=True, tokenizer=odd), None),
         "full_disk": (
             lambda: engine.export(model, overwrite=True),
-            mock.patch("gap_ds.export.writing.write_weights", full_disk),
+            mock.patch("gap_ds.storage.safetensors.memoryview", full_disk, create=True),
         ),
         "changed": (
             lambda: engine.export(model, overwrite=True),
-            mock.patch("gap_ds.export.writing.write_weights", change_one(export.writing.write_weights)),
+            mock.patch.object(weights.ModelFiles, "write", change_one),
         ),
         "no_rename": (lambda: engine.export(model, overwrite=True), mock.patch("pathlib.Path.rename", no_rename)),
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -317,14 +317,15 @@ def group_emptied_on_rank_1() -> None:
 
 
 def quiet(build: Callable[[], GaPEngine]) -> dict[str, Any]:
-    """A run without a fault: the steps before which all weights were looked at, besides those at boundaries."""
+    """A run without a fault: the steps before which weights were looked at, besides boundaries, with the entries."""
     engine, looks = build(), []
     look = Run.doubt_weights
 
-    def counted(run: Run, place: str, wait: bool = False) -> None:
+    def counted(run: Run, place: str, names: Collection[str] | None = None, wait: bool = False) -> None:
         if place.startswith("before"):
-            looks.append(engine.applied_steps)
-        look(run, place, wait)
+            masked = set(run.mask_state.masked_weights())
+            looks.append((engine.applied_steps, names is None, names is None or set(names) == masked))
+        look(run, place, names, wait)
 
     with mock.patch.object(Run, "doubt_weights", counted):
         train(engine, 7)

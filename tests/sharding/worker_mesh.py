@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import sys
 import warnings
@@ -20,13 +22,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
+from worker_pattern import legal_mask
 
 from gap_ds import GaPEngine
 from gap_ds.method.plan import clean_name
+from gap_ds.sharding.comm import Comm
+from gap_ds.sharding.mesh import group_of, shard_of, uncounted
 
 warnings.filterwarnings("ignore", category=FutureWarning)
 warnings.filterwarnings("ignore", category=UserWarning)
@@ -114,6 +120,36 @@ class Context(toy.Toy):
         return functional.cross_entropy(self.head(self.norm(x)).flatten(0, 1), wanted[:, mine].flatten())
 
 
+class Untied(nn.Module):
+    """The toy without its tied head, and the part of it that one stage of a pipeline has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding: nn.Module | None = nn.Embedding(toy.VOCABULARY, toy.WIDTH)
+        # Other widths, so that budgets by ERK depend on the layers of both stages.
+        self.layers = nn.ModuleDict({str(i): toy.Block(HIDDEN + 8 * i) for i in range(toy.BLOCKS)})
+        self.head: nn.Module | None = nn.Linear(toy.WIDTH, toy.VOCABULARY)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.embedding is None else self.embedding(x)
+        for layer in self.layers.values():
+            x = layer(x)
+        return x if self.head is None else self.head(x)
+
+    def stage(self, number: int) -> Untied:
+        """Drops what the other stage has."""
+        for i in list(self.layers):
+            if int(i) // 2 != number:
+                del self.layers[i]
+        self.embedding, self.head = (self.embedding, None) if number == 0 else (None, self.head)
+        return self
+
+
+def untied() -> Untied:
+    torch.manual_seed(1)
+    return Untied()
+
+
 def unsharded(row: dict[str, Any]) -> nn.Module:
     torch.manual_seed(1)
     return Mixture() if row.get("experts") else Context(HIDDEN) if row.get("cp") else toy.Toy(HIDDEN)
@@ -147,7 +183,7 @@ def expert_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def sharded(model: nn.Module, mesh: DeviceMesh, place: Callable[[nn.Parameter], Any] | None = None) -> nn.Module:
-    for layer in model.layers:
+    for layer in model.layers.values() if isinstance(model, Untied) else model.layers:
         fully_shard(layer, mesh=mesh, shard_placement_fn=place)
     return fully_shard(model, mesh=mesh, shard_placement_fn=place)
 
@@ -210,11 +246,9 @@ GROUPS: dict[tuple[int, ...], Any] = {}
 
 def build(row: dict[str, Any], **training: Any) -> GaPEngine:
     model = wrap(row)
-    # One tensor at a time: torch's grouped updates do not take tensors of several meshes.
-    optimizer = torch.optim.AdamW(trained(model), lr=1e-2, foreach=False)
     gap = row.get("gap", toy.GAP)
     training = {"gradient_accumulation_steps": toy.ACCUMULATION, "gradient_clipping": row.get("clip", 0.0), **training}
-    return GaPEngine(model, gap, optimizer=optimizer, group=toy.Job.group, **training)
+    return GaPEngine(model, gap, optimizer=adamw(model), group=toy.Job.group, **training)
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
@@ -239,10 +273,13 @@ def whole(engine: GaPEngine) -> Callable[[str], Tensor]:
 def run(row: dict[str, Any], out: Path) -> dict[str, Any]:
     """A whole run, saved and exported in step 4, and a second engine that goes on from there."""
     engine, name = build(row), row["name"]
+    select = (
+        partial(legal_mask, pattern=row["gap"]["pattern"]) if "pattern" in row.get("gap", {}) else reference.largest
+    )
     first = dist.get_global_rank(toy.Job.group, 0) if toy.Job.group else 0  # of the ranks that train this model
     folder = out / "checkpoints" / f"{name}.{first}"
     at = {4: lambda: engine.save_checkpoint(folder, portable=True)}
-    result = observe.train(engine, whole(engine), at=at)
+    result = observe.train(engine, whole(engine), at=at, select=select)
     result |= observe.final_state(engine) | {"stats": engine.stats(), "plan": engine.plan}
     engine.export(out / "final" / folder.name)
     result["exported"] = (
@@ -251,19 +288,84 @@ def run(row: dict[str, Any], out: Path) -> dict[str, Any]:
     engine.close()
     resumed = build(row)
     resumed.load_checkpoint(folder)
-    again = observe.train(resumed, whole(resumed), first=5)
+    again = observe.train(resumed, whole(resumed), first=5, select=select)
     result["wrong"] += again["wrong"]
     result["resumed"] = observe.final_state(resumed) | {"masks": observe.full_masks(resumed)}
     resumed.close()
     if not row.get("experts"):
-        result["reference"] = independent(row.get("clip", 0.0))
+        result["reference"] = independent(row.get("clip", 0.0), select if "gap" in row else reference.largest)
     return result
 
 
-def independent(clip: float = 0.0) -> dict[str, Any]:
+def pipeline(row: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Two stages on two ranks each, by GPipe; then the whole model on this rank alone, with the same data."""
+    rank = dist.get_rank()
+    number, gap = rank % 2, {**toy.GAP, "distribution": "erk"}
+    stages = {0: GROUPS[0, 2], 1: GROUPS[1, 3]}
+    module = sharded(untied().stage(number), DeviceMesh.from_group(stages[number], "cpu", mesh_dim_names=("dp",)))
+    with torch.device("meta"):
+        whole = Untied()
+    engine = GaPEngine(module, gap, optimizer=adamw(module), group=stages[number], whole=whole)
+    pair = GROUPS[0, 1] if rank < 2 else GROUPS[2, 3]
+    stage = PipelineStage(module, number, 2, torch.device("cpu"), group=pair)
+
+    def loss(logits: Tensor, wanted: Tensor) -> Tensor:
+        return functional.cross_entropy(logits.flatten(0, 1), wanted.flatten())
+
+    schedule = ScheduleGPipe(stage, n_microbatches=2, loss_fn=loss)
+    for step in range(toy.STEPS):
+        tokens = toy.batch(step, 0, rank // 2)[0]
+        schedule.step(tokens) if number == 0 else schedule.step(target=tokens.roll(1, dims=1))
+        engine.optimizer.step()
+        engine.optimizer.zero_grad()
+        engine.after_step()
+    toy.Job.group, toy.Job.data_rank = stages[number], None
+    found = {"stats": engine.stats(), "final": observe.final_state(engine), "masks": observe.full_masks(engine)}
+    engine.save_checkpoint(out / "checkpoints" / f"pipeline{number}")
+    engine.close()
+    model = untied()
+    alone = GaPEngine(model, gap, optimizer=adamw(model), group=GROUPS[rank,])
+    for step in range(toy.STEPS):
+        batches = [toy.batch(step, 0, data)[0] for data in (0, 1)]
+        sum(loss(model(tokens), tokens.roll(1, dims=1)) / 2 for tokens in batches).backward()
+        alone.optimizer.step()
+        alone.optimizer.zero_grad()
+        alone.after_step()
+    toy.Job.group = GROUPS[rank,]
+    found["whole"] = {"stats": alone.stats(), "final": observe.final_state(alone), "masks": observe.full_masks(alone)}
+    alone.close()
+    return found
+
+
+def boxes(row: dict[str, Any], out: Path) -> dict[str, Any]:
+    """The boxes of DTensors of all placements on a mesh, compared with the numbers that this rank holds."""
+    mesh, wrong = init_device_mesh("cpu", (2, 2)), []
+    for shape in [(5,), (1, 4), (5, 3), (7, 9), (4, 6, 2), (3, 1, 5)]:
+        numbers = torch.arange(math.prod(shape)).view(shape)
+        ways = [Replicate(), *(Shard(dim) for dim in range(len(shape)))]
+        for placements in itertools.product(ways, ways):
+            parameter = nn.Parameter(distribute_tensor(numbers.float(), mesh, placements))
+            found = shard_of("w", parameter)
+            if found.box.indices().tolist() != parameter.to_local().flatten().long().tolist():
+                wrong.append(f"{shape} {placements}: {found.box}")
+            comm = group_of({"w": parameter}, Comm())
+            counted = "w" not in uncounted([found], comm)
+            total = torch.tensor(found.numel * counted)
+            dist.all_reduce(total)
+            if int(total) != math.prod(shape) * 4 // comm.size:
+                wrong.append(f"{shape} {placements}: {int(total)} weights are counted in groups of {comm.size}")
+    return {"wrong": wrong}
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    # One tensor at a time: torch's grouped updates do not take tensors of several meshes.
+    return torch.optim.AdamW(trained(model), lr=1e-2, foreach=False)
+
+
+def independent(clip: float = 0.0, select: Callable[..., Tensor] = reference.largest) -> dict[str, Any]:
     """The same training of the whole toy, without gap_ds."""
-    select = partial(reference.largest, keep=round(0.2 * toy.WIDTH * HIDDEN))
-    return reference.train("adamw", False, trained, clip, hidden=HIDDEN, select=select)
+    keep = round(toy.WIDTH * HIDDEN * (0.2 if select is reference.largest else 0.5))
+    return reference.train("adamw", False, trained, clip, hidden=HIDDEN, select=partial(select, keep=keep))
 
 
 def chain(row: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -286,10 +388,11 @@ def chain(row: dict[str, Any], out: Path) -> dict[str, Any]:
 def main(out: Path) -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
-    for ranks in [(0, 1), (2, 3), (0,), (1,), (2,), (3,)]:
+    for ranks in [(0, 1), (2, 3), (0, 2), (1, 3), (0,), (1,), (2,), (3,)]:
         GROUPS[ranks] = dist.new_group(list(ranks))
     rows = json.loads((out / "rows.json").read_text())
-    works = {row["name"]: partial(chain if "meshes" in row else run, row, out) for row in rows}
+    kinds = {"chain": chain, "pipeline": pipeline, "boxes": boxes}
+    works = {row["name"]: partial(kinds.get(row.get("what", ""), run), row, out) for row in rows}
     observe.work_through(out, works)
 
 

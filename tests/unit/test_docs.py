@@ -166,9 +166,10 @@ class Tiny(nn.Module):
         self.layers = nn.ModuleList(nn.Sequential(nn.Linear(5, 5), nn.Tanh()) for _ in range(3))
 
     def forward(self, x: torch.Tensor) -> SimpleNamespace:
+        states = [x]
         for layer in self.layers:
-            x = layer(x)
-        return SimpleNamespace(loss=x.square().mean())
+            states.append(layer(states[-1]))
+        return SimpleNamespace(loss=states[-1].square().mean(), logits=states[-1], hidden_states=states)
 
 
 def scope(folder: Path) -> dict[str, Any]:

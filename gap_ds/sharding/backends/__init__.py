@@ -7,7 +7,7 @@ which backend it has.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ class Backend:
     backward, step: one micro-batch's backward pass; the update, if this micro-batch completes one.
     micro_batches: how many micro-batches an update has.
     save, load: the library's own checkpoint of weights and optimizer, in a folder that exists on every rank.
-    reshards: whether `load` reads what another number of ranks saved.
+    reshards: names of the backends whose checkpoints `load` reads, also those of another number of ranks.
     counters: what the library counts besides, as plain numbers; `recount`: sets them, from those of any backend, after
         weights and optimizer state were restored without `load`.
     """
@@ -59,7 +59,7 @@ class Backend:
     load: Callable[[Path], None]
     micro_batches: int = 1
     skips_overflow: bool = False
-    reshards: bool = False
+    reshards: Collection[str] = ()
     replicated: bool = False
     counters: Callable[[], dict[str, float]] = dict
     recount: Callable[[int, dict[str, float]], None] = lambda applied_steps, counters: None

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from gap_ds.method.plan import clean_name
 from gap_ds.sharding.backends import Backend, Training, uncompiled
-from gap_ds.sharding.backends.plain import Loop, NoSync, load_state, require_world, save_state
+from gap_ds.sharding.backends.plain import DISTRIBUTED, Loop, NoSync, load_state, require_world, save_state
 from gap_ds.sharding.comm import Comm
 from gap_ds.sharding.mesh import Layout, shard_of
 from gap_ds.sharding.shard import Shard
@@ -70,7 +70,7 @@ def _backend(name: str, model: nn.Module, root: nn.Module, training: Training, l
         save=save,
         load=load,
         skips_overflow=training.grad_scaler is not None,
-        reshards=True,
+        reshards=DISTRIBUTED if name in DISTRIBUTED else (name,),
         **rest,
     )
 

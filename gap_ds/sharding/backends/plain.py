@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -27,6 +28,9 @@ from gap_ds.sharding.mesh import Layout, clip, shard_of
 from gap_ds.sharding.optimizers import Optimizers
 from gap_ds.sharding.shard import Shard
 from gap_ds.storage.errors import summarize_error
+
+#: Backends whose checkpoints are alike: torch.distributed.checkpoint stores whole parameters by name.
+DISTRIBUTED = ("plain", "ddp", "fsdp2")
 
 
 def recognises(model: nn.Module) -> bool:
@@ -65,7 +69,7 @@ def build(model: nn.Module, training: Training) -> Backend:
         save=lambda folder: save_state(module, optimizers, folder, training.world),
         load=lambda folder: load_state(module, optimizers, folder, training.world),
         skips_overflow=training.grad_scaler is not None,
-        reshards=True,
+        reshards=DISTRIBUTED,
     )
 
 
@@ -191,9 +195,13 @@ class Loop:
     def _update(self) -> None:
         training, scaler = self.training, self.training.grad_scaler
         before = scaler.get_scale() if scaler else None
-        if training.gradient_clipping > 0:
+        together = scaler is not None and len(self.optimizers) > 1
+        if training.gradient_clipping > 0 or together:
             for optimizer in self.optimizers if scaler else ():
                 scaler.unscale_(optimizer)
+        if together:
+            _overflow_together(scaler, self.optimizers)
+        if training.gradient_clipping > 0:
             self.clip(training.gradient_clipping)
         for optimizer in self.optimizers:
             scaler.step(optimizer) if scaler else optimizer.step()
@@ -204,6 +212,15 @@ class Loop:
                 if not isinstance(scheduler, ReduceLROnPlateau):  # its step takes a metric, which the user has
                     scheduler.step()
         self.clear()
+
+
+def _overflow_together(scaler: torch.amp.GradScaler, optimizers: Optimizers) -> None:
+    """Lets every optimizer leave out the update if the gradients of one overflow: half of it would be no update."""
+    found = [scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"] for optimizer in optimizers]
+    total = sum(flag.cpu() for flags in found for flag in flags.values())
+    for flags in found:
+        for flag in flags.values():
+            flag.copy_(total)
 
 
 def save_state(module: nn.Module, optimizers: Optimizers, folder: Path, world: Comm) -> None:
@@ -241,8 +258,7 @@ def load_state(module: nn.Module, optimizers: Optimizers, folder: Path, world: C
     """
     path, ranks = folder / "state", _among(world)
     with optimizers.aside() as aside:  # torch makes the state that is filled by a step, which must not count
-        for optimizer in optimizers:
-            optimizer.state.clear()
+        optimizers.clear()
         model_state, optimizer_state = _state_dict(module, optimizers)
         by_name = cast(dict[str, dict[str, Any]], optimizer_state["state"])
         made = {name: set(state) for name, state in by_name.items()}
@@ -253,7 +269,8 @@ def load_state(module: nn.Module, optimizers: Optimizers, folder: Path, world: C
             load_distributed(facts, checkpoint_id=path, **ranks)
             saved = _saved_state(path, made)
             _check_groups(path, optimizer_state["param_groups"], ranks)
-            _check_state(path, saved, made, facts["stepped"], optimizers.names)
+            frozen = {clean_name(name) for name, p in module.named_parameters() if not p.requires_grad}
+            _check_state(path, saved, made, facts["stepped"], optimizers.names, frozen)
             load_distributed({"model": model_state}, checkpoint_id=path, **ranks)
             load_distributed(state, checkpoint_id=path, **ranks, planner=partly)
         except CheckpointException as error:
@@ -301,10 +318,20 @@ def _check_groups(path: Path, groups: Any, ranks: dict[str, Any]) -> None:
 
 
 def _check_state(
-    path: Path, saved: Mapping[str, set[str]], made: Mapping[str, set[str]], stepped: bool, optimizer: str
+    path: Path,
+    saved: Mapping[str, set[str]],
+    made: Mapping[str, set[str]],
+    stepped: bool,
+    optimizer: str,
+    frozen: Container[str],
 ) -> None:
     """Checks that saved optimizer state is of the kind that the optimizer makes; OtherOptimizerError if it is not."""
     for name, kinds in saved.items():
+        if name in frozen and name not in made:
+            raise OtherOptimizerError(
+                f"{path}: {name} was trained when it was saved, and is frozen now, so that its optimizer state has no "
+                "place. Load the checkpoint first, and freeze (requires_grad_(False)) after that."
+            )
         if kinds != made.get(name, set()):
             raise OtherOptimizerError(
                 f"{path}: holds the optimizer state {', '.join(sorted(kinds))} of {name}, and {optimizer} has "

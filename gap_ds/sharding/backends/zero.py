@@ -96,7 +96,7 @@ def _refuse(engine: Any, training: Training) -> None:
     config = engine._config
     zero = config.zero_config
     given = {k for k, v in vars(training).items() if v != type(training).__dataclass_fields__[k].default}
-    if given := given - {"optimizer_state"}:
+    if given := given - {"optimizer_state", "world"}:
         raise ValueError(
             f"{', '.join(sorted(given))}: has no effect with a DeepSpeed engine, which has its own. Pass it to "
             "deepspeed.initialize, or set it in the DeepSpeed config."
@@ -177,6 +177,8 @@ def _refuse_value(setting: str, value: object, reason: str, change: str) -> NoRe
 def _optimizers(engine: Any, stage: int, training: Training) -> Optimizers:
     """The innermost optimizer. Stage 3 lists its tensors only while it steps a sub-group."""
     flat = (lambda: {id(p) for p in engine.optimizer.fp32_partitioned_groups_flat}) if stage == 3 else None
+    if stage == 3:  # DeepSpeed leaves the pieces in the groups of Adagrad alone, and can't load its state then
+        engine.optimizer._clear_fp32_optimizer_param_groups()
     return Optimizers(
         [_innermost(engine.optimizer)],
         held=flat,

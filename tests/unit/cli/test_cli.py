@@ -156,6 +156,18 @@ def test_golden(run: Run, golden: Golden, name: str, argv: str) -> None:
         assert all(len(line.rstrip()) <= 80 for line in out.splitlines() if not line.startswith("gap|"))
 
 
+def test_the_experts_of_a_block_are_one_row(run: Run) -> None:
+    settings = {**TINY_LLAMA, "model_type": "switch_transformers", "architectures": None}
+    settings |= {"d_kv": 8, "d_ff": 16, "num_heads": 2, "num_layers": 2, "num_decoder_layers": 2}
+    write(Path("mixture") / "config.json", settings | {"num_sparse_encoder_layers": 1, "num_experts": 4})
+    code, out, err = run("plan", "-m", "mixture", "-g", "cyclic.json", "--entries")
+    assert (code, err) == (0, "")
+    rows = [line.split() for line in out.splitlines() if ".experts." in line]
+    # Two matrices of 64 x 16 weights in each expert, of which a tenth is 102.
+    kept = [str(4 * 2 * 102), f"{102 / 1024:.4f}"]
+    assert next(row[1:] for row in rows) == ["encoder.block.1.layer.1.mlp.experts.*", "4", "experts", *kept]
+
+
 def test_a_shipped_config_by_its_name(run: Run) -> None:
     code, out, err = run("plan", "-m", "tiny", "-g", "static_90", "--json")
     signature = GaPConfig.load(ROOT / "configs" / "gap" / "static_90.json").signature("0.0.0")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gap_ds import GaPConfig, GaPEngine
-from gap_ds.export import compact, expand, from_checkpoint, load_compact, writing
+from gap_ds.export import compact, expand, from_checkpoint, load_compact, weights
+from gap_ds.export import folder as folders
 from gap_ds.export.weights import Counted, write_weights
+from gap_ds.sharding.comm import Comm
 
 STEPS = {"phase_steps": 3, "rounds": 2, "finetune_steps": 2}
 GAP = {"sparsity": 0.75, "partitions": 2, **STEPS}
@@ -167,6 +170,58 @@ def test_transformers_models_that_drop_the_weights_or_are_tied_by_hand(tmp_path:
         assert torch.equal(*norms) or not by_hand
 
 
+def llama() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    built: nn.Module = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=9, **sizes))
+    return built
+
+
+def test_a_weight_is_let_go_before_the_next_one_is_gathered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[weakref.ref[Tensor]] = []
+    assemble, write = Comm.assemble, weights.ModelFiles.write
+
+    def assembling(self: Comm, piece: Tensor, *rest: Any) -> Tensor | None:
+        assert all(ref() is None for ref in held)
+        held.append(weakref.ref(piece))
+        return assemble(self, piece, *rest)
+
+    def writing(self: weights.ModelFiles, name: str, tensor: Tensor) -> None:
+        held.append(weakref.ref(tensor))
+        write(self, name, tensor)
+
+    monkeypatch.setattr(Comm, "assemble", assembling)
+    monkeypatch.setattr(weights.ModelFiles, "write", writing)
+    train(Net(), 4).export(tmp_path / "out")
+    assert len(held) == 2 * 9 + len({"scale", "again"}) + len({"head.weight", "first.fc.weight", "first.fc.bias"})
+
+
+def test_a_large_model_has_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Named, listed and loaded as those of transformers; also from a checkpoint, and as the source of a compact one."""
+    transformers = pytest.importorskip("transformers")
+    module = llama()
+    engine = GaPEngine(module, GAP, optimizer=torch.optim.Adam(module.parameters(), lr=0.01))
+    one = load_file(engine.export(tmp_path / "one") / "model.safetensors")
+    saved = engine.save_checkpoint(tmp_path / "checkpoints")
+    monkeypatch.setattr(weights, "MOST_BYTES", 1000)
+    out = engine.export(tmp_path / "out", overwrite=True)
+    module.save_pretrained(tmp_path / "theirs", max_shard_size=1000)
+    files = {folder: sorted(p.name for p in folder.glob("model*")) for folder in (out, tmp_path / "theirs")}
+    assert files[out] == files[tmp_path / "theirs"] and len(files[out]) > 4
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == one.keys()
+    assert index["metadata"]["total_size"] == sum(weight.nbytes for weight in one.values())
+    loaded, found = transformers.LlamaForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not found["missing_keys"] and not found["unexpected_keys"]
+    assert all(torch.equal(weight, one[name]) for name, weight in loaded.state_dict().items())
+    compact(out, tmp_path / "small")
+    from_checkpoint.export_checkpoint(saved, tmp_path / "again", progress=lambda *_: None)
+    assert sorted(p.name for p in (tmp_path / "again").glob("model*")) == files[out]
+    monkeypatch.undo()
+    back = load_file(expand(tmp_path / "small", tmp_path / "back") / "model.safetensors")
+    assert back.keys() == one.keys() and all(torch.equal(back[name], one[name]) for name in one)
+
+
 # -- a difference is found before anything is shown --------------------------------------------------------------------
 
 
@@ -184,14 +239,16 @@ def test_transformers_models_that_drop_the_weights_or_are_tied_by_hand(tmp_path:
 )
 def test_a_difference_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any, said: str) -> None:
     engine = train(Net(), 4)
-    write = writing.write_weights
+    write = folders.write_model
 
-    def changed(path: Path, tensors: dict[str, Tensor]) -> Any:
-        weights = dict(tensors)
+    def changed(aside: Path, *rest: Any) -> Any:
+        counted = write(aside, *rest)
+        weights = load_file(aside / "model.safetensors")
         change(weights)
-        return write(path, weights)
+        save_file(weights, aside / "model.safetensors")
+        return counted
 
-    monkeypatch.setattr(writing, "write_weights", changed)
+    monkeypatch.setattr(folders, "write_model", changed)
     with pytest.raises(ValueError, match=r"out: was not written: read back, the files differ from gap\.json") as error:
         engine.export(tmp_path / "out")
     assert said in str(error.value) and not list(tmp_path.iterdir())

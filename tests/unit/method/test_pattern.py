@@ -474,17 +474,16 @@ def test_a_weight_that_is_nan_stops_the_boundary() -> None:
 
 
 def test_what_travels_is_forecast() -> None:
-    """Scores of whole entries, 4 bytes each: half of the entries at the start, each half at its boundary."""
+    """Of each entry one number, and the scores of a group that is cut: half of the entries at a time."""
     pytest.importorskip("typer")
     from gap_ds.cli.plan import forecast
 
     ranks = forecast(Model(), config("2:4"), world_size=2)["ranks"]
-    half = plan.build(Model(), config("2:4")).numel // 2
-    assert (ranks["sent"], ranks["start_bytes"], ranks["boundary_bytes"]) == (
-        "scores, an entry at a time",
-        4 * half,
-        4 * half,
-    )
+    entries = [e for e in plan.build(Model(), config("2:4")).entries if e.partition == 0]
+    # A group and what lies between its members: 4 rows of a matrix (in, out), 4 weights of one that is (out, in).
+    half = sum(8 + 8 * 4 * math.prod(e.shape[e.dims[1] + 1 :]) for e in entries)
+    assert (ranks["start_bytes"], ranks["boundary_bytes"]) == (half, half)
+    assert ranks["sent"] == "counts, and scores of groups that are cut"
     assert forecast(Model(), config("unstructured"), world_size=2)["ranks"]["sent"] == "counts"
 
 

@@ -33,6 +33,27 @@ def muon(model: nn.Module) -> list[torch.optim.Optimizer]:
     return [torch.optim.Muon(matrices, lr=0.02), torch.optim.AdamW(rest, lr=0.01)]
 
 
+class Built(torch.optim.Optimizer):
+    """Momentum whose state is made with the optimizer, and which relies on it."""
+
+    def __init__(self, params: Any, lr: float = 0.05) -> None:
+        super().__init__(params, {"lr": lr})
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p] = {"momentum_buffer": torch.zeros_like(p), "scale": torch.ones(()), "step": 0}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    state = self.state[p]
+                    state["step"] += 1
+                    state["scale"].mul_(0.9)
+                    state["momentum_buffer"].mul_(0.9).add_(p.grad)
+                    p.sub_(state["momentum_buffer"] * state["scale"], alpha=group["lr"] / state["step"])
+
+
 #: With the first values of the state that has one value per weight, and names of other sequences of the weights.
 TABLE: dict[str, tuple[Make, dict[str, float], tuple[str, ...]]] = {
     "Adam": (over(torch.optim.Adam, lr=0.01), {"exp_avg": 0, "exp_avg_sq": 0}, ()),
@@ -59,6 +80,7 @@ TABLE: dict[str, tuple[Make, dict[str, float], tuple[str, ...]]] = {
     "SGD dampening": (over(torch.optim.SGD, lr=0.05, momentum=0.9, dampening=0.5), {"momentum_buffer": 0}, ()),
     "Adafactor": (over(torch.optim.Adafactor, lr=0.01), {}, ()),
     "Muon": (muon, {"momentum_buffer": 0}, ()),
+    "Built": (over(Built, lr=0.05), {"momentum_buffer": 0}, ()),
 }
 every = pytest.mark.parametrize("name", TABLE)
 

@@ -8,11 +8,15 @@ from test_engine import build, train
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from gap_ds.training.updates import _Parts
+
 #: Sparse in the first phase of three steps.
 ENTRY = "layers.3.fc.weight"
 
 
-def test_a_change_in_place_is_found_at_the_next_update() -> None:
+def test_a_change_in_place_is_found_at_the_next_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if the part that comes next is another one."""
+    monkeypatch.setattr("gap_ds.training.updates._PART", 1)
     engine = build()
     train(engine, 1)
     with torch.no_grad():
@@ -30,13 +34,39 @@ def test_a_change_of_kept_weights_alone_is_none() -> None:
     assert engine.applied_steps == 2
 
 
-def test_changes_that_pytorch_does_not_count_are_found_before_the_boundary() -> None:
+def test_changes_that_pytorch_does_not_count_are_found_at_the_next_update_of_few_weights() -> None:
+    engine = build()
+    train(engine, 1)
+    engine.module.get_parameter(ENTRY).data.add_(1.0)
+    with pytest.raises(ValueError, match=r"^layers\.3\.fc\.weight: 27 of its pruned weights are not 0"):
+        train(engine, 1)
+
+
+def test_changes_that_pytorch_does_not_count_are_found_before_the_boundary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if parts are small: its turn does not come before."""
+    monkeypatch.setattr("gap_ds.training.updates._PART", 1)
     engine = build()
     for _ in range(2):
         train(engine, 1)
         engine.module.get_parameter(ENTRY).data.add_(1.0)
     with pytest.raises(ValueError, match=r"^layers\.3\.fc\.weight: 27 of its pruned weights are not 0"):
         train(engine, 1)
+
+
+@pytest.mark.parametrize("updates", [2, 16, 32, 100])
+def test_many_weights_are_looked_at_in_parts_all_of_them_before_a_boundary(
+    monkeypatch: pytest.MonkeyPatch, updates: int
+) -> None:
+    """And in every 32 updates; those on a device before the boundary alone."""
+    monkeypatch.setattr("gap_ds.training.updates._PART", 10)
+    pieces = {str(i): torch.empty(10 + i) for i in range(64)} | {"device": torch.empty(10_000, device="meta")}
+    parts, most = _Parts(pieces), (640 + 63 * 32) // 32 + 10 + 63
+    looks = [set(parts.next(rest=False)) for _ in range(updates - 1)]
+    assert all("device" not in look and sum(pieces[name].numel() for name in look) <= most for look in looks)
+    last = set(parts.next(rest=True))
+    assert last.union(*looks) == set(pieces) and "device" in last
+    for start in range(updates - 32):
+        assert set().union(*looks[start : start + 32]) >= set(pieces) - {"device"}
 
 
 def test_weights_that_are_loaded_and_masked_again_go_on() -> None:

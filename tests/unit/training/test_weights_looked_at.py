@@ -240,23 +240,41 @@ def test_an_overflow_is_no_update(fused: bool, method: str) -> None:
     assert all(torch.equal(weight, rough[name]) for name, weight in smooth.items())
 
 
-def test_an_overflow_of_one_of_two_optimizers_is_half_an_update() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("clipping", [0.0, 1.0])
+def test_an_overflow_of_one_of_two_optimizers_is_no_update_of_either(fused: bool, clipping: float) -> None:
     torch.manual_seed(0)
     model = Model()
-    optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in (model.layers, model.head)]
+    optimizers = [torch.optim.SGD(part.parameters(), lr=0.1, fused=fused) for part in (model.layers, model.head)]
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    engine = GaPEngine(model, CYCLIC, optimizer=optimizers, grad_scaler=scaler)
+    engine = GaPEngine(model, CYCLIC, optimizer=optimizers, grad_scaler=scaler, gradient_clipping=clipping)
     train(engine, 1)
+    before = {name: weight.clone() for name, weight in weights(engine).items()}
     backward(engine.module, 1)
     model.head.weight.grad.fill_(float("inf"))  # type: ignore[union-attr]
     engine.step()
     engine.check_weights()
+    assert all(torch.equal(weight, before[name]) for name, weight in weights(engine).items())
     assert engine.applied_steps == 1 and scaler.get_scale() == 4.0
     train(engine, 1)
     assert engine.applied_steps == 2
 
 
 # -- loads -------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_frozen_before_a_load_is_named(tmp_path: Path) -> None:
+    first, second = build(), build()
+    train(first, 4)
+    first.save_checkpoint(tmp_path)
+    second.module.get_submodule("head").requires_grad_(False)
+    with pytest.raises(ValueError, match=r"head\.weight was trained when it was saved, and is frozen now"):
+        second.load_checkpoint(tmp_path)
+    model = Model()
+    model.layers[0].requires_grad_(False)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
+    with pytest.raises(ValueError, match=r"another plan .*; layers\.0\.fc\.weight was an entry, and is none now"):
+        GaPEngine(model, CYCLIC, optimizer=optimizer).load_checkpoint(tmp_path)
 
 
 def test_masks_of_other_weights_are_refused_and_nothing_is_changed(tmp_path: Path) -> None:
