@@ -241,7 +241,7 @@ def _timeline(figures: dict[str, Any], width: int, ascii_only: bool) -> Text:
         widths = [int(phase[f"{unit}s"] > 0) for phase in phases]
         per_round = sum(phase["round"] == 0 for phase in phases)
         width -= width % per_round if per_round < width else 0  # rounds are not broken across lines
-    full, *between, empty = "#+=-." if ascii_only else "█▓▒░·"
+    full, *between, empty = list("#+=-." if ascii_only else "█▓▒░·")
     lines = [
         "".join(
             _shade(phase, k, row["kept"] / row["weights"], (full, *between, empty)) * w
