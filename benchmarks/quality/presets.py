@@ -85,7 +85,7 @@ class Preset:
         return "+".join(self.parts) or "generated"
 
 
-# On a machine of 2 cores, two at a time, a run takes 8 to 9 minutes, and the 112 of the table 8 hours.
+# On a machine of 2 cores, two at a time, a run takes 8 to 9 minutes, and the 109 of the table 8 hours.
 CPU = Preset(
     "cpu",
     about="English to German on Multi30k (29,000 sentence pairs), preset tiny, 8 epochs; no dropout, because a model "
