@@ -262,14 +262,12 @@ ROWS: tuple[Row, ...] = (
         "cyclic_2_rising_grown",
         "C-GaP, 2 partitions, rising target, 30% grown by gradient",
         _rising(partitions=2, rounds=5, dense=1, grow_share=0.3, **_GROWN),
-        FOUR_SEEDS,
         equal_flops=True,
     ),
     Row(
         "cyclic_3_rising_grown_fast",
         "C-GaP, 3 partitions, rising target, 30% grown by gradient, phases of 1/4 epoch",
         _rising(rounds=6, length=0.25, update=0.05, dense=1, grow_share=0.3, **_GROWN),
-        FOUR_SEEDS,
         equal_flops=True,
     ),
     Row(
@@ -288,6 +286,7 @@ ROWS: tuple[Row, ...] = (
         "cyclic_2_rising_grown_kept",
         "C-GaP, 2 partitions, rising target, 30% grown by gradient, second moments kept",
         _rising(partitions=2, rounds=5, dense=1, grow_share=0.3, **_GROWN, **_KEPT),
+        FOUR_SEEDS,
         equal_flops=True,
     ),
     Row(
