@@ -6,7 +6,6 @@ sharding is the reference of them all.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import sys
@@ -16,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import observe
 import torch
 import torch.distributed as dist
@@ -71,7 +69,7 @@ class Seen:
     def __init__(self) -> None:
         self.wrong: list[str] = []
         self.masks: list[dict[str, Tensor]] = []
-        self._phase: Any = None
+        self.phase: Any = None
 
     def look(self, engine: GaPEngine) -> None:
         engine.run.backend.publish()
@@ -81,8 +79,8 @@ class Seen:
             nonzero = int((weight.full_tensor() if isinstance(weight, DTensor) else weight).count_nonzero())
             if entry.partition not in engine.phase.dense and nonzero != entry.keep:
                 self.wrong.append(f"step {engine.applied_steps}: {entry.name} has {nonzero}, not {entry.keep}")
-        if engine.phase is not self._phase:
-            self._phase = engine.phase
+        if engine.phase is not self.phase:
+            self.phase = engine.phase
             self.masks.append(observe.full_masks(engine))
 
 
@@ -211,6 +209,48 @@ def by_trainer(row: dict[str, Any], out: Path) -> dict[str, Any]:
     return result | {"saved": load_file(saved) if dist.get_rank() == 0 else {}}
 
 
+def by_deepspeed(row: dict[str, Any], out: Path) -> dict[str, Any]:
+    """AutoTP: DeepSpeed cuts the layers of the whole model itself. A row may be refused."""
+    forget_row()
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": row["stage"]},
+        "zero_allow_untested_optimizer": True,
+        "tensor_parallel": {"autotp_size": row["autotp"]},
+        "steps_per_print": 10**9,
+    }
+
+    def build() -> GaPEngine:
+        model = load(out)
+        return GaPEngine.initialize(model=model, optimizer=adamw(model), config=config, gap_config=GAP)
+
+    def train(engine: GaPEngine) -> Iterator[int]:
+        while engine.applied_steps < STEPS:
+            engine.backward(engine(**batch()).loss)
+            engine.step()
+            yield engine.applied_steps
+
+    try:
+        engine = build()
+    except ValueError as error:
+        return {"refused": str(error)}
+    seen = Seen()
+    for step in train(engine):
+        seen.masks.append(observe.full_masks(engine)) if engine.phase is not seen.phase else None
+        seen.phase = engine.phase
+        if step == SAVED:
+            engine.save_checkpoint(out / "checkpoints" / row["name"])
+    result = finish(engine, seen, out, row["name"])
+    resumed = build()
+    resumed.load_checkpoint(out / "checkpoints" / row["name"])
+    for _ in train(resumed):
+        pass
+    result["resumed"] = observe.final_state(resumed) | {"masks": observe.full_masks(resumed)}
+    resumed.close()
+    return result
+
+
 def main(out: Path) -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
@@ -221,7 +261,7 @@ def main(out: Path) -> None:
         write(out / "model")
     dist.barrier()
     rows = json.loads((out / "rows.json").read_text())
-    kinds = {"engine": by_engine, "accelerate": by_accelerate, "trainer": by_trainer}
+    kinds = {"engine": by_engine, "accelerate": by_accelerate, "trainer": by_trainer, "deepspeed": by_deepspeed}
     works: dict[str, Any] = {"alone": partial(alone, out)}
     observe.work_through(out, works | {row["name"]: partial(kinds[row["what"]], row, out) for row in rows})
 
