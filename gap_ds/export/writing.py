@@ -193,7 +193,11 @@ def save_pretrained(model: Any, folder: Path, **options: Any) -> None:
     if "state_dict" not in parameters and all(p.kind != p.VAR_KEYWORD for p in parameters.values()):
         options.pop("state_dict", None)
     config = getattr(model, "config", None)
-    before = {key: getattr(config, key) for key in ("dtype", "architectures") if hasattr(config, key)}
+    kept = ("dtype", "architectures", "distributed_config")
+    before = {key: getattr(config, key) for key in kept if hasattr(config, key)}
+    if before.get("distributed_config") is not None and "state_dict" in options:
+        # Else transformers would gather the weights with the other ranks, who are not here.
+        config.distributed_config = None
     try:
         model.save_pretrained(folder, **options)
     finally:
