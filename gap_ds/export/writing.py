@@ -195,7 +195,7 @@ def save_pretrained(model: Any, folder: Path, **options: Any) -> None:
     config = getattr(model, "config", None)
     kept = ("dtype", "architectures", "distributed_config")
     before = {key: getattr(config, key) for key in kept if hasattr(config, key)}
-    if before.get("distributed_config") is not None and "state_dict" in options:
+    if config is not None and before.get("distributed_config") is not None and "state_dict" in options:
         # Else transformers would gather the weights with the other ranks, who are not here.
         config.distributed_config = None
     try:
