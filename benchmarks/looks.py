@@ -3,9 +3,10 @@
     OMP_NUM_THREADS=1 python benchmarks/looks.py
     OMP_NUM_THREADS=1 python benchmarks/looks.py --presets base --backends fsdp2
 
-Every row has fresh processes. In one run, boundaries take turns with looks and without, so that each pair of
-neighbours crosses alike; each partition of a cyclic run gets both. `boundary_ratio` is the ratio of the medians,
-`look_share` the time inside the look relative to the boundary around it, median. `step_share` is the time inside all
+Every row has fresh processes. In one run, boundaries take turns with looks and without, so that each partition of a
+cyclic run has both. `boundary_ratio` is with looks to without, the median over pairs of neighbours that prune the same
+partition, `interval` its 95 % confidence interval; `look_share` the time inside the look relative to the boundary
+around it, median. `step_share` is the time inside all
 looks and comparisons of a step (counts of changes, addresses, names masked, a part of the weights), the mean over whole
 rounds of parts, relative to the median step. All figures are of rank 0. `--quick` is a size for tests.
 """
@@ -29,7 +30,8 @@ import overhead
 import torch.distributed as dist
 
 KEY = ("preset", "backend", "ranks", "dtype")
-NOTE = "CPU time of one thread on rank 0; boundary_ratio: medians with looks and without, which take turns"
+NOTE = "CPU time of one thread on rank 0; boundary_ratio: with looks to without, of pairs that prune the same partition"
+PARTITIONS = 3  # of overhead.build
 
 
 def main() -> None:
@@ -41,13 +43,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256, help="target tokens of a step of one rank")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--steps", type=int, default=64, help="timed steps; whole rounds of parts")
-    parser.add_argument("--boundaries", type=int, default=24, help="timed, half of them without looks")
+    parser.add_argument("--boundaries", type=int, default=36, help="timed, half of them without looks; a multiple of 3")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.row:
         return one(argparse.Namespace(**json.loads(args.row)))
     if args.quick:
-        args.presets, args.tokens, args.steps, args.boundaries = ["tiny"], 64, 4, 6
+        args.presets, args.tokens, args.steps, args.boundaries = ["tiny"], 64, 4, 12
         args.backends = ["plain"]
     for preset in args.presets:
         for backend in args.backends:
@@ -110,34 +112,38 @@ def of_steps(args: argparse.Namespace, device: Any) -> dict[str, Any]:
 def of_boundaries(args: argparse.Namespace, device: Any) -> dict[str, Any]:
     """Time boundaries between cyclic phases of one step, in turns with looks and without."""
     small = argparse.Namespace(**vars(args) | {"tokens": 16})
-    rounds = -(-(args.boundaries + 3) // 3)
+    rounds = args.boundaries // PARTITIONS + 1
     step, engine = overhead.build(small, device, sparse=True, phase_steps=1, rounds=rounds)
     batch = overhead.tokens(small, device)
     inside: list[float] = []
     look = timed(engine.mask_state.revived, inside)
-    looks, times = [], {True: [], False: []}
+    looks: list[float] = []
+    times: list[tuple[bool, float]] = []
     enter = engine._enter
 
     def crossed(*phases: Any) -> None:
-        on = (engine.applied_steps // 1) % 2 == 0
+        on = len(times) % 2 == 0
         inside.clear()
         with patched(engine.mask_state, "revived", look if on else lambda *_: None):
-            seconds = measure.both_seconds(lambda: enter(*phases))[1]
-        if engine.applied_steps > 3:  # the first partitions load libraries and make moments
-            times[on].append(seconds)
-            looks.extend([sum(inside) / seconds] if on else [])
+            times.append((on, measure.both_seconds(lambda: enter(*phases))[1]))
+        looks.extend([sum(inside) / times[-1][1]] if on else [])
 
     engine._enter = crossed
-    for _ in range(args.boundaries + 3):
+    for _ in range(args.boundaries + PARTITIONS):
         step(batch)
-    on, off = (statistics.median(times[key]) for key in (True, False))
     engine.close()
+    del times[:PARTITIONS]  # libraries are loaded and moments are made
+    # An odd number of boundaries lies between two that prune the same partition: one of them has looks.
+    pairs = zip(times, times[PARTITIONS:], strict=False)
+    ratios = [a / b if on else b / a for (on, a), (_, b) in pairs]
+    medians = {key: statistics.median(t for on, t in times if on is key) for key in (True, False)}
     return {
         "boundaries": args.boundaries,
-        "boundary_ms": round(1e3 * on, 1),
-        "without_ms": round(1e3 * off, 1),
-        "boundary_ratio": round(on / off, 3),
-        "look_share": round(statistics.median(looks), 3),
+        "boundary_ms": round(1e3 * medians[True], 1),
+        "without_ms": round(1e3 * medians[False], 1),
+        "boundary_ratio": round(statistics.median(ratios), 3),
+        "interval": [round(value, 3) for value in measure.interval(ratios)],
+        "look_share": round(statistics.median(looks[PARTITIONS // 2 + 1 :]), 3),
     }
 
 

@@ -252,22 +252,27 @@ class Optimizers(Sequence[torch.optim.Optimizer]):
         owner = shard.owner()
         optimizer = self.holder(owner)
         kinds = self._kinds(optimizer)
+        unknown = []
         for name, value in self.state(owner).items():
             parts = value if isinstance(value, list | tuple) else value.values() if isinstance(value, dict) else [value]
             if kinds.of(name) == "other" or not any(_as_large(p, owner) or _packed(p, owner) for p in parts):
                 continue
-            where = f"optimizer={type(optimizer).__name__}: its state {name!r} of {shard.name}"
             if not isinstance(value, Tensor) or not _plain(value):
                 raise ValueError(
-                    f"{where} is quantized or of a special kind ({_describe(value)}), where the value of one weight "
-                    "cannot be cleared. Use an optimizer with 16- or 32-bit state."
+                    f"optimizer={type(optimizer).__name__}: its state {name!r} of {shard.name} is quantized or of a "
+                    f"special kind ({_describe(value)}), where the value of one weight cannot be cleared. Use an "
+                    "optimizer with 16- or 32-bit state."
                 )
             if kinds.of(name) is None:
-                raise ValueError(
-                    f"{where} is as large as the weights, and its meaning is not known. Pass optimizer_state="
-                    f'{{"{name}": "moment"}} if it has one value per weight that starts at 0, "sequence" if it is '
-                    'another sequence of the weights, or "other" if it is neither.'
-                )
+                unknown.append(name)
+        if unknown:
+            given = ", ".join(f'"{name}": "moment"' for name in unknown)
+            raise ValueError(
+                f"optimizer={type(optimizer).__name__}: its state {', '.join(map(repr, unknown))} of {shard.name} is "
+                f"as large as the weights, and its meaning is not known. Pass optimizer_state={{{given}}}, with "
+                '"moment" for what has one value per weight that starts at 0, "sequence" for another sequence of the '
+                'weights, "other" for what is neither.'
+            )
 
     # -- all state -------------------------------------------------------------------------------------------------
 

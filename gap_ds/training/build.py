@@ -28,6 +28,9 @@ from gap_ds.training.observer import Observer
 from gap_ds.training.regrowth import SECOND_MOMENTS
 from gap_ds.training.run import Run
 
+#: Share of the weights of an entry that are not 0 unless a sparse run or a special initialization made them so.
+_FULL = 0.95
+
 log = logging.getLogger("gap_ds")
 
 T = TypeVar("T")
@@ -68,13 +71,13 @@ def build(
         steps = _steps(options, backend.micro_batches) if config.in_epochs else None
         if steps != given:
             phases = schedule.build(config, steps, worker.index if worker else 0)
-        if config.mask_init == "auto" and config.begins_sparse:
-            config = config.model_copy(update={"mask_init": "magnitude" if _pretrained(backend.module) else "random"})
         return config, backend, steps, phases
 
     config, backend, steps, phases = _on_all_ranks(world, begin)
     check_model(world, backend.shards())
     of_model = _plan(config, backend, options, world)
+    if config.mask_init == "auto" and config.begins_sparse:
+        config = config.model_copy(update={"mask_init": _first_masks(of_model, backend, options, world)})
     state = MaskState(of_model, config, backend, phases.regrow_warmup)
     run = Run(
         config=config,
@@ -170,6 +173,23 @@ def _pretrained(module: nn.Module) -> bool:
     return any("_weight_conversions" in vars(part) for part in module.modules()) or any(
         getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters()
     )
+
+
+def _first_masks(of_model: plan.Plan, backend: Backend, options: Options, world: Comm) -> str:
+    """How `mask_init: auto` chooses the first masks. All ranks call it."""
+    if _pretrained(backend.module):
+        return "magnitude"
+    if options.masks_from is not None:
+        return "random"
+    entries = {entry.name: entry.numel for entry in of_model.entries}
+    counts = mask_state.nonzero([shard for shard in backend.shards() if shard.name in entries], backend.comm)
+    sparse = [name for name, n in counts.items() if 0 < n <= _FULL * entries[name]]
+    if sparse and world.rank == 0:
+        log.warning(
+            f"{sparse[0]}: a part of it is 0, as a sparse run leaves it, so the first masks are by magnitude. To go on "
+            "with that run, use load_checkpoint or masks_from; to begin a new one, set mask_init."
+        )
+    return "magnitude" if sparse else "random"
 
 
 def _check_held(state: MaskState, backend: Backend) -> None:

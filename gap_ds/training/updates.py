@@ -93,8 +93,8 @@ class Updates:
         """True if an update was applied since the last call. All ranks must call this after the same steps.
 
         Raises:
-            ValueError: weights change in steps that the hooks do not see, or, at the first update, pruned weights were
-                not 0 before it or the optimizer's state has an unknown meaning.
+            ValueError: weights change in steps that the hooks do not see; pruned weights were not 0 before the first
+                update; or, there and before a boundary, the optimizer's state has an unknown meaning.
         """
         self._calls += 1
         if any(handle.id not in (handle.hooks_dict_ref() or ()) for handle in self._handles):
@@ -113,8 +113,9 @@ class Updates:
                 "holds its weights: its parameter groups were changed, or the model's parameters were replaced, as by "
                 "load_state_dict(assign=True)."
             )
-        if first:
-            raise_on_all_ranks(self._run.world, self._check_first)
+        # Some optimizers make a part of their state later, as every k-th step does.
+        if first or self._place().changes_masks(self._run.schedule):
+            raise_on_all_ranks(self._run.world, self._check_state)
         return True
 
     def _before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -165,7 +166,7 @@ class Updates:
         if rules.needs_gradient(self._run.config, place.phase(self._run.schedule), place.step + 1):
             self._run.mask_state.copy_gradients(optimizer)
 
-    def _check_first(self) -> None:
+    def _check_state(self) -> None:
         self._run.raise_doubts()
         for shard in self._run.mask_state.shards.values():
             if shard.numel:

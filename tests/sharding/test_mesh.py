@@ -55,8 +55,9 @@ CHAINS: list[Row] = [
     for portable in (False, True)
 ]
 PIPELINE: Row = {"name": "pipeline", "what": "pipeline"}
+BOXES: Row = {"name": "boxes", "what": "boxes"}
 #: Each kind of mesh once.
-SHORT = ["tp_groups", "fsdp_tp_clip", "hsdp_tp", "cp", "fsdp_tp_2_4", "fsdp_ep", "chain_native", "pipeline"]
+SHORT = ["tp_groups", "fsdp_tp_clip", "hsdp_tp", "cp", "fsdp_tp_2_4", "fsdp_ep", "chain_native", "pipeline", "boxes"]
 
 
 def table(rows: list[Row]) -> list[Any]:
@@ -130,3 +131,8 @@ def test_stages_of_a_pipeline_have_the_budgets_and_masks_of_the_whole_model(trai
         assert parity.largest_difference(found["final"], whole["final"] | {"moments": {}}) <= 1e-5
         seen |= entries.keys()
     assert seen == whole["stats"]["entries"].keys()
+
+
+@pytest.mark.parametrize("row", table([BOXES]))
+def test_boxes_of_all_placements_hold_what_this_rank_has(trained: Path, row: Row) -> None:
+    assert [parity.result(trained, row["name"], rank)["wrong"] for rank in range(4)] == [[]] * 4

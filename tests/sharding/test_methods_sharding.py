@@ -77,7 +77,7 @@ SHORT += [
     f"rigl_{backend}_fp32" for backend in ("ddp", "zero1", "zero2", "zero3", "fsdp1", "fsdp2", "fairscale", "oss")
 ]
 SHORT += ["rigl_ddp_bf16", "rigl_zero3_bf16", "cyclic_zero2_fp32", "cyclic_oss_fp32"]
-SHORT += ["cyclic_grow_zero3_fp32", "cyclic_grow_fsdp2_fp32", "rising_zero2_fp32"]
+SHORT += ["cyclic_grow_zero3_fp32", "cyclic_grow_fsdp2_fp32", "rising_zero2_fp32", "granet_2of4_fsdp2_fp32"]
 NAMES = marked(BY_NAME, SHORT)
 EXACT = marked([n for n, run in BY_NAME.items() if "reference" in run], [n for n in SHORT if n.endswith("fp32")])
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import sys
 import warnings
@@ -29,6 +31,8 @@ from worker_pattern import legal_mask
 
 from gap_ds import GaPEngine
 from gap_ds.method.plan import clean_name
+from gap_ds.sharding.comm import Comm
+from gap_ds.sharding.mesh import group_of, shard_of, uncounted
 
 warnings.filterwarnings("ignore", category=FutureWarning)
 warnings.filterwarnings("ignore", category=UserWarning)
@@ -333,6 +337,26 @@ def pipeline(row: dict[str, Any], out: Path) -> dict[str, Any]:
     return found
 
 
+def boxes(row: dict[str, Any], out: Path) -> dict[str, Any]:
+    """The boxes of DTensors of all placements on a mesh, compared with the numbers that this rank holds."""
+    mesh, wrong = init_device_mesh("cpu", (2, 2)), []
+    for shape in [(5,), (1, 4), (5, 3), (7, 9), (4, 6, 2), (3, 1, 5)]:
+        numbers = torch.arange(math.prod(shape)).view(shape)
+        ways = [Replicate(), *(Shard(dim) for dim in range(len(shape)))]
+        for placements in itertools.product(ways, ways):
+            parameter = nn.Parameter(distribute_tensor(numbers.float(), mesh, placements))
+            found = shard_of("w", parameter)
+            if found.box.indices().tolist() != parameter.to_local().flatten().long().tolist():
+                wrong.append(f"{shape} {placements}: {found.box}")
+            comm = group_of({"w": parameter}, Comm())
+            counted = "w" not in uncounted([found], comm)
+            total = torch.tensor(found.numel * counted)
+            dist.all_reduce(total)
+            if int(total) != math.prod(shape) * 4 // comm.size:
+                wrong.append(f"{shape} {placements}: {int(total)} weights are counted in groups of {comm.size}")
+    return {"wrong": wrong}
+
+
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
     # One tensor at a time: torch's grouped updates do not take tensors of several meshes.
     return torch.optim.AdamW(trained(model), lr=1e-2, foreach=False)
@@ -367,7 +391,7 @@ def main(out: Path) -> None:
     for ranks in [(0, 1), (2, 3), (0, 2), (1, 3), (0,), (1,), (2,), (3,)]:
         GROUPS[ranks] = dist.new_group(list(ranks))
     rows = json.loads((out / "rows.json").read_text())
-    kinds = {"chain": chain, "pipeline": pipeline}
+    kinds = {"chain": chain, "pipeline": pipeline, "boxes": boxes}
     works = {row["name"]: partial(kinds.get(row.get("what", ""), run), row, out) for row in rows}
     observe.work_through(out, works)
 

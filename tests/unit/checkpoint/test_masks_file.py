@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fake_meshes import cuts_of
 from fake_ranks import Ranks
 from folders import replace_header
 from hypothesis import given, settings
@@ -23,12 +24,20 @@ from torch import Tensor
 
 from gap_ds import checkpoint
 from gap_ds.masks import bitmask
+from gap_ds.masks.box import Box
 from gap_ds.method.plan import Entry, Plan
 from gap_ds.sharding.comm import Comm
 from gap_ds.sharding.shard import Shard
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+
+
+SHAPES = st.one_of(
+    st.tuples(st.integers(1, 40)),
+    st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4)),
+)
 
 
 def no_owner() -> Tensor:
@@ -108,33 +117,40 @@ def cut(data: st.DataObject, n: int, ranks: int) -> list[tuple[int, int]]:
 
 
 @PROPERTY
-@given(st.lists(st.lists(st.booleans(), min_size=1, max_size=40), min_size=1, max_size=3), st.integers(1, 3), st.data())
+@given(st.lists(SHAPES, min_size=1, max_size=3), st.integers(1, 4), st.data())
 def test_written_by_some_ranks_and_read_by_others(
-    tmp_path_factory: pytest.TempPathFactory, lists: list[list[bool]], writers: int, data: st.DataObject
+    tmp_path_factory: pytest.TempPathFactory, shapes: list[tuple[int, ...]], writers: int, data: st.DataObject
 ) -> None:
-    full = {f"w{i}": torch.tensor(mask) for i, mask in enumerate(lists)}
-    plan = plan_of(full)
+    """Ranges of flattened weights, and boxes of meshes."""
+    full = {
+        f"w{i}": torch.tensor(data.draw(st.lists(st.booleans(), min_size=n, max_size=n)))
+        for i, n in enumerate(map(math.prod, shapes))
+    }
+    plan = plan_of(full, {f"w{i}": shape for i, shape in enumerate(shapes)})
     folder = tmp_path_factory.mktemp("masks")
     sharded, alone = folder / "sharded", folder / "alone"
     write(alone, plan, full)
 
-    def shards(rank: int, cuts: dict[str, list[tuple[int, int]]]) -> dict[str, Shard]:
-        return {entry.name: piece(entry, *cuts[entry.name][rank]) for entry in plan.entries}
+    def cuts_over(ranks: int) -> dict[str, list[Box]]:
+        return {entry.name: data.draw(cuts_of(entry.shape, ranks)) for entry in plan.entries}
 
-    def bits(rank: int, cuts: dict[str, list[tuple[int, int]]]) -> dict[str, Tensor]:
+    def shards(rank: int, cuts: dict[str, list[Box]]) -> dict[str, Shard]:
         return {
-            name: bitmask.pack(full[name][lo : lo + n]) for name, pieces in cuts.items() for lo, n in [pieces[rank]]
+            entry.name: Shard(entry.name, entry.shape, cuts[entry.name][rank], 0, no_owner) for entry in plan.entries
         }
 
-    cuts = {name: cut(data, mask.numel(), writers) for name, mask in full.items()}
+    def bits(rank: int, cuts: dict[str, list[Box]]) -> dict[str, Tensor]:
+        return {name: bitmask.pack(boxes[rank].cut(full[name])) for name, boxes in cuts.items()}
+
+    cuts = cuts_over(writers)
     errors = Ranks(writers).run(
         lambda rank: checkpoint.write_masks(sharded, plan, shards(rank.rank, cuts), bits(rank.rank, cuts), rank)
     )
     assert errors == [None] * writers
     assert sharded.read_bytes() == alone.read_bytes()
 
-    readers = data.draw(st.integers(1, 3))
-    others = {name: cut(data, mask.numel(), readers) for name, mask in full.items()}
+    readers = data.draw(st.integers(1, 4))
+    others = cuts_over(readers)
     found = Ranks(readers).run(
         lambda rank: checkpoint.read_masks(sharded, plan, set(full), shards(rank.rank, others), rank)
     )

@@ -12,6 +12,7 @@ import os
 import struct
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from exchanging import (
     SIGNATURE,
     Model,
     combine,
-    cut,
     expected,
     overwrite,
     publish_all,
@@ -33,6 +33,7 @@ from exchanging import (
     start,
     take,
 )
+from fake_meshes import cuts_of
 from fake_ranks import Rank, Ranks, item_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -41,8 +42,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gap_ds.masks import bitmask
+from gap_ds.masks.box import Box
 from gap_ds.parallel import Exchange, Item, ParallelWorker, Received
 from gap_ds.parallel.transport import open_folder
+from gap_ds.sharding.shard import Shard
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
@@ -173,7 +176,7 @@ def test_pooled_budgets_are_those_of_the_file(folder: str) -> None:
 @given(st.data())
 def test_any_cut_writes_the_same_file_and_reads_its_pieces(tmp_path_factory: Any, data: st.DataObject) -> None:
     folder = tmp_path_factory.mktemp("cuts")
-    writers, readers = (data.draw(st.integers(1, 3), label=label) for label in ("writers", "readers"))
+    writers, readers = (data.draw(st.integers(1, 4), label=label) for label in ("writers", "readers"))
     shapes = data.draw(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=3))
     full: dict[str, tuple[Tensor, Tensor | None]] = {}
     for i, shape in enumerate(shapes):
@@ -184,37 +187,29 @@ def test_any_cut_writes_the_same_file_and_reads_its_pieces(tmp_path_factory: Any
         full[f"{i}.entry"] = (weight, torch.rand(weight.numel(), generator=random) < density)
         full[f"{i}.shared"] = (torch.randn(math.prod(shape), generator=random), None)
 
-    def edges(ranks: int) -> dict[str, list[int]]:
-        return {
-            name: sorted(data.draw(st.lists(st.integers(0, t.numel()), min_size=ranks - 1, max_size=ranks - 1)))
-            for name, (t, _) in full.items()
-        }
+    def cuts(ranks: int) -> dict[str, list[Box]]:
+        return {name: data.draw(cuts_of(shapes[i // 2], ranks)) for i, name in enumerate(full)}
 
-    def items(where: dict[str, list[int]], rank: int) -> list[Item]:
+    def items(where: dict[str, list[Box]], rank: int) -> list[Item]:
         made = []
         for i, (name, (tensor, kept)) in enumerate(full.items()):
-            lo, n = cut(tensor, where[name], rank)
-            keep = None if kept is None else int(kept.sum())
-            piece = lambda tensor=tensor, lo=lo, n=n: tensor[lo : lo + n] if n else torch.empty(0)  # noqa: E731
+            box = where[name][rank]
+            shard = Shard(name, shapes[i // 2], box, 0, partial(box.cut, tensor))
             home = 0 if kept is not None else (None, 0)[i // 2 % 2]
-            made.append(item_of(name, shapes[i // 2], home, lo, n, piece, keep))
+            made.append(Item(shard, home, None if kept is None else int(kept.sum())))
         return made
 
-    def bits(where: dict[str, list[int]], rank: int) -> dict[str, Tensor]:
-        return {
-            name: bitmask.pack(kept[(p := cut(t, where[name], rank))[0] : p[0] + p[1]])
-            for name, (t, kept) in full.items()
-            if kept is not None
-        }
+    def bits(where: dict[str, list[Box]], rank: int) -> dict[str, Tensor]:
+        return {name: bitmask.pack(where[name][rank].cut(kept)) for name, (_, kept) in full.items() if kept is not None}
 
     def job(rank: Any, where: str) -> Exchange:
         return Exchange(
             ParallelWorker(0, str(folder / where), 60.0, resume=True), 1, SIGNATURE, "abc", "def", rank, rank
         )
 
-    whole = {name: [] for name in full}
+    whole = {name: [Box.span(0, len(t), len(t))] for name, (t, _) in full.items()}
     job(Ranks(1).run(lambda rank: rank)[0], "alone").publish(0, items(whole, 0), bits(whole, 0))
-    out, back = edges(writers), edges(readers)
+    out, back = cuts(writers), cuts(readers)
 
     def write(rank: Any) -> int:
         writer = job(rank, "cut")
@@ -234,11 +229,11 @@ def test_any_cut_writes_the_same_file_and_reads_its_pieces(tmp_path_factory: Any
     for rank, found in enumerate(results):
         assert not isinstance(found, Exception), found
         for name, (tensor, kept) in full.items():
-            lo, n = cut(tensor, back[name], rank)
+            box = back[name][rank]
             wanted = tensor if kept is None else torch.where(kept, tensor, torch.zeros(()))
-            assert same(found[name].value, wanted[lo : lo + n])
+            assert same(found[name].value, box.cut(wanted))
             if kept is not None:
-                assert torch.equal(found[name].bits, bitmask.pack(kept[lo : lo + n]))
+                assert torch.equal(found[name].bits, bitmask.pack(box.cut(kept)))
 
 
 def test_a_rank_reads_the_bytes_of_its_pieces_alone(tmp_path: Path) -> None:
