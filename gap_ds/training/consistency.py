@@ -33,8 +33,9 @@ def check_model(world: Comm, shards: Sequence[Shard]) -> None:
     if others := (rows != rows[0]).nonzero().view(-1).tolist():
         raise ValueError(
             f"ranks 0 and {_some(others)} have different models (this rank: {len(names)} parameters, "
-            f"{names[0] if names else 'none'} and others). All ranks must train the same model: stages of a pipeline, "
-            "experts on some ranks and groups of ranks with separate models are not supported."
+            f"{names[0] if names else 'none'} and others). All ranks must train the same model. Where groups of ranks "
+            "train separate ones (stages of a pipeline, two models), pass group= with the ranks of this one; experts "
+            "of different ranks must be DTensors of one parameter."
         )
 
 
