@@ -192,7 +192,7 @@ def save_pretrained(model: Any, folder: Path, **options: Any) -> None:
         options["save_original_format"] = False
     if "state_dict" not in parameters and all(p.kind != p.VAR_KEYWORD for p in parameters.values()):
         options.pop("state_dict", None)
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     kept = ("dtype", "architectures", "distributed_config")
     before = {key: getattr(config, key) for key in kept if hasattr(config, key)}
     if config is not None and before.get("distributed_config") is not None and "state_dict" in options:

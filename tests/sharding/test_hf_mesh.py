@@ -30,6 +30,14 @@ ROWS: list[Row] = [
         "fsdp": WRAP,
     },
 ]
+#: DeepSpeed keeps the groups of tensor parallelism for a whole process: all rows have the same.
+AUTOTP: list[Row] = [{"name": "autotp", "what": "deepspeed", "stage": 2, "autotp": 2}]
+REFUSED: list[Row] = [
+    {"name": "autotp_no_box", "what": "deepspeed", "stage": 1, "autotp": 2, "frozen": True},
+    {"name": "autotp_zero3", "what": "deepspeed", "stage": 3, "autotp": 2},
+]
+BACKENDS = {"engine_tp": "plain", "accelerate_tp": "plain", "trainer_fsdp_tp": "fsdp2", "accelerate_hsdp": "fsdp2"}
+BACKENDS |= {"autotp": "zero2"}
 SHORT = ["trainer_fsdp_tp", "accelerate_hsdp"]
 
 
@@ -45,12 +53,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
     return out
 
 
-@pytest.mark.parametrize("row", table(ROWS))
+@pytest.mark.parametrize("row", table(ROWS + AUTOTP))
 def test_masks_and_weights_are_those_of_one_process(trained: Path, row: Row) -> None:
     for rank in range(4):
         ours, wanted = (parity.result(trained, name, rank) for name in (row["name"], "alone"))
         assert ours["wrong"] == wanted["wrong"] == []
-        assert ours["backend"] == ("plain" if row["name"].endswith("_tp") and "fsdp" not in row["name"] else "fsdp2")
+        assert ours["backend"] == BACKENDS[row["name"]]
         entries = ours["stats"]["entries"]
         assert {name: entry["kept"] for name, entry in entries.items()} == {
             e.name: e.keep for e in ours["plan"].entries
@@ -60,12 +68,12 @@ def test_masks_and_weights_are_those_of_one_process(trained: Path, row: Row) -> 
         assert parity.largest_difference(ours, wanted) <= 1e-5
 
 
-@pytest.mark.parametrize("row", table([row for row in ROWS if row["what"] != "trainer"]))
+@pytest.mark.parametrize("row", table([row for row in ROWS + AUTOTP if row["what"] != "trainer"]))
 def test_resuming_equals_never_having_stopped(trained: Path, row: Row) -> None:
     parity.check_resume(trained, row)
 
 
-@pytest.mark.parametrize("row", table(ROWS))
+@pytest.mark.parametrize("row", table(ROWS + AUTOTP))
 def test_the_export_is_the_sparse_model(trained: Path, row: Row) -> None:
     ours = parity.result(trained, row["name"])
     for name, weight in ours["weights"].items():
@@ -73,3 +81,16 @@ def test_the_export_is_the_sparse_model(trained: Path, row: Row) -> None:
         assert "saved" not in ours or torch.equal(ours["saved"][name], ours["exported"][name]), name
     for entry in ours["plan"].entries:
         assert int(ours["exported"][entry.name].count_nonzero()) == entry.keep
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        pytest.param(REFUSED[0], "which is no box of the whole weight. DeepSpeed ", marks=pytest.mark.full),
+        pytest.param(REFUSED[1], "records how weights are cut only for AutoTP", marks=pytest.mark.full),
+    ],
+    ids=["no_box", "zero3"],
+)
+def test_other_cuts_of_autotp_are_refused_on_all_ranks(trained: Path, row: Row, sentence: str) -> None:
+    for rank in range(4):
+        assert sentence in parity.result(trained, row["name"], rank)["refused"]

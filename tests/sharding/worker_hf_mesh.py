@@ -55,7 +55,9 @@ def load(out: Path, **sizes: Any) -> nn.Module:
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
     # One tensor at a time: torch's grouped updates do not take tensors of several meshes.
-    return torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0, foreach=False)
+    return torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0, foreach=False
+    )
 
 
 def batch() -> dict[str, Tensor]:
@@ -223,6 +225,9 @@ def by_deepspeed(row: dict[str, Any], out: Path) -> dict[str, Any]:
 
     def build() -> GaPEngine:
         model = load(out)
+        if row.get("frozen"):  # so that the ranges of ZeRO end inside a row of a weight that is cut by columns
+            model.model.embed_tokens.requires_grad_(False)
+            model.model.layers[0].requires_grad_(False)
         return GaPEngine.initialize(model=model, optimizer=adamw(model), config=config, gap_config=GAP)
 
     def train(engine: GaPEngine) -> Iterator[int]:

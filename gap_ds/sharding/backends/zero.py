@@ -262,9 +262,10 @@ def _box(name: str, parameter: Any, start: int, numel: int, cut_at: int) -> tupl
             '"autotp_size" to the number of ranks, use stage 3 without AutoTP, or FSDP2 with tensor parallelism.'
         )
     whole = (*shape[:dim], sum(sizes), *shape[dim + 1 :])
+    if not numel:
+        return whole, Box.span(0, 0, math.prod(whole))
     offset, size = sides
-    first = sum(sizes[:cut_at]) if numel else 0
-    return whole, Box.of(whole, (*offset[:dim], offset[dim] + first, *offset[dim + 1 :]), size)
+    return whole, Box.of(whole, (*offset[:dim], offset[dim] + sum(sizes[:cut_at]), *offset[dim + 1 :]), size)
 
 
 def _version() -> str:
