@@ -17,8 +17,8 @@ from gap_ds.storage.errors import error_text
 ProcessGroup = dist.ProcessGroup
 T = TypeVar("T")
 
-#: Weights that travel at a time.
-_PART = 2**24
+#: Weights that travel at a time: of a box that is no range, their places take 8 bytes each.
+_PART = 2**21
 
 #: What this process is doing that other ranks take part in, from the outside in: for messages.
 _OPERATIONS: list[str] = []
