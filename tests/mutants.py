@@ -56,8 +56,8 @@ FAULTS = {
         ("tests/unit/test_hf.py::test_the_last_step_of_an_epoch_may_have_fewer_micro_batches",),
     ),
     "hybrid_groups_not_compared": Fault(
-        "if comm.size == world.size:",
-        "if comm.size > 1:",
+        "if comm.size == world.size and not replicated:",
+        "if comm.size > 1 and not replicated:",
         (CONSISTENCY + "test_copies_on_groups_of_ranks_are_compared",),
     ),
     "learning_rate_of_a_skipped_step": Fault(
@@ -76,7 +76,7 @@ FAULTS = {
         (UPDATES + "test_a_step_that_the_gradient_scaler_skips_is_none_for_the_learning_rate",),
     ),
     "moments_kept": Fault(
-        "        if before is not None:\n            self._forget_moments(shard, before)\n",
+        "        if before is not None:\n            self._forget_moments(shard, before, means)\n",
         "",
         (UPDATES + "test_a_moving_mask_changes_at_its_updates_alone_and_what_comes_is_new",),
     ),
@@ -86,8 +86,8 @@ FAULTS = {
         (UPDATES + "test_a_moving_mask_changes_at_its_updates_alone_and_what_comes_is_new",),
     ),
     "ramp_exported": Fault(
-        "if entry.partition in phase.dense and entry.keep < entry.numel",
-        "if entry.partition in phase.dense and entry.name not in self.mask_state.bits and entry.keep < entry.numel",
+        "if not phase.at_target(entry.partition) and entry.keep < entry.numel",
+        "if not (phase.at_target(entry.partition) or entry.name in self.mask_state.bits) and entry.keep < entry.numel",
         (UPDATES + "test_an_export_in_a_ramp_has_the_final_budget",),
     ),
     "last_values_forgotten": Fault(

@@ -101,6 +101,8 @@ class Box:
         >>> Box.span(12, 12, 24).sides((4, 6)), Box.span(3, 12, 24).sides((4, 6))
         (((2, 0), (2, 6)), None)
         """
+        if not self.numel:
+            return (0,) * len(shape), (0,) * len(shape)
         offset: list[int] = []
         size: list[int] = []
         dims = list(shape)
