@@ -189,7 +189,7 @@ def test_what_cannot_be_cut_is_refused(tmp_path: Path) -> None:
     engine.save_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("backend", ["zero2", "ddp"])
+@pytest.mark.parametrize("backend", ["zero2", "fsdp1"])
 def test_a_checkpoint_of_another_backend_must_be_portable(tmp_path: Path, backend: str) -> None:
     engine = build()
     from_elsewhere(engine.save_checkpoint(tmp_path), backend=backend)
