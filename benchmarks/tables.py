@@ -362,7 +362,7 @@ def backends() -> str:
 
 
 #: Rows of the table in README.md.
-SHORT = ("dense", "gradual", "parallel_3", "cyclic_3_dense_first", "cyclic_3")
+SHORT = ("dense", "gradual", "granet", "cyclic_2_rising_grown_kept", "cyclic_3_dense_first", "cyclic_3", "parallel_3")
 
 #: The sections of the pages, by the name of their markers. In README.md "performance" is the summary.
 SECTIONS: dict[str, Callable[[], str]] = {

@@ -16,7 +16,8 @@ import inspect
 import logging
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -303,7 +304,31 @@ class _MasksOfState:
             self._engine.load_masks(self._folder)
 
 
-_load_state = Accelerator.load_state
+_load_state, _save_state = Accelerator.load_state, Accelerator.save_state
+
+
+@contextmanager
+def _quiet(accelerator: Any) -> Iterator[None]:
+    """Inside, the engines of an Accelerator ignore steps of their optimizers.
+
+    With FSDP2, torch makes the state of an optimizer that has none by a step with learning rate 0, when it is saved or
+    loaded. It is no step of the training, and when it comes, the weights are loaded already and the masks are not.
+    """
+    optimizers = [engine.run.backend.optimizers for engine in _PREPARED.get(accelerator, ()) if not engine.closed]
+    try:
+        for one in optimizers:
+            one.quiet = True
+        yield
+    finally:
+        for one in optimizers:
+            one.quiet = False
+
+
+@functools.wraps(_save_state)
+def _save_quietly(accelerator: Any, *args: Any, **named: Any) -> Any:
+    """Saves as Accelerate does; a step that makes the optimizer's state is not counted."""
+    with _quiet(accelerator):
+        return _save_state(accelerator, *args, **named)
 
 
 @functools.wraps(_load_state)
@@ -317,10 +342,11 @@ def _load_masks_too(accelerator: Any, input_dir: str | None = None, *args: Any, 
             f"{input_dir}: holds masks, and this Accelerator has no engine yet that they belong to. Call "
             "gap_ds.hf.prepare before accelerator.load_state, which restores weights, optimizer and masks together."
         )
-    return _load_state(accelerator, input_dir, *args, **named)
+    with _quiet(accelerator):
+        return _load_state(accelerator, input_dir, *args, **named)
 
 
-Accelerator.load_state = _load_masks_too
+Accelerator.load_state, Accelerator.save_state = _load_masks_too, _save_quietly
 
 
 def _refuse(config: GaPConfig) -> None:

@@ -172,22 +172,30 @@ def _gradual(epochs: float) -> Config:
     return {"method": "gradual", **_times(epochs, dense=1, phase=5, finetune=2, update=0.1)}
 
 
-def _granet(epochs: float) -> Config:
+def _granet(**settings: Any) -> Callable[[float], Config]:
     """Gradual pruning, whose updates also drop and grow a share of the kept weights."""
-    return {**_gradual(epochs), "method": "granet"}
+    return lambda epochs: {**_gradual(epochs), "method": "granet", **settings}
 
 
-def _rising(method: str = "cyclic", partitions: int = 3, rounds: int = 3, **settings: Any) -> Callable[[float], Config]:
-    """A level of the sparse partitions that falls by the cubic of gradual pruning; at first in phases of half an epoch.
+def _rising(
+    method: str = "cyclic",
+    partitions: int = 3,
+    rounds: int = 3,
+    *,
+    length: float = 0.5,
+    dense: float = 0.5,
+    update: float = 0.1,
+    warmup: float = 0.0,
+    **settings: Any,
+) -> Callable[[float], Config]:
+    """A level of the sparse partitions that falls by the cubic of gradual pruning.
 
-    `length` (of a phase), `dense` and `update` are in eighths of the run; fine-tuning is the rest.
+    length (of a phase), dense, update, warmup (of grown weights): in eighths of the run; fine-tuning is the rest.
     """
-    length, dense, update = (
-        settings.pop(key, default) for key, default in (("length", 0.5), ("dense", 0.5), ("update", 0.1))
-    )
     fixed = {"method": method, "partitions": partitions, "rounds": rounds, "target": "rising", "prune_ramp": 0.5}
     phases = rounds * (1 if method == "parallel" else partitions)
     times = {"phase": length, "dense": dense, "update": update, "finetune": 8 - dense - phases * length}
+    times |= {"regrow_warmup": warmup} if warmup else {}
     return lambda epochs: {**fixed, **settings, **_times(epochs, **times)}
 
 
@@ -212,6 +220,9 @@ def _parallel_dense_first(epochs: float) -> Config:
     fixed = {"method": "parallel", "partitions": 3, "rounds": 3, "prune_ramp": 0.5}
     return {**fixed, **_times(epochs, dense=2, phase=1, finetune=3, update=0.1)}
 
+
+_GROWN: Config = {"grow": "gradient", "prune_ramp": 1.0}
+_KEPT: Config = {"regrow_moments": "keep_second"}
 
 #: In the order of the runs: the rows that a table needs most come first.
 ROWS: tuple[Row, ...] = (
@@ -245,26 +256,45 @@ ROWS: tuple[Row, ...] = (
         workers=3,
     ),
     # After the others: the place of a row decides its colour and marker.
-    Row("granet", "gradual pruning with regrowth (GraNet)", _granet, FOUR_SEEDS, equal_flops=True),
+    Row("granet", "gradual pruning with regrowth (GraNet)", _granet(), FOUR_SEEDS, equal_flops=True),
     Row("cyclic_3_rising", "C-GaP, 3 partitions, rising target", _rising(), FOUR_SEEDS, equal_flops=True),
     Row(
         "cyclic_2_rising_grown",
         "C-GaP, 2 partitions, rising target, 30% grown by gradient",
-        _rising(partitions=2, rounds=5, dense=1, prune_ramp=1.0, grow="gradient", grow_share=0.3),
-        FOUR_SEEDS,
+        _rising(partitions=2, rounds=5, dense=1, grow_share=0.3, **_GROWN),
         equal_flops=True,
     ),
     Row(
         "cyclic_3_rising_grown_fast",
         "C-GaP, 3 partitions, rising target, 30% grown by gradient, phases of 1/4 epoch",
-        _rising(rounds=6, length=0.25, update=0.05, dense=1, prune_ramp=1.0, grow="gradient", grow_share=0.3),
-        FOUR_SEEDS,
+        _rising(rounds=6, length=0.25, update=0.05, dense=1, grow_share=0.3, **_GROWN),
         equal_flops=True,
     ),
     Row(
         "cyclic_3_rising_grown",
         "C-GaP, 3 partitions, rising target, 50% grown by gradient",
         _rising(dense=1, grow="gradient", grow_share=0.5),
+        equal_flops=True,
+    ),
+    Row(
+        "granet_kept",
+        "gradual pruning with regrowth (GraNet), second moments kept",
+        _granet(regrow_moments="keep_second"),
+        equal_flops=True,
+    ),
+    Row(
+        "cyclic_2_rising_grown_kept",
+        "C-GaP, 2 partitions, rising target, 30% grown by gradient, second moments kept",
+        _rising(partitions=2, rounds=5, dense=1, grow_share=0.3, **_GROWN, **_KEPT),
+        FOUR_SEEDS,
+        equal_flops=True,
+    ),
+    Row(
+        "cyclic_2_rising_gentle",
+        "C-GaP, 2 partitions, rising target, 10% grown by gradient and warmed up, phases of 1/4 epoch",
+        _rising(
+            partitions=2, rounds=10, length=0.25, update=0.05, dense=1, grow_share=0.1, warmup=0.05, **_GROWN, **_KEPT
+        ),
         equal_flops=True,
     ),
     Row(

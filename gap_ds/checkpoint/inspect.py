@@ -17,7 +17,7 @@ from gap_ds.checkpoint.masks_file import FORMAT, FORMAT_VALUES, VERSION, counts_
 from gap_ds.checkpoint.run_state import State
 from gap_ds.masks import bitmask
 from gap_ds.masks.legality import Legality, multiple, possible_dims
-from gap_ds.method.pattern import Pattern, Unstructured
+from gap_ds.method.pattern import NofM, Pattern, Unstructured
 from gap_ds.method.plan import Entry, Plan
 from gap_ds.method.schedule import Phase, Schedule
 from gap_ds.storage.errors import printable
@@ -141,13 +141,17 @@ def _count(file: Any, name: str, entry: Entry | None, pattern: Pattern) -> tuple
         last = bitmask.unpack(piece[shape[0] - 1 :], 8)
         if bool(last[8 - tail :].any()):
             return figures, "its mask keeps weights beyond the entry's end"
-    return figures, None if isinstance(pattern, Unstructured) else _broken_pattern(piece, entry, pattern)
+    return figures, None if isinstance(pattern, Unstructured) else _broken_pattern(
+        piece, entry, pattern, figures["kept"]
+    )
 
 
-def _broken_pattern(bits: Any, entry: Entry, pattern: Any) -> str | None:
+def _broken_pattern(bits: Any, entry: Entry, pattern: Any, kept: int) -> str | None:
     """A sentence if the mask of an entry, a slice of a file, does not follow its pattern."""
     dims = entry.dims if entry.dims in possible_dims(len(entry.shape)) else None
-    legality = Legality(pattern, entry.shape, dims, exact=True, keep=entry.keep)
+    if isinstance(pattern, NofM) and kept * pattern.m % entry.numel == 0:  # on its way N is larger
+        pattern = NofM(kept * pattern.m // entry.numel, pattern.m)
+    legality = Legality(pattern, entry.shape, dims, exact=True, keep=kept)
     row, step = math.prod(entry.shape[1:]), chunk_rows(entry.shape, multiple(pattern))
     for lo in range(0, entry.shape[0] if row else 0, step):
         hi = min(lo + step, entry.shape[0])
@@ -171,6 +175,7 @@ def _against_schedule(state: State, phase: Phase, plan: Plan, found: Mapping[str
         if not (has and should):
             continue
         budget = phase.budget(entry, done[-1] if done else phase.first_step)
+        budget = plan.pattern.nearest(entry.shape, budget, entry.dims)
         n = found[entry.name]["kept"]
         wanted[entry.partition] += budget
         kept[entry.partition] += n

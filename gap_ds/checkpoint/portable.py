@@ -259,12 +259,12 @@ def _check_complete(folder: Path, files: Sequence[_File]) -> None:
 
 def _put_together(files: Sequence[_File], name: str) -> Tensor:
     """A whole parameter, flattened; empty if the files do not hold every weight of it once."""
-    found = {file: file.pieces[name] for file in files if f"weight:{name}" in file.lengths}
-    total = next((box.total for box in found.values()), 0)
-    if not covers(list(found.values()), Box.span(0, total, total)):
+    found = [(file, file.pieces[name]) for file in files if f"weight:{name}" in file.lengths]
+    total = next((box.total for _, box in found), 0)
+    if not covers([box for _, box in found], Box.span(0, total, total)):
         return torch.empty(0)
     whole = torch.empty(0)
-    for file, box in found.items():
+    for file, box in found:
         piece: Tensor = file.tensors.get_tensor(f"weight:{name}")
         if len(found) == 1:
             return piece

@@ -20,7 +20,7 @@ from gap_ds.method.config import GaPConfig
 from gap_ds.method.pattern import Block, Pattern, Unstructured
 from gap_ds.method.plan import Entry, Plan
 from gap_ds.method.plan import build as build_plan
-from gap_ds.method.schedule import Schedule
+from gap_ds.method.schedule import Phase, Schedule
 from gap_ds.method.schedule import build as build_schedule
 
 COUNTED = "products with weights, forward and backward alike; not attention scores, norms and the optimizer"
@@ -81,6 +81,19 @@ def forecast(
     return result
 
 
+def _of_partitions(plan: Plan, phase: Phase) -> dict[str, Any]:
+    """Density of each partition at the beginning of a phase in which some are neither dense nor at their target."""
+    if phase.rise is None and phase.growth == 1:
+        return {}
+    keep, numel = plan.per_partition()
+
+    def alone(values: list[int], k: int) -> list[int]:
+        return [n if i == k else 0 for i, n in enumerate(values)]
+
+    first = phase.first_step
+    return {"first_density": [phase.density(first, alone(keep, k), alone(numel, k)) for k in range(plan.kappa)]}
+
+
 def _entry(entry: Entry) -> dict[str, Any]:
     """Return the row of an entry; of an expert's, with the module that holds the experts and their number in it."""
     row = {
@@ -108,6 +121,7 @@ def _phases(
             "density": density,
             "pruned_entries": len(pruned),
             "updates": len(phase.updates),
+            **_of_partitions(plan, phase),
         }
         for phase, density, pruned in zip(
             schedule.phases, schedule.density(*plan.per_partition()), selected, strict=True

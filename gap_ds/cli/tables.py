@@ -241,15 +241,19 @@ def _timeline(figures: dict[str, Any], width: int, ascii_only: bool) -> Text:
         widths = [int(phase[f"{unit}s"] > 0) for phase in phases]
         per_round = sum(phase["round"] == 0 for phase in phases)
         width -= width % per_round if per_round < width else 0  # rounds are not broken across lines
-    full, empty = "#." if ascii_only else "█·"
+    full, *between, empty = list("#+=-." if ascii_only else "█▓▒░·")
     lines = [
-        "".join((full if k in phase["dense"] else empty) * w for phase, w in zip(phases, widths, strict=True))
-        for k in range(len(figures["partitions"]))
+        "".join(
+            _shade(phase, k, row["kept"] / row["weights"], (full, *between, empty)) * w
+            for phase, w in zip(phases, widths, strict=True)
+        )
+        for k, row in enumerate(figures["partitions"])
     ]
     marks = _marks(phases, widths)
     scale = "to scale" if is_to_scale else "a column per phase"
     whose = "; of worker 0 (worker I has partition I dense)" if "workers" in figures else ""
-    text = Text(f"{full} dense, {empty} sparse, r round, ft fine-tuning; {scale}{whose}\n")
+    shades = f"{''.join(between)} between, " if any("first_density" in phase for phase in phases) else ""
+    text = Text(f"{full} dense, {shades}{empty} sparse, r round, ft fine-tuning; {scale}{whose}\n")
     for start in range(0, sum(widths), width):
         end = start + width if start + width < sum(widths) else len(marks)
         text.append(f"{'':{_LABEL}}{marks[start:end].rstrip()}\n", style="dim")
@@ -257,6 +261,14 @@ def _timeline(figures: dict[str, Any], width: int, ascii_only: bool) -> Text:
             text.append(f"{k:>{_LABEL - 1}} {line[start : start + width]}\n")
     text.rstrip()
     return text
+
+
+def _shade(phase: dict[str, Any], k: int, final: float, shades: Sequence[str]) -> str:
+    """Return the character of a partition in a phase: the first is for dense, the last for its final density."""
+    if "first_density" not in phase:
+        return shades[0] if k in phase["dense"] else shades[-1]
+    above = (phase["first_density"][k] - final) / (1 - final) if final < 1 else 0.0
+    return shades[next((i for i, least in enumerate((1.0, 0.6, 0.25, 0.02)) if above >= least), len(shades) - 1)]
 
 
 def _marks(phases: Sequence[dict[str, Any]], widths: Sequence[int]) -> str:

@@ -46,8 +46,9 @@ def full_weights(
 
     def tensors() -> Iterator[tuple[str, Tensor | None]]:
         for shard, places in zip(shards, boxes, strict=True):
-            piece = shard.weight().clone()
+            piece = shard.weight()
             if shard.name in bits and shard.numel:
+                piece = piece.clone()
                 bitmask.zero_pruned_(piece, bits[shard.name])
             piece = piece.to(dtype) if piece.is_floating_point() else piece
             whole = comm.assemble(piece, places, shard.full_numel)

@@ -192,8 +192,12 @@ def save_pretrained(model: Any, folder: Path, **options: Any) -> None:
         options["save_original_format"] = False
     if "state_dict" not in parameters and all(p.kind != p.VAR_KEYWORD for p in parameters.values()):
         options.pop("state_dict", None)
-    config = getattr(model, "config", None)
-    before = {key: getattr(config, key) for key in ("dtype", "architectures") if hasattr(config, key)}
+    config: Any = getattr(model, "config", None)
+    kept = ("dtype", "architectures", "distributed_config")
+    before = {key: getattr(config, key) for key in kept if hasattr(config, key)}
+    if config is not None and before.get("distributed_config") is not None and "state_dict" in options:
+        # Else transformers would gather the weights with the other ranks, who are not here.
+        config.distributed_config = None
     try:
         model.save_pretrained(folder, **options)
     finally:

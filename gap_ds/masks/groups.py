@@ -38,7 +38,7 @@ _CHUNK = 1 << 18
 class Grouped:
     """This rank's piece of an entry with a pattern.
 
-    piece: its weights with their keys; `piece.budget` is not used. shape, dims, keep: of the whole entry.
+    piece: its weights with their keys; `piece.budget` is not used. shape, dims, keep (legal): of the whole entry.
     boxes: what each rank counts of the entry. by_magnitude: whether keys are those of magnitudes.
     """
 
@@ -64,7 +64,9 @@ def select_groups(pattern: NofM | Block, entries: Sequence[Grouped], reduce: sel
         raise selection.no_order(entries[first].piece.name, int(invalid[first]))
     stretches = [_stretches(pattern, entry, reduce) for entry in entries]
     if isinstance(pattern, NofM):
-        return [_every_group(pattern, entry, own) for entry, own in zip(entries, stretches, strict=True)]
+        # On the way to its budget an entry keeps more in a group.
+        rows = [(pattern.keeping(entry.shape, entry.keep), entry) for entry in entries]
+        return [_every_group(*row, own) for row, own in zip(rows, stretches, strict=True)]
     blocks = [[_blocks(pattern, entry, one) for one in own] for entry, own in zip(entries, stretches, strict=True)]
     sizes = [math.prod(pattern.cell(entry.shape, entry.dims)) for entry in entries]
     counted = [_counted(entries[e], e, math.prod(entries[e].shape) // sizes[e], own) for e, own in enumerate(blocks)]

@@ -173,6 +173,24 @@ def only(keys: Keys, among: Tensor) -> Keys:
     return chosen
 
 
+def first(keys: Keys, among: Tensor, by_magnitude: bool) -> Keys:
+    """Return keys that put all weights inside a mask `among` (bits of the piece) above all others.
+
+    Those of magnitudes stay magnitudes: inside they are infinity's.
+
+    >>> among = bitmask.pack(torch.tensor([False, True, False]))
+    >>> first(magnitude_keys(torch.tensor([3.0, 0.0, 1.0])), among, True)(0, 3).view(torch.float32).tolist()
+    [3.0, inf, 1.0]
+    """
+    top = _INFINITY if by_magnitude else 2**31 - 1
+
+    def chosen(lo: int, hi: int) -> Tensor:
+        found = keys(lo, hi).clamp(max=top - 1)
+        return torch.where(bitmask.unpack(among, hi - lo, start=lo), top, found)
+
+    return chosen
+
+
 def magnitudes(name: str, keys: Tensor) -> Tensor:
     """Return the magnitudes (N,) in fp32 that have these keys, as a view.
 

@@ -145,7 +145,10 @@ class GaPConfig(Fields):
                     f'"{name}_{wrong}" and "phase_{right}" must have the same unit: set "{name}_{right}" instead'
                 )
         if self.updates and self.update_epochs is None and self.update_steps is None:
-            why = self._moving()
+            if self.target == "rising":
+                why = 'target="rising"'
+            else:
+                why = "prune_ramp" if self.prune_ramp else f"method={self.method!r}"
             raise ValueError(f'"update_{right}" must be set with {why}: the time between two updates of the masks')
         if not self.updates and (self.update_epochs or self.update_steps):
             raise ValueError(
@@ -169,14 +172,6 @@ class GaPConfig(Fields):
         if self.grow != "dense" and self.regrow != "zero":
             raise ValueError(f'grow="{self.grow}" with regrow="{self.regrow}": set "regrow" to "zero"')
 
-    def _moving(self) -> str:
-        """Return the setting by which masks change inside phases."""
-        if self.target == "rising":
-            return 'target="rising"'
-        if self.grow != "dense":
-            return f'grow="{self.grow}"'
-        return "prune_ramp" if self.prune_ramp else f"method={self.method!r}"
-
     def _check_selection(self) -> None:
         pattern = parse(self.pattern)
         shown = "{...}" if isinstance(self.distribution, dict) else self.distribution
@@ -189,12 +184,6 @@ class GaPConfig(Fields):
             raise ValueError(
                 f'pattern="{pattern}" with sparsity={self.sparsity}: keeps {pattern.n} of {pattern.m}, so set '
                 f'"sparsity" to {pattern.sparsity}'
-            )
-        if (self.updates or self.grow != "dense") and not isinstance(pattern, Unstructured):
-            why = self._moving()
-            raise ValueError(
-                f'pattern="{pattern}" with {why}: masks change in single weights inside a phase, so set "pattern" to '
-                '"unstructured"'
             )
         if self.distribution == "global" and not isinstance(pattern, Unstructured):
             raise ValueError(

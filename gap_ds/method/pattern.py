@@ -1,8 +1,9 @@
 """Patterns: the legal sets of kept weights. Unstructured, N of every M along the input dimension, whole blocks.
 
-A pattern is plain data with pure functions: `misfit` (why a shape does not fit), `budget` (the legal budget for a
-wanted one) and `mask` (the mask for scores of a whole entry and a budget). Of equal scores the lowest flat index wins.
-The others are what `gap_ds.masks.groups` needs to find the same masks over shards.
+A pattern is plain data with pure functions: `misfit` (why a shape does not fit), `budget` (the final budget for a
+wanted one), `nearest` (the legal number of kept weights next to one, on the way to the budget) and `mask` (the mask for
+scores of a whole entry and a legal number). Of equal scores the lowest flat index wins. The others are what
+`gap_ds.masks.groups` needs to find the same masks over shards.
 
     2:4, Linear (2, 8)         block:1x4, Linear (2, 8)
     | x . x . | . . x x |      | x x x x | . . . . |
@@ -45,6 +46,10 @@ class Unstructured:
         """Return `keep`: any budget is legal."""
         return keep
 
+    def nearest(self, shape: Sequence[int], keep: int, dims: tuple[int, int]) -> int:
+        """Return `keep`: any number is legal."""
+        return keep
+
     def mask(self, scores: Tensor, keep: int, dims: tuple[int, int]) -> Tensor:
         """Return the mask of the `keep` largest scores."""
         return _largest(scores, keep)
@@ -64,6 +69,11 @@ class NofM:
         return f"{self.n}:{self.m}"
 
     @property
+    def grades(self) -> int:
+        """Steps from all weights to the target: N falls by one in each."""
+        return self.m - self.n
+
+    @property
     def sparsity(self) -> float:
         """The only sparsity that the pattern can have.
 
@@ -80,6 +90,19 @@ class NofM:
     def budget(self, shape: Sequence[int], keep: int, dims: tuple[int, int]) -> int:
         """Return the only legal budget; `keep` is ignored."""
         return math.prod(shape) // self.m * self.n
+
+    def nearest(self, shape: Sequence[int], keep: int, dims: tuple[int, int]) -> int:
+        """Return the number next to `keep` that is the same in every group: on the way to the budget N is larger.
+
+        >>> NofM(2, 4).nearest((2, 8), 11, (0, 1))
+        12
+        """
+        groups = math.prod(shape) // self.m
+        return round_half_up(Fraction(keep, groups)) * groups
+
+    def keeping(self, shape: Sequence[int], keep: int) -> NofM:
+        """Return the pattern with the N that leaves `keep` weights of an entry: of 0 to M."""
+        return NofM(keep * self.m // math.prod(shape), self.m)
 
     def cell(self, shape: Sequence[int], dims: tuple[int, int]) -> tuple[int, ...]:
         """Return the size of a group in each dimension."""
@@ -106,8 +129,8 @@ class NofM:
 
     def mask(self, scores: Tensor, keep: int, dims: tuple[int, int]) -> Tensor:
         """Return the mask for the scores of a whole entry."""
-        assert keep == self.budget(scores.shape, keep, dims)
-        return self.flags(scores.flatten(), scores.shape, dims).view(scores.shape)
+        assert keep == self.nearest(scores.shape, keep, dims)
+        return self.keeping(scores.shape, keep).flags(scores.flatten(), scores.shape, dims).view(scores.shape)
 
 
 @dataclass(frozen=True)
@@ -141,6 +164,10 @@ class Block:
         """
         size = math.prod(self.cell(shape, dims))
         return round_half_up(Fraction(keep, size)) * size
+
+    def nearest(self, shape: Sequence[int], keep: int, dims: tuple[int, int]) -> int:
+        """Return the number of weights in whole blocks, rounded half up, at least one block."""
+        return self.budget(shape, keep, dims)
 
     def cell(self, shape: Sequence[int], dims: tuple[int, int]) -> tuple[int, ...]:
         """Return the size of a block in each dimension; of a convolution's kernel the whole."""

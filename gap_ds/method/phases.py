@@ -38,7 +38,8 @@ class Phase:
     leaving: partitions that are pruned when the phase ends. updates: steps inside the phase before which masks change;
     those after `update_from`, the step from which progress is counted, also prune what leaves. rise: with a rising
     target, the steps between which the level of the sparse partitions rises; None: they are at their target. growth:
-    part of their pruned weights that the dense partitions have grown; 1: they are dense indeed.
+    part of their pruned weights that the dense partitions have grown; 1: they are dense indeed. grades: with N:M, the
+    steps in which N falls from M: what is pruned is a multiple of 1 / grades.
     """
 
     index: int
@@ -52,6 +53,7 @@ class Phase:
     updates: tuple[int, ...] = ()
     rise: tuple[int, int] | None = None
     growth: Fraction = Fraction(1)
+    grades: int | None = None
 
     @property
     def end_step(self) -> int:
@@ -94,11 +96,15 @@ class Phase:
 
     def pruned(self, partition: int, step: int) -> Fraction:
         """Pruned part of the weights to prune that a partition has after the boundary or update before `step`."""
-        level = self.level(step)
-        if partition not in self.dense:
-            return level
-        start = (1 - self.growth) * self.level(self.first_step)
-        return start + ramp(self.progress(step)) * (level - start) if self._ramps(partition, step) else start
+        part = level = self.level(step)
+        if partition in self.dense:
+            part = (1 - self.growth) * self.level(self.first_step)
+            part += ramp(self.progress(step)) * (level - part) if self._ramps(partition, step) else 0
+        return (
+            part
+            if self.grades is None
+            else 1 - Fraction(math.floor(self.grades * (1 - part) + Fraction(1, 2)), self.grades)
+        )
 
     def budget(self, entry: Budget, step: int) -> int:
         """Kept weights of an entry in the steps that follow the boundary or update before `step`."""

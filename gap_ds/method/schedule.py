@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from gap_ds.method.config import GaPConfig
+from gap_ds.method.pattern import NofM, parse
 from gap_ds.method.phases import Kind, Phase, Schedule, cosine
 
 __all__ = ["Phase", "Schedule", "build"]
@@ -89,13 +90,14 @@ def _segments(config: GaPConfig, worker: int) -> list[Segment]:
 
 def _rounded(config: GaPConfig, segments: Sequence[Segment], edges: Sequence[int]) -> list[Phase]:
     """Return the phases without updates; `edges` are the steps between which the segments lie."""
-    phases = []
+    phases, pattern = [], parse(config.pattern)
+    grades = pattern.grades if isinstance(pattern, NofM) else None
     for p, (segment, first, end) in enumerate(zip(segments, edges[:-1], edges[1:], strict=True)):
         # A worker leaves its partition at every exchange, only to have it back.
         comes_back = config.record.has_workers and segment.kind == "explore"
         after = frozenset[int]() if comes_back else segments[min(p + 1, len(segments) - 1)].dense
         leaving = segment.dense - after
-        phase = Phase(p, segment.round, first, end - first, segment.dense, segment.kind, leaving)
+        phase = Phase(p, segment.round, first, end - first, segment.dense, segment.kind, leaving, grades=grades)
         phases.append(_of_target(config, phase, edges) if segment.kind == "explore" else phase)
     return phases
 

@@ -161,6 +161,7 @@ class Exchange:
                 piece = self._together(partial(self._piece, item, item.parts[name], bits))
                 whole = self._assemble(item, item.parts[name], piece, spreads[item.name], bits)
                 on_rank_zero(self._world, partial(file.write_tensor, item.parts[name], whole))
+                del piece, whole  # before the next one comes
             self.bytes_written = on_rank_zero(self._world, partial(self._complete, round, file))
         except BaseException:
             file.discard()

@@ -207,7 +207,7 @@ def _box(row: list[list[int]], total: int) -> Box:
 def sum_of(shards: Iterable[Shard], numbers: Sequence[int], comm: Comm) -> list[int]:
     """The sum over the ranks of a number for each shard, such as of its kept weights, without what is not counted."""
     own = [number if shard.counted else 0 for shard, number in zip(shards, numbers, strict=True)]
-    sums: list[int] = comm.sum(torch.tensor(own, dtype=torch.int64)).tolist()
+    sums: list[int] = own if comm.size == 1 else comm.sum(torch.tensor(own, dtype=torch.int64)).tolist()
     return sums
 
 

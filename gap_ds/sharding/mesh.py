@@ -169,7 +169,15 @@ class Layout:
         """
         if not any(isinstance(parameter, DTensor) for parameter in module.parameters()):
             return Layout(Comm(single=True, within=world), find, False)
-        comm = group_of({clean_name(name): p for name, p in module.named_parameters()}, world)
+        return Layout.over(find, group_of({clean_name(name): p for name, p in module.named_parameters()}, world))
+
+    @staticmethod
+    def over(find: Callable[[], list[Shard]], comm: Comm) -> Layout:
+        """Return the layout of pieces that are spread among the ranks of `comm`. All of them must call this.
+
+        Raises:
+            ValueError: as `uncounted` does.
+        """
         first = find()
         elsewhere = uncounted(first, comm)
         copies = torch.tensor([sum(shard.trainable for shard in first if shard.name in elsewhere)])

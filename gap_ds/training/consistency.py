@@ -33,8 +33,9 @@ def check_model(world: Comm, shards: Sequence[Shard]) -> None:
     if others := (rows != rows[0]).nonzero().view(-1).tolist():
         raise ValueError(
             f"ranks 0 and {_some(others)} have different models (this rank: {len(names)} parameters, "
-            f"{names[0] if names else 'none'} and others). All ranks of an engine must train the same model: for "
-            "groups of ranks that train models of their own (stages of a pipeline, two models at once), pass group=."
+            f"{names[0] if names else 'none'} and others). All ranks must train the same model. Where groups of ranks "
+            "train separate ones (stages of a pipeline, two models), pass group= with the ranks of this one; experts "
+            "of different ranks must be DTensors of one parameter."
         )
 
 

@@ -51,7 +51,8 @@ class Exchanging(Observer):
         shards = {shard.name: shard for shard in self._backend.shards()}
         buffers = dict(export.buffers(self._backend.module))
         # With a rising target partitions are exchanged as they are: at the level of this step.
-        entries = tuple(replace(entry, keep=phase.budget(entry, step)) for entry in self._plan.entries)
+        keep = {e: self._plan.pattern.nearest(e.shape, phase.budget(e, step), e.dims) for e in self._plan.entries}
+        entries = tuple(replace(entry, keep=n) for entry, n in keep.items())
         items = items_of(replace(self._plan, entries=entries), list(shards.values()), buffers)
 
         def receive(received: Received) -> None:

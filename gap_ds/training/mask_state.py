@@ -19,7 +19,7 @@ from gap_ds.masks import bitmask, selection
 from gap_ds.masks.groups import Grouped, select_groups
 from gap_ds.method import rules
 from gap_ds.method.config import GaPConfig
-from gap_ds.method.pattern import Unstructured
+from gap_ds.method.pattern import NofM, Unstructured
 from gap_ds.method.plan import Entry, Plan
 from gap_ds.sharding.backends import Backend
 from gap_ds.sharding.comm import Comm, boxes_of, sum_of
@@ -234,7 +234,8 @@ class MaskState:
             bits |= self._exactly({e: (u.keep, self._random(e, e.name)) for e, u in random.items()})
             return bits | self._exchanged(exchanged, step)
         bits = self._by_groups({e: (u.keep, self._magnitudes(e)) for e, u in largest.items()}, by_magnitude=True)
-        return bits | self._by_groups({e: (u.keep, self._random(e, e.name)) for e, u in random.items()})
+        bits |= self._by_groups({e: (u.keep, self._random(e, e.name)) for e, u in random.items()})
+        return bits | self._exchanged_groups(exchanged, step)
 
     def _exactly(
         self, wanted: Mapping[Entry, tuple[int, selection.Keys]], shared_budget: bool = False
@@ -301,7 +302,7 @@ class MaskState:
                 selection.Piece(entry.name, shard.box, keys, 0, shard.counted),
                 entry.shape,
                 entry.dims,
-                keep,
+                pattern.nearest(entry.shape, keep, entry.dims) if keep else 0,
                 cuts,
                 by_magnitude,
             )
@@ -309,6 +310,40 @@ class MaskState:
         ]
         bits = select_groups(pattern, entries, self._backend.comm)
         return {entry.name: b for entry, b in zip(wanted, bits, strict=True)}
+
+    def _exchanged_groups(self, updates: Mapping[Entry, rules.DropAndGrow], step: int) -> dict[str, Tensor]:
+        """Drop and grow with a pattern: select what stays, then the mask that has it and the best of all others.
+
+        Groups of N:M drop equally many weights each; if the number is no multiple of the groups, some drop one more:
+        those that lose the least. Blocks are dropped and grown as wholes.
+        """
+        pattern, bits = self._plan.pattern, dict[str, Tensor]()
+        if isinstance(pattern, NofM):
+            stays = self._staying_of_groups(pattern, updates)
+        else:
+            stays = self._by_groups({e: (u.keep - u.drop, self._magnitudes(e)) for e, u in updates.items()}, True)
+        for by_gradient in (True, False):
+            wanted = {
+                e: (u.keep, selection.first(self._growth(e, by_gradient, step), stays[e.name], by_gradient))
+                for e, u in updates.items()
+                if u.by_gradient == by_gradient
+            }
+            bits |= self._by_groups(wanted, by_magnitude=by_gradient)
+        return bits
+
+    def _staying_of_groups(self, pattern: NofM, updates: Mapping[Entry, rules.DropAndGrow]) -> dict[str, Tensor]:
+        """Bits of the weights that an update of an N:M pattern does not drop."""
+        keys = {entry: self._of_kept(entry) for entry in updates}
+        groups = {entry: entry.numel // pattern.m for entry in updates}
+        parts = {entry: divmod(update.drop, groups[entry]) for entry, update in updates.items()}
+        count = {e: pattern.nearest(e.shape, u.keep, e.dims) - parts[e][0] * groups[e] for e, u in updates.items()}
+        stays = self._by_groups({e: (n, keys[e]) for e, n in count.items()})
+        some = [entry for entry, (_, more) in parts.items() if more]
+        safe = self._by_groups({e: (count[e] - groups[e], keys[e]) for e in some})
+        # One weight of each group is left to choose from.
+        last = {e: selection.only(self._magnitudes(e), stays[e.name] & ~safe[e.name]) for e in some}
+        chosen = self._exactly({e: (groups[e] - parts[e][1], last[e]) for e in some})
+        return stays | {name: safe[name] | chosen[name] for name in chosen}
 
     def _stored(self, names: set[str]) -> dict[str, Tensor]:
         """Masks that were written by another run, of the same entries."""

@@ -78,7 +78,8 @@ class Scenario:
 
     def entries(self) -> dict[str, int]:
         """Partition of each entry, in module order."""
-        found = {name: k if self.kappa == 2 else 0 for name, k in reference.entries().items()}
+        listed = {name: k for name, k in reference.entries().items() if name.split(".")[-2] in self.keep}
+        found = {name: k if self.kappa == 2 else 0 for name, k in listed.items()}
         return found | ({"sometimes.weight": 0} if "sometimes" in self.keep else {})
 
     def budget(self, name: str) -> int:
@@ -86,6 +87,13 @@ class Scenario:
 
     def budgets(self, names: Iterable[str]) -> dict[str, int]:
         return {name: self.budget(name) for name in names}
+
+    def largest(self, magnitudes: Mapping[str, Tensor], pruned: Fraction) -> dict[str, Tensor]:
+        """The masks that pruning the entries of one partition leaves."""
+        budgets = self.budgets(magnitudes)
+        if "pattern" in self.gap:
+            return {name: in_fours(m, left(m.numel(), budgets[name], pruned)) for name, m in magnitudes.items()}
+        return largest(magnitudes, budgets, pruned, shared_budget=self.shared_budget)
 
     @property
     def shared_budget(self) -> bool:
@@ -144,6 +152,17 @@ SCENARIOS = {
             **{5: [exchange("3/11", cubic("3/11"))], 8: [exchange("6/11", cubic("6/11"))]},
             **{11: [exchange("9/11", cubic("9/11"))], 13: [prune()]},
         },
+    ),
+    # 3 of 4 are left where half of what is to be pruned is. Then 148 weights can be replaced.
+    "granet_2of4": Scenario(
+        {"method": "granet", "sparsity": 0.5, "pattern": "2:4", "exclude": ["fc2"], "dense_steps": 2, "phase_steps": 11}
+        | {"update_steps": 3, "finetune_steps": 2, "drop_fraction": 0.5, "regrow_moments": "keep_second"},
+        steps=15,
+        saved=9,
+        events={
+            **{5: [exchange("3/11", Fraction(1, 2))], 8: [exchange("6/11")], 11: [exchange("9/11")], 13: [prune()]},
+        },
+        keep={"fc1": 296},
     ),
     # The level rises from step 2 to step 12. The ramps begin at 4 and 9: updates 4 and 9 are none of theirs.
     "rising": Scenario(
@@ -280,6 +299,28 @@ def exchanged(keep: int, drop: int, mask: Tensor, magnitude: Tensor, growth: Ten
     return new.view(mask.shape)
 
 
+def exchanged_in_fours(keep: int, drop: int, mask: Tensor, magnitude: Tensor, growth: Tensor) -> Tensor:
+    """The same with as many in every four consecutive weights; the last of the drops are where they cost least."""
+    size, sizes, came = mask.numel(), magnitude.tolist(), growth.tolist()
+    starts, new = range(0, size, 4), [False] * size
+    ranked = {s: sorted((i for i in range(s, s + 4) if mask[i]), key=lambda i: (-sizes[i], i)) for s in starts}
+    each, more = divmod(drop, len(starts))
+    stays = keep // len(starts) - each
+    cheapest = sorted(starts, key=lambda s: (sizes[ranked[s][stays - 1]], -s))[:more]
+    for s in starts:
+        here = ranked[s][: stays - (s in cheapest)]
+        others = sorted((i for i in range(s, s + 4) if i not in here), key=lambda i: (-came[i], i))
+        for i in [*here, *others[: each + (s in cheapest)]]:
+            new[i] = True
+    return torch.tensor(new)
+
+
+def in_fours(magnitude: Tensor, keep: int) -> Tensor:
+    """The largest of every four consecutive weights."""
+    every = torch.ones(magnitude.numel(), dtype=torch.bool)
+    return exchanged_in_fours(keep, 0, every, magnitude.flatten(), magnitude.flatten()).view(magnitude.shape)
+
+
 def changed(
     scenario: Scenario,
     step: int,
@@ -297,7 +338,7 @@ def changed(
         names = [name for name, k in scenario.entries().items() if k == partition]
         if action == "prune":
             magnitudes = {name: weights[name].abs() for name in names}
-            found |= largest(magnitudes, scenario.budgets(names), pruned, shared_budget=scenario.shared_budget)
+            found |= scenario.largest(magnitudes, pruned)
         by_gradient = gap["method"] in ("rigl", "granet") or gap.get("grow") == "gradient"
         counts = dict[str, tuple[int, int]]()  # kept and replaced weights
         for name in names:
@@ -322,7 +363,8 @@ def changed(
                 torch.cat([tensors[n].flatten() for n in group]) for tensors in (_or_ones(masks, weights), weights)
             ]
             keep, drop = (sum(counts[n][i] for n in group) for i in (0, 1))
-            new = exchanged(keep, drop, joined[0], joined[1].abs(), torch.cat(growth))
+            rule = exchanged_in_fours if "pattern" in gap else exchanged
+            new = rule(keep, drop, joined[0], joined[1].abs(), torch.cat(growth))
             parts = torch.split(new, [weights[n].numel() for n in group])
             found |= {n: part.view(weights[n].shape) for n, part in zip(group, parts, strict=True)}
     return found
@@ -354,7 +396,7 @@ def exported(scenario: Scenario, masks: Mapping[str, Tensor], weights: Mapping[s
         final, budgets = {name: masks[name] for name in names if name in masks}, scenario.budgets(names)
         if kept != sum(budgets.values()):
             magnitudes = {name: weights[name].abs() for name in names}
-            final = largest(magnitudes, budgets, Fraction(1), shared_budget=scenario.shared_budget)
+            final = scenario.largest(magnitudes, Fraction(1))
         found |= {name: torch.where(final[name], weights[name].detach(), 0.0) for name in names}
     return found
 

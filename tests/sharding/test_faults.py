@@ -29,9 +29,9 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "config_missing_on_rank_1",
             "partitions=99: the model has 4 blocks with entries, and a partition needs at least one.",
         ),
-        ("ddp_over_a_part", "the model is wrapped for 1 of the job's 2 ranks: all ranks must train the same model."),
-        ("fsdp1_over_a_part", "the model is wrapped for 1 of the job's 2 ranks: all ranks must train the same model."),
-        ("fsdp2_over_a_part", "the model is wrapped for 1 of the job's 2 ranks: all ranks must train the same model."),
+        ("ddp_over_a_part", "the model is wrapped for 1 of the 2 ranks of the engine."),
+        ("fsdp1_over_a_part", "the model is wrapped for 1 of the 2 ranks of the engine."),
+        ("fsdp2_over_a_part", "embedding.weight: lies on a mesh of the ranks "),
         ("experts_that_ddp_ignores", "layers.1.fc1.weight: is trained, but DistributedDataParallel was told to ignore"),
         (
             "local_sgd",

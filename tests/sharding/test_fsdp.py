@@ -8,6 +8,7 @@ from typing import Any
 
 import parity
 import pytest
+import reference
 import torch
 from launch import run_workers
 from parity import Row
@@ -54,6 +55,7 @@ EARLY: list[Row] = [
     {"name": "fsdp1_flat_early", "what": "early", "kind": "fsdp1", "flat": True, "optimizer": "adamw"},
     {"name": "fsdp2_early", "what": "early", "kind": "fsdp2", "optimizer": "sgd"},
 ]
+TORCHTITAN: Row = {"name": "torchtitan", "what": "torchtitan", "optimizer": "adamw"}
 REFUSED: Row = {"name": "refused", "what": "refused", "optimizer": "sgd"}
 
 #: On 4 processes; hybrid: 2 replicas of 2 pieces.
@@ -65,7 +67,7 @@ ROWS_4: list[Row] = [
 
 #: Of each kind of sharding one row in each precision, and one that saves before the first step.
 SHORT = ["fsdp1_adamw", "fsdp1_flat_adamw", "fsdp2_adamw", "fsdp1_bf16", "fsdp1_flat_bf16", "fsdp2_bf16"]
-SHORT += ["ddp_compile", "fsdp1_flat_early", "fsdp2_overflow"]
+SHORT += ["ddp_compile", "fsdp1_flat_early", "fsdp2_overflow", "torchtitan"]
 
 
 def table(rows: list[Row]) -> list[Any]:
@@ -149,12 +151,30 @@ def test_a_step_that_overflows_on_one_rank_is_not_counted(trained: Path, row: Ro
         assert found["scale"] == 2.0  # halved twice from 8
 
 
+@pytest.mark.parametrize("row", table([TORCHTITAN]))
+def test_the_code_for_torchtitan_trains_resumes_and_exports(trained: Path, row: Row) -> None:
+    found = parity.result(trained, row["name"])
+    resumed = found["resumed"]
+    assert found["applied"] == resumed["applied"] == toy.STEPS
+    assert parity.largest_difference(resumed, found) == 0
+    for name, weight in found["exported"].items():
+        assert torch.equal(resumed["exported"][name], weight), name
+    for name in reference.entries():
+        assert int(found["exported"][name].count_nonzero()) == reference.KEEP
+
+
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("sharded_on_1", "sharded on dimension 1; only dimension 0 is supported"),
-        ("tensor_parallel", "tensor parallelism alone is not supported"),
-        ("tensor_parallel_fsdp", "as with tensor parallelism"),
+        ("fsdp1_tensor_parallel", "is sharded by tensor parallelism and FSDP1 both"),
+        ("mesh_of_fewer", "Pass group= with the ranks of this model"),
+        ("ddp_of_fewer", "pass group= with the ranks of this one"),
+        ("mesh_of_more", "and the engine trains on "),
+        ("whole_with_global", 'distribution="global": one threshold holds for all entries of a partition'),
+        ("other_whole", "whole: has no entry that is a parameter of this part"),
+        ("whole_with_masks", 'whole: has no effect with mask_init="from_weights"'),
+        ("partial_sums", "which gives no rank its weights"),
+        ("ignored_experts", "was told to ignore it, as experts are"),
         ("flat_compiled", "use_orig_params=True"),
         ("meta", "is on the meta device"),
         ("optimizer_too_early_fsdp1", "Build the optimizer from the wrapped model"),

@@ -28,12 +28,14 @@ class Job:
     @classmethod
     def rank(cls) -> int:
         """The number of this process's data."""
-        return dist.get_rank() if cls.data_rank is None else cls.data_rank
+        if cls.data_rank is not None:
+            return cls.data_rank
+        return dist.get_rank() if dist.is_initialized() else 0
 
     @classmethod
     def size(cls) -> int:
         """How many processes train the model."""
-        return dist.get_world_size(cls.group)
+        return dist.get_world_size(cls.group) if dist.is_initialized() else 1
 
 
 class Block(nn.Module):

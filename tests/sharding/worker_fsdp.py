@@ -5,22 +5,25 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import observe
 import reference
 import torch
 import torch.distributed as dist
+import torchtitan_like
 import toy
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FullyShardedDataParallel,
@@ -31,7 +34,8 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.fsdp.wrap import CustomPolicy
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from gap_ds import GaPEngine
@@ -49,6 +53,9 @@ def groups_by_unit(model: nn.Module) -> list[dict[str, object]]:
         {"params": [p for block, p in trained if not block], "weight_decay": 0.0},
     ]
 
+
+#: A group of each rank alone.
+GROUPS: dict[int, Any] = {}
 
 MATRICES = {name for name, p in toy.build().named_parameters() if p.dim() >= 2}
 
@@ -233,28 +240,88 @@ def early(
     return found
 
 
+def torchtitan(out: Path) -> dict[str, Any]:
+    """The code of docs/from-torchtitan.md, as it stands there, around a trainer like torchtitan's; trained through and
+    resumed."""
+    page = Path(__file__).parents[2] / "docs" / "from-torchtitan.md"
+    code = page.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    sys.modules["torchtitan"] = ModuleType("torchtitan")
+    sys.modules["torchtitan.trainer"] = torchtitan_like
+    names: dict[str, Any] = {}
+    exec(compile(code, str(page), "exec"), names)
+    names["GAP"] = toy.GAP
+
+    def train(folder: Path) -> dict[str, Any]:
+        trainer = names["SparseTrainer"](wrap({"kind": "fsdp2"}), folder, toy.STEPS, interval=4)
+        trainer.train()
+        exported = load_file(folder / "sparse-model" / "model.safetensors")
+        return observe.final_state(trainer.engine) | {"exported": exported, "applied": trainer.engine.applied_steps}
+
+    found = train(out / "torchtitan")
+    saved = out / "torchtitan_resumed" / "checkpoint" / "step-8"
+    if dist.get_rank() == 0:
+        shutil.copytree(out / "torchtitan" / "checkpoint" / "step-8", saved)
+    dist.barrier()
+    return found | {"resumed": train(out / "torchtitan_resumed")}
+
+
 def refused() -> dict[str, Any]:
     """The message of each combination that is refused."""
 
     def sgd(model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.SGD(model.parameters(), lr=0.1)
 
-    def sharded_on_1() -> GaPEngine:
-        model = nn.Sequential(*(nn.Sequential(nn.Linear(16, 16), nn.ReLU()) for _ in range(4)))
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        from torch.distributed.tensor import Shard
-
-        fully_shard(model, mesh=mesh, shard_placement_fn=lambda p: Shard(p.dim() - 1))
-        return GaPEngine(model, toy.GAP, optimizer=sgd(model))
-
-    def tensor_parallel(fsdp: bool) -> GaPEngine:
-        from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
-
+    def fsdp1_tensor_parallel() -> GaPEngine:
+        """FSDP1 around tensor parallelism over all ranks."""
         model = nn.Sequential(*(nn.Sequential(nn.Linear(16, 16), nn.ReLU()) for _ in range(4)))
         mesh = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("dp", "tp"))
         parallelize_module(model, mesh["tp"], {f"{i}.0": ColwiseParallel() for i in range(4)})
-        if fsdp:
-            fully_shard(model, mesh=mesh["dp"])
+        wrapped = FullyShardedDataParallel(
+            model, device_mesh=mesh["dp"], device_id=torch.device("cpu"), use_orig_params=True
+        )
+        return GaPEngine(wrapped, toy.GAP, optimizer=sgd(wrapped))
+
+    def alone() -> GaPEngine:
+        """FSDP2 over a mesh of this rank alone."""
+        model = toy.build()
+        mesh = DeviceMesh.from_group(GROUPS[dist.get_rank()], "cpu", mesh_dim_names=("dp",))
+        for layer in model.layers:
+            fully_shard(layer, mesh=mesh)
+        return GaPEngine(fully_shard(model, mesh=mesh), toy.GAP, optimizer=sgd(model))
+
+    def other_group() -> GaPEngine:
+        model = wrap({"kind": "fsdp2"})
+        return GaPEngine(model, toy.GAP, optimizer=sgd(model), group=GROUPS[dist.get_rank()])
+
+    def ddp_of_fewer() -> GaPEngine:
+        model = DistributedDataParallel(toy.build(), process_group=GROUPS[dist.get_rank()])
+        return GaPEngine(model, toy.GAP, optimizer=sgd(model))
+
+    def whole_with_global() -> GaPEngine:
+        model = wrap({"kind": "fsdp2"})
+        return GaPEngine(model, toy.GAP | {"distribution": "global"}, optimizer=sgd(model), whole=toy.build())
+
+    def other_whole() -> GaPEngine:
+        model = wrap({"kind": "fsdp2"})
+        whole = nn.Sequential(*(nn.Sequential(nn.Linear(16, 16), nn.ReLU()) for _ in range(4)))
+        return GaPEngine(model, toy.GAP, optimizer=sgd(model), whole=whole)
+
+    def whole_with_masks() -> GaPEngine:
+        model = wrap({"kind": "fsdp2"})
+        gap = {"method": "static", "mask_init": "from_weights", "phase_steps": 1, "rounds": 0, "finetune_steps": 3}
+        return GaPEngine(model, gap, optimizer=sgd(model), whole=toy.build())
+
+    def partial_sums() -> GaPEngine:
+        model = toy.build()
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        linear = model.layers[0].fc1
+        linear.weight = nn.Parameter(DTensor.from_local(linear.weight.detach(), mesh, [Partial()]))
+        return GaPEngine(model, toy.GAP, optimizer=sgd(model))
+
+    def ignored_experts() -> GaPEngine:
+        model = toy.build()
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["layers.0.fc1.weight"])
+        model = DistributedDataParallel(model)
         return GaPEngine(model, toy.GAP, optimizer=sgd(model))
 
     def flat_compiled() -> GaPEngine:
@@ -317,9 +384,15 @@ def refused() -> dict[str, Any]:
         return GaPEngine(wrap({"kind": "fsdp2"}), toy.GAP)
 
     cases: dict[str, Callable[[], GaPEngine]] = {
-        "sharded_on_1": sharded_on_1,
-        "tensor_parallel": partial(tensor_parallel, False),
-        "tensor_parallel_fsdp": partial(tensor_parallel, True),
+        "fsdp1_tensor_parallel": fsdp1_tensor_parallel,
+        "mesh_of_fewer": alone,
+        "ddp_of_fewer": ddp_of_fewer,
+        "mesh_of_more": other_group,
+        "whole_with_global": whole_with_global,
+        "other_whole": other_whole,
+        "whole_with_masks": whole_with_masks,
+        "partial_sums": partial_sums,
+        "ignored_experts": ignored_experts,
         "flat_compiled": flat_compiled,
         "meta": meta,
         "optimizer_too_early_fsdp1": partial(optimizer_too_early, "fsdp1"),
@@ -357,11 +430,13 @@ def work_through(out: Path, rows: list[dict[str, Any]], works: dict[str, Callabl
 def main(out: Path) -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
+    GROUPS.update({rank: dist.new_group([rank]) for rank in range(dist.get_world_size())})
     rows = json.loads((out / "rows.json").read_text())
     kinds: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
         "overflow": overflow,
         "early": lambda row: early(row, out),
         "refused": lambda row: refused(),
+        "torchtitan": lambda row: torchtitan(out),
         "run": lambda row: run(row, out),
     }
     work_through(out, rows, {row["name"]: partial(kinds[row.get("what", "run")], row) for row in rows})

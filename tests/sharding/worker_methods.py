@@ -38,11 +38,11 @@ class Alone:
     get_rank, get_world_size = staticmethod(lambda: 0), staticmethod(lambda: 1)
 
     @staticmethod
-    def all_reduce(tensor: Tensor) -> None:
+    def all_reduce(tensor: Tensor, group: Any = None) -> None:
         """The sum over one process."""
 
     @staticmethod
-    def all_gather_object(found: list[Any], own: Any) -> None:
+    def all_gather_object(found: list[Any], own: Any, group: Any = None) -> None:
         found[0] = own
 
     @staticmethod

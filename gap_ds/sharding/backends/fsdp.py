@@ -192,8 +192,8 @@ def _refuse_fsdp1(model: nn.Module, root: FullyShardedDataParallel) -> None:
             )
         if any(extension is not None for extension in handle.flat_param._param_extensions):
             raise ValueError(
-                f"{handle.flat_param._fqns[0]}: is sharded by tensor parallelism and FSDP both: an entry would be cut "
-                "in two ways. Use FSDP alone."
+                f"{handle.flat_param._fqns[0]}: is sharded by tensor parallelism and FSDP1 both: a flat parameter does "
+                "not record how tensor parallelism has cut it. Use FSDP2 (fully_shard) with tensor parallelism."
             )
 
 

@@ -79,7 +79,7 @@ def _refuse_ignored(wrapper: DistributedDataParallel) -> None:
         raise ValueError(
             f"{clean_name(ignored[0])}: is trained, but DistributedDataParallel was told to ignore it, as experts are "
             "that live on one rank each: its copies on the ranks would get different masks. Let it be reduced over all "
-            "ranks, or freeze it; expert parallelism is not supported."
+            "ranks, freeze it, or make the experts DTensors on an expert mesh."
         )
 
 

@@ -6,10 +6,14 @@ DeepSpeed keeps fp32 weights in flat buffers, one per parameter group (stages 1 
     stages 1, 2, bf16:  p._hp_mapping      lp_fragment_address: where in p;  hp_fragment_address: where in the buffer
     stage 3:            grad_position      (sub-group, offset, numel) of this rank's piece of p
     stage 0, fp16:      fp32_groups_flat   whole parameters one after the other, or fp32_groups, one tensor each
+
+With AutoTP (stages 1 and 2) a parameter in the module is a rank's cut of it along one dimension, and the records are of
+that cut. A rank's piece is then a range of the cut, which must be a box of the whole parameter.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -20,10 +24,12 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from gap_ds.masks.box import Box
 from gap_ds.method.plan import clean_name
 from gap_ds.sharding.backends import Backend, Training
 from gap_ds.sharding.backends.plain import require_world
-from gap_ds.sharding.comm import Comm
+from gap_ds.sharding.comm import Comm, raise_on_all_ranks
+from gap_ds.sharding.mesh import Layout
 from gap_ds.sharding.optimizers import Optimizers
 from gap_ds.sharding.shard import Shard
 
@@ -66,20 +72,30 @@ def build(engine: Any, training: Training) -> Backend:
         ValueError: a setting under which pieces lie elsewhere, or the optimizer is not called.
     """
     _refuse(engine, training)
-    require_world(engine.seq_data_parallel_group.size(), training.world)
+    require_world(engine.seq_data_parallel_group.size() * engine.mp_world_size, training.world)
     stage: int = engine.zero_optimization_stage()
     layout, comm, publish = _layout(engine, stage, training.world)
     module: nn.Module = engine.module
+    cut_at = engine.mpu.get_tensor_model_parallel_rank() if engine.mp_world_size > 1 else 0
     # What is frozen later keeps its fragment and its place in the optimizer's buffers.
     trained = {p for p in module.parameters() if p.requires_grad}
+
+    def shards() -> list[Shard]:
+        return [_shard(name, p, layout, p in trained, cut_at) for name, p in module.named_parameters()]
+
+    spread = Layout(comm, shards, False)
+    if engine.mp_world_size > 1:
+        raise_on_all_ranks(training.world, shards)  # a piece that is no box is refused on its own rank alone
+        spread = Layout.over(shards, training.world)
     return Backend(
         name=f"zero{stage}",
         forward=engine,
         module=module,
         optimizers=_optimizers(engine, stage, training),
         micro_batches=engine.gradient_accumulation_steps(),
-        comm=comm,
-        shards=lambda: [_shard(name, p, layout, p in trained) for name, p in module.named_parameters()],
+        comm=spread.comm,
+        shards=spread.shards,
+        replicated=spread.replicated,
         publish=publish,
         backward=engine.backward,
         step=engine.step,
@@ -128,9 +144,10 @@ def _refuse(engine: Any, training: Training) -> None:
     if getattr(engine, "has_moe_layers", False):
         _refuse_value(
             "MoE layers",
-            "deepspeed.moe",
-            "expert groups shard their parameters differently",
-            "Use experts held on every rank.",
+            "AutoEP" if engine._config.expert_parallel_config.enabled else "deepspeed.moe",
+            f"DeepSpeed {_version()} gives the experts of each rank the same names, so that they are no pieces of one "
+            "parameter",
+            "Use experts held on every rank, or FSDP2 with experts as DTensors.",
         )
     if engine.checkpoint_engine.is_decoupled():
         _refuse_value(
@@ -139,9 +156,13 @@ def _refuse(engine: Any, training: Training) -> None:
             "it goes on writing after the checkpoint is listed as whole",
             "Use the default one.",
         )
-    if engine.mp_world_size > 1:
+    if engine.mp_world_size > 1 and not (engine.autotp_size() == engine.mp_world_size and zero.stage in (1, 2)):
         _refuse_value(
-            "tensor parallelism", engine.mp_world_size, "an entry would be cut in two ways", "Set its size to 1."
+            "tensor parallelism",
+            engine.mp_world_size,
+            f"DeepSpeed {_version()} records how weights are cut only for AutoTP, and only that with stage 1 or 2 was "
+            "tested",
+            'Set "tensor_parallel": {"autotp_size": N} with stage 1 or 2, or its size to 1.',
         )
 
 
@@ -198,10 +219,12 @@ _Place = tuple[int, int, int, Callable[[], Tensor]]
 _Layout = Callable[[nn.Parameter], _Place]
 
 
-def _shard(name: str, parameter: Any, layout: _Layout, trained: bool) -> Shard:
-    name, shape = clean_name(name), tuple(getattr(parameter, "ds_shape", parameter.shape))
+def _shard(name: str, parameter: Any, layout: _Layout, trained: bool, cut_at: int) -> Shard:
+    """This rank's piece of a parameter; `cut_at` is the rank's number among those of tensor parallelism."""
+    name = clean_name(name)
     if not trained:
-        return Shard.of_range(name, shape, *_untrained_place(parameter), trainable=False)
+        start, numel, offset, owner = _untrained_place(parameter)
+        return Shard(name, *_box(name, parameter, start, numel, cut_at), offset, owner, trainable=False)
     try:
         start, numel, offset, owner = layout(parameter)
     except (AttributeError, KeyError):
@@ -216,7 +239,39 @@ def _shard(name: str, parameter: Any, layout: _Layout, trained: bool) -> Shard:
         first = 0 if hasattr(parameter, "ds_tensor") else start
         return () if not numel or owner() is parameter else (held[first : first + numel],)
 
-    return Shard.of_range(name, shape, start, numel, offset, owner, copies=copies)
+    return Shard(name, *_box(name, parameter, start, numel, cut_at), offset, owner, copies=copies)
+
+
+def _box(name: str, parameter: Any, start: int, numel: int, cut_at: int) -> tuple[tuple[int, ...], Box]:
+    """The whole shape of a parameter, and the box of a range of what this rank's module has of it.
+
+    Raises:
+        ValueError: AutoTP has cut it in a way that makes the range no box.
+    """
+    shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+    cut = getattr(parameter, "ds_autotp_universal_checkpoint_meta", None)
+    if cut is None or cut["conversion"]["replicated"]:
+        return shape, Box.span(start, numel, math.prod(shape))
+    sides, dim, sizes = Box.span(start, numel, math.prod(shape)).sides(shape), cut["partition_dim"], None
+    if cut["sub_param_shard_widths"] is None and cut["conversion"]["unsupported_reason"] is None:
+        sizes = cut["partition_sizes"]
+    if sides is None or dim is None or sizes is None:
+        raise ValueError(
+            f"{name}: AutoTP has cut it into {shape}, and ZeRO gives this rank elements {start} to {start + numel} of "
+            f"that, which is no box of the whole weight. DeepSpeed {_version()} has no option to cut by rows. Set "
+            '"autotp_size" to the number of ranks, use stage 3 without AutoTP, or FSDP2 with tensor parallelism.'
+        )
+    whole = (*shape[:dim], sum(sizes), *shape[dim + 1 :])
+    if not numel:
+        return whole, Box.span(0, 0, math.prod(whole))
+    offset, size = sides
+    return whole, Box.of(whole, (*offset[:dim], offset[dim] + sum(sizes[:cut_at]), *offset[dim + 1 :]), size)
+
+
+def _version() -> str:
+    import deepspeed
+
+    return str(deepspeed.__version__)
 
 
 def _untrained_place(parameter: Any) -> _Place:

@@ -101,6 +101,7 @@ assert any((tensor == 0).any() for tensor in expected.values())
 
 # Without a GPU triton compiles, too; only a launch needs the driver.
 COMPILED = """
+import pathlib, re, subprocess, tempfile
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -108,10 +109,28 @@ from triton.compiler import ASTSource
 from gap_ds.masks import triton as kernels
 
 arguments = {"table": "*i64", "pieces": "i32", "halvings": "i32", "word": "constexpr", "block": "constexpr"}
-for word in kernels._WORD.values():
+targets = [GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)] + [GPUTarget("hip", "gfx942", 64)]
+
+
+def usage(target, asm):
+    # Registers of a thread, bytes of shared memory of a program, and spilled bytes or registers.
+    if target.backend == "hip":
+        fields = "vgpr_count", "group_segment_fixed_size", "vgpr_spill_count"
+        return [int(re.search(rf"\\.{field}:\\s*(\\d+)", asm["amdgcn"])[1]) for field in fields]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        pathlib.Path(file.name).write_bytes(asm["cubin"])
+        words = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        shown = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    return [int(re.search(rf"{field}:(\\d+)", shown)[1]) for field in ("REG", "SHARED", "LOCAL")]
+
+
+for word, target in [(word, targets[0]) for word in kernels._WORD.values()] + [(tl.int32, t) for t in targets[1:]]:
     source = ASTSource(kernels._store_zeros, arguments, {(3,): word, (4,): kernels._BLOCK})
-    compiled = triton.compile(source, target=GPUTarget("cuda", 80, 32))
-    assert "st.global" in compiled.asm["ptx"]
+    compiled = triton.compile(source, target=target)
+    registers, shared, spilled = usage(target, compiled.asm)
+    print(target.backend, target.arch, word, registers, shared, spilled)
+    # Half of the threads that a processor can hold are there at once with 64 registers each.
+    assert registers <= 64 and shared == spilled == 0
 """
 
 

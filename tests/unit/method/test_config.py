@@ -166,27 +166,6 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         )
         for value, shown in (("global", "global"), ({"a": 0.5}, "{...}"))
     ),
-    *(
-        (
-            {"pattern": "block:4x4"} | changes,
-            f'pattern="block:4x4" with {why}: masks change in single weights inside a phase, so set "pattern" to '
-            '"unstructured" (in gap_config).',
-        )
-        for changes, why in (
-            (METHODS["rigl"], "method='rigl'"),
-            (METHODS["set"], "method='set'"),
-            (METHODS["gradual"], "method='gradual'"),
-            (METHODS["granet"], "method='granet'"),
-            ({"target": "rising", "update_epochs": 0.25}, 'target="rising"'),
-            ({"grow": "random"}, 'grow="random"'),
-            ({"prune_ramp": 0.5, "update_epochs": 0.25}, "prune_ramp"),
-        )
-    ),
-    (
-        {"pattern": "2:4", "sparsity": 0.5, "prune_ramp": 0.5, "update_epochs": 0.25},
-        'pattern="2:4" with prune_ramp: masks change in single weights inside a phase, so set "pattern" to '
-        '"unstructured" (in gap_config).',
-    ),
     ({"grow_share": 0.2}, '"grow_share" has no effect with grow="dense": remove it (in gap_config).'),
     (
         {"grow": "gradient", "regrow": "last_value"},
@@ -482,8 +461,6 @@ READ = [
 @pytest.mark.parametrize(("method", "setting"), READ)
 def test_a_setting_with_effect_is_another_run(method: str, setting: str) -> None:
     fits = METHODS[method]
-    if setting == "pattern" and "update_epochs" in fits:
-        return  # refused for another reason
     changes = {setting: VALUES[setting]}
     if setting in ("prune_ramp", "target"):
         changes["update_epochs"] = 0.25
@@ -754,8 +731,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
         found["regrow_moments"] = "keep_second"
     if not moves and found.get("optimizer_state") == "reset":
         found.pop("regrow_moments", None)
-    fixed = not moves and not {"prune_ramp", "target", "grow"} & found.keys()
-    if draw(one_in) and fixed and found.get("distribution") != "global":
+    if draw(one_in) and found.get("distribution") != "global":
         found["pattern"] = "block:4x4"
     return {key: value for key, value in found.items() if key not in UNREAD[method]}
 

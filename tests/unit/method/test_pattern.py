@@ -19,10 +19,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gap_ds import GaPConfig, GaPEngine
+from gap_ds.checkpoint.inspect import inspect
 from gap_ds.masks import bitmask, selection
 from gap_ds.masks.box import Box
 from gap_ds.method import plan
 from gap_ds.method.pattern import Block, NofM, Pattern, Unstructured, parse
+from gap_ds.method.rules import DropAndGrow
 
 PROPERTY = settings(max_examples=200, deadline=None, derandomize=True, database=None)
 
@@ -104,6 +106,37 @@ def test_masks_are_those_of_the_brute_force(case: tuple[Pattern, Tensor, int, tu
     assert int(mask.sum()) == keep
     assert torch.equal(mask, brute_force(pattern, scores, keep, dims))
     assert illegal(pattern, mask, dims) == 0
+
+
+def exchanged(
+    pattern: Pattern, scores: Tensor, kept: Tensor, growth: Tensor, keep: int, drop: int, dims: tuple[int, int]
+) -> Tensor:
+    """The mask after an update that the definition asks for, by sorts of (score, index) pairs."""
+    flat, came = ([Fraction(s) for s in values.flatten().tolist()] for values in (scores, growth))
+    was, groups = kept.flatten().tolist(), groups_of(pattern, tuple(scores.shape), dims)
+    stay: list[int] = []
+    grown: list[int] = []
+    if isinstance(pattern, NofM):
+        each, more = divmod(drop, len(groups))
+        ranked = [sorted((i for i in g if was[i]), key=lambda i: (-flat[i], i)) for g in groups]
+        stays = keep // len(groups) - each
+        # The last one of each group is dropped next; where they tie, in the last group first.
+        last = sorted(range(len(groups)), key=lambda g: (flat[ranked[g][stays - 1]] if stays else 0, -g))
+        for g, group in enumerate(groups):
+            extra = g in last[:more]
+            here = ranked[g][: stays - extra]
+            others = sorted((i for i in group if i not in here), key=lambda i: (-came[i], i))
+            stay, grown = stay + here, grown + others[: each + extra]
+    else:
+        size = len(groups[0])
+        left = max(1, math.floor(Fraction(keep - drop, size) + Fraction(1, 2)))
+        best = sorted((g for g in groups if was[g[0]]), key=lambda g: (-sum(flat[i] for i in g), g[0]))[:left]
+        others = sorted((g for g in groups if g not in best), key=lambda g: (-sum(came[i] for i in g), g[0]))
+        stay = [i for g in best for i in g]
+        grown = [i for g in others[: keep // size - left] for i in g]
+    mask = torch.zeros(scores.numel(), dtype=torch.bool)
+    mask[stay + grown] = True
+    return mask.view(scores.shape)
 
 
 def illegal(pattern: Pattern, mask: Tensor, dims: tuple[int, int]) -> int:
@@ -331,6 +364,96 @@ def test_masks_are_legal_and_exact_in_every_step(pattern: str, sparsity: float, 
         assert torch.equal(a, b), name
 
 
+MOVING: dict[str, dict[str, Any]] = {
+    "rigl": {"method": "rigl", "phase_steps": 6, "update_steps": 2, "drop_fraction": 0.5},
+    "set": {"method": "set", "phase_steps": 6, "update_steps": 2, "drop_fraction": 0.9},
+    "gradual": {"method": "gradual", "phase_steps": 6, "update_steps": 1},
+    "granet": {"method": "granet", "phase_steps": 6, "update_steps": 1},
+    "ramp": {"partitions": 2, "rounds": 1, "phase_steps": 4, "update_steps": 1, "prune_ramp": 1.0},
+    "rising": {"partitions": 2, "rounds": 1, "phase_steps": 4, "update_steps": 1, "target": "rising"},
+    "grow": {"partitions": 2, "rounds": 2, "phase_steps": 2, "grow": "gradient", "grow_share": 0.6},
+}
+
+
+@pytest.mark.parametrize("method", MOVING)
+@pytest.mark.parametrize(("pattern", "sparsity"), [("1:4", 0.75), ("block:2x4", 0.7)])
+def test_masks_that_move_are_legal_and_exact(pattern: str, sparsity: float, method: str, tmp_path: Path) -> None:
+    """In every step they keep the budget of the schedule; a resumed run goes on alike."""
+    settings = {"sparsity": sparsity, "pattern": pattern, "finetune_steps": 2, **MOVING[method]}
+
+    def build() -> GaPEngine:
+        torch.manual_seed(0)
+        model = Model()
+        return GaPEngine(model, settings, optimizer=torch.optim.AdamW(model.parameters(), lr=0.01))
+
+    engine = build()
+    total, budgets = engine.schedule.total_steps, set[tuple[int, ...]]()
+    for step in run(engine, total):
+        phase = engine.phase
+        at = [s for s in (phase.first_step, *phase.updates) if s <= step + 1][-1]
+        kept = []
+        for entry in engine.plan.entries:
+            if (mask := engine.mask(entry.name)) is not None:
+                wanted = engine.plan.pattern.nearest(entry.shape, phase.budget(entry, at), entry.dims)
+                kept.append(int(mask.sum()))
+                legal = engine.plan.pattern
+                if isinstance(legal, NofM):
+                    legal = NofM(wanted * legal.m // entry.numel, legal.m)
+                assert kept[-1] == wanted and illegal(legal, mask.view(entry.shape), entry.dims) == 0
+        budgets.add(tuple(kept))
+        counts = sum(kept) + sum(e.numel for e in engine.plan.entries if engine.mask(e.name) is None)
+        if pattern == "1:4":
+            assert engine.density == pytest.approx(counts / engine.plan.numel)
+        if step == 4:
+            engine.save_checkpoint(tmp_path)
+            assert inspect(tmp_path / "step_5", lambda *_: None)["problems"] == []
+    assert engine.stats()["kept"] == engine.plan.keep and len(budgets) > (method not in ("rigl", "set"))
+    resumed = build()
+    resumed.load_checkpoint(tmp_path)
+    for _ in run(resumed, total):
+        pass
+    for (name, a), (_, b) in zip(engine.module.named_parameters(), resumed.module.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("method", ["rigl", "set"])
+@pytest.mark.parametrize(("pattern", "sparsity"), [("2:4", 0.5), ("1:4", 0.75), ("3:4", 0.25), ("block:2x4", 0.7)])
+def test_exchanges_are_those_of_the_brute_force(pattern: str, sparsity: float, method: str) -> None:
+    times = {"phase_steps": 6, "update_steps": 2, "finetune_steps": 1, "drop_fraction": 0.7}
+    torch.manual_seed(0)
+    model = Model()
+    config = {"method": method, "sparsity": sparsity, "pattern": pattern, "mask_init": "magnitude", **times}
+    engine = GaPEngine(model, config, optimizer=torch.optim.SGD(model.parameters(), lr=0.01))
+    weights, last = dict(engine.module.named_parameters()), dict[str, tuple[Tensor, Tensor, Tensor]]()
+
+    def look(*_: Any) -> None:
+        for entry in engine.plan.entries:
+            mask, weight = engine.mask(entry.name), weights[entry.name]
+            assert mask is not None and weight.grad is not None
+            last[entry.name] = mask.view(entry.shape), weight.detach().abs().clone(), weight.grad.abs().clone()
+
+    engine.optimizer.register_step_post_hook(look)
+    moved = 0
+    for step in run(engine, 6):
+        phase = engine.phase
+        if step + 1 not in phase.updates:
+            continue
+        for entry in engine.plan.entries:
+            update = engine.run.rule(entry, phase, phase, step + 1)
+            assert isinstance(update, DropAndGrow)
+            was, magnitude, growth = last[entry.name]
+            if method == "set":
+                whole = Box.span(0, entry.numel, entry.numel)
+                keys = selection.random_keys(0, f"{entry.name} {step + 1}", whole, torch.device("cpu"))
+                growth = keys(0, entry.numel).view(entry.shape)
+            of_update = (update.keep, update.drop, entry.dims)
+            wanted = exchanged(engine.plan.pattern, magnitude, was, growth, *of_update)
+            found = engine.mask(entry.name)
+            assert found is not None and torch.equal(found.view(entry.shape), wanted), entry.name
+            moved += int((wanted & ~was).sum())
+    assert moved > 0
+
+
 def test_a_checkpoint_of_another_pattern_is_refused(tmp_path: Path) -> None:
     build("2:4").save_checkpoint(tmp_path)
     for other in ("unstructured", "block:4x4"):  # at half the weights all budgets are the same
@@ -351,17 +474,16 @@ def test_a_weight_that_is_nan_stops_the_boundary() -> None:
 
 
 def test_what_travels_is_forecast() -> None:
-    """Scores of whole entries, 4 bytes each: half of the entries at the start, each half at its boundary."""
+    """Of each entry one number, and the scores of a group that is cut: half of the entries at a time."""
     pytest.importorskip("typer")
     from gap_ds.cli.plan import forecast
 
     ranks = forecast(Model(), config("2:4"), world_size=2)["ranks"]
-    half = plan.build(Model(), config("2:4")).numel // 2
-    assert (ranks["sent"], ranks["start_bytes"], ranks["boundary_bytes"]) == (
-        "scores, an entry at a time",
-        4 * half,
-        4 * half,
-    )
+    entries = [e for e in plan.build(Model(), config("2:4")).entries if e.partition == 0]
+    # A group and what lies between its members: 4 rows of a matrix (in, out), 4 weights of one that is (out, in).
+    half = sum(8 + 8 * 4 * math.prod(e.shape[e.dims[1] + 1 :]) for e in entries)
+    assert (ranks["start_bytes"], ranks["boundary_bytes"]) == (half, half)
+    assert ranks["sent"] == "counts, and scores of groups that are cut"
     assert forecast(Model(), config("unstructured"), world_size=2)["ranks"]["sent"] == "counts"
 
 

@@ -308,3 +308,46 @@ def test_only_rigl_looks_at_gradients(method: str, changes: dict[str, Any]) -> N
         for step in phase.updates:
             update = rule(settings)(entry, phase, phase, step)
             assert needs_gradient(settings, phase, step) == (isinstance(update, DropAndGrow) and update.by_gradient)
+
+
+# -- rising targets and partial growth -----------------------------------------------------------------------------
+
+
+def test_a_rising_target_by_hand() -> None:
+    """750 weights to prune, between steps 0 and 20: at step s (s / 20) by the cubic; partition 0 leaves at step 10."""
+    settings = config(partitions=2, rounds=1, target="rising", update_steps=5, dense_steps=None)
+    first, second, finetune = build(settings).phases
+    zero, one = (Entry("w", (10, 100), k, keep=250) for k in (0, 1))
+    update = rule(settings)
+    assert [phase.updates for phase in (first, second, finetune)] == [(5,), (15,), ()]
+    assert (update(zero, None, first, 0), update(one, None, first, 0)) == (Grow(), PruneRandomly(1000))
+    assert (update(zero, first, first, 5), update(one, first, first, 5)) == (Keep(), PruneByMagnitude(566))
+    assert (update(zero, first, second, 10), update(one, first, second, 10)) == (PruneByMagnitude(344), Grow())
+    assert (update(zero, second, second, 15), update(one, second, second, 15)) == (PruneByMagnitude(262), Keep())
+    assert [update(entry, second, finetune, 20) for entry in (zero, one)] == [PruneByMagnitude(250)] * 2
+    assert not any(needs_gradient(settings, first, step) for step in range(21))
+
+
+@pytest.mark.parametrize("grow", ["gradient", "random"])
+def test_partial_growth_by_hand(grow: str) -> None:
+    """The first phase grows 0.4 of 750 pruned weights, the second one 0.4 / 2 (1 + cos(pi / 2))."""
+    settings = config(partitions=2, rounds=1, grow=grow, grow_share=0.4)
+    first, second, finetune = build(settings).phases
+    zero, one = (Entry("w", (10, 100), k, keep=250) for k in (0, 1))
+    update = rule(settings)
+    assert (update(zero, None, first, 0), update(one, None, first, 0)) == (PruneRandomly(550), PruneRandomly(250))
+    grown = DropAndGrow(400, 150, by_gradient=grow == "gradient")
+    assert (update(zero, first, second, 10), update(one, first, second, 10)) == (PruneByMagnitude(250), grown)
+    assert (update(zero, second, finetune, 20), update(one, second, finetune, 20)) == (Keep(), PruneByMagnitude(250))
+    looked = [step for step in range(25) if needs_gradient(settings, build(settings).phase_at(max(step - 1, 0)), step)]
+    assert looked == ([10, 20] if grow == "gradient" else [])
+
+
+def test_granet_by_hand() -> None:
+    """Gradual pruning's budgets; at progress 1/2 alpha is 0.3 / 2, of 344 weights."""
+    settings = config(method="granet", **ALONE, update_steps=5)
+    explore, finetune = build(settings).phases
+    entry = Entry("w", (10, 100), 0, keep=250)
+    assert rule(settings)(entry, None, explore, 0) == Grow()
+    assert rule(settings)(entry, explore, explore, 5) == DropAndGrow(344, 51, by_gradient=True)
+    assert rule(settings)(entry, explore, finetune, 10) == PruneByMagnitude(250)

@@ -198,6 +198,20 @@ def test_masks_that_a_run_never_had_are_not_drawn(run: Run) -> None:
     assert (len(one.axes), len(two.axes)) == (1, 2)
 
 
+def test_losses_around_boundaries_are_drawn(run: Run) -> None:
+    make_run(Path("a"), CYCLIC)
+    lines = [{"step": s, "before": [4.0, 3.0], "after": [3.5, None, 3.0]} for s in (10, 20)]
+    lines.append({"step": 30, "before": [3.0], "after": []})
+    text = "".join(f"{json.dumps(line)}\n" for line in lines)
+    Path("a", "gap_losses.jsonl").write_text(text + "{damaged", encoding="utf-8")
+    code, out, _ = run("report", "a", "--json")
+    figures = json.loads(out)
+    assert code == 0 and any("losses_around_boundaries" in picture for picture in figures["pictures"])
+    assert "1 damaged line of gap_losses.jsonl" in figures["runs"][0]["missing"]
+    (one, two) = report._losses_around(report_runs.load(Path("a"), "a"))
+    assert one.points == two.points == [(-2.0, 4.0), (-1.0, 3.0), (0.0, 3.5), (2.0, 3.0)]
+
+
 def test_layers_are_drawn_where_they_differ(run: Run) -> None:
     make_run(Path("a"), CYCLIC)
     path = Path("a/results.json")
