@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -146,6 +147,8 @@ class GaPCallback(TrainerCallback):  # type: ignore[misc]
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             # The Trainer has just put that checkpoint's weights in the place of the last ones.
             what = f"the best model ({state.best_model_checkpoint})"
+            if not state.best_model_checkpoint.endswith(f"-{state.global_step}"):  # else it is the last model
+                _check_best(engine, Path(state.best_model_checkpoint))
             engine.load_masks(Path(state.best_model_checkpoint, FOLDER))
         phase = engine.phase
         if phase.dense and self.config.record.prunes:
@@ -253,6 +256,25 @@ def prepare(
     accelerator.register_load_state_pre_hook(masks.look)
     accelerator.register_for_checkpointing(masks)
     return engine
+
+
+def _check_best(engine: GaPEngine, folder: Path) -> None:
+    """Checks that the Trainer could load the best model: it passes over weights that were saved under other names.
+
+    The last model's weights would be taken for the best one's; where few masks have changed, these show nothing.
+    """
+    if engine.run.backend.name not in ("plain", "ddp"):
+        return  # these libraries read files of their own
+    names: set[str] = set()
+    for file in folder.glob("model*.safetensors"):
+        with safe_open(file, "pt") as saved:
+            names.update(saved.keys())
+    if names and (missing := [entry.name for entry in engine.plan.entries if entry.name not in names]):
+        raise ValueError(
+            f"{folder}: its weights of {missing[0]} and {len(missing) - 1} other entries were saved under other names, "
+            "as transformers does with some models (mixtures of experts, ViT), and the Trainer loads the best model "
+            "without them. Set load_best_model_at_end=False, and load that checkpoint by from_pretrained."
+        )
 
 
 class _MasksOfState:

@@ -10,12 +10,13 @@ import accelerate
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from test_hf import arguments, data, model, same
 from torch import nn
 from transformers import Trainer
 
 from gap_ds import GaPEngine
-from gap_ds.hf import GaPCallback, prepare
+from gap_ds.hf import GaPCallback, _check_best, prepare
 
 GAP = {"sparsity": 0.75, "partitions": 2, "phase_steps": 2, "rounds": 1, "finetune_steps": 2}
 
@@ -173,3 +174,15 @@ def test_a_closed_engine_is_no_part_of_what_accelerate_saves(tmp_path: Path) -> 
     optimizer.step()
     accelerator.save_state(tmp_path)
     assert not (tmp_path / "gap" / "state.json").exists()
+
+
+def test_a_best_model_of_other_names_is_refused(tmp_path: Path) -> None:
+    """The Trainer passes over such weights, and the masks alone may not show it."""
+    found = nn.ModuleDict({"layers": nn.ModuleList(nn.Sequential(nn.Linear(16, 16)) for _ in range(4))})
+    engine = GaPEngine(found, GAP, optimizer=torch.optim.SGD(found.parameters(), lr=0.1))
+    weights = {name: p.detach().clone() for name, p in found.named_parameters()}
+    save_file(weights, tmp_path / "model.safetensors")
+    _check_best(engine, tmp_path)
+    save_file({f"old.{name}": weight for name, weight in weights.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"layers\.0\.0\.weight and 3 other entries were saved under other names"):
+        _check_best(engine, tmp_path)
