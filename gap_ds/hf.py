@@ -263,8 +263,8 @@ def _check_best(engine: GaPEngine, folder: Path) -> None:
 
     The last model's weights would be taken for the best one's; where few masks have changed, these show nothing.
     """
-    if engine.run.backend.name not in ("plain", "ddp"):
-        return  # these libraries read files of their own
+    if any(file for kind in ("global_step*", "pytorch_model_fsdp*") for file in folder.glob(kind)):
+        return  # DeepSpeed's and FSDP's own files, which are read instead
     names: set[str] = set()
     for file in folder.glob("model*.safetensors"):
         with safe_open(file, "pt") as saved:
