@@ -29,7 +29,7 @@ def gather(pieces: Sequence[tuple[Any, Tensor]]) -> list[Tensor]:
         tensor = torch.zeros(shard.full_numel, dtype=piece.dtype)
         for rank in parts:
             indices, part = rank[i]
-            tensor[indices] = part
+            tensor[indices] = part.to(tensor.dtype)
         whole.append(tensor.view(shard.shape))
     return whole
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from gap_ds.masks import bitmask
 from gap_ds.parallel import Exchange, Item, ParallelWorker, Received
 from gap_ds.sharding.comm import Comm
+from gap_ds.sharding.shard import Shard
 
 SIGNATURE = "gap|method:parallel|k:2|v:0.1.0"
 #: name -> (shape, partition, whether it is an entry); partitions 0 and 1.
@@ -57,7 +58,7 @@ def piece(numel: int, cut: str, rank: int, ranks: int) -> tuple[int, int]:
 def run(row: dict[str, Any], world: Comm, out: Path) -> dict[str, Any]:
     """Return the result of this rank after the exchange of one job. `broken`: the rank without memory for a piece."""
     worker, cut = row["worker"], row["cut"]
-    comm = Comm(single=True) if cut == "whole" else world
+    comm = Comm(single=True, within=world) if cut == "whole" else world
     values, kept = tensors(worker)
     items, bits = [], {}
     for name, (shape, partition, is_entry) in TENSORS.items():
@@ -66,13 +67,17 @@ def run(row: dict[str, Any], world: Comm, out: Path) -> dict[str, Any]:
         own = full[start : start + numel].clone()
         give = (lambda: torch.empty(1 << 60)) if row.get("broken") == world.rank else (lambda own=own: own)
         keep = full.numel() // 3 if is_entry else None
-        items.append(Item(name, shape, partition, start, numel, give, keep))
+        items.append(Item(Shard.of_range(name, shape, start, numel, 0, give), partition, keep))
         if name in kept:
             bits[name] = bitmask.pack(kept[name][start : start + numel])
     steps = torch.tensor(100 + worker)
-    items.append(Item("steps", (), None, 0, 1, lambda: steps.view(-1), dtype=torch.int64))
+    items.append(Item(Shard.of_range("steps", (), 0, 1, 0, lambda: steps.view(-1)), None, dtype=torch.int64))
 
-    found: dict[str, Any] = {"pieces": {}, "bits": {}, "where": {item.name: (item.start, item.numel) for item in items}}
+    found: dict[str, Any] = {
+        "pieces": {},
+        "bits": {},
+        "where": {item.name: (item.box.start, item.box.numel) for item in items},
+    }
 
     def receive(received: Received) -> None:
         found["pieces"][received.name] = received.value
