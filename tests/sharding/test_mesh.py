@@ -57,7 +57,7 @@ CHAINS: list[Row] = [
 PIPELINE: Row = {"name": "pipeline", "what": "pipeline"}
 BOXES: Row = {"name": "boxes", "what": "boxes"}
 #: Each kind of mesh once.
-SHORT = ["tp_groups", "fsdp_tp_clip", "hsdp_tp", "cp", "fsdp_tp_2_4", "fsdp_ep", "chain_native", "pipeline", "boxes"]
+SHORT = ["tp_groups", "fsdp_tp_2_4", "fsdp_ep", "chain_native", "pipeline", "boxes"]
 
 
 def table(rows: list[Row]) -> list[Any]:
