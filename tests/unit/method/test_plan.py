@@ -17,7 +17,8 @@ from torch import nn
 
 from gap_ds.method.config import GaPConfig
 from gap_ds.method.entries import find_blocks
-from gap_ds.method.plan import Entry, Plan, balanced_cut, build, clean_name
+from gap_ds.method.partitions import balanced_cut
+from gap_ds.method.plan import Entry, Plan, build, clean_name
 
 PROPERTY = settings(max_examples=200, deadline=None, derandomize=True, database=None)
 
