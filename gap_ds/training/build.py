@@ -140,9 +140,8 @@ def _steps(options: Options, micro_batches: int) -> int | None:
     if steps is not None and batches is not None:
         raise ValueError(f"steps_per_epoch={steps} and batches_per_epoch={batches}: set one of them.")
     if batches is not None:
-        return max(
-            1, batches // micro_batches
-        )  # accumulation goes on across epochs: rounded up, the schedule would not end
+        # Accumulation goes on across epochs: rounded up, the schedule would not end.
+        return max(1, batches // micro_batches)
     if steps is not None and micro_batches > 1:
         log.warning(
             f"steps_per_epoch={steps}: counts updates, and an update has {micro_batches} micro-batches, so an epoch is "
