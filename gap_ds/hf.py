@@ -111,6 +111,7 @@ class GaPCallback(TrainerCallback):  # type: ignore[misc]
             saving.require_shared(self.engine.run, Path(args.output_dir))
         self._check_length(self.engine, args, state)
         self._watch(trainer, self.engine)
+        self._describe_saved(trainer, self.engine)
         # First of all callbacks: what the others see and report in a step is then the state after its boundary.
         handler = trainer.callback_handler
         handler.callbacks = [self, *(callback for callback in handler.callbacks if callback is not self)]
@@ -180,6 +181,21 @@ class GaPCallback(TrainerCallback):  # type: ignore[misc]
 
         self._watched = trainer, training_step
         trainer.training_step = watched
+
+    def _describe_saved(self, trainer: Trainer, engine: GaPEngine) -> None:
+        """Lets `save_model` write a gap.json beside the model; a Trainer tells its callbacks of checkpoints alone."""
+        save_model = type(trainer).save_model
+
+        def save(output_dir: str | None = None, _internal_call: bool = False) -> None:
+            save_model(trainer, output_dir, _internal_call)
+            if _internal_call or not trainer.is_world_process_zero():
+                return
+            try:
+                engine.describe(trainer.args.output_dir if output_dir is None else output_dir)
+            except ValueError as error:
+                log.warning(f"no gap.json was written. {error}")
+
+        trainer.save_model = save
 
     def _release(self) -> None:
         """Takes the hooks off the optimizer and the Trainer."""

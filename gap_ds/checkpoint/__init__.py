@@ -9,7 +9,7 @@
 Read `folder` first. Nothing here decides when to save, and no final model is written here: see `training`, `export`.
 """
 
-from gap_ds.checkpoint.folder import candidates, damage, find, find_whole, save
+from gap_ds.checkpoint.folder import candidates, damage, find, find_whole, is_masks_alone, newest, save
 from gap_ds.checkpoint.masks_file import kept_weights, read_masks, read_values, write_masks, write_values
 
 __all__ = [
@@ -17,7 +17,9 @@ __all__ = [
     "damage",
     "find",
     "find_whole",
+    "is_masks_alone",
     "kept_weights",
+    "newest",
     "read_masks",
     "read_values",
     "save",

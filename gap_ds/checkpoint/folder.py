@@ -184,6 +184,25 @@ def _number(path: Path) -> float:
         return math.inf
 
 
+def is_masks_alone(gap: Path) -> bool:
+    """True if a folder holds what `GaPEngine.save_masks` writes, as beside the weights that a Trainer saves."""
+    return (gap / "state.json").is_file() and not (gap / "manifest.json").is_file() and not any(gap.glob("rng_*.json"))
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint in a folder, which may be damaged; of a Trainer's, that of the last step."""
+    found = candidates(folder)
+    if found and is_masks_alone(found[0] / "gap"):
+        return max(found, key=lambda path: (_step(path), path))
+    return found[0] if found else None
+
+
+def _step(path: Path) -> int:
+    """The number at the end of a name, such as checkpoint-500; -1 if there is none."""
+    number = path.name.rpartition("-")[2]
+    return int(number) if number.isdecimal() else -1
+
+
 def find(folder: Path, tag: str | None = None) -> Path:
     """The checkpoint FOLDER/TAG; without a tag the newest one. It may be damaged: see `damage`.
 

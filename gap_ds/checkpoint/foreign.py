@@ -1,5 +1,6 @@
 """The weights in a sharding library's own checkpoint, read by one process without the ranks that wrote it.
 
+A Trainer and Accelerate write the same files in other folders, beside the masks.
 Each library's own reader is used: DeepSpeed's consolidation (zero_to_fp32), torch.distributed.checkpoint.
 Both unpickle: DeepSpeed all of its files, torch the small `.metadata`.
 """
@@ -9,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,21 +36,47 @@ def weights(folder: Path) -> Mapping[str, Tensor]:
     Raises:
         ValueError: the files do not say enough to be read like this, or cannot be read; one sentence.
     """
-    if (folder / "state" / ".metadata").is_file():
-        return _distributed(folder / "state")
+    if (read := _reader(folder)) is not None:
+        return read()
     if any((folder / "state").glob("rank_*_of_*.pt")):
         raise ValueError(
             f"{folder}: fairscale's own files do not say where their pieces lie; resume the run with as many ranks and "
             "call engine.export, or save the checkpoint with portable=True."
         )
-    if any(folder.glob("*_optim_states.pt")):
-        return _consolidated(folder)
     if any(folder.glob("mp_rank_*_model_states.pt")):
         raise ValueError(
             f"{folder}: DeepSpeed consolidates checkpoints of ZeRO-1, -2 and -3 alone; resume the run and call "
             "engine.export, or save the checkpoint with portable=True."
         )
     raise ValueError(f"{folder}: holds no files of weights of DeepSpeed, PyTorch or fairscale.")
+
+
+def exists(folder: Path) -> bool:
+    """True if a checkpoint has files of a sharding library that can be read like this."""
+    return _reader(folder) is not None
+
+
+def _reader(folder: Path) -> Callable[[], Mapping[str, Tensor]] | None:
+    # A Trainer and Accelerate have a folder for DeepSpeed, and one or a file for FSDP, beside the masks.
+    for path in (folder / "state", *sorted(folder.glob("pytorch_model_fsdp_*"))):
+        if (path / ".metadata").is_file():
+            return partial(_distributed, path)
+    for path in (folder, *sorted(folder.glob("global_step*")), folder / "pytorch_model"):
+        if any(path.glob("*_optim_states.pt")):
+            return partial(_consolidated, path)
+    if (folder / "pytorch_model_fsdp.bin").is_file():
+        return partial(_whole, folder / "pytorch_model_fsdp.bin")
+    return None
+
+
+def _whole(path: Path) -> Mapping[str, Tensor]:
+    """The model in a file of whole tensors, which is mapped and not read at once."""
+    try:
+        found: Mapping[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a damaged file can raise anything
+        raise ValueError(f"{path}: torch.load cannot read it ({error}).") from error
+    tensors = {clean_name(name): tensor for name, tensor in found.items()}
+    return LazyTensors(tensors, lambda name: tensors[name].contiguous())
 
 
 def _distributed(folder: Path) -> Mapping[str, Tensor]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from gap_ds.checkpoint.folder import is_masks_alone
 from gap_ds.checkpoint.masks_file import FORMAT, FORMAT_VALUES, VERSION, counts_of
 from gap_ds.checkpoint.run_state import State
 from gap_ds.masks import bitmask
@@ -25,11 +26,6 @@ from gap_ds.storage.json import read_json
 from gap_ds.storage.safetensors import CHUNK, Progress, chunk_rows, chunks, open_tensors
 
 _COLUMNS = ("weights", "keep", "kept")
-
-
-def is_masks_alone(gap: Path) -> bool:
-    """True if a folder holds what `GaPEngine.save_masks` writes, as beside the weights that a Trainer saves."""
-    return (gap / "state.json").is_file() and not (gap / "manifest.json").is_file() and not any(gap.glob("rng_*.json"))
 
 
 def inspect(folder: Path, progress: Progress) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def plan(
             "--model",
             "-m",
             help=f"A preset of the paper's Transformer ({', '.join(PRESETS)}), a Hugging Face config.json or its "
-            "folder, or a hub id.",
+            "folder, a model of timm, package.module:function that returns a model, or a hub id.",
         ),
     ],
     gap_config: Annotated[
@@ -181,14 +181,18 @@ def export(
     source: Annotated[
         Path,
         typer.Argument(
-            metavar="DIR", help="A checkpoint, a folder of checkpoints, or an exported model, dense or compact."
+            metavar="DIR",
+            help="A checkpoint (also of a Trainer or Accelerate), a folder of checkpoints, or an exported model, dense "
+            "or compact.",
         ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
     form: Annotated[Literal["compact", "dense"], typer.Option("--format", help="Format to write.")] = "compact",
     model: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="For a checkpoint: folder of the model's config.json and tokenizer."),
+        typer.Option(
+            metavar="DIR", help="For a checkpoint: folder of the model's config.json and tokenizer; default: its own."
+        ),
     ] = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"],

@@ -14,6 +14,7 @@ from gap_ds.export import compact, compact_file, expand
 from gap_ds.export.convert import check_out
 from gap_ds.export.folder import place
 from gap_ds.export.from_checkpoint import export_checkpoint, find_whole
+from gap_ds.export.info import has_model_config
 from gap_ds.storage.safetensors import Progress
 
 
@@ -36,6 +37,8 @@ def export(
             raise ValueError(f"{source}: is no checkpoint, so --model and --dtype have no effect. Remove them.")
         return _convert(source, out, form, overwrite, progress)
     check_out(path, out, overwrite)
+    if model is None and has_model_config(path):  # as a Trainer's checkpoints have it
+        model = path
     if model is not None and not (model / "config.json").is_file():
         raise ValueError(f"--model {model}: must be a folder with the config.json of the model.")
     module = None if model is None else models.meta_model(str(model.resolve()))

@@ -7,7 +7,6 @@ from typing import Any
 
 from gap_ds import checkpoint, export
 from gap_ds.checkpoint import inspect as inspect_checkpoint
-from gap_ds.checkpoint.inspect import is_masks_alone
 from gap_ds.export import compact_file
 from gap_ds.export import inspect as inspect_export
 from gap_ds.export.weights import opened, weight_files
@@ -27,24 +26,18 @@ def inspect(folder: Path, progress: Progress) -> dict[str, Any]:
     is_masks = (folder / "state.json").is_file() and (folder / "masks.safetensors").is_file()
     if is_masks or (folder / "gap" / "state.json").is_file():
         return _checkpoint(folder, progress)
-    if found := checkpoint.candidates(folder):
-        return _checkpoint(max(found, key=_trainer_step) if is_masks_alone(found[0] / "gap") else found[0], progress)
+    if found := checkpoint.newest(folder):
+        return _checkpoint(found, progress)
     weights = ("model.safetensors", "model.safetensors.index.json", compact_file.FILE)
     if (folder / export.INFO).is_file() and any((folder / name).is_file() for name in weights):
         return inspect_export.inspect(folder, progress)
     raise ValueError(f"{folder}: {_reason(folder)}")
 
 
-def _trainer_step(path: Path) -> int:
-    """The step in the name of a Trainer's checkpoint."""
-    number = path.name.rpartition("-")[2]
-    return int(number) if number.isdecimal() else -1
-
-
 def _checkpoint(folder: Path, progress: Progress) -> dict[str, Any]:
     """The figures of a checkpoint; weights in files of transformers beside its masks are compared with them."""
     figures = inspect_checkpoint.inspect(folder, progress)
-    if not is_masks_alone(folder / "gap") or not any(folder.glob("model.safetensors*")):
+    if not checkpoint.is_masks_alone(folder / "gap") or not any(folder.glob("model.safetensors*")):
         return figures
     nonzero: dict[str, int] = {}
     for path in weight_files(folder):

@@ -14,7 +14,7 @@ Read `folder` first. Nothing here trains, or resumes a run: see `checkpoint`.
 
 from gap_ds.export.card import add_scores
 from gap_ds.export.convert import compact, expand
-from gap_ds.export.folder import buffers, full_weights, place, save
+from gap_ds.export.folder import buffers, describe_saved, full_weights, place, save
 from gap_ds.export.info import INFO, ExportInfo
 from gap_ds.export.load import load_compact
 from gap_ds.export.weights import Counted
@@ -28,6 +28,7 @@ __all__ = [
     "add_scores",
     "buffers",
     "compact",
+    "describe_saved",
     "expand",
     "full_weights",
     "load_compact",

@@ -14,18 +14,20 @@ from torch import Tensor, nn
 
 from gap_ds.export.card import CARD, write_card
 from gap_ds.export.info import INFO, ExportInfo, is_export, renew_digests
-from gap_ds.export.weights import Counted, is_weights, read_back
+from gap_ds.export.weights import Counted, is_weights, opened, read_back, weight_files
 from gap_ds.export.writing import Stream, complete_config, write_model
 from gap_ds.masks import bitmask
 from gap_ds.method.plan import clean_name
 from gap_ds.sharding.comm import Comm, boxes_of, raise_on_all_ranks
 from gap_ds.sharding.shard import Shard
 from gap_ds.storage.atomic import replacing_folder
-from gap_ds.storage.errors import summarize_error
+from gap_ds.storage.errors import printable, summarize_error
 from gap_ds.storage.json import write_json
 from gap_ds.storage.safetensors import name_of
 
 T = TypeVar("T")
+#: Files in a Trainer's checkpoint that describe the training and not the model.
+_OF_TRAINING = ("trainer_state.json", "latest", "zero_to_fp32.py")
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------
@@ -163,14 +165,44 @@ def describe(folder: Path, info: ExportInfo) -> None:
     write_card(folder)
 
 
+def describe_saved(folder: Path, entries: Sequence[str], about: Callable[[Mapping[str, Counted]], ExportInfo]) -> None:
+    """Writes gap.json for weights that something else saved, once they were counted. The model card is not written.
+
+    Args:
+        entries: names of all entries.
+        about: called with the figures of the files' tensors; returns the contents of gap.json.
+    Raises:
+        ValueError: the folder has no weights in files of safetensors, or lacks an entry, or one is denser than its
+            budget; nothing was written.
+    """
+    counts: dict[str, Counted] = {}
+    for path in weight_files(folder):
+        with opened(path) as tensors:
+            counts |= {name: tensor.counted for name, tensor in tensors.items()}
+    if lost := [name for name in entries if name not in counts]:
+        raise ValueError(
+            f"{folder}: has no {printable(lost[0])} ({len(lost)} of {len(entries)} entries are missing): its weights "
+            "were saved under other names. Call engine.export."
+        )
+    info = about(counts)
+    if dense := [name for name, entry in info.entries.items() if entry.nonzero > entry.keep]:
+        entry = info.entries[dense[0]]
+        raise ValueError(
+            f"{folder}: {printable(dense[0])} has {entry.nonzero:,} weights that are not zero, its mask keeps "
+            f"{entry.keep:,}. Save the model that was trained, or call engine.export."
+        )
+    write_json(folder / INFO, info)
+    renew_digests(folder)
+
+
 def copy_config(source: Path, folder: Path, dtype: torch.dtype, architecture: str) -> None:
-    """Copies the files of a Hugging Face folder (configs, tokenizer and others) but for its weights.
+    """Copies the files of a Hugging Face folder (configs, tokenizer and others) but for weights and a training's files.
 
     Args:
         architecture: class of the model, for a config that names none.
     """
     for path in sorted(source.iterdir()):
-        if path.is_file() and not is_weights(path) and path.name not in (INFO, CARD):
+        if path.is_file() and not is_weights(path) and path.name not in (INFO, CARD, *_OF_TRAINING):
             shutil.copyfile(path, folder / path.name)
     complete_config(folder / "config.json", dtype, architecture)
 

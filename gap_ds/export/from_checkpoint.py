@@ -7,7 +7,7 @@ entry that is dense at that step is pruned in the copy, exactly as `GaPEngine.ex
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,11 +17,10 @@ from torch import Tensor, nn
 
 from gap_ds import checkpoint
 from gap_ds.checkpoint import foreign, portable
-from gap_ds.checkpoint.inspect import is_masks_alone
 from gap_ds.checkpoint.run_state import State
 from gap_ds.export.folder import buffers, copy_config, describe
 from gap_ds.export.info import ExportInfo
-from gap_ds.export.weights import check_range, read_back, write_weights
+from gap_ds.export.weights import check_range, read_back, weight_files, write_weights
 from gap_ds.masks import bitmask, selection
 from gap_ds.method.pattern import Unstructured
 from gap_ds.method.plan import Entry, Plan
@@ -31,21 +30,22 @@ from gap_ds.sharding.shard import Shard
 from gap_ds.storage.atomic import replacing_folder
 from gap_ds.storage.errors import printable
 from gap_ds.storage.json import read_json
-from gap_ds.storage.safetensors import LazyTensors, Progress
+from gap_ds.storage.safetensors import LazyTensors, Progress, open_tensors
 
 
 def find_whole(folder: Path) -> Path | None:
     """The checkpoint that a folder is, or the newest whole one in it; None if there is none.
 
     Raises:
-        ValueError: there are checkpoints, and none is whole; or the newest one is of a Trainer.
+        ValueError: there are checkpoints, and none is whole; or it holds masks without weights.
     """
-    for one in (folder, folder / "gap", *(path / "gap" for path in checkpoint.candidates(folder)[:1])):
-        if is_masks_alone(one):
-            raise ValueError(
-                f"{one}: holds masks alone, beside weights that a Trainer or Accelerate saved. Resume the training "
-                "from there, and call engine.export (with a Trainer callback.engine.export)."
-            )
+    if checkpoint.is_masks_alone(folder):
+        raise ValueError(
+            f"{folder}: holds masks alone. The weights are in the folder around it: export {folder.parent}."
+        )
+    for path in (folder, checkpoint.newest(folder)):
+        if path is not None and checkpoint.is_masks_alone(path / "gap"):  # of a Trainer or Accelerate: no manifest
+            return path
     if (folder / "gap" / "state.json").is_file():
         folder = folder if folder.name not in ("", "..") else folder.resolve()
         return checkpoint.find_whole(folder.parent, folder.name, Comm(single=True))
@@ -64,6 +64,8 @@ def export_checkpoint(
     progress: Progress,
 ) -> None:
     """Writes the final sparse model of a checkpoint FOLDER/TAG as a dense folder OUT, replacing what is there.
+
+    A checkpoint of a Trainer, or of Accelerate, is one, too: masks in FOLDER/TAG/gap beside the weights.
 
     Args:
         model: folder with the model's config.json, and its tokenizer if it has one; both are copied. Without it, OUT
@@ -98,8 +100,9 @@ def export_checkpoint(
         parameters = list(counts) if module is None else [name for name, _ in module.named_parameters()]
         plan = replace(plan, total=sum(counts[name].numel for name in parameters))
         nonzero = {name: count.nonzero for name, count in counts.items()}
-        of_run = (plan, schedule, state.config, state.signature, state.applied_steps, state.ended_at)
-        describe(folder, ExportInfo.of(*of_run, nonzero))
+        of_run = (plan, schedule, state.config, state.signature)
+        place = (state.applied_steps, state.ended_at, state.steps_per_epoch)
+        describe(folder, ExportInfo.of(*of_run, *place, nonzero))
         read_back(folder, out, counts)
 
 
@@ -107,6 +110,8 @@ def export_checkpoint(
 
 
 def _read(path: Path, module: nn.Module | None, plan: Plan, stack: contextlib.ExitStack) -> Mapping[str, Tensor]:
+    if checkpoint.is_masks_alone(path / "gap") and any(path.glob("model.safetensors*")) and not foreign.exists(path):
+        return _of_files(path, stack)
     if not portable.exists(path / "gap"):
         return foreign.weights(path)
     shapes = {entry.name: entry.shape for entry in plan.entries}
@@ -115,12 +120,28 @@ def _read(path: Path, module: nn.Module | None, plan: Plan, stack: contextlib.Ex
     return portable.weights(path / "gap", shapes, stack)
 
 
+def _of_files(folder: Path, stack: contextlib.ExitStack) -> Mapping[str, Tensor]:
+    """The tensors in files of transformers, each read when it is looked up."""
+    found: dict[str, Callable[[], Tensor]] = {}
+    for path in weight_files(folder):
+        file = stack.enter_context(open_tensors(path))
+        found |= {name: partial(file.get_tensor, name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    return LazyTensors(found, lambda name: found[name]())
+
+
 def _of_model(path: Path, weights: Mapping[str, Tensor], module: nn.Module | None, plan: Plan) -> Mapping[str, Tensor]:
     """The model's tensors, each once, if it is known; else all that there are."""
     wanted = list(weights if module is None else _tensors(module))
-    if lost := [name for name in (*wanted, *(entry.name for entry in plan.entries)) if name not in weights]:
-        raise ValueError(f"{path}: does not hold {printable(lost[0])}. Set --model to the folder of its model.")
-    return LazyTensors(wanted, weights.__getitem__)
+    stored = {name: name for name in weights}
+    if module is not None:  # a tied weight may be stored under any of its names
+        ids = {id(p): name for name, p in module.named_parameters(remove_duplicate=False) if name in stored}
+        stored |= {name: ids[id(p)] for name, p in module.named_parameters() if name not in stored and id(p) in ids}
+    if lost := [name for name in (*wanted, *(entry.name for entry in plan.entries)) if name not in stored]:
+        raise ValueError(
+            f"{path}: does not hold {printable(lost[0])}. Set --model to the folder of its model. If that is set: "
+            "transformers saves some models under other names; resume the training and call engine.export."
+        )
+    return LazyTensors(wanted, lambda name: weights[stored[name]])
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -60,8 +60,8 @@ class ExportKeys(Record):
 class ExportInfo(ExportKeys):
     """Contents of gap.json.
 
-    phase: that of the next step. finished: the schedule of `total_steps` was trained, or `finish` ended it before
-    the step `ended_at`.
+    steps_per_epoch: of a config in epochs. phase: that of the next step. finished: the schedule of `total_steps` was
+    trained, or `finish` ended it before the step `ended_at`.
     pruned_in_copy: partitions that were dense then, and are pruned in the export alone, without fine-tuning.
     mean_density, training_flops: of the steps that were taken, FLOPs relative to dense training; planned_...: of the
     whole schedule.
@@ -70,6 +70,7 @@ class ExportInfo(ExportKeys):
     config: StoredConfig
     applied_steps: Count
     total_steps: Count | None = None
+    steps_per_epoch: Count | None = None
     finished: bool | None = None
     ended_at: Count | None = None
     phase: str = ""
@@ -108,6 +109,7 @@ class ExportInfo(ExportKeys):
         signature: str,
         applied_steps: int,
         ended_at: int | None,
+        steps_per_epoch: int | None,
         nonzero: Mapping[str, int],
     ) -> ExportInfo:
         """The record of a model that is exported after `applied_steps`.
@@ -130,6 +132,7 @@ class ExportInfo(ExportKeys):
             config=config,
             applied_steps=applied_steps,
             total_steps=schedule.total_steps,
+            steps_per_epoch=steps_per_epoch,
             finished=ended_at is not None or applied_steps >= schedule.total_steps,
             ended_at=ended_at,
             phase=str(phase),

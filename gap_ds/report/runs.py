@@ -1,30 +1,32 @@
 """A run as plain data, read from its folder; it may be unfinished. E entries.
 
 results.json      scores, counts by entry, cost: written when the run is over
-metrics.jsonl     a line every so many steps (kind "train") and at the end of an epoch (kind "validation")
+metrics.jsonl     a line every so many steps (kind "train") and at the end of an epoch (kind "validation"); of a Trainer
+                  trainer_state.json instead (losses.py)
 gap_history.jsonl a line for each boundary and update: see `History`
 gap_losses.jsonl  a line for each boundary: losses before and after it
-model/            the export, with its own gap.json
-checkpoints/      the latest one's state.json has the config of a run that is not over
+model/            the export, with its own gap.json; or the folder itself
+checkpoints/      the latest one's state.json has the config of a run that is not over; or checkpoint-N of a Trainer
 gap.json          the config, if the run was given one in its folder
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from gap_ds import checkpoint
 from gap_ds.checkpoint.run_state import State, StoredConfig
-from gap_ds.export.info import INFO, EntryInfo, ExportInfo
+from gap_ds.export.info import INFO, EntryInfo, ExportInfo, is_export
 from gap_ds.method import schedule
 from gap_ds.method.config import GaPConfig
 from gap_ds.method.schedule import Schedule
+from gap_ds.report import losses
 from gap_ds.storage.json import Count, Record, parse_json, read_json
 from gap_ds.training import boundary_losses, history
 
@@ -37,8 +39,6 @@ SCORES = {
     "top1": "top-1",
     "top5": "top-5",
 }
-#: A line of metrics or history longer than this is damage.
-_LONGEST_LINE = 64 * 2**20
 
 
 class Results(Record):
@@ -62,23 +62,6 @@ class Results(Record):
     accuracy: float | None = None
     top1: float | None = None
     top5: float | None = None
-
-
-#: A number that may be NaN or infinite in a line of metrics, which then counts as missing.
-_Logged = Annotated[
-    float | None, AfterValidator(lambda value: None if value is None or not math.isfinite(value) else value)
-]
-
-
-class _Point(Record):
-    model_config = ConfigDict(allow_inf_nan=True)
-
-    kind: str
-    step: Count
-    epoch: Count | None = None
-    loss: _Logged = None
-    density: _Logged = None
-    bleu: _Logged = None
 
 
 class _Header(Record):
@@ -128,8 +111,8 @@ class History:
 class Run:
     """A run. `missing`: parts that the report cannot show, with the reason; curves are (step, value) pairs.
 
-    density: as it was logged. epochs: (step, number of epochs that have ended by then). around: losses around
-    boundaries.
+    model: the folder of the export, if there is one. density: as it was logged. epochs: (step, number of epochs that
+    have ended by then). around: losses around boundaries.
     """
 
     name: str
@@ -141,6 +124,7 @@ class Run:
     entries: dict[str, EntryInfo]
     history: History | None
     export: ExportInfo | None
+    model: Path
     train: list[tuple[int, float]] = field(default_factory=list)
     validation: list[tuple[int, float]] = field(default_factory=list)
     bleu: list[tuple[int, float]] = field(default_factory=list)
@@ -220,7 +204,10 @@ def find(folders: Sequence[Path]) -> list[Path]:
             raise ValueError(f"{folder}: there is no such folder.")
         workers = sorted(path for path in folder.glob("worker_*") if _is_run(path))
         if not _is_run(folder) and not workers:
-            raise ValueError(f"{folder}: is no folder of a run, it has neither metrics.jsonl nor results.json.")
+            raise ValueError(
+                f"{folder}: is no folder of a run, it has neither {losses.METRICS} nor results.json, nor a Trainer's "
+                f"{losses.TRAINER}."
+            )
         found += [folder] if _is_run(folder) else workers
     return list(dict.fromkeys(found))
 
@@ -231,16 +218,21 @@ def load(folder: Path, name: str) -> Run:
     Raises:
         ValueError: results.json or the export's gap.json is damaged. Damaged lines of metrics are counted in `missing`.
     """
-    results = read_json(folder / "results.json", Results) if (folder / "results.json").is_file() else Results()
-    export = read_json(folder / "model" / INFO, ExportInfo) if (folder / "model" / INFO).is_file() else None
+    model = folder / "model" if (folder / "model" / INFO).is_file() else folder
+    export = read_json(model / INFO, ExportInfo) if is_export(model) or model != folder else None
+    # The examples copy the export's figures into theirs; of a Trainer's run there is nothing else.
+    written = (
+        [folder / "results.json"] if (folder / "results.json").is_file() else [model / INFO] * (export is not None)
+    )
+    results = read_json(written[0], Results) if written else Results()
     state = _state(folder)
     signature = results.signature or (state.signature if state is not None else None)
     config = next((found.config for found in (results, state, export) if found is not None and found.config), None)
     config = config or _config(folder / "gap.json")
     if any(entry.partition >= len(results.entries) for entry in results.entries.values()):
         raise ValueError(f"{folder / 'results.json'}: is damaged: it has more partitions than entries.")
-    run = Run(name, folder, results, signature, config, None, dict(results.entries), None, export)
-    if not (folder / "results.json").is_file():
+    run = Run(name, folder, results, signature, config, None, dict(results.entries), None, export, model)
+    if not written:
         run.missing.append("scores, cost and layers: the run is not over (it has no results.json)")
         if state is not None:
             run.entries = {
@@ -271,13 +263,14 @@ def names_of(folders: Sequence[Path]) -> list[str]:
 
 
 def _is_run(folder: Path) -> bool:
-    return (folder / "metrics.jsonl").is_file() or (folder / "results.json").is_file()
+    return losses.exists(folder) or (folder / "results.json").is_file()
 
 
 def _state(folder: Path) -> State | None:
     """state.json of the latest checkpoint, where there is a readable one."""
+    path = checkpoint.newest(folder / "checkpoints") or checkpoint.newest(folder)
     try:
-        return read_json(checkpoint.find(folder / "checkpoints") / "gap" / "state.json", State)
+        return None if path is None else read_json(path / "gap" / "state.json", State)
     except ValueError:
         return None
 
@@ -307,13 +300,8 @@ def _schedule(run: Run, state: State | None) -> Schedule | None:
 
 
 def _read_metrics(run: Run) -> None:
-    path, damaged = run.folder / "metrics.jsonl", 0
-    for line in _lines(path):
-        try:
-            point = parse_json(line, _Point)
-        except ValueError:
-            damaged += 1
-            continue
+    log = losses.read(run.folder)
+    for point in log.points:
         curve = {"train": run.train, "validation": run.validation}.get(point.kind)
         if curve is not None:
             curve.append((point.step, math.nan if point.loss is None else point.loss))
@@ -325,10 +313,7 @@ def _read_metrics(run: Run) -> None:
             run.bleu.append((point.step, point.bleu))
     for curve in (run.train, run.validation, run.bleu, run.density):
         curve.sort(key=lambda point: point[0])
-    if damaged:
-        run.missing.append(f"{damaged:,} damaged line{'s' * (damaged > 1)} of metrics.jsonl")
-    if not run.train and not run.validation:
-        run.missing.append("losses: metrics.jsonl is missing or empty")
+    run.missing += log.missing
 
 
 def _history(run: Run) -> History | None:
@@ -337,7 +322,7 @@ def _history(run: Run) -> History | None:
         run.missing.append(f"changes of masks and exploration: this run recorded none (it has no {history.NAME})")
         return None
     try:
-        lines = _lines(path)
+        lines = losses.lines(path)
         header = parse_json(next(lines, ""), _Header)
         if (header.format, header.version) != (history.FORMAT, history.VERSION):
             raise ValueError("another format")
@@ -361,7 +346,7 @@ def _history(run: Run) -> History | None:
 def _around(run: Run) -> list[boundary_losses.Line]:
     """The losses around boundaries; damaged lines are left out."""
     found, damaged = [], 0
-    for line in _lines(run.folder / boundary_losses.NAME):
+    for line in losses.lines(run.folder / boundary_losses.NAME):
         try:
             found.append(parse_json(line, boundary_losses.Line))
         except ValueError:
@@ -369,13 +354,3 @@ def _around(run: Run) -> list[boundary_losses.Line]:
     if damaged:
         run.missing.append(f"{damaged:,} damaged line{'s' * (damaged > 1)} of {boundary_losses.NAME}")
     return sorted(found, key=lambda line: line.step)
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """The lines of a text file that are not empty; none if there is no such file."""
-    if not path.is_file():
-        return
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        while line := file.readline(_LONGEST_LINE):
-            if line.strip():
-                yield line

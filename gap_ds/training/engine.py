@@ -346,6 +346,17 @@ class GaPEngine:
         with operation(f"the export at step {self.applied_steps}"):
             return saving.export(self.run, Path(folder), self._place, tokenizer, dtype, overwrite)
 
+    def describe(self, folder: str | Path) -> None:
+        """Writes gap.json beside weights that something else saved, so that gap-ds inspects, reports and exports them.
+
+        For `model.save_pretrained` and the like, on the model as it is now. Rank 0 counts the weights in the files; the
+        other ranks do nothing, and none waits.
+
+        Raises:
+            ValueError: a partition is dense now, or the files hold other weights or names; nothing was written.
+        """
+        saving.describe(self.run, Path(folder), self._place)
+
     def close(self) -> None:
         """Takes the hook off the optimizer; the model keeps its present weights."""
         for observer in self.run.observers:

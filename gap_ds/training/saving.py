@@ -148,18 +148,37 @@ def export(run: Run, folder: Path, place: Place, tokenizer: Any, dtype: torch.dt
         return exports.full_weights(run.backend.module, run.backend.shards(), bits, run.backend.comm, dtype)
 
     def about(counts: Mapping[str, exports.Counted]) -> exports.ExportInfo:
-        nonzero = {entry.name: counts[entry.name].nonzero for entry in run.plan.entries}
-        info = exports.ExportInfo.of(run.plan, run.schedule, run.config, run.signature, step, place.ended, nonzero)
-        planned = run.schedule.mean_density(*run.plan.per_partition())
-        if not info.finished:
-            run.say(f"{target}: {info.progress} Train to the end of the schedule for the final model.", logging.WARNING)
-        flops = {"training_flops": info.mean_density, "planned_training_flops": planned}
-        return info.model_copy(update={key: run.plan.training_flops(density) for key, density in flops.items()})
+        return _info(run, target, place, counts)
 
     exports.save(
         target, run.backend.module, gather, about, run.world, tokenizer=tokenizer, dtype=dtype, overwrite=overwrite
     )
     return target
+
+
+def describe(run: Run, folder: Path, place: Place) -> None:
+    """Writes gap.json into a folder of weights that something else saved, on rank 0; no rank waits."""
+    if run.world.rank:
+        return
+    phase = place.phase(run.schedule)
+    if run.to_prune(phase):
+        raise ValueError(
+            f"{folder}: was saved in {phase}, so it is not the sparse model. Call engine.export, which prunes the "
+            "dense partition in the copy, or save after the last boundary."
+        )
+    exports.describe_saved(folder, [e.name for e in run.plan.entries], lambda counts: _info(run, folder, place, counts))
+
+
+def _info(run: Run, target: Path, place: Place, counts: Mapping[str, exports.Counted]) -> exports.ExportInfo:
+    """The record of a model that is written to `target`, with a warning if the schedule is not finished."""
+    nonzero = {entry.name: counts[entry.name].nonzero for entry in run.plan.entries}
+    of_run = (run.plan, run.schedule, run.config, run.signature)
+    info = exports.ExportInfo.of(*of_run, place.step, place.ended, run.steps_per_epoch, nonzero)
+    if not info.finished:
+        run.say(f"{target}: {info.progress} Train to the end of the schedule for the final model.", logging.WARNING)
+    planned = run.schedule.mean_density(*run.plan.per_partition())
+    flops = {"training_flops": info.mean_density, "planned_training_flops": planned}
+    return info.model_copy(update={key: run.plan.training_flops(density) for key, density in flops.items()})
 
 
 def _write_masks(run: Run, folder: Path, place: Place) -> None:

@@ -10,7 +10,10 @@ import pytest
 import torch
 import transformers
 from launch import run_workers
+from safetensors.torch import load_file
 from table_rows import marked, needed
+
+from gap_ds.export.from_checkpoint import export_checkpoint, find_whole
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -104,6 +107,20 @@ def test_the_saved_model_is_exactly_sparse(trained: Path, name: str) -> None:
     assert all(int(loaded[entry].count_nonzero()) == keep for entry, keep in ours["keep"].items())
     for key, weight in ours["state"]["weights"].items():
         assert torch.equal(loaded[key].float(), weight.to(loaded[key].dtype).float().view(loaded[key].shape)), key
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_checkpoint_is_exported_without_its_ranks(trained: Path, name: str, tmp_path: Path) -> None:
+    """From the files of the Trainer, of DeepSpeed or of FSDP beside the masks; the dense partition is pruned."""
+    folder, keep = trained / name / f"checkpoint-{BY_NAME[name]['saved']}", result(trained, name)["keep"]
+    path = find_whole(folder)
+    assert path == folder
+    export_checkpoint(path, tmp_path / "model", progress=lambda *_: None)
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    assert {entry: int(weights[entry].count_nonzero()) for entry in keep} == keep
+    masks = result(trained, name)["masks"]
+    for entry, mask in masks[max(step for step in masks if step <= BY_NAME[name]["saved"])].items():
+        assert torch.equal(weights[entry].flatten() != 0, mask.flatten()), entry
 
 
 @pytest.mark.parametrize("name", NAMES)

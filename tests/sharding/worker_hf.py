@@ -37,6 +37,7 @@ warnings.filterwarnings("ignore", category=FutureWarning)
 
 GAP = {"sparsity": 0.75, "partitions": 2, "phase_epochs": 0.75, "rounds": 1, "finetune_epochs": 0.75}
 BATCH, STEPS_PER_EPOCH, STEPS = 2, 4, 9
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "ds"
 
 
 def build(kind: str) -> nn.Module:
@@ -78,17 +79,10 @@ def arguments(row: dict[str, Any], out: Path, **options: Any) -> transformers.Tr
         "seed": 5,
     }
     if row["stage"]:
-        zero = {"stage": row["stage"], "stage3_param_persistence_threshold": row.get("persistence", 0)}
-        zero |= {"stage3_gather_16bit_weights_on_model_save": True}
-        settings["deepspeed"] = {
-            "train_micro_batch_size_per_gpu": "auto",
-            "gradient_accumulation_steps": "auto",
-            "gradient_clipping": "auto",
-            "zero_optimization": zero,
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "steps_per_print": 10**9,
-        }
+        shipped = json.loads((CONFIGS / f"trainer_zero{max(row['stage'], 2)}.json").read_text())
+        small = {"stage3_param_persistence_threshold": row.get("persistence", 0)} if row["stage"] == 3 else {}
+        shipped["zero_optimization"] |= {"stage": row["stage"], **small}
+        settings["deepspeed"] = shipped
     if row["fsdp"]:
         layers = ["BartEncoderLayer", "BartDecoderLayer"] if row["kind"] == "seq2seq" else ["LlamaDecoderLayer"]
         fsdp = {"version": row["fsdp"], "transformer_layer_cls_to_wrap": layers}

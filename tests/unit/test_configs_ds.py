@@ -9,6 +9,7 @@ What the configs have in common, and why (JSON has no comments):
   overrides `gradient_accumulation_steps` from its own option.
 - There is no optimizer and no scheduler: the training script builds both. Hence `zero_allow_untested_optimizer`, and
   `zero_force_ds_cpu_optimizer: false` so that offload takes any torch optimizer.
+- `trainer_*` are for the Trainer, which fills in "auto": tests/sharding/test_hf_sharding.py trains with them.
 - Buckets are 5e7 elements instead of 5e8: 100 MB instead of 1 GB of bf16 per buffer.
 """
 
@@ -25,6 +26,7 @@ from typing import Any
 import pytest
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "ds"
+TRAINER = ["trainer_zero2", "trainer_zero3"]
 NAMES = ["zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
 
 # Runs in a process of its own: DeepSpeed and torch.distributed keep global state that other tests must not inherit.
@@ -70,7 +72,7 @@ def load(name: str) -> dict[str, Any]:
 
 
 def test_no_config_is_left_out() -> None:
-    assert sorted(path.stem for path in FOLDER.glob("*.json")) == NAMES
+    assert sorted(path.stem for path in FOLDER.glob("*.json")) == TRAINER + NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)

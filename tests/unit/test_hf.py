@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from gap_ds import GaPEngine
+from gap_ds.export.info import ExportInfo
 from gap_ds.hf import GaPCallback, prepare
+from gap_ds.report import runs
 
 GAP = {"sparsity": 0.75, "partitions": 2, "phase_epochs": 0.6, "rounds": 1, "finetune_epochs": 0.8}
 STEPS_PER_EPOCH, EPOCHS = 5, 2  # 19 examples, 2 in a batch, 2 batches in a step: the last step of an epoch has 2, too
@@ -163,6 +165,29 @@ def test_the_saved_model_is_exactly_sparse(tmp_path: Path) -> None:
     trainer.save_model(str(tmp_path / "final"))
     loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "final")
     assert sparse(loaded, callback.engine) and same(loaded, trainer.model)
+    # Beside it lies what gap-ds needs, with counts of the files; and the output folder is that of a run.
+    info = ExportInfo.model_validate_json((tmp_path / "final" / "gap.json").read_text())
+    assert info.finished and {n: e.nonzero for n, e in info.entries.items()} == {
+        e.name: e.keep for e in callback.engine.plan.entries
+    }
+    trainer.save_model()
+    trainer.save_state()
+    run = runs.load(tmp_path, "run")
+    logged = [(row["step"], row["loss"]) for row in trainer.state.log_history if "loss" in row]
+    assert run.train == logged and run.schedule == callback.engine.schedule
+    assert run.missing == []
+
+
+def test_a_model_with_a_dense_partition_gets_no_record(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class SaveEarly(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 2:
+                trainer.save_model(str(tmp_path / "early"))
+
+    trainer = Trainer(model(), arguments(tmp_path), train_dataset=data(), callbacks=[GaPCallback(GAP), SaveEarly()])
+    trainer.train()
+    assert "no gap.json was written" in caplog.text and "so it is not the sparse model" in caplog.text
+    assert (tmp_path / "early" / "model.safetensors").is_file() and not (tmp_path / "early" / "gap.json").exists()
 
 
 def test_phases_are_logged_by_the_trainer(tmp_path: Path) -> None:

@@ -390,9 +390,23 @@ def test_unknown_hub_id(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("plan", "-m", "bigg", "-g", "steps.json") == (
         2,
         "",
-        "gap-ds: --model bigg: is neither a preset (tiny, small, base, big) nor a file or folder, and the hub "
-        "does not deliver it (We couldn't connect to the hub). Did you mean big?\n",
+        "gap-ds: --model bigg: is neither a preset (tiny, small, base, big) nor a file, folder or module:function, and "
+        "the hub does not deliver it (We couldn't connect to the hub). Did you mean big?\n",
     )
+
+
+def test_a_function_builds_the_model(run: Run) -> None:
+    Path("own_model_of_a_user.py").write_text(
+        "from torch.nn import Linear, Sequential\n"
+        "class A:\n    @staticmethod\n    def net(): return Sequential(*(Sequential(Linear(8, 8)) for _ in range(3)))\n"
+        "def no(): return 1\ndef bad(): raise KeyError('x')\n",
+        encoding="utf-8",
+    )
+    code, out, _ = run("plan", "-m", "own_model_of_a_user:A.net", "-g", "steps.json", "--json")
+    assert code == 0 and json.loads(out)["model"] == {"class": "Sequential", "weights": 3 * 72}
+    for name, reason in (("no", "returns a int"), ("bad", "KeyError: 'x'"), ("absent", "AttributeError: module")):
+        code, _, err = run("plan", "-m", f"own_model_of_a_user:{name}", "-g", "steps.json")
+        assert code == 2 and reason in err and err.count("\n") == 1, err
 
 
 @pytest.mark.parametrize("library", ["typer", "rich"])

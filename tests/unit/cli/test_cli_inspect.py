@@ -295,8 +295,13 @@ def test_masks_beside_the_weights_of_a_trainer(run: Run, make: Make) -> None:
         figures = json.loads(out)
         assert (code, figures["problems"]) == (0, [])
         assert figures["notes"][0].startswith("these are masks alone") and "checkpoint-9" not in figures["path"]
-    code, out, err = run("export", "out/checkpoint-10", "exported")
-    assert code == 2 and "holds masks alone" in err and "callback.engine.export" in err and err.count("\n") == 1
+    trained.export("wanted")
+    for i, folder in enumerate(("out", "out/checkpoint-10")):
+        assert run("export", folder, f"exported_{i}", "--format", "dense")[0] == 0
+        files = [load_file(Path(name) / "model.safetensors") for name in ("wanted", f"exported_{i}")]
+        assert files[0].keys() == files[1].keys() and all(torch.equal(w, files[1][n]) for n, w in files[0].items())
+    code, _, err = run("export", "out/checkpoint-10/gap", "exported")
+    assert code == 2 and "holds masks alone" in err and err.endswith("export out/checkpoint-10.\n")
     edit_weights(Path("out/checkpoint-10/model.safetensors"), revive)
     edit_weights(Path("out/checkpoint-10/model.safetensors"), lambda w: w.pop("layers.1.fc.weight"))
     code, out, _ = run("inspect", "out", "--json")

@@ -340,7 +340,11 @@ def test_hostile_names_stay_text(run: Run) -> None:
     ("argv", "message"),
     [
         ("absent", "absent: there is no such folder."),
-        ("empty", "empty: is no folder of a run, it has neither metrics.jsonl nor results.json."),
+        (
+            "empty",
+            "empty: is no folder of a run, it has neither metrics.jsonl nor results.json, nor a Trainer's "
+            "trainer_state.json.",
+        ),
         ("bad", "bad/results.json: is damaged or of another kind ("),
         ("a -o a/results.json/x.html", "--output a/results.json/x.html: cannot be written ("),
         ("", "Missing argument"),
