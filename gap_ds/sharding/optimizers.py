@@ -382,10 +382,12 @@ def of_user(given: Any, meanings: Mapping[str, Meaning] | None = None) -> Optimi
             )
         inner = next((v for v in vars(optimizer).values() if isinstance(v, torch.optim.Optimizer)), None)
         if inner is not None:
+            names = ("optimizer", "base_optimizer", "inner_optimizer")
+            where = next((f", its attribute {name}" for name in names if getattr(optimizer, name, None) is inner), "")
             raise ValueError(
                 f"optimizer={name}: wraps another optimizer and may change the weights after its step, where masks "
-                f"would not hold. Pass the {type(inner).__name__} inside; a wrapper that changes weights after that "
-                "one's step (Lookahead, averaging) cannot be used, one that restores them before it (SAM) can."
+                f"would not hold. Pass the {type(inner).__name__} inside{where}; a wrapper that changes weights after "
+                "that one's step (Lookahead, averaging) cannot be used, one that restores them before it (SAM) can."
             )
         if not hasattr(optimizer, "_optimizer_step_post_hooks") or not getattr(type(optimizer).step, "hooked", False):
             raise ValueError(

@@ -8,7 +8,7 @@ which backend it has.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,13 +89,14 @@ class Training:
 
 
 def detect(model: nn.Module, training: Training) -> Backend:
-    """The backend of the objects that a user has; `model` may be compiled by torch.compile.
+    """The backend of the objects that a user has; `model` may be compiled, or inside a wrapper of another library.
 
     Raises:
         ValueError: the combination is not supported, with the reason and the setting to change.
     """
     from gap_ds.sharding.backends import fairscale, fsdp, plain, zero
 
+    outer, model = model, held_by(model)
     inside = uncompiled(model)
     if meta := [name for name, parameter in inside.named_parameters() if parameter.is_meta]:
         raise ValueError(
@@ -109,14 +110,38 @@ def detect(model: nn.Module, training: Training) -> Backend:
         (fsdp.recognises, fsdp.build),
         (plain.recognises, plain.build),
     )
-    return next(build for recognises, build in kinds if recognises(inside))(model, training)
+    backend = next(build for recognises, build in kinds if recognises(inside))(model, training)
+    return backend if model is outer else replace(backend, forward=outer)
 
 
 def brings_optimizer(model: nn.Module) -> bool:
     """True for an engine that brings its optimizer and learning-rate scheduler (DeepSpeed's)."""
     from gap_ds.sharding.backends import zero
 
-    return zero.recognises(uncompiled(model))
+    return zero.recognises(uncompiled(held_by(model)))
+
+
+def held_by(model: nn.Module) -> nn.Module:
+    """The sharded model inside a wrapper of another library, such as Lightning Fabric's; else the model itself.
+
+    A wrapper holds all of its parameters in one child, in which a library replicates or shards them, or holds them
+    twice, as they are and wrapped.
+    """
+    own = {id(parameter) for parameter in model.parameters()}
+    if is_sharded(model) or not own:
+        return model
+    children = [child for child in model._modules.values() if child is not None]
+    whole = [child for child in children if {id(parameter) for parameter in child.parameters()} == own]
+    found = [held_by(child) for child in whole]
+    return next((one for one in found if is_sharded(one)), found[0] if len(found) > 1 else model)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """True for the outermost module of a model that a library replicates or shards, compiled or not."""
+    from gap_ds.sharding.backends import fairscale, fsdp, plain, zero
+
+    inside = uncompiled(model)
+    return any(backend.wraps(inside) for backend in (zero, fairscale, fsdp, plain))
 
 
 def uncompiled(model: nn.Module) -> nn.Module:

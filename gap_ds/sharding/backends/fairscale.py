@@ -29,7 +29,12 @@ from gap_ds.sharding.shard import Shard
 
 def recognises(model: nn.Module) -> bool:
     """True if fairscale shards any part of the model. Does not need fairscale to be installed."""
-    return "fairscale" in sys.modules and any(_sharded_ddp(m) or _fully_sharded(m) for m in model.modules())
+    return any(map(wraps, model.modules()))
+
+
+def wraps(module: nn.Module) -> bool:
+    """True for a module that fairscale shards."""
+    return "fairscale" in sys.modules and (_sharded_ddp(module) or _fully_sharded(module))
 
 
 def _sharded_ddp(module: nn.Module) -> bool:

@@ -28,7 +28,12 @@ from gap_ds.sharding.shard import Shard
 
 def recognises(model: nn.Module) -> bool:
     """True if FSDP shards any part of the model."""
-    return any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules())
+    return any(map(wraps, model.modules()))
+
+
+def wraps(module: nn.Module) -> bool:
+    """True for a module that FSDP shards."""
+    return isinstance(module, FSDPModule | FullyShardedDataParallel)
 
 
 def build(model: nn.Module, training: Training) -> Backend:

@@ -38,6 +38,11 @@ def recognises(model: nn.Module) -> bool:
     return True
 
 
+def wraps(module: nn.Module) -> bool:
+    """True for DistributedDataParallel."""
+    return isinstance(module, DistributedDataParallel)
+
+
 def build(model: nn.Module, training: Training) -> Backend:
     """The backend of a model whose parameters are whole on every rank, or cut by tensor or expert parallelism.
 
@@ -47,6 +52,11 @@ def build(model: nn.Module, training: Training) -> Backend:
     wrapper = uncompiled(model)
     ddp = isinstance(wrapper, DistributedDataParallel)
     module = uncompiled(wrapper.module) if isinstance(wrapper, DistributedDataParallel) else wrapper
+    if inner := next((name for name, child in module.named_modules() if name and wraps(child)), None):
+        raise ValueError(
+            f"the model holds DistributedDataParallel in its attribute {inner}, and parameters beside it. Wrap the "
+            f"whole model, or pass model.{inner} with an optimizer of its parameters."
+        )
     if isinstance(wrapper, DistributedDataParallel):
         require_world(dist.get_world_size(wrapper.process_group), training.world)
         _refuse_ignored(wrapper)

@@ -41,6 +41,9 @@ def recognises(model: nn.Module) -> bool:
     )
 
 
+wraps = recognises  # an engine is the outermost module
+
+
 def initialize(*, config: Any, **arguments: Any) -> Any:
     """As `deepspeed.initialize`; returns the engine alone.
 
