@@ -136,7 +136,7 @@ def test_the_guard_is_collected_and_asks_for_a_baseline(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_others(tmp_path: Path) -> None:
-    names = ("attention", "compact", "gathering", "memory", "profile_paths", "startup", "throughput")
+    names = ("attention", "compact", "engines", "gathering", "memory", "profile_paths", "startup", "throughput")
     for name, result in run(tmp_path, *names).items():
         check(name, result)
     text = tables(tmp_path)
