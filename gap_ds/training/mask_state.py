@@ -21,7 +21,7 @@ from gap_ds.method.config import GaPConfig
 from gap_ds.method.plan import Entry, Plan
 from gap_ds.sharding.backends import Backend
 from gap_ds.sharding.comm import Comm, sum_of
-from gap_ds.sharding.shard import Shard
+from gap_ds.sharding.shard import Shard, of_entries
 from gap_ds.training.regrowth import SECOND_MOMENTS, Young, mean_second_moments
 from gap_ds.training.selector import Selector
 
@@ -39,8 +39,8 @@ class MaskState:
     """The masks of this rank's pieces. All ranks call `apply`, `select`, `kept`, `write` and `read` together."""
 
     def __init__(self, plan: Plan, config: GaPConfig, backend: Backend, warmup: int = 0) -> None:
-        by_name = {shard.name: shard for shard in backend.shards()}
-        self.shards: dict[str, Shard] = {entry.name: by_name[entry.name] for entry in plan.entries}
+        #: This rank's piece of each entry.
+        self.shards: dict[str, Shard] = of_entries([entry.name for entry in plan.entries], backend.shards())
         #: Packed mask of this rank's piece of each sparse entry; a new tensor for every new mask. A dense entry is not
         #: in it: None means not masked.
         self.bits: dict[str, Tensor] = {}
@@ -149,11 +149,10 @@ class MaskState:
 
     def select(self, updates: Mapping[Entry, rules.Update], step: int) -> dict[str, Tensor]:
         """Exact masks of this rank's pieces for all entries whose mask changes before a step; changes nothing."""
-        if stored := {entry.name for entry, update in updates.items() if isinstance(update, rules.LoadMask)}:
-            # Of the same entries, written by another run.
+        if loaded := [entry.name for entry, update in updates.items() if isinstance(update, rules.LoadMask)]:
             path = Path(self._config.mask_file or "")
-            comm = self._backend.comm
-            return self.on_device(checkpoint.read_masks(path, self._plan, stored, self.shards, comm, foreign=True))
+            found = checkpoint.read_inherited(path, self._plan, self.shards, self._backend.comm)
+            return self.on_device({name: found[name] for name in loaded})
         now = Selector(self._plan, self._config.seed, self._backend.comm, self.shards, self.bits, self._gradients, step)
         return now.select(updates)
 
@@ -296,15 +295,3 @@ def nonzero(shards: Sequence[Shard], comm: Comm) -> dict[str, int]:
     """Weights of each parameter that are not 0. All ranks of `comm` must call this."""
     local = [int(shard.weight().count_nonzero()) for shard in shards]
     return {shard.name: n for shard, n in zip(shards, sum_of(shards, local, comm), strict=True)}
-
-
-def inherited(config: GaPConfig, shards: Sequence[Shard]) -> dict[str, int]:
-    """Weights that each parameter keeps by the masks in a file.
-
-    Raises:
-        ValueError: the file of masks cannot be read, is damaged, or has a mask of a name that is no parameter.
-    """
-    kept = checkpoint.kept_weights(Path(config.mask_file or ""))
-    if unknown := sorted(kept.keys() - {shard.name for shard in shards if shard.trainable}):
-        raise ValueError(f"{config.mask_file}: holds the mask of {unknown[0]}, which the model does not have to train.")
-    return kept
