@@ -285,7 +285,7 @@ def _check_best(engine: GaPEngine, folder: Path) -> None:
     for file in folder.glob("model*.safetensors"):
         with safe_open(file, "pt") as saved:
             names.update(saved.keys())
-    if names and (missing := [entry.name for entry in engine.plan.entries if entry.name not in names]):
+    if names and (missing := [name for name in engine.plan.parameters() if name not in names]):
         raise ValueError(
             f"{folder}: its weights of {missing[0]} and {len(missing) - 1} other entries were saved under other names, "
             "as transformers does with some models (mixtures of experts, ViT), and the Trainer loads the best model "

@@ -50,19 +50,18 @@ def write_masks(
 
 
 def read_masks(
-    path: Path, plan: Plan, sparse: set[str] | None, shards: Mapping[str, Shard], comm: Comm, foreign: bool = False
+    path: Path, plan: Plan, sparse: set[str] | None, shards: Mapping[str, Shard], comm: Comm
 ) -> dict[str, Tensor]:
     """This rank's piece of each sparse entry's mask, on the CPU; reads only the bytes that cover the piece.
 
     Args:
         sparse: the entries that must have a mask in the file; None: any.
-        foreign: the file may be of another run, whose entries have the same names and sizes.
     Raises:
         ValueError: the file is truncated, of another format, version or plan, its sparse entries are not `sparse`, or
             a mask does not keep as many weights as the header records. On all ranks alike.
     """
     found: dict[str, Tensor] = {}
-    with _open(path, FORMAT, None if foreign else plan) as file:
+    with _open(path, FORMAT, plan) as file:
         if sparse is not None:
             _check_names(path, file.keys(), sparse)
         for entry in _entries(plan, set(file.keys())):

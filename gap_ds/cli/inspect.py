@@ -9,7 +9,7 @@ from gap_ds import checkpoint, export
 from gap_ds.checkpoint import inspect as inspect_checkpoint
 from gap_ds.export import compact_file
 from gap_ds.export import inspect as inspect_export
-from gap_ds.export.weights import opened, weight_files
+from gap_ds.export.weights import counts_in
 from gap_ds.storage.errors import printable
 from gap_ds.storage.safetensors import Progress
 
@@ -39,10 +39,7 @@ def _checkpoint(folder: Path, progress: Progress) -> dict[str, Any]:
     figures = inspect_checkpoint.inspect(folder, progress)
     if not checkpoint.is_masks_alone(folder / "gap") or not any(folder.glob("model.safetensors*")):
         return figures
-    nonzero: dict[str, int] = {}
-    for path in weight_files(folder):
-        with opened(path) as tensors:
-            nonzero |= {name: t.counted.nonzero for name, t in tensors.items() if name in figures["entries"]}
+    nonzero = {name: found.nonzero for name, found in counts_in(folder, figures["entries"]).items()}
     masked = {name: row["kept"] for name, row in figures["entries"].items() if not row["dense"]}
     figures["problems"] += [
         f"{printable(name)}: has {nonzero[name]:,} weights that are not zero, its mask keeps {kept:,}"

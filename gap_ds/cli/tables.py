@@ -192,12 +192,23 @@ def _entries(entries: Sequence[dict[str, Any]]) -> Table:
     for (partition, module), rows in groups.items():
         name, shape = rows[0]["name"], " x ".join(map(str, rows[0]["shape"]))
         if len(rows) > 1:
-            separate = {row["experts"]["expert"] for row in rows} - {""}
-            number = len(separate) or rows[0]["experts"]["number"]
-            name, shape = f"{module}.*", "1 expert" if number == 1 else f"{number} experts"
+            name, number = f"{module}.*", _number(rows)
+            if ":" in (rows_of_all := rows[0]["experts"]["expert"]):
+                name = f"{module}[{rows_of_all}]"
+            shape = "1 expert" if number == 1 else f"{number} experts"
         kept, weights = (sum(row[key] for row in rows) for key in ("kept", "weights"))
         table.add_row(str(partition), name, shape, f"{kept:,}", f"{kept / weights:.4f}")
     return table
+
+
+def _number(entries: Sequence[dict[str, Any]]) -> int:
+    """Return how many experts of one block some of its entries are of: of one each, of some rows, or of all."""
+    found: set[str] = set()
+    for row in (entry["experts"] for entry in entries):
+        lo, _, hi = row["expert"].partition(":")
+        all_of_them = range(row["number"]) if not lo else range(int(lo), int(hi)) if hi else [lo]
+        found.update(map(str, all_of_them))
+    return len(found)
 
 
 def _phases_title(figures: dict[str, Any]) -> str:

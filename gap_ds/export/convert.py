@@ -16,6 +16,7 @@ from gap_ds.export.card import fit_card
 from gap_ds.export.folder import place
 from gap_ds.export.info import INFO, ExportKeys, is_export, renew_digests
 from gap_ds.export.weights import is_weights, read_back, weight_files, write_weights
+from gap_ds.method.names import by_parameter
 from gap_ds.storage.atomic import replacing_folder
 from gap_ds.storage.errors import printable
 from gap_ds.storage.json import read_json
@@ -39,10 +40,11 @@ def compact(
         raise ValueError(f"{source / INFO}: there is no such file: its folder is no exported model.")
     info = read_json(source / INFO, ExportKeys)
     with _folder(source, out, overwrite) as (aside, names), _opened(source) as tensors:
-        if info.entries and set(info.entries).isdisjoint(tensors):
+        entries = by_parameter(info.entries)
+        if entries and set(entries).isdisjoint(tensors):
             name = printable(next(iter(info.entries)))
             raise ValueError(f"{source}: {name} and all other entries of {INFO} are in no file. Export it again.")
-        compact_file.write(aside, tensors, info.entries, info.signature, progress)
+        compact_file.write(aside, tensors, entries, info.signature, progress)
         names += tensors
     return compact_file.figures(out)
 

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from gap_ds.export.card import CARD, write_card
 from gap_ds.export.info import INFO, ExportInfo, is_export, renew_digests
-from gap_ds.export.weights import Counted, is_weights, opened, read_back, weight_files
+from gap_ds.export.weights import Counted, counts_in, is_weights, read_back
 from gap_ds.export.writing import Stream, complete_config, write_model
 from gap_ds.masks import bitmask
+from gap_ds.method.names import by_parameter
 from gap_ds.method.plan import clean_name
 from gap_ds.sharding.comm import Comm, boxes_of, raise_on_all_ranks
 from gap_ds.sharding.shard import Shard
@@ -44,14 +45,15 @@ def full_weights(
         bits: packed mask of this rank's piece of each entry that is to be sparse.
         dtype: of the parameters that are floating-point numbers; buffers keep their own.
     """
-    boxes = boxes_of(shards, comm)
+    boxes, entries = boxes_of(shards, comm), by_parameter(bits)
 
     def tensors() -> Iterator[tuple[str, Tensor | None]]:
         for shard, places in zip(shards, boxes, strict=True):
             piece = shard.weight()
-            if shard.name in bits and shard.numel:
+            if shard.name in entries and shard.numel:
                 piece = piece.clone()
-                bitmask.zero_pruned_(piece, bits[shard.name])
+                for name in entries[shard.name]:
+                    bitmask.zero_pruned_(shard.part(name, piece), bits[name])
             piece = piece.to(dtype) if piece.is_floating_point() else piece
             whole = comm.assemble(piece, places, shard.full_numel)
             del piece
@@ -175,10 +177,7 @@ def describe_saved(folder: Path, entries: Sequence[str], about: Callable[[Mappin
         ValueError: the folder has no weights in files of safetensors, or lacks an entry, or one is denser than its
             budget; nothing was written.
     """
-    counts: dict[str, Counted] = {}
-    for path in weight_files(folder):
-        with opened(path) as tensors:
-            counts |= {name: tensor.counted for name, tensor in tensors.items()}
+    counts = counts_in(folder, entries)
     if lost := [name for name in entries if name not in counts]:
         raise ValueError(
             f"{folder}: has no {printable(lost[0])} ({len(lost)} of {len(entries)} entries are missing): its weights "

@@ -7,7 +7,8 @@ entry that is dense at that step is pruned in the copy, exactly as `GaPEngine.ex
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,11 +23,12 @@ from gap_ds.export.folder import buffers, copy_config, describe
 from gap_ds.export.info import ExportInfo
 from gap_ds.export.weights import check_range, read_back, weight_files, write_weights
 from gap_ds.masks import bitmask, selection
+from gap_ds.method.names import by_parameter
 from gap_ds.method.pattern import Unstructured
 from gap_ds.method.plan import Entry, Plan
 from gap_ds.method.schedule import Phase
 from gap_ds.sharding.comm import Comm
-from gap_ds.sharding.shard import Shard
+from gap_ds.sharding.shard import Shard, of_entries
 from gap_ds.storage.atomic import replacing_folder
 from gap_ds.storage.errors import printable
 from gap_ds.storage.json import read_json
@@ -95,9 +97,9 @@ def export_checkpoint(
         if model is not None:
             copy_config(model, folder, dtype, type(module).__name__)
         kept = {} if module is None else {name: buffer.dtype for name, buffer in buffers(module)}
-        tensors = LazyTensors(weights, lambda name: _pruned(name, weights[name], bits.get(name), dtype, kept.get(name)))
-        counts = write_weights(folder, tensors, progress)
-        parameters = list(counts) if module is None else [name for name, _ in module.named_parameters()]
+        tensors = LazyTensors(weights, lambda name: _pruned(name, weights[name], bits, dtype, kept.get(name)))
+        counts = write_weights(folder, tensors, progress, [entry.name for entry in plan.entries])
+        parameters = list(tensors) if module is None else [name for name, _ in module.named_parameters()]
         plan = replace(plan, total=sum(counts[name].numel for name in parameters))
         nonzero = {name: count.nonzero for name, count in counts.items()}
         of_run = (plan, schedule, state.config, state.signature)
@@ -114,7 +116,7 @@ def _read(path: Path, module: nn.Module | None, plan: Plan, stack: contextlib.Ex
         return _of_files(path, stack)
     if not portable.exists(path / "gap"):
         return foreign.weights(path)
-    shapes = {entry.name: entry.shape for entry in plan.entries}
+    shapes = plan.parameters()
     if module is not None:
         shapes |= {name: tuple(tensor.shape) for name, tensor in _tensors(module).items()}
     return portable.weights(path / "gap", shapes, stack)
@@ -136,7 +138,7 @@ def _of_model(path: Path, weights: Mapping[str, Tensor], module: nn.Module | Non
     if module is not None:  # a tied weight may be stored under any of its names
         ids = {id(p): name for name, p in module.named_parameters(remove_duplicate=False) if name in stored}
         stored |= {name: ids[id(p)] for name, p in module.named_parameters() if name not in stored and id(p) in ids}
-    if lost := [name for name in (*wanted, *(entry.name for entry in plan.entries)) if name not in stored]:
+    if lost := [name for name in (*wanted, *plan.parameters()) if name not in stored]:
         raise ValueError(
             f"{path}: does not hold {printable(lost[0])}. Set --model to the folder of its model. If that is set: "
             "transformers saves some models under other names; resume the training and call engine.export."
@@ -149,17 +151,22 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return dict(module.named_parameters()) | dict(buffers(module))
 
 
-def _pruned(name: str, weight: Tensor, bits: Tensor | None, dtype: torch.dtype, buffer: torch.dtype | None) -> Tensor:
+def _pruned(
+    name: str, weight: Tensor, bits: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype, buffer: torch.dtype | None
+) -> Tensor:
     """A weight with its mask applied, in the dtype to write.
 
     Args:
+        bits: packed masks of the entries of each parameter.
         buffer: dtype of a buffer of the model, which it keeps; DeepSpeed's consolidation makes all of them fp32.
     """
     weight = weight.clone(memory_format=torch.contiguous_format)
     if buffer is not None:
         return weight if buffer.is_floating_point else weight.to(buffer)
-    if bits is not None and weight.numel():
-        bitmask.zero_pruned_(weight.view(-1), bits)
+    if weight.numel():
+        whole = _whole(name, weight.shape, lambda: weight)
+        for entry, of_entry in bits.get(name, {}).items():
+            bitmask.zero_pruned_(whole.part(entry, weight.view(-1)), of_entry)
     if not weight.is_floating_point():
         return weight
     cast = weight.to(dtype)
@@ -170,13 +177,16 @@ def _pruned(name: str, weight: Tensor, bits: Tensor | None, dtype: torch.dtype, 
 # -- masks -------------------------------------------------------------------------------------------------------------
 
 
-def _bits(path: Path, plan: Plan, weights: Mapping[str, Tensor], phase: Phase) -> dict[str, Tensor]:
-    """The mask of every entry: from the checkpoint, or a new one if the entry is dense before this step."""
+def _whole(name: str, shape: Sequence[int], owner: Callable[[], Tensor]) -> Shard:
+    """The one piece of a parameter that is not cut."""
+    return Shard.of_range(name, tuple(shape), 0, math.prod(shape), 0, owner)
+
+
+def _bits(path: Path, plan: Plan, weights: Mapping[str, Tensor], phase: Phase) -> dict[str, dict[str, Tensor]]:
+    """The masks of the entries of each parameter: of the checkpoint, or new ones if they are dense before this step."""
     file = path / "gap" / "masks.safetensors"
-    shards = {
-        e.name: Shard.of_range(e.name, e.shape, 0, e.numel, 0, partial(weights.__getitem__, e.name))
-        for e in plan.entries
-    }
+    whole = [_whole(n, shape, partial(weights.__getitem__, n)) for n, shape in plan.parameters().items()]
+    shards = of_entries([entry.name for entry in plan.entries], whole)
     bits = checkpoint.read_masks(file, plan, set(checkpoint.kept_weights(file)), shards, Comm(single=True))
     dense = [e for e in plan.entries if not phase.at_target(e.partition) and e.keep < e.numel]
     groups: dict[int | str, list[Entry]] = {}
@@ -184,7 +194,7 @@ def _bits(path: Path, plan: Plan, weights: Mapping[str, Tensor], phase: Phase) -
         groups.setdefault(entry.partition if plan.shared_budget else entry.name, []).append(entry)
     for group in groups.values():
         bits |= _select(plan, group, shards)
-    return bits
+    return {parameter: {n: bits[n] for n in names} for parameter, names in by_parameter(bits).items()}
 
 
 def _select(plan: Plan, group: list[Entry], shards: Mapping[str, Shard]) -> dict[str, Tensor]:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gap_ds.export import compact_file
 from gap_ds.export.info import INFO, EntryInfo, ExportInfo
 from gap_ds.export.weights import StoredTensor, files_of_any_form, opened
 from gap_ds.masks.legality import Legality, multiple
 from gap_ds.method import pattern
+from gap_ds.method.names import by_parameter, rows_of
 from gap_ds.method.pattern import Pattern, Unstructured
 from gap_ds.storage.atomic import sha256
 from gap_ds.storage.errors import printable
@@ -38,7 +39,7 @@ def inspect(folder: Path, progress: Progress) -> dict[str, Any]:
     is_compact = folder / compact_file.FILE in paths
     total = compact_file.figures(folder)["dense_bytes"] if is_compact else _size(paths)
     hashed = [path for path in paths if path.name in info.sha256 and path.is_file()]
-    count = _Count(progress, total + _size(hashed))
+    count, of_tensor = _Count(progress, total + _size(hashed)), by_parameter(info.entries)
     for path in hashed:
         if sha256(path) != info.sha256[path.name]:
             count.problems.append(f"{path.name}: was changed: {INFO} has another SHA-256 of it")
@@ -48,7 +49,7 @@ def inspect(folder: Path, progress: Progress) -> dict[str, Any]:
             if expected is not None and (lost := sorted(set(expected) - set(tensors))):
                 count.problems.append(f"{path.name}: lacks {printable(lost[0])}, which the index lists")
             for name, tensor in tensors.items():
-                count.add(name, tensor, info.entries.get(name), the_pattern)
+                count.add(name, tensor, {n: info.entries[n] for n in of_tensor.get(name, ())}, the_pattern)
     entries, problems = count.entries, count.problems
     problems += [f"{printable(name)}: is in no file" for name in info.entries if name not in entries]
     rows = _partitions(info, entries)
@@ -74,7 +75,7 @@ def inspect(folder: Path, progress: Progress) -> dict[str, Any]:
         "model": {"weights": count.whole["weights"], "nonzero": count.whole["nonzero"]},
         "partitions": rows,
         "entries": {
-            name: {"partition": row.partition, "keep": row.keep, **_without(entries[name], "bytes")}
+            name: {"partition": row.partition, "keep": row.keep, **entries[name]}
             for name, row in info.entries.items()
             if name in entries
         },
@@ -107,47 +108,65 @@ class _Count:
         self._done += size
         self._progress(printable(name), self._done, self._total)
 
-    def add(self, name: str, tensor: StoredTensor, entry: EntryInfo | None, the_pattern: Pattern) -> None:
-        figures, problem = _count(tensor, entry, the_pattern)
-        if problem:
-            self.problems.append(f"{printable(name)}: {problem}")
-        self.dtypes[figures["dtype"]] += figures["weights"]
-        self.whole.update(weights=figures["weights"], nonzero=figures["nonzero"], bytes=figures["bytes"], tensors=1)
-        if entry is not None:
-            self.entries[name] = figures
-        self.advance(name, figures["bytes"])
+    def add(self, name: str, tensor: StoredTensor, entries: Mapping[str, EntryInfo], the_pattern: Pattern) -> None:
+        """Counts a tensor and its entries: it is one itself, or some of its rows are."""
+        whole = _Figures(tensor.shape, tensor.dtype, entries.get(name), the_pattern)
+        parts = {
+            entry: (rows, _Figures([rows[1] - rows[0], *tensor.shape[1:]], tensor.dtype, info, the_pattern))
+            for entry, info in entries.items()
+            if (rows := rows_of(entry)[1]) is not None and tensor.shape
+        }
+        for part in tensor.chunks(multiple(the_pattern)):
+            whole.add(part)
+        figures = [figures for _, figures in parts.values()]
+        for i, part in tensor.runs([rows for rows, _ in parts.values()], multiple(the_pattern)) if parts else ():
+            figures[i].add(part)
+        for entry, found in {name: whole, **dict(zip(parts, figures, strict=True))}.items():
+            if problem := found.problem():
+                self.problems.append(f"{printable(entry)}: {problem}")
+            if entry in entries:
+                self.entries[entry] = found.row()
+        self.dtypes[tensor.dtype] += whole.weights
+        self.whole.update(weights=whole.weights, nonzero=whole.nonzero, bytes=whole.bytes, tensors=1)
+        self.advance(name, whole.bytes)
 
 
-def _count(tensor: StoredTensor, entry: EntryInfo | None, the_pattern: Pattern) -> tuple[dict[str, Any], str | None]:
-    """The counts of one tensor and a sentence on what is wrong with it."""
-    legality = None
-    if entry is not None and not isinstance(the_pattern, Unstructured):
-        dims = entry.known_dims(len(tensor.shape))
-        legality = Legality(the_pattern, tensor.shape, dims, exact=False, keep=entry.keep)
-    nonzero, size, is_finite = 0, 0, True
-    for part in tensor.chunks(multiple(the_pattern)):
+class _Figures:
+    """Counts of one tensor or of an entry in its rows, and what is wrong with it; its pieces come in their order."""
+
+    def __init__(self, shape: Sequence[int], dtype: str, entry: EntryInfo | None, the_pattern: Pattern) -> None:
+        self._shape, self._dtype, self._entry = list(shape), dtype, entry
+        self.weights, self.nonzero, self.bytes, self._is_finite = 0, 0, 0, True
+        self._legality: Legality | None = None
+        if entry is not None and not isinstance(the_pattern, Unstructured):
+            dims = entry.known_dims(len(shape))
+            self._legality = Legality(the_pattern, self._shape, dims, exact=False, keep=entry.keep)
+
+    def add(self, part: Tensor) -> None:
         # 8-bit floats have few operations.
         values = part.float() if part.is_floating_point() and part.element_size() < 2 else part
-        size += part.numel() * part.element_size()
-        is_finite &= not values.is_floating_point() or bool(torch.isfinite(values).all())
+        self.weights += part.numel()
+        self.bytes += part.numel() * part.element_size()
+        self._is_finite &= not values.is_floating_point() or bool(torch.isfinite(values).all())
         kept = values != 0
-        nonzero += int(torch.count_nonzero(kept))
-        if legality is not None:
-            legality.add(kept)
-    numel = math.prod(tensor.shape)
-    figures = {"weights": numel, "nonzero": nonzero, "shape": tensor.shape, "dtype": tensor.dtype, "bytes": size}
-    problem = None
-    if not is_finite:
-        problem = "holds values that are NaN or infinite"
-    elif entry is not None and entry.numel != numel:
-        problem = f"has {numel:,} weights, {INFO} has {entry.numel:,}"
-    elif entry is not None and entry.shape not in (None, list(tensor.shape)):
-        problem = f"has the shape {list(tensor.shape)}, {INFO} has {entry.shape}"
-    elif entry is not None and entry.nonzero != nonzero:
-        problem = f"has {nonzero:,} weights that are not zero, {INFO} has {entry.nonzero:,}"
-    elif legality is not None:
-        problem = legality.problem()
-    return figures, problem
+        self.nonzero += int(torch.count_nonzero(kept))
+        if self._legality is not None:
+            self._legality.add(kept)
+
+    def row(self) -> dict[str, Any]:
+        return {"weights": self.weights, "nonzero": self.nonzero, "shape": self._shape, "dtype": self._dtype}
+
+    def problem(self) -> str | None:
+        entry = self._entry
+        if not self._is_finite:
+            return "holds values that are NaN or infinite"
+        if entry is not None and entry.numel != self.weights:
+            return f"has {self.weights:,} weights, {INFO} has {entry.numel:,}"
+        if entry is not None and entry.shape not in (None, self._shape):
+            return f"has the shape {self._shape}, {INFO} has {entry.shape}"
+        if entry is not None and entry.nonzero != self.nonzero:
+            return f"has {self.nonzero:,} weights that are not zero, {INFO} has {entry.nonzero:,}"
+        return None if self._legality is None else self._legality.problem()
 
 
 def _partitions(info: ExportInfo, entries: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -223,7 +242,3 @@ def _notes(info: ExportInfo, entries: Mapping[str, dict[str, Any]]) -> list[str]
     zeros = sum(entry.keep - entries[name]["nonzero"] for name, entry in info.entries.items() if name in entries)
     notes = [f"{zeros:,} weights inside the budgets are exactly zero"] if zeros > 0 else []
     return notes if info.finished is not False and info.ended_at is None else [info.progress.rstrip("."), *notes]
-
-
-def _without(figures: Mapping[str, Any], key: str) -> dict[str, Any]:
-    return {name: value for name, value in figures.items() if name != key}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +17,7 @@ from torch import Tensor
 from gap_ds.export import compact_file
 from gap_ds.export.info import INFO
 from gap_ds.masks import codec
+from gap_ds.method.names import by_parameter, rows_of
 from gap_ds.storage.errors import printable
 from gap_ds.storage.json import Count, Record, read_json, write_json
 from gap_ds.storage.safetensors import (
@@ -51,6 +52,12 @@ class Counted(NamedTuple):
     def of(cls, tensor: Tensor) -> Counted:
         """The figures of a tensor."""
         return cls(tuple(tensor.shape), count_nonzero(tensor))
+
+
+def counts_of(name: str, tensor: Tensor, entries: Iterable[str]) -> dict[str, Counted]:
+    """The figures of a tensor, and of each of its entries, which may be some of its rows."""
+    of_rows = {entry: rows for entry in entries if (rows := rows_of(entry)[1]) is not None}
+    return {name: Counted.of(tensor)} | {entry: Counted.of(tensor[lo:hi]) for entry, (lo, hi) in of_rows.items()}
 
 
 def count_nonzero(tensor: Tensor) -> int:
@@ -130,18 +137,22 @@ def _split(layout: Layout) -> list[tuple[str, ...]]:
     return [tuple(file) for file in files]
 
 
-def write_weights(folder: Path, tensors: Mapping[str, Tensor], progress: Progress | None = None) -> dict[str, Counted]:
+def write_weights(
+    folder: Path, tensors: Mapping[str, Tensor], progress: Progress | None = None, entries: Iterable[str] = ()
+) -> dict[str, Counted]:
     """Writes the weights of a model, a tensor at a time; each is looked up twice. Returns their figures.
 
     Args:
         progress: called after each tensor, in bytes.
+        entries: names of entries whose figures are returned, too.
     """
+    of_parameter = by_parameter(entries)
     layout: dict[str, tuple[torch.dtype, Sequence[int]]] = {}
-    counts = {}
+    counts: dict[str, Counted] = {}
     for name in tensors:
         tensor = tensors[name]
         layout[name] = tensor.dtype, tuple(tensor.shape)
-        counts[name] = Counted.of(tensor)
+        counts |= counts_of(name, tensor, of_parameter.get(name, ()))
     ends = {name: end for name, (_, end) in offsets(layout).items()}
     with ModelFiles(folder, layout) as files:
         for name, end in ends.items():
@@ -202,6 +213,26 @@ class StoredTensor:
         """Its figures; all of it is read."""
         return Counted(tuple(self.shape), sum(map(count_nonzero, self.chunks(1))))
 
+    def runs(self, rows: Sequence[tuple[int, int]], multiple: int = 1) -> Iterator[tuple[int, Tensor]]:
+        """The pieces of several runs of its rows, each with the number of its run; all is read once."""
+        at = 0
+        for chunk in self.chunks(multiple):
+            for i, (lo, hi) in enumerate(rows):
+                if (part := chunk[max(lo - at, 0) : max(hi - at, 0)]).shape[0]:
+                    yield i, part
+            at += chunk.shape[0]
+
+    def counted_entries(self, entries: Iterable[str]) -> dict[str, Counted]:
+        """The figures of those of its entries that are some of its rows."""
+        of_rows = {entry: rows for entry in entries if (rows := rows_of(entry)[1]) is not None}
+        if not of_rows or not self.shape:
+            return {}
+        nonzero, height = [0] * len(of_rows), [0] * len(of_rows)
+        for i, part in self.runs(list(of_rows.values())):
+            nonzero[i] += count_nonzero(part)
+            height[i] += part.shape[0]
+        return {entry: Counted((n, *self.shape[1:]), k) for entry, n, k in zip(of_rows, height, nonzero, strict=True)}
+
 
 @contextmanager
 def opened(path: Path) -> Iterator[dict[str, StoredTensor]]:
@@ -224,6 +255,17 @@ def opened(path: Path) -> Iterator[dict[str, StoredTensor]]:
         }
 
 
+def counts_in(folder: Path, entries: Iterable[str]) -> dict[str, Counted]:
+    """The figures of all tensors in a folder's files, and of those entries that are some rows of one."""
+    cut, counts = by_parameter(entries), dict[str, Counted]()
+    for path in weight_files(folder):
+        with opened(path) as tensors:
+            for name, tensor in tensors.items():
+                counts[name] = tensor.counted
+                counts |= tensor.counted_entries(cut.get(name, ()))
+    return counts
+
+
 # -- reading back ------------------------------------------------------------------------------------------------------
 
 
@@ -242,13 +284,16 @@ def first_difference(folder: Path, written: Mapping[str, Counted | None]) -> str
     """Reads the weights of a folder; a sentence on the first tensor that is not there as it was meant, None if all are.
 
     Args:
-        written: the names that the files must have, and no others; None: its figures are not compared.
+        written: the names that the files must have, and no others, and those of entries in their rows; None: its
+            figures are not compared.
     """
     found: dict[str, Counted] = {}
+    entries = by_parameter(written)
     try:
         for path in files_of_any_form(folder):
             with opened(path) as tensors:
-                found |= {name: tensor.counted for name, tensor in tensors.items()}
+                for name, tensor in tensors.items():
+                    found |= {name: tensor.counted, **tensor.counted_entries(entries.get(name, ()))}
     except ValueError as error:
         return str(error).replace(f"{folder}/", "").replace(f"{folder}: ", "").rstrip(".")
     for name, wanted in written.items():

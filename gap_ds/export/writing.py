@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gap_ds.export.info import INFO, renew_digests
-from gap_ds.export.weights import Counted, ModelFiles, check_range, is_weights, opened, weight_files
+from gap_ds.export.weights import Counted, ModelFiles, check_range, counts_of, is_weights, opened, weight_files
 from gap_ds.method.plan import clean_name
 from gap_ds.storage.json import read_json, write_json
 from gap_ds.storage.safetensors import Layout, open_tensors
@@ -25,12 +25,15 @@ from gap_ds.storage.safetensors import Layout, open_tensors
 class Stream:
     """The tensors of a model, of which only one is there at a time.
 
+    entries: names of the entries of each parameter that has some.
+
     layout: dtype and shape of each by name. tensors: names and tensors; on ranks other than 0, None for a tensor. All
         ranks go through them together, to the end.
     """
 
     layout: Layout
     tensors: Iterator[tuple[str, Tensor | None]]
+    entries: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 def write_model(
@@ -43,7 +46,7 @@ def write_model(
     `save_pretrained` adds stay if they hold these weights.
 
     Returns:
-        The figures of the tensors of the stream, and of those in the files.
+        The figures of the tensors of the stream and of their entries, and those of the tensors in the files.
     Raises:
         ValueError: `dtype` is float16, and a weight is too large for it.
     """
@@ -65,7 +68,7 @@ def write_model(
             assert weight is not None
             if dtype == torch.float16:
                 check_range(one, weight)
-            counts[one] = Counted.of(weight)
+            counts |= counts_of(one, weight, stream.entries.get(one, ()))
             for name in names.get(one, ()):
                 files.write(name, weight)
             del weight  # before the next one comes

@@ -95,6 +95,28 @@ class Box:
         """True if the elements are contiguous in the flattened tensor."""
         return len(self.view) == 1
 
+    def before(self, index: int) -> int:
+        """Return how many elements have a flat index below this one, which begins a row of the view."""
+        return self._rows_before(index) * math.prod(self.size[1:])
+
+    def between(self, start: int, end: int) -> Box:
+        """Return the elements with flat indices start to end, as a box of that stretch; both begin a row of the view.
+
+        >>> Box.of((4, 6), (1, 3), (3, 3)).between(0, 12), Box.span(3, 12, 24).between(12, 24)
+        (Box(view=(12,), offset=(9,), size=(3,)), Box(view=(12,), offset=(0,), size=(3,)))
+        """
+        row = math.prod(self.view[1:])
+        lo, hi = self._rows_before(start), self._rows_before(end)
+        view = ((end - start) // row, *self.view[1:])
+        first = self.offset[0] + lo - start // row if hi > lo else 0
+        return Box.of(view, (first, *self.offset[1:]), (hi - lo, *self.size[1:]))
+
+    def _rows_before(self, index: int) -> int:
+        """Rows of the box in the view's first dimension that lie before a flat index."""
+        row, rest = divmod(index, math.prod(self.view[1:]))
+        assert not rest, f"flat index {index} lies inside a row of {self}"
+        return min(max(row - self.offset[0], 0), self.size[0])
+
     def sides(self, shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
         """Return the offset and size of the box in a tensor of this shape; None if it is no box there, but a range.
 

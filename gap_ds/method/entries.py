@@ -13,7 +13,8 @@ from torch import nn
 
 from gap_ds.method.config import GaPConfig
 from gap_ds.method.matrices import Matrices, Shapes, computed_from
-from gap_ds.method.names import matching, no_match, parent
+from gap_ds.method.names import matching, no_match, parent, rows_of
+from gap_ds.method.partitions import without_experts
 
 #: Groups of dense matrices that a summary names.
 _NAMED = 6
@@ -74,7 +75,8 @@ def find_entries(
     if not isinstance(config.partitions, int) and not blocks:
         # Without repeated blocks the written partitions say what the entries are.
         free = [name for name in prunable if name not in frozen]
-        chosen.update(n for group in config.partitions for pattern in group for n in matching(pattern, free))
+        patterns = [without_experts(pattern) for group in config.partitions for pattern in group]
+        chosen.update(name for pattern in patterns for name in matching(pattern, free))
     excluded: set[str] = set()
     for pattern in config.exclude:
         if not (found := matching(pattern, sorted(chosen))):
@@ -118,6 +120,10 @@ def _check_entries(
             f'{none_left} Name the weights to prune by "include".'
         )
     for name in names:
+        if rows_of(name)[1] is not None:
+            raise ValueError(
+                f"{name}: a parameter's name that ends in [lo:hi] is that of rows of a parameter here. Rename it."
+            )
         if weight := computed_from(name, modules, shapes):
             raise ValueError(
                 f"{weight} is computed from {name} before each use (weight_norm, spectral_norm, orthogonal, "

@@ -48,7 +48,9 @@ class Fields(BaseModel):
         "(block:4x4) of outputs x inputs.",
     )
     partitions: int | list[list[str]] = Field(
-        1, description="Number of partitions (kappa), or the partitions written out as lists of name patterns."
+        1,
+        description="Number of partitions (kappa), or the partitions written out as lists of name patterns. "
+        "A pattern may end in a slice of the experts that it matches: experts[0:4].",
     )
     partition_assignment: Literal["contiguous", "interleaved", "random"] = Field(
         "contiguous", description="How blocks are assigned to partitions if only their number is given."

@@ -59,12 +59,19 @@ def computed_from(name: str, modules: Mapping[str, nn.Module], shapes: Shapes) -
 class Experts(NamedTuple):
     """The experts of a block that a matrix is of: their module, how many they are, and its expert's name among them.
 
-    `expert` is empty where the matrix holds all of them.
+    `expert` is empty where the matrix holds all of them, and `lo:hi` where it is their rows of such a matrix.
     """
 
     module: str
     number: int
     expert: str
+
+    def of_rows(self, rows: tuple[int, int] | None, height: int) -> Experts:
+        """Those that some rows of a matrix of all of them, of this height, are of."""
+        if rows is None or self.expert:
+            return self
+        lo, hi = (row * self.number // height for row in rows)
+        return self._replace(expert=f"{lo}:{hi}")
 
 
 class Matrices:

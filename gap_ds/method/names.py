@@ -33,6 +33,37 @@ def ancestors(name: str) -> Iterator[str]:
     yield ""
 
 
+#: The name of an entry that is some rows of a parameter.
+_ROWS = re.compile(r"(.+)\[(\d+):(\d+)\]", re.DOTALL)
+
+
+def with_rows(parameter: str, lo: int, hi: int) -> str:
+    """The name of the entry that is rows lo to hi of a parameter's first dimension."""
+    return f"{parameter}[{lo}:{hi}]"
+
+
+def rows_of(name: str) -> tuple[str, tuple[int, int] | None]:
+    """The parameter that an entry is of, and its rows (lo, hi) of the first dimension; None: it is the whole parameter.
+
+    >>> rows_of("mlp.experts.gate_up_proj[4:8]"), rows_of("mlp.gate_proj.weight")
+    (('mlp.experts.gate_up_proj', (4, 8)), ('mlp.gate_proj.weight', None))
+    """
+    match = _ROWS.fullmatch(name)
+    return (match[1], (int(match[2]), int(match[3]))) if match else (name, None)
+
+
+def by_parameter(names: Iterable[str]) -> dict[str, list[str]]:
+    """The entries of each parameter, in their order. Wherever the module's names are asked for, entries pass here.
+
+    >>> by_parameter(["experts.up[0:2]", "experts.up[2:4]", "fc.weight"])
+    {'experts.up': ['experts.up[0:2]', 'experts.up[2:4]'], 'fc.weight': ['fc.weight']}
+    """
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(rows_of(name)[0], []).append(name)
+    return found
+
+
 def matching(pattern: str, names: Iterable[str]) -> list[str]:
     """Names in which the pattern matches whole components: `layers.1` is in `layers.1.fc1` but not in `layers.10`."""
     try:

@@ -1,32 +1,50 @@
-"""Partitions: which entries are dense together. Written out in the config, or a model's blocks in even groups."""
+"""Partitions: which entries are dense together. Written out in the config, or a model's blocks in even groups.
+
+With more partitions than blocks, blocks of experts are cut: into the experts, and the rest.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
 import random
+import re
 from collections.abc import Mapping, Sequence
 
 from gap_ds.method.config import GaPConfig
 from gap_ds.method.matrices import Experts
-from gap_ds.method.names import inside, matching, no_match
+from gap_ds.method.names import by_parameter, inside, matching, no_match, rows_of, with_rows
+
+#: A pattern of names with rows: those of a slice of the experts that it matches.
+_OF_EXPERTS = re.compile(r"(.+)\[(\d*):(\d*)\]", re.DOTALL)
+
+Mixtures = Mapping[str, Experts | None]
 
 
 def assign(
     names: Sequence[str],
     shapes: Mapping[str, tuple[int, ...]],
     blocks: Sequence[str],
-    experts: Mapping[str, Experts | None],
+    experts: Mixtures,
     config: GaPConfig,
 ) -> dict[str, int]:
-    """Partition of each entry."""
+    """Partition of each entry, in the order of the names.
+
+    A tensor that holds all experts of a block becomes several entries where its experts are in several partitions: one
+    for each run of rows that are together (`names.with_rows`). That is so if there are more partitions than blocks, and
+    where patterns say so.
+
+    Args:
+        names: of the parameters that are entries or are cut into entries, in module order.
+        experts: the experts that each of them belongs to, if any.
+    """
     if not isinstance(config.partitions, int):
-        return _assign_written(names, config.partitions)
+        return _assign_written(names, shapes, experts, config.partitions)
     kappa = config.partitions
     units = _by_block(names, blocks)
     counted = "1 block" if len(units) == 1 else f"{len(units)} blocks"
     if kappa > len(units) and any(experts.values()):
-        units = [group for unit in units for group in _by_expert(unit, experts)]
+        units = [group for unit in units for group in _by_expert(unit, shapes, experts)]
         counted += f" of {len(units)} parts"
     if kappa > len(units):
         lower = f'Lower "partitions" to {len(units)} or less.'
@@ -36,13 +54,19 @@ def assign(
         )
     if config.partition_assignment == "random":
         random.Random(f"assign {config.seed}").shuffle(units)
-    sizes = [sum(math.prod(shapes[name]) for name in unit) for unit in units]
+    sizes = [sum(math.prod(shape_of(name, shapes)) for name in unit) for unit in units]
     groups = (
         [u % kappa for u in range(len(units))]
         if config.partition_assignment == "interleaved"
         else balanced_cut(sizes, kappa)
     )
-    return {name: k for unit, k in zip(units, groups, strict=True) for name in unit}
+    return _joined(names, shapes, {name: k for unit, k in zip(units, groups, strict=True) for name in unit})
+
+
+def shape_of(name: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """The shape of an entry, from the shapes of the parameters."""
+    parameter, rows = rows_of(name)
+    return shapes[parameter] if rows is None else (rows[1] - rows[0], *shapes[parameter][1:])
 
 
 def _by_block(names: Sequence[str], blocks: Sequence[str]) -> list[list[str]]:
@@ -61,21 +85,60 @@ def _by_block(names: Sequence[str], blocks: Sequence[str]) -> list[list[str]]:
     return units
 
 
-def _by_expert(unit: Sequence[str], experts: Mapping[str, Experts | None]) -> list[list[str]]:
-    """The parts of a block of experts: the rest of it, and each expert; a tensor that holds all experts is one part."""
+def _by_expert(unit: Sequence[str], shapes: Mapping[str, tuple[int, ...]], experts: Mixtures) -> list[list[str]]:
+    """The parts of a block of experts: the rest of it, and each expert, whose rows of a tensor of all are its own."""
     parts: dict[tuple[str, str], list[str]] = {}
     for name in unit:
         mixture = experts[name]
-        part = ("", "") if mixture is None else (mixture.module, mixture.expert or name)
-        parts.setdefault(part, []).append(name)
+        if mixture is None:
+            parts.setdefault(("", ""), []).append(name)
+            continue
+        for expert, part in _experts(name, shapes, mixture).items():
+            parts.setdefault((mixture.module, expert), []).append(part)
     return list(parts.values())
 
 
-def _assign_written(names: Sequence[str], partitions: Sequence[Sequence[str]]) -> dict[str, int]:
+def _experts(name: str, shapes: Mapping[str, tuple[int, ...]], mixture: Experts) -> dict[str, str]:
+    """The part of a parameter that each of its experts has, by the expert's name: the whole, or a run of rows."""
+    if mixture.expert:
+        return {mixture.expert: name}
+    height = shapes[name][0] // mixture.number
+    return {str(e): with_rows(name, e * height, (e + 1) * height) for e in range(mixture.number)}
+
+
+def _joined(
+    names: Sequence[str], shapes: Mapping[str, tuple[int, ...]], partition: Mapping[str, int]
+) -> dict[str, int]:
+    """Joins the rows of a parameter that follow each other in one partition; all of its rows are the parameter."""
+    parts = by_parameter(partition)
+    found: dict[str, int] = {}
+    for name in names:
+        ordered = sorted(parts[name], key=lambda part: rows_of(part)[1] or (0, 0))
+        for k, group in itertools.groupby(ordered, partition.__getitem__):
+            run = [rows_of(part)[1] or (0, shapes[name][0]) for part in group]
+            lo, hi = run[0][0], run[-1][1]
+            found[name if hi - lo == shapes[name][0] else with_rows(name, lo, hi)] = k
+    return found
+
+
+def _assign_written(
+    names: Sequence[str],
+    shapes: Mapping[str, tuple[int, ...]],
+    experts: Mixtures,
+    partitions: Sequence[Sequence[str]],
+) -> dict[str, int]:
     partition: dict[str, int] = {}
+    by_row = any(_OF_EXPERTS.fullmatch(pattern) for group in partitions for pattern in group)
+
+    def parts(name: str) -> list[str]:
+        mixture = experts[name] if by_row else None
+        return [name] if mixture is None else list(_experts(name, shapes, mixture).values())
+
     for k, patterns in enumerate(partitions):
         for pattern in patterns:
-            if not (found := matching(pattern, names)):
+            if (found := _of_experts(f"partitions[{k}]", pattern, names, shapes, experts)) is None:
+                found = [part for name in matching(pattern, names) for part in parts(name)]
+            if not found:
                 raise ValueError(no_match(f"partitions[{k}]", pattern, names))
             for name in found:
                 if partition.setdefault(name, k) != k:
@@ -83,12 +146,41 @@ def _assign_written(names: Sequence[str], partitions: Sequence[Sequence[str]]) -
                         f'partitions: {name} matches partitions {partition[name]} and {k} (by "{pattern}"). '
                         "Each entry must belong to exactly one."
                     )
-    if left := [name for name in names if name not in partition]:
+    if left := [part for name in names for part in parts(name) if part not in partition]:
         raise ValueError(
             f"partitions: {len(left)} entries belong to none, for example {left[0]}. Add a pattern for them, or list "
             'them in "exclude" to keep them dense.'
         )
-    return partition
+    return _joined(names, shapes, partition)
+
+
+def without_experts(pattern: str) -> str:
+    r"""A pattern of names without the slice of experts at its end.
+
+    >>> without_experts(r"mlp\.experts[0:4]"), without_experts(r"layers\.[01]")
+    ('mlp\\.experts', 'layers\\.[01]')
+    """
+    return match[1] if (match := _OF_EXPERTS.fullmatch(pattern)) else pattern
+
+
+def _of_experts(
+    setting: str, pattern: str, names: Sequence[str], shapes: Mapping[str, tuple[int, ...]], experts: Mixtures
+) -> list[str] | None:
+    """What a pattern with a slice of experts names: the parts of these experts. None: it has no slice."""
+    if (match := _OF_EXPERTS.fullmatch(pattern)) is None:
+        return None
+    found: list[str] = []
+    for name in matching(match[1], names):
+        if (mixture := experts[name]) is None:
+            continue
+        lo, hi = int(match[2] or 0), int(match[3] or mixture.number)
+        if not lo < hi <= mixture.number:
+            raise ValueError(f'{setting}: "{pattern}" is no slice of the {mixture.number} experts of {mixture.module}.')
+        beside = (other for other in names if (of := experts[other]) and of.module == mixture.module)
+        own = [_experts(other, shapes, experts[other] or mixture) for other in beside]
+        chosen = list(dict.fromkeys(expert for parts in own for expert in parts))[lo:hi]
+        found += [part for expert, part in _experts(name, shapes, mixture).items() if expert in chosen]
+    return found
 
 
 def balanced_cut(sizes: Sequence[int], parts: int) -> list[int]:

@@ -7,20 +7,22 @@ partitions, N weights. The plan of a model and a config is the same for every ba
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import re
-from collections.abc import Collection, Container, Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 
 from torch import Tensor, nn
 
 from gap_ds.method.config import GaPConfig
-from gap_ds.method.distribution import DISTRIBUTIONS, keep_count
+from gap_ds.method.distribution import DISTRIBUTIONS, keep_count, round_half_up
 from gap_ds.method.entries import Dense, find_entries, summarize
 from gap_ds.method.matrices import Experts, Matrices
-from gap_ds.method.names import inside, matching, no_match, parent
-from gap_ds.method.partitions import assign
+from gap_ds.method.names import by_parameter, inside, matching, no_match, parent, rows_of
+from gap_ds.method.partitions import assign, shape_of
 from gap_ds.method.pattern import Pattern, Unstructured, parse
 
 #: Name components that wrappers insert: FSDP1 and fairscale, activation checkpointing, torch.compile.
@@ -40,6 +42,8 @@ def clean_name(name: str) -> str:
 class Entry:
     """One prunable weight tensor and its budget; `dims` are its output and its input dimension.
 
+    It is a parameter, or some rows of one (`name[lo:hi]`): a group of the experts that one tensor holds.
+
     `experts`: the experts of its block that it belongs to, if any; two entries that differ only in it are equal.
     """
 
@@ -53,6 +57,11 @@ class Entry:
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def parameter(self) -> str:
+        """The name of the parameter that the entry is, or is a part of."""
+        return rows_of(self.name)[0]
 
 
 @dataclass(frozen=True)
@@ -91,6 +100,14 @@ class Plan:
             keep[entry.partition] += entry.keep
             numel[entry.partition] += entry.numel
         return keep, numel
+
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """The whole shape of each parameter that is an entry, or that entries make up."""
+        shapes = {entry.name: entry.shape for entry in self.entries}
+        return {
+            parameter: (sum(shapes[name][0] for name in names), *shapes[names[0]][1:])
+            for parameter, names in by_parameter(shapes).items()
+        }
 
     def training_flops(self, mean_density: float) -> float:
         """FLOPs of training relative to the dense model, given the entries' mean density over the run.
@@ -144,18 +161,26 @@ def build(
     frozen: Container[str] | None = None,
     kept: Mapping[str, int] | None = None,
 ) -> Plan:
-    """The plan of a model.
+    """The plan of a model: `draft`, then `budgeted`."""
+    return budgeted(draft(model, config, shapes, frozen), config, kept)
+
+
+def draft(
+    model: nn.Module,
+    config: GaPConfig,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    frozen: Container[str] | None = None,
+) -> Plan:
+    """The plan of a model in which every entry keeps all of its weights.
 
     Args:
         shapes: full shape of every parameter by its clean name. A sharding backend hands this over, because the
             parameters it leaves in the module tree may be empty or flattened.
         frozen: names of the parameters that are not trained, and so never entries.
-        kept: where masks are taken over (`config.reuses_masks`), the number of weights that each entry keeps, by name.
 
     Raises:
         ValueError: no entry was found, a name pattern matches nothing, there are more partitions than blocks, the
-            written partitions overlap or leave entries out, an entry's shape does not go with the pattern, or `kept`
-            does not go with the model.
+            written partitions overlap or leave entries out, or an entry's shape does not go with the pattern.
     """
     parameters = {clean_name(name): p for name, p in model.named_parameters()}
     if shapes is None:
@@ -166,18 +191,18 @@ def build(
     ordered = _in_module_order(shapes, modules)
     matrices = Matrices(modules, ordered)
     found = find_entries(modules, matrices, ordered, frozen, config)
-    of_entries = {name: ordered[name] for name in found.names}
     experts = {name: matrices.experts(name) for name in found.names}
-    partition = assign(found.names, of_entries, found.blocks, experts, config)
+    partition = assign(found.names, ordered, found.blocks, experts, config)
     pattern = parse(config.pattern)
-    dims = _dims(of_entries, matrices, pattern)
-    keep = _inherited(of_entries, config, kept) if config.reuses_masks else _budgets(of_entries, config)
-    entries = tuple(
-        Entry(name, shape, partition[name], pattern.budget(shape, k, dims[name]), dims[name], experts[name])
-        for (name, shape), k in zip(of_entries.items(), keep, strict=True)
-    )
+    dims = _dims({name: ordered[name] for name in found.names}, matrices, pattern)
+
+    def entry(name: str, k: int) -> Entry:
+        (parameter, rows), shape = rows_of(name), shape_of(name, ordered)
+        own = (mixture := experts[parameter]) and mixture.of_rows(rows, ordered[parameter][0])
+        return Entry(name, shape, k, math.prod(shape), dims[parameter], own)
+
     return Plan(
-        entries,
+        tuple(itertools.starmap(entry, partition.items())),
         kappa=1 + max(partition.values()),
         total=sum(math.prod(shape) for shape in shapes.values()),
         dense_matmul=_dense_matmul(_tensors(modules), matrices, shapes, set(found.names)),
@@ -186,6 +211,23 @@ def build(
         blocks=tuple(found.blocks),
         dense=found.dense,
     )
+
+
+def budgeted(plan: Plan, config: GaPConfig, kept: Mapping[str, int] | None = None) -> Plan:
+    """A drafted plan with the budget of each entry.
+
+    Args:
+        kept: where masks are taken over (`config.reuses_masks`), the number of weights that each entry keeps, by name.
+
+    Raises:
+        ValueError: a name pattern of the distribution matches nothing, or `kept` does not go with the plan.
+    """
+    shapes = {entry.name: entry.shape for entry in plan.entries}
+    keep = _inherited(shapes, config, kept) if config.reuses_masks else _budgets(plan.parameters(), config)
+    if not config.reuses_masks:
+        keep = {name: n for of_one in by_parameter(shapes).values() for name, n in _shared(keep, of_one).items()}
+    entries = (replace(e, keep=plan.pattern.budget(e.shape, keep[e.name], e.dims)) for e in plan.entries)
+    return replace(plan, entries=tuple(entries))
 
 
 def of_part(whole: Plan, model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> Plan:
@@ -202,7 +244,8 @@ def of_part(whole: Plan, model: nn.Module, shapes: Mapping[str, tuple[int, ...]]
             'distribution="global": one threshold holds for all entries of a partition, and a part of the model sees '
             'its own alone. Set "uniform", "erk", or a sparsity by name.'
         )
-    entries = tuple(entry for entry in whole.entries if shapes.get(entry.name) == entry.shape)
+    same = {name for name, shape in whole.parameters().items() if shapes.get(name) == shape}
+    entries = tuple(entry for entry in whole.entries if entry.parameter in same)
     if not entries:
         raise ValueError(
             f"whole: has no entry that is a parameter of this part ({next(iter(shapes), 'which is empty')} is one of "
@@ -215,15 +258,32 @@ def of_part(whole: Plan, model: nn.Module, shapes: Mapping[str, tuple[int, ...]]
         whole,
         entries=entries,
         total=sum(math.prod(shape) for shape in shapes.values()),
-        dense_matmul=_dense_matmul(_tensors(modules), matrices, shapes, {entry.name for entry in entries}),
+        dense_matmul=_dense_matmul(_tensors(modules), matrices, shapes, same),
         dense=tuple(row for row in whole.dense if row.name in shapes),
     )
 
 
-def _budgets(shapes: Mapping[str, tuple[int, ...]], config: GaPConfig) -> list[int]:
-    """Weights that each entry keeps."""
+def _shared(keep: Mapping[str, int], names: Sequence[str]) -> dict[str, int]:
+    """The budget of a parameter, shared by its entries in proportion to their rows; each keeps at least 1.
+
+    So budgets do not depend on where partitions cut.
+
+    >>> _shared({"up": 5}, ["up[0:1]", "up[1:3]", "up[3:4]"]), _shared({"up": 5}, ["up"])
+    ({'up[0:1]': 1, 'up[1:3]': 3, 'up[3:4]': 1}, {'up': 5})
+    """
+    parameter, rows = rows_of(names[-1])
+    if rows is None:
+        return {parameter: keep[parameter]}
+    whole = Fraction(keep[parameter], rows[1])
+    ends = [round_half_up(whole * rows_of(name)[1][1]) for name in names]  # type: ignore[index]
+    return {name: max(1, hi - lo) for name, lo, hi in zip(names, [0, *ends], ends, strict=False)}
+
+
+def _budgets(shapes: Mapping[str, tuple[int, ...]], config: GaPConfig) -> dict[str, int]:
+    """Weights that each parameter keeps."""
     if isinstance(config.distribution, str):
-        return DISTRIBUTIONS[config.distribution](list(shapes.values()), config.sparsity)
+        keep = DISTRIBUTIONS[config.distribution](list(shapes.values()), config.sparsity)
+        return dict(zip(shapes, keep, strict=True))
     sparsity, matched = dict.fromkeys(shapes, config.sparsity), dict[str, str]()
     for pattern, ratio in config.distribution.items():
         if not (found := matching(pattern, shapes)):
@@ -234,10 +294,12 @@ def _budgets(shapes: Mapping[str, tuple[int, ...]], config: GaPConfig) -> list[i
             )
         sparsity |= dict.fromkeys(found, ratio)
         matched |= dict.fromkeys(found, pattern)
-    return [keep_count(math.prod(shape), sparsity[name]) for name, shape in shapes.items()]
+    return {name: keep_count(math.prod(shape), sparsity[name]) for name, shape in shapes.items()}
 
 
-def _inherited(shapes: Mapping[str, tuple[int, ...]], config: GaPConfig, kept: Mapping[str, int] | None) -> list[int]:
+def _inherited(
+    shapes: Mapping[str, tuple[int, ...]], config: GaPConfig, kept: Mapping[str, int] | None
+) -> dict[str, int]:
     """Weights that each entry keeps by the masks that are taken over."""
     where = f'init="{config.mask_init}"'
     if kept is None:
@@ -252,7 +314,7 @@ def _inherited(shapes: Mapping[str, tuple[int, ...]], config: GaPConfig, kept: M
             raise ValueError(f"{where}: {name} keeps {kept[name]} weights and has {math.prod(shape)}.")
     if all(kept[name] == math.prod(shape) for name, shape in shapes.items()):
         raise ValueError(f"{where}: no entry has a pruned weight. Load the sparse weights before the engine is built.")
-    return [kept[name] for name in shapes]
+    return {name: kept[name] for name in shapes}
 
 
 def _tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from gap_ds.masks import codec
 from gap_ds.masks.box import Box
+from gap_ds.method.names import by_parameter
 from gap_ds.method.plan import Plan
-from gap_ds.sharding.shard import Shard
+from gap_ds.sharding.shard import Shard, of_entries
 from gap_ds.storage import safetensors
 from gap_ds.storage.errors import printable
 from gap_ds.storage.json import parse_table
@@ -30,7 +31,7 @@ DTYPES = (torch.float64, torch.float32, torch.int64, torch.int32, torch.int16, t
 
 @dataclass(frozen=True)
 class Item:
-    """One tensor of the model, a parameter or a buffer, and this rank's piece of it.
+    """One tensor of the model, an entry, another parameter or a buffer, and this rank's piece of it.
 
     partition: the worker that it is taken from; None for a tensor in no partition.
     keep: number of kept weights of an entry; None for any other tensor. With `shared_budget`, the entries of a
@@ -46,7 +47,7 @@ class Item:
 
     @property
     def name(self) -> str:
-        """The name of the tensor in the model."""
+        """The name of the entry, or of the tensor in the model."""
         return self.shard.name
 
     @property
@@ -96,14 +97,15 @@ def items_of(plan: Plan, shards: Sequence[Shard], buffers: Mapping[str, Tensor])
         ValueError: a buffer has a dtype that cannot be exchanged.
     """
     entries = {entry.name: entry for entry in plan.entries}
+    of_parameter, pieces = by_parameter(entries), of_entries(entries, shards)
     items = []
     for shard in shards:
         if not shard.trainable:
             continue
-        entry = entries.get(shard.name)
-        where = plan.partition_of(shard.name) if entry is None else entry.partition
-        keep = None if entry is None else entry.keep
-        items.append(Item(shard, where, keep, plan.shared_budget))
+        own = [entries[name] for name in of_parameter.get(shard.name, ())]
+        items += [Item(pieces[e.name], e.partition, e.keep, plan.shared_budget) for e in own]
+        if not own:
+            items.append(Item(shard, plan.partition_of(shard.name), None, plan.shared_budget))
     for name, buffer in buffers.items():
         dtype = torch.float32 if buffer.is_floating_point() and buffer.dtype != torch.float64 else buffer.dtype
         if dtype not in DTYPES:

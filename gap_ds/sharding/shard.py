@@ -16,14 +16,15 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor
 
 from gap_ds.masks.box import Box
+from gap_ds.method.names import rows_of, with_rows
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -77,10 +78,47 @@ class Shard:
         """The weights (numel,), as the optimizer updates them; a view."""
         return self.of(self.owner()) if self.numel else torch.empty(0)
 
+    def rows(self, lo: int, hi: int) -> Shard:
+        """The shard of rows lo to hi of the parameter's first dimension, as a parameter by itself; in the same owner.
+
+        A box of a tensor cut along its first dimension is a box, and its elements follow each other in the owner.
+        """
+        row = math.prod(self.shape[1:])
+        box, first = self.box.between(lo * row, hi * row), self.box.before(lo * row)
+
+        def copies() -> tuple[Tensor, ...]:
+            return tuple(copy[first : first + box.numel] for copy in self.copies())
+
+        name, shape = with_rows(self.name, lo, hi), (hi - lo, *self.shape[1:])
+        return replace(self, name=name, shape=shape, box=box, offset=self.offset + first, copies=copies)
+
+    def part(self, entry: str, piece: Tensor) -> Tensor:
+        """What an entry of the parameter has of a tensor (numel,) that is laid out as this piece; a view."""
+        if (rows := rows_of(entry)[1]) is None:
+            return piece
+        own = self.rows(*rows)
+        return piece[own.offset - self.offset : own.offset - self.offset + own.numel]
+
     @property
     def full_numel(self) -> int:
         """Weights of the whole parameter."""
         return math.prod(self.shape)
+
+
+def of_entries(names: Iterable[str], shards: Iterable[Shard]) -> dict[str, Shard]:
+    """This rank's piece of each entry, by name, from its pieces of the parameters; here parameters become entries.
+
+    >>> experts = Shard.of_range("up", (4, 2, 3), 9, 15, 2, torch.Tensor)
+    >>> pieces = of_entries(["up[0:2]", "up[2:4]"], [experts])
+    >>> [(piece.box.start, piece.numel, piece.offset) for piece in pieces.values()]
+    [(9, 3, 2), (0, 12, 5)]
+    """
+    of_parameter: Mapping[str, Shard] = {shard.name: shard for shard in shards}
+    found = {}
+    for name in names:
+        parameter, rows = rows_of(name)
+        found[name] = of_parameter[parameter] if rows is None else of_parameter[parameter].rows(*rows)
+    return found
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from torch import nn
 
+from gap_ds import checkpoint
 from gap_ds.method import plan, rules, schedule
 from gap_ds.method.config import GaPConfig
 from gap_ds.parallel import ParallelWorker
 from gap_ds.sharding.backends import Backend, Training, detect
 from gap_ds.sharding.comm import Comm, raise_on_all_ranks
+from gap_ds.sharding.shard import Shard, of_entries
 from gap_ds.training import boundary_losses, mask_state, saving
 from gap_ds.training.boundary_losses import BoundaryLosses
 from gap_ds.training.consistency import LossGuard, check_model
@@ -183,7 +184,7 @@ def _first_masks(of_model: plan.Plan, backend: Backend, options: Options, world:
     if options.masks_from is not None:
         return "random"
     entries = {entry.name: entry.numel for entry in of_model.entries}
-    counts = mask_state.nonzero([shard for shard in backend.shards() if shard.name in entries], backend.comm)
+    counts = mask_state.nonzero(list(of_entries(entries, backend.shards()).values()), backend.comm)
     sparse = [name for name, n in counts.items() if 0 < n <= _FULL * entries[name]]
     if sparse and world.rank == 0:
         log.warning(
@@ -233,28 +234,36 @@ def _plan(config: GaPConfig, backend: Backend, options: Options, world: Comm) ->
     shards = backend.shards()
     frozen = {shard.name for shard in shards if not shard.trainable}
     shapes = {shard.name: shard.shape for shard in shards}
-    kept, zero = None, list[str]()
-    if config.reuses_masks:
-        nonzero = mask_state.nonzero(shards, backend.comm) if config.mask_file is None else None
-        saved = _on_all_ranks(world, lambda: options.masks_from and saving.budgets(Path(options.masks_from)))
-        # What is 0 everywhere was initialized by zeros, as last layers of branches often are, and not pruned.
-        zero = [name for name, n in (nonzero or {}).items() if not n]
-        nonzero = nonzero and nonzero | {name: math.prod(shapes[name]) for name in zero}
-        kept = (nonzero or _on_all_ranks(world, lambda: mask_state.inherited(config, shards))) | (saved or {})
-    if (whole := options.whole) is None:
-        found = _on_all_ranks(world, lambda: plan.build(backend.module, config, shapes, frozen, kept))
-        names = [entry.name for entry in found.entries if entry.name in zero]
-        if names and world.rank == 0:
-            log.warning(
-                f"{names[0]} (and {len(names) - 1} others): is 0 everywhere, as an initialization leaves it, so it is "
-                "kept whole: from_weights takes zeros for pruned weights where others are beside them."
+    if (whole := options.whole) is not None:
+        if config.reuses_masks:
+            raise ValueError(
+                f'whole: has no effect with mask_init="{config.mask_init}", where budgets are those of masks. Leave it '
+                "out."
             )
-        return found
-    if config.reuses_masks:
-        raise ValueError(
-            f'whole: has no effect with mask_init="{config.mask_init}", where budgets are those of masks. Leave it out.'
+        return _on_all_ranks(world, lambda: plan.of_part(plan.build(whole, config), backend.module, shapes))
+    draft = _on_all_ranks(world, lambda: plan.draft(backend.module, config, shapes, frozen))
+    kept = _inherited(draft, config, shards, backend, options, world) if config.reuses_masks else None
+    return _on_all_ranks(world, lambda: plan.budgeted(draft, config, kept))
+
+
+def _inherited(
+    draft: plan.Plan, config: GaPConfig, shards: Sequence[Shard], backend: Backend, options: Options, world: Comm
+) -> dict[str, int]:
+    """The weights that each entry keeps by the masks that the run takes over."""
+    saved = _on_all_ranks(world, lambda: options.masks_from and saving.budgets(Path(options.masks_from))) or {}
+    if config.mask_file is not None:
+        path = Path(config.mask_file)
+        return _on_all_ranks(world, lambda: checkpoint.inherited_budgets(path, draft)) | saved
+    sizes = {entry.name: entry.numel for entry in draft.entries}
+    nonzero = mask_state.nonzero(list(of_entries(sizes, shards).values()), backend.comm)
+    # What is 0 everywhere was initialized by zeros, as last layers of branches often are, and not pruned.
+    zero = [name for name, n in nonzero.items() if not n]
+    if zero and world.rank == 0:
+        log.warning(
+            f"{zero[0]} (and {len(zero) - 1} others): is 0 everywhere, as an initialization leaves it, so it is "
+            "kept whole: from_weights takes zeros for pruned weights where others are beside them."
         )
-    return _on_all_ranks(world, lambda: plan.of_part(plan.build(whole, config), backend.module, shapes))
+    return nonzero | {name: sizes[name] for name in zero} | saved
 
 
 def _observers(run: Run, history: str | Path | None) -> list[Observer]:

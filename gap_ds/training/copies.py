@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from gap_ds.masks import bitmask
 from gap_ds.method.plan import clean_name
-from gap_ds.sharding.shard import local
+from gap_ds.sharding.shard import Shard, local
 from gap_ds.training.run import Run
 
 
@@ -20,27 +20,29 @@ def apply(run: Run, module: nn.Module) -> None:
     Raises:
         ValueError: the copy lacks an entry, or has it in another shape.
     """
-    found = _by_entry([entry.name for entry in run.plan.entries], module)
+    found = _by_name(list(run.plan.parameters()), module)
+    pieces = {shard.name: shard for shard in run.backend.shards()}
     for entry in run.plan.entries:
         bits, shard = run.mask_state.bits.get(entry.name), run.mask_state.shards[entry.name]
         if bits is None:
             continue
-        held = local(found[entry.name]).detach()
-        if held.numel() == entry.numel:
+        piece, held = pieces[entry.parameter], local(found[entry.parameter]).detach().view(-1)
+        if held.numel() == piece.full_numel:
             kept = bitmask.unpack(bits, shard.numel).to(torch.uint8)
             whole = run.backend.comm.assemble_everywhere(kept, shard)
-            held.view(-1)[(whole == 0).to(held.device)] = 0
-        elif held.numel() == shard.numel:
-            bitmask.zero_pruned_(held.view(-1), bits.to(held.device))
+            uncut = Shard.of_range(piece.name, piece.shape, 0, piece.full_numel, 0, piece.owner)
+            uncut.part(entry.name, held)[(whole == 0).to(held.device)] = 0
+        elif held.numel() == piece.numel:
+            bitmask.zero_pruned_(piece.part(entry.name, held), bits.to(held.device))
         else:
             raise ValueError(
-                f"{entry.name}: the copy has {held.numel()} weights of it on this rank, and the model {shard.numel} of "
-                f"{entry.numel}. Make the copy of the wrapped model, or of the whole one."
+                f"{piece.name}: the copy has {held.numel()} weights of it on this rank, and the model {piece.numel} of "
+                f"{piece.full_numel}. Make the copy of the wrapped model, or of the whole one."
             )
 
 
-def _by_entry(names: list[str], module: nn.Module) -> dict[str, Tensor]:
-    """The parameters of a copy by the entries' names, without the prefix that a wrapper adds."""
+def _by_name(names: list[str], module: nn.Module) -> dict[str, Tensor]:
+    """The parameters of a copy by the names of the model's, without the prefix that a wrapper adds."""
     parameters = {clean_name(name): parameter for name, parameter in module.named_parameters()}
     if not names:
         return {}

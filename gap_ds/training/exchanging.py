@@ -48,15 +48,16 @@ class Exchanging(Observer):
 
     def round_pruned(self, round_: int, phase: Phase, step: int) -> None:
         """Takes every partition from its worker, and all other tensors as the config sets it."""
-        shards = {shard.name: shard for shard in self._backend.shards()}
+        shards = self._backend.shards()
         buffers = dict(export.buffers(self._backend.module))
         # With a rising target partitions are exchanged as they are: at the level of this step.
         keep = {e: self._plan.pattern.nearest(e.shape, phase.budget(e, step), e.dims) for e in self._plan.entries}
         entries = tuple(replace(entry, keep=n) for entry, n in keep.items())
-        items = items_of(replace(self._plan, entries=entries), list(shards.values()), buffers)
+        items = items_of(replace(self._plan, entries=entries), shards, buffers)
+        pieces = {item.name: item.shard for item in items if item.name not in buffers}
 
         def receive(received: Received) -> None:
-            if (shard := shards.get(received.name)) is None:
+            if (shard := pieces.get(received.name)) is None:
                 buffers[received.name].copy_(received.value.view(buffers[received.name].shape))
                 return
             if received.bits is not None:

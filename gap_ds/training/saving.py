@@ -9,7 +9,7 @@ import logging
 import secrets
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from gap_ds._version import __version__
 from gap_ds.checkpoint import portable as portable_files
 from gap_ds.checkpoint.run_state import RandomState, State
 from gap_ds.method import rules
+from gap_ds.method.names import by_parameter
 from gap_ds.sharding.backends import OtherOptimizerError
 from gap_ds.sharding.comm import raise_on_all_ranks
 from gap_ds.storage.errors import summarize_error
@@ -145,7 +146,8 @@ def export(run: Run, folder: Path, place: Place, tokenizer: Any, dtype: torch.dt
         bits = {**run.mask_state.bits, **run.mask_state.select(run.to_prune(phase), step)}
         if not run.backend.comm.writes:
             return exports.Stream({}, iter(()))
-        return exports.full_weights(run.backend.module, run.backend.shards(), bits, run.backend.comm, dtype)
+        stream = exports.full_weights(run.backend.module, run.backend.shards(), bits, run.backend.comm, dtype)
+        return replace(stream, entries=by_parameter(entry.name for entry in run.plan.entries))
 
     def about(counts: Mapping[str, exports.Counted]) -> exports.ExportInfo:
         return _info(run, target, place, counts)

@@ -174,6 +174,8 @@ def test_the_code_for_torchtitan_trains_resumes_and_exports(trained: Path, row: 
         ("other_whole", "whole: has no entry that is a parameter of this part"),
         ("whole_with_masks", 'whole: has no effect with mask_init="from_weights"'),
         ("partial_sums", "which gives no rank its weights"),
+        ("strided", "layers.0.fc1.weight: this rank's piece of it is not contiguous in memory"),
+        ("overlapping", "layers.0.fc1.weight: the pieces of 2 ranks do not make up its 592 weights, each once"),
         ("ignored_experts", "was told to ignore it, as experts are"),
         ("flat_compiled", "use_orig_params=True"),
         ("meta", "is on the meta device"),

@@ -13,7 +13,12 @@ from launch import run_workers
 from parity import Row
 from table_rows import marked, needed
 
+from gap_ds.method.names import rows_of
+
 RIGL = {"method": "rigl", "sparsity": 0.8, "phase_steps": 12, "update_steps": 4, "finetune_steps": 3}
+
+#: More partitions than blocks: between the experts of a tensor.
+CUT = {"sparsity": 0.8, "partitions": 6, "phase_steps": 2, "rounds": 1, "finetune_steps": 3}
 
 PATTERN = {"sparsity": 0.5, "partitions": 2, "phase_steps": 3, "rounds": 2, "finetune_steps": 3}
 
@@ -39,11 +44,16 @@ MIXTURES: list[Row] = [
         "same_as": "mixture_rigl_ddp",
         "gap": RIGL,
     },
+    *(
+        {"name": f"{mesh}_cut", "mesh": mesh, "experts": True, "same_as": "mixture_cut_ddp", "gap": CUT}
+        for mesh in ("fsdp_ep", "fsdp_ep_1")
+    ),
 ]
 UNSHARDED: list[Row] = [
     {"name": "mixture_alone", "mesh": "alone", "experts": True},
     {"name": "mixture_ddp", "mesh": "ddp", "experts": True},
     {"name": "mixture_rigl_ddp", "mesh": "ddp", "experts": True, "gap": RIGL},
+    {"name": "mixture_cut_ddp", "mesh": "ddp", "experts": True, "gap": CUT},
 ]
 CHAINS: list[Row] = [
     {
@@ -116,7 +126,8 @@ def test_export_is_the_sparse_model(trained: Path, row: Row) -> None:
     for name, weight in ours["weights"].items():
         assert torch.equal(ours["exported"][name], weight.view(ours["exported"][name].shape)), name
     for entry in ours["plan"].entries:
-        assert int(ours["exported"][entry.name].count_nonzero()) <= entry.keep
+        whole, (_, rows) = ours["exported"][entry.parameter], rows_of(entry.name)
+        assert int(whole[slice(*rows) if rows else slice(None)].count_nonzero()) <= entry.keep
 
 
 @pytest.mark.parametrize("row", table([PIPELINE]))

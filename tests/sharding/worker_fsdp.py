@@ -34,7 +34,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.fsdp.wrap import CustomPolicy
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -318,6 +318,28 @@ def refused() -> dict[str, Any]:
         linear.weight = nn.Parameter(DTensor.from_local(linear.weight.detach(), mesh, [Partial()]))
         return GaPEngine(model, toy.GAP, optimizer=sgd(model))
 
+    def strided() -> GaPEngine:
+        """A weight that says it is contiguous, and whose local tensor is the transpose of what lies in memory."""
+        model = toy.build()
+        mesh, linear = init_device_mesh("cpu", (dist.get_world_size(),)), model.layers[0].fc1
+        whole = linear.weight.detach()
+        strided = whole.T.contiguous().T
+        cut = DTensor.from_local(
+            strided, mesh, [Replicate()], run_check=False, shape=whole.shape, stride=whole.stride()
+        )
+        linear.weight = nn.Parameter(cut)
+        return GaPEngine(model, toy.GAP, optimizer=sgd(model))
+
+    def overlapping() -> GaPEngine:
+        """A weight of which one rank has rows and the other one columns, as no placement of torch cuts it."""
+        model, rank = toy.build(), dist.get_rank()
+        mesh, linear = init_device_mesh("cpu", (dist.get_world_size(),)), model.layers[0].fc1
+        whole = linear.weight.detach()
+        piece = whole.chunk(2, dim=rank)[rank].contiguous()
+        cut = DTensor.from_local(piece, mesh, [Shard(rank)], run_check=False, shape=whole.shape, stride=whole.stride())
+        linear.weight = nn.Parameter(cut)
+        return GaPEngine(model, toy.GAP, optimizer=sgd(model))
+
     def ignored_experts() -> GaPEngine:
         model = toy.build()
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["layers.0.fc1.weight"])
@@ -392,6 +414,8 @@ def refused() -> dict[str, Any]:
         "other_whole": other_whole,
         "whole_with_masks": whole_with_masks,
         "partial_sums": partial_sums,
+        "strided": strided,
+        "overlapping": overlapping,
         "ignored_experts": ignored_experts,
         "flat_compiled": flat_compiled,
         "meta": meta,

@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from worker_pattern import legal_mask
 
 from gap_ds import GaPEngine
+from gap_ds.method.names import rows_of
 from gap_ds.method.plan import clean_name
 from gap_ds.sharding.comm import Comm
 from gap_ds.sharding.mesh import group_of, shard_of, uncounted
@@ -261,8 +262,10 @@ def whole(engine: GaPEngine) -> Callable[[str], Tensor]:
     def weight(name: str) -> Tensor:
         engine.run.backend.publish()
         parameters = {clean_name(n): p for n, p in engine.module.named_parameters()}
-        found = parameters[name].detach()
-        return found.full_tensor() if isinstance(found, DTensor) else found
+        parameter, rows = rows_of(name)
+        found = parameters[parameter].detach()
+        whole = found.full_tensor() if isinstance(found, DTensor) else found
+        return whole[slice(*rows) if rows else slice(None)]
 
     return weight
 

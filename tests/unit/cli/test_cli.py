@@ -168,6 +168,17 @@ def test_the_experts_of_a_block_are_one_row(run: Run) -> None:
     assert next(row[1:] for row in rows) == ["encoder.block.1.layer.1.mlp.experts.*", "4", "experts", *kept]
 
 
+def test_golden_of_experts_in_one_tensor(run: Run, golden: Golden) -> None:
+    """The experts of a block that are in one partition are one row, whatever number of tensors holds them."""
+    settings = {"model_type": "mixtral", "num_local_experts": 4, "head_dim": 16}
+    write(Path("stacked") / "config.json", {**TINY_LLAMA, **settings, "architectures": ["MixtralForCausalLM"]})
+    write(Path("four.json"), {"sparsity": 0.9, "partitions": 4, "phase_steps": 5, "rounds": 1, "finetune_steps": 5})
+    code, out, err = run("plan", "-m", "stacked", "-g", "four.json", "--entries")
+    assert (code, err) == (0, "")
+    golden("plan_experts.txt", out)
+    assert all(len(line.rstrip()) <= 80 for line in out.splitlines() if not line.startswith("gap|"))
+
+
 def test_a_shipped_config_by_its_name(run: Run) -> None:
     code, out, err = run("plan", "-m", "tiny", "-g", "static_90", "--json")
     signature = GaPConfig.load(ROOT / "configs" / "gap" / "static_90.json").signature("0.0.0")

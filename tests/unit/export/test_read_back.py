@@ -261,7 +261,7 @@ def test_an_export_from_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(
         from_checkpoint,
         "write_weights",
-        lambda path, tensors, _: (
+        lambda path, tensors, *_: (
             write_weights(path, {name: tensors[name] for name in tensors if name != "layers.1.fc.weight"})
             | {"layers.1.fc.weight": Counted((8, 8), 16)}
         ),

@@ -203,15 +203,90 @@ def test_partitions_between_experts() -> None:
         plan(switch(), partitions=13)
 
 
-def test_experts_in_one_tensor_are_not_cut() -> None:
-    """A tensor that holds all experts of a block is in one partition."""
+def stacked(found: Plan) -> dict[str, tuple[int, str]]:
+    """The partition and the experts of each entry of a tensor that holds all experts of its block."""
+    experts = {e.name.removeprefix("model.layers."): (e.partition, e.experts) for e in found.entries if e.experts}
+    return {name: (k, mixture.expert) for name, (k, mixture) in experts.items()}
+
+
+def on_meta(kind: str) -> nn.Module:
     with torch.device("meta"):
-        model = mixture("mixtral")
-    found = plan(model, partitions=4)
-    names = {e.name.removeprefix("model.layers."): (e.partition, e.experts and e.experts.number) for e in found.entries}
-    assert {name: row for name, row in names.items() if "experts" in name} == {
-        "0.mlp.experts.down_proj": (0, 4),
-        "0.mlp.experts.gate_up_proj": (1, 4),
-        "1.mlp.experts.down_proj": (2, 4),
-        "1.mlp.experts.gate_up_proj": (3, 4),
+        return mixture(kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_in_one_tensor_are_cut_by_rows(kind: str) -> None:
+    """More partitions than blocks: groups of experts, of which both matrices stay together, as with modules."""
+    assert set(stacked(plan(on_meta(kind), partitions=2)).values()) == {(0, ""), (1, "")}
+    found = plan(on_meta(kind), partitions=4)
+    # In weights a block has attention (768, with biases the same) and 4 experts of 384.
+    assert stacked(found) == {
+        f"{layer}.mlp.experts.{leaf}[{experts}]": (2 * layer + k, experts)
+        for layer in range(LAYERS)
+        for leaf in ("down_proj", "gate_up_proj")
+        for k, experts in enumerate(("0:1", "1:4"))
     }
+    assert found.per_partition()[1] == [1152] * 4
+    for leaf in ("gate_up_proj", "down_proj"):
+        shape = tuple(on_meta(kind).get_parameter(f"model.layers.0.mlp.experts.{leaf}").shape)
+        assert found.parameters()[f"model.layers.0.mlp.experts.{leaf}"] == shape
+        own = [e for e in found.entries if e.parameter == f"model.layers.0.mlp.experts.{leaf}"]
+        assert [e.shape for e in own] == [(1, *shape[1:]), (3, *shape[1:])]
+    # What lies beside experts of several partitions goes with none of them.
+    assert found.partition_of("model.layers.0.mlp.experts.gate_up_proj_bias") is None
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "erk", {"experts": 0.9}])
+def test_the_budget_of_a_tensor_does_not_depend_on_how_it_is_cut(distribution: Any) -> None:
+    whole, cut = (
+        plan(on_meta("mixtral"), partitions=k, distribution=distribution, partition_assignment="interleaved")
+        for k in (2, 5)
+    )
+    kept: dict[str, int] = {}
+    for entry in cut.entries:
+        kept[entry.parameter] = kept.get(entry.parameter, 0) + entry.keep
+    assert len(cut.entries) > len(whole.entries) and kept == {e.name: e.keep for e in whole.entries}
+
+
+def test_experts_in_the_rows_of_one_matrix_are_cut_between_experts() -> None:
+    model = in_blocks(LAYOUTS["all in the rows of one matrix"][0])
+    found = plan(model, partitions=4, pattern="block:4x4")
+    assert stacked(found)["0.experts.v1[16:32]"] == (1, "2:4")
+    assert all(e.shape[0] % INNER == 0 for e in found.entries if e.experts)
+
+
+SLICES = [[r"layers\.\d+\.self_attn", r"layers\.0\.mlp\.experts[:3]"], ["experts[3:]", r"layers\.1\.mlp\.experts[0:3]"]]
+
+
+def test_written_partitions_of_groups_of_experts() -> None:
+    found = plan(on_meta("mixtral"), partitions=SLICES)
+    cut = {f"0.mlp.experts.{leaf}[{rows}]" for leaf in ("down_proj", "gate_up_proj") for rows in ("0:3", "3:4")}
+    assert {name for name in stacked(found) if name.startswith("0.")} == cut
+    # All rows of a tensor in one partition are the tensor.
+    assert stacked(found)["1.mlp.experts.down_proj"] == (1, "")
+    rest = [r".*Attention", r"block\.0\..*DenseReluDense", r".*\.mlp\.w[io]", "experts[:1]"]
+    modules = plan(switch(), partitions=[rest[:1] + rest[3:], ["experts[1:]"]], exclude=[r"block\.0\.layer\.[12]\.mlp"])
+    assert partitions_of_experts(modules, "encoder.block.1.") == [0, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("partitions", "sentence"),
+    [
+        ([["experts[0:9]"], ["self_attn"]], r'partitions\[0\]: "experts\[0:9\]" is no slice of the 4 experts of model'),
+        ([["self_attn[0:2]"], ["experts"]], r'partitions\[0\]: pattern "self_attn\[0:2\]" matches none of'),
+        (
+            [["self_attn", "experts[0:3]"], ["experts"]],
+            r"down_proj\[0:1\] matches partitions 0 and 1",
+        ),
+        ([["self_attn"], ["experts[0:3]"]], r"partitions: 4 entries belong to none, for example .*down_proj\[3:4\]"),
+    ],
+)
+def test_slices_that_cannot_be(partitions: Any, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        plan(on_meta("mixtral"), partitions=partitions)
+
+
+def test_a_name_that_means_rows_is_refused() -> None:
+    model = nn.ModuleList(nn.ParameterDict({"weight[0:2]": torch.ones(8, 8)}) for _ in range(2))
+    with pytest.raises(ValueError, match=r"0\.weight\[0:2\]: a parameter's name that ends in \[lo:hi\]"):
+        plan(model, include=["0", "1"])

@@ -191,8 +191,10 @@ def test_hugging_face(kind: str) -> None:
     order = [partitions.pop() for partitions in of_block]
     assert order == sorted(order) and set(order) == {0, 1}
     assert len(groups(build(model, config(partitions=len(blocks))))) == len(blocks)
-    # A block of experts can be cut: here into attention, up projections and down projections of all experts.
-    parts = 3 * len(blocks) if kind == "Mixtral" else len(blocks)
+    # A block of experts can be cut: into attention, and each of its experts.
+    experts = max((e.experts.number for e in plan.entries if e.experts), default=0)
+    parts = (1 + experts) * len(blocks)
+    assert bool(experts) == (kind == "Mixtral")
     with pytest.raises(ValueError, match=rf"partitions={parts + 1}: the model has {len(blocks)} blocks"):
         build(model, config(partitions=parts + 1))
 

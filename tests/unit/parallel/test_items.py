@@ -5,20 +5,23 @@ from __future__ import annotations
 import contextlib
 import json
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from exchanging import PROPERTY, combine, same, start
-from fake_ranks import item_of, renamed
+from exchanging import PROPERTY, SIGNATURE, combine, same, start
+from fake_ranks import Ranks, item_of, renamed
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 from gap_ds.masks import bitmask
+from gap_ds.masks.box import Box
 from gap_ds.method import plan
 from gap_ds.method.config import GaPConfig
-from gap_ds.parallel import items, items_of
+from gap_ds.parallel import Exchange, ParallelWorker, items, items_of
 from gap_ds.sharding.shard import Shard
 from gap_ds.storage import safetensors
 
@@ -48,6 +51,69 @@ def test_items_of_a_model() -> None:
     model.register_buffer("phases", torch.ones(3, dtype=torch.complex64))
     with pytest.raises(ValueError, match=r"phases: a buffer of torch.complex64 cannot be exchanged"):
         items_of(made, shards, dict(model.named_buffers()))
+
+
+def test_groups_of_experts_come_from_their_workers(tmp_path: Path) -> None:
+    """Of a tensor of experts each worker publishes its rows, whatever boxes the ranks have of it."""
+
+    def block() -> nn.Module:
+        experts = nn.Module()
+        experts.up = nn.Parameter(torch.ones(4, 8, 8))
+        return nn.ModuleDict({"fc": nn.Linear(8, 8, bias=False), "experts": experts})
+
+    config = {"method": "parallel", "sparsity": 0.5, "partitions": 4, "phase_steps": 1, "rounds": 1}
+    made = plan.build(nn.ModuleList([block(), block()]), GaPConfig.load(config | {"finetune_steps": 1}))
+    leaves = {"experts.up": (4, 8, 8), "fc.weight": (8, 8)}
+    shapes = {f"{i}.{leaf}": shape for i in range(2) for leaf, shape in leaves.items()}
+    cut = {entry.name: entry.partition for entry in made.entries}
+    assert len(set(cut.values())) == 4 and any("[" in name for name in cut)
+
+    def weights(worker: int) -> dict[str, torch.Tensor]:
+        random = torch.Generator().manual_seed(worker)
+        found = {name: torch.randn(shape, generator=random) for name, shape in shapes.items()}
+        for entry in made.entries:
+            rows(found, entry.name)[rows(found, entry.name).abs() < 0.6] = 0.0
+        return found
+
+    def shards_of(found: dict[str, torch.Tensor], rank: int) -> list[Shard]:
+        boxes = {n: Box.of(s, (0, 4 * rank, 0)[-len(s) :], (4, 4, 8)[-len(s) :]) for n, s in shapes.items()}
+        boxes |= {n: Box.of(s, (4 * rank, 0), (4, 8)) for n, s in shapes.items() if len(s) == 2}
+        pieces = {name: boxes[name].cut(found[name].flatten()).clone() for name in shapes}
+        return [Shard(n, s, boxes[n], 0, partial(pieces.__getitem__, n)) for n, s in shapes.items()]
+
+    def rows(found: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+        parameter, _, part = name.rstrip("]").partition("[")
+        return found[parameter][slice(*map(int, part.split(":")))] if part else found[parameter]
+
+    def items_and_bits(worker: int, rank: int) -> tuple[Any, Any]:
+        found = weights(worker)
+        kept = {e.name: int(rows(found, e.name).count_nonzero()) for e in made.entries}
+        entries = tuple(replace(e, keep=kept[e.name]) for e in made.entries)
+        own = items_of(replace(made, entries=entries), shards_of(found, rank), {})
+        return own, {item.name: bitmask.pack(item.shard.weight() != 0) for item in own if item.partition == worker}
+
+    def job(worker: int, rank: Any) -> Exchange:
+        return Exchange(ParallelWorker(worker, str(tmp_path), 60.0), 4, SIGNATURE, "abc", "def", rank, rank)
+
+    for worker in range(4):
+        wrong = Ranks(2).run(
+            lambda rank, worker=worker: job(worker, rank).publish(0, *items_and_bits(worker, rank.rank))
+        )
+        assert wrong == [None, None]
+
+    def read(rank: Any) -> dict[str, Any]:
+        reader, found = job(0, rank), dict[str, Any]()
+        own, _ = items_and_bits(0, rank.rank)
+        keep = {e.name: int(rows(weights(e.partition), e.name).count_nonzero()) for e in made.entries}
+        own = [replace(item, keep=keep.get(item.name)) for item in own]
+        reader.read(0, own, reader.wait(0), lambda received: found.update({received.name: received}))
+        return {item.name: (item.box, found[item.name]) for item in own}
+
+    for found in Ranks(2).run(read):
+        assert not isinstance(found, Exception), found
+        for entry in made.entries:
+            box, received = found[entry.name]
+            assert same(received.value, box.cut(rows(weights(entry.partition), entry.name).flatten()))
 
 
 def test_names_and_partitions_that_the_file_could_not_hold(folder: str) -> None:
