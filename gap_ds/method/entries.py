@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
@@ -84,7 +85,7 @@ def find_entries(
         chosen.difference_update(found)
         excluded.update(found, matching(pattern, inner))
     names = [name for name in shapes if name in chosen]
-    _check_entries(names, inner, frozen, modules, matrices, shapes, config)
+    _check_entries(names, inner, frozen, modules, matrices, shapes, config, [n for n in prunable if n not in frozen])
 
     def reason(name: str) -> str:
         if name in excluded:
@@ -109,6 +110,7 @@ def _check_entries(
     matrices: Matrices,
     shapes: Shapes,
     config: GaPConfig,
+    free: Sequence[str],
 ) -> None:
     if not names:
         thin = [name for name in matrices.block_of if matrices.use(name) == "thin" and name not in frozen]
@@ -117,7 +119,7 @@ def _check_entries(
         none_left = " All matrices of the blocks are frozen or excluded." if inner else ""
         raise ValueError(
             "no entry found: the model has no repeated blocks with trainable weights of 2 or more dimensions."
-            f'{none_left} Name the weights to prune by "include".'
+            f'{none_left} Name the weights to prune by "include"{_example(free)}.'
         )
     for name in names:
         if rows_of(name)[1] is not None:
@@ -133,6 +135,13 @@ def _check_entries(
             )
     if not config.include and (adapters := _adapters(names, inner, matrices, shapes)):
         raise ValueError(f"only {_like_adapters(adapters, inner, shapes)}")
+
+
+def _example(free: Sequence[str]) -> str:
+    """An `include` for a model without blocks: the parts that hold matrices, but for the last one, a classifier."""
+    parts = list(dict.fromkeys(name.partition(".")[0] for name in free))
+    patterns = [re.escape(part) for part in (parts[:-1] or parts)]
+    return f", for example {json.dumps(patterns)}" if patterns else ""
 
 
 def _like_adapters(names: Sequence[str], inner: Sequence[str], shapes: Shapes) -> str:

@@ -54,13 +54,47 @@ def assign(
         )
     if config.partition_assignment == "random":
         random.Random(f"assign {config.seed}").shuffle(units)
-    sizes = [sum(math.prod(shape_of(name, shapes)) for name in unit) for unit in units]
+    sizes = _sizes(units, shapes)
+    if max(sizes) * kappa > 2 * sum(sizes):  # a partition would be over twice the mean
+        units = [part for unit, n in zip(units, sizes, strict=True) for part in _finer(unit, n * kappa > sum(sizes))]
+        sizes = _sizes(units, shapes)
     groups = (
         [u % kappa for u in range(len(units))]
         if config.partition_assignment == "interleaved"
         else balanced_cut(sizes, kappa)
     )
     return _joined(names, shapes, {name: k for unit, k in zip(units, groups, strict=True) for name in unit})
+
+
+def _sizes(units: Sequence[Sequence[str]], shapes: Mapping[str, tuple[int, ...]]) -> list[int]:
+    return [sum(math.prod(shape_of(name, shapes)) for name in unit) for unit in units]
+
+
+def _finer(unit: Sequence[str], large: bool) -> list[list[str]]:
+    """The numbered members of a large block, if it is a stage: each has several matrices, else they are one block.
+
+    What lies outside of the members goes with the one before.
+
+    >>> _finer(["s.3.down.weight", "s.3.blocks.0.a", "s.3.blocks.0.b", "s.3.blocks.1.a"], True)
+    [['s.3.down.weight', 's.3.blocks.0.a', 's.3.blocks.0.b'], ['s.3.blocks.1.a']]
+    >>> _finer(["s.3.conv.0.weight", "s.3.conv.1.weight"], True)
+    [['s.3.conv.0.weight', 's.3.conv.1.weight']]
+    """
+    if not large:
+        return [list(unit)]
+    paths = zip(*(name.split(".") for name in unit), strict=False)
+    shared = sum(1 for _ in itertools.takewhile(lambda parts: len(set(parts)) == 1, paths))
+    parts: list[list[str]] = [[]]
+    current = None
+    for name in unit:
+        path = name.split(".")
+        end = next((i for i in range(shared, len(path)) if path[i][-1:].isdigit()), None)
+        member = None if end is None else path[: end + 1]
+        if current is not None and member is not None and member != current:
+            parts.append([])
+        current = member or current
+        parts[-1].append(name)
+    return parts if len(unit) >= 2 * len(parts) else [list(unit)]
 
 
 def shape_of(name: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:

@@ -117,8 +117,18 @@ class Plan:
         return (mean_density * self.numel + self.dense_matmul) / (self.numel + self.dense_matmul)
 
     def summary(self) -> str:
-        """One line: the entries, their share of the matrix weights, and names and shares of what stays dense."""
-        return summarize(len(self.entries), self.numel, self.dense)
+        """One line: the entries, their share of the matrix weights, names and shares of what stays dense.
+
+        A partition of more than twice the mean is named, too: while it is dense, much of the model is.
+        """
+        line, (_, sizes) = summarize(len(self.entries), self.numel, self.dense), self.per_partition()
+        largest = max(range(self.kappa), key=sizes.__getitem__)
+        if self.kappa * sizes[largest] <= 2 * self.numel:
+            return line
+        return (
+            f"{line} Partition {largest} has {sizes[largest] / self.numel:.0%} of the entries' weights, over twice the "
+            'mean: lower "partitions", or write them as lists of name patterns.'
+        )
 
     def became_trainable(self, trained: Container[str]) -> list[str]:
         """The matrices that were frozen when the plan was made, are trained now, and so stay dense.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import random
 import re
@@ -653,3 +654,39 @@ def test_balanced_cut_is_the_best_of_all(sizes: list[int], data: st.DataObject) 
     totals = [sum(n for n, k in zip(sizes, cut, strict=True) if k == part) for part in range(parts)]
     assert sum(total**2 for total in totals) == best
     assert math.isclose(sum(totals), sum(sizes))
+
+
+def test_the_include_of_a_refusal_works() -> None:
+    """A VGG has no repeated blocks: the message says an `include` that takes all but the classifier."""
+    model = nn.Sequential()
+    model.add_module("features", nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)))
+    model.add_module("hidden", nn.Linear(8, 8))
+    model.add_module("head", nn.Linear(8, 5))
+    times = {"phase_steps": 1, "rounds": 1, "finetune_steps": 1}
+    config = {"sparsity": 0.5, "partitions": 3, **times}
+    with pytest.raises(ValueError, match="no entry found") as refused:
+        build(model, GaPConfig.load(config))
+    example = json.loads(str(refused.value).partition("for example ")[2].removesuffix("."))
+    found = build(model, GaPConfig.load({**config, "include": example}))
+    assert [entry.name for entry in found.entries] == ["features.0.weight", "features.2.weight", "hidden.weight"]
+
+
+def test_a_large_stage_is_cut_into_its_members_and_one_that_cannot_be_is_told() -> None:
+    """Stages of few and of many blocks in four partitions; and one wide matrix beside narrow ones."""
+
+    class Stage(nn.Module):
+        def __init__(self, width: int, blocks: int) -> None:
+            super().__init__()
+            self.down = nn.Linear(width // 2, width)
+            two = (nn.Sequential(nn.Linear(width, width), nn.Linear(width, width)) for _ in range(blocks))
+            self.blocks = nn.Sequential(*two)
+
+    times = {"phase_steps": 1, "rounds": 1, "finetune_steps": 1}
+    config = GaPConfig.load({"sparsity": 0.5, "partitions": 4, "include": ["down"], **times})
+    stages = nn.ModuleDict({"stages": nn.ModuleList([Stage(8, 1), Stage(16, 1), Stage(16, 1), Stage(64, 9)])})
+    found = build(stages, config)
+    _, sizes = found.per_partition()
+    assert max(sizes) < 2 * sum(sizes) / 4 and "over twice the mean" not in found.summary()
+    uneven = nn.ModuleList([*(nn.Sequential(nn.Linear(4, 4)) for _ in range(3)), nn.Sequential(nn.Linear(64, 64))])
+    found = build(nn.ModuleDict({"layers": uneven}), GaPConfig.load({"sparsity": 0.5, "partitions": 3, **times}))
+    assert "over twice the mean: lower" in found.summary()
