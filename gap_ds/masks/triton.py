@@ -5,8 +5,7 @@ Importing this module requires triton, which comes with the CUDA builds of torch
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -47,33 +46,32 @@ def _store_zeros(
     tl.store(words + at, tl.zeros([block], word), mask=pruned)
 
 
-def zero_pruned_(pieces: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Set the weights (N,) whose bit is 0 to 0, for pieces with their masks, on one device and of one word size.
+def zero_pruned_all(pieces: Sequence[tuple[Tensor, Tensor]]) -> Callable[[], None]:
+    """Return a call that sets the words (N,) of these pieces to 0 where their bit is 0. It holds no tensors of them.
 
-    Launches on the current stream and does not wait for the device. `bitmask` defines the layout of the bits.
-    """
-    places = tuple((words.data_ptr(), bits.data_ptr(), words.numel()) for words, bits in pieces if words.numel())
-    if places:
-        words = pieces[0][0]
-        table, programs = _table(places, words.device)
-        # Triton launches on the current device, not on that of its arguments.
-        with torch.cuda.device_of(words):  # type: ignore[no-untyped-call]
-            _store_zeros[(programs,)](
-                table, len(places), (len(places) - 1).bit_length(), word=_WORD[words.element_size()], block=_BLOCK
-            )
+    It is valid for as long as words and bits stay where they are: the table of their places is sent to the device here,
+    and each call is one launch on the current stream, which copies nothing and does not wait for the device. `bitmask`
+    defines the layout of the bits.
 
-
-@functools.lru_cache(maxsize=64)
-def _table(places: tuple[tuple[int, int, int], ...], device: torch.device) -> tuple[Tensor, int]:
-    """The arguments of a launch, int64 (P, 4) on the device, and its number of programs.
-
-    Columns: address of the words, address of the bits, number of weights, first program. A cached table is always
-    valid, because it depends on addresses and lengths only, not on the tensors that lie there.
+    Args:
+        pieces: words with their masks, on one device and of one word size.
     """
     rows, programs = [], 0
-    for words, bits, numel in places:
-        rows.append((words, bits, numel, programs))
-        programs += triton.cdiv(numel, _BLOCK)
-    # A copy from pinned memory does not wait for work queued on the device.
-    table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
-    return table.to(device, non_blocking=True), programs
+    for words, bits in pieces:
+        if words.numel():
+            rows.append((words.data_ptr(), bits.data_ptr(), words.numel(), programs))
+            programs += triton.cdiv(words.numel(), _BLOCK)
+    if not rows:
+        return lambda: None
+    device, word = pieces[0][0].device, _WORD[pieces[0][0].element_size()]
+    # Columns: address of the words, address of the bits, number of weights, first program. A copy from pinned memory
+    # does not wait for work queued on the device.
+    table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    halvings = (len(rows) - 1).bit_length()
+
+    def run() -> None:
+        # Triton launches on the current device, not on that of its arguments.
+        with torch.cuda.device_of(table):  # type: ignore[no-untyped-call]
+            _store_zeros[(programs,)](table, len(rows), halvings, word=word, block=_BLOCK)
+
+    return run

@@ -15,6 +15,7 @@ import pytest
 
 INTERPRETED = """
 import warnings
+import weakref
 import torch
 from gap_ds import GaPConfig, GaPEngine
 from gap_ds.masks import bitmask as masks, triton as kernels
@@ -43,7 +44,7 @@ def check(lengths, dtype):
     for (buffer, cut), mask in zip(cuts, bits):
         masks._by_pytorch(integers(by_pytorch[buffer])[cut], mask)
         masks._by_numpy(integers(by_numpy[buffer])[cut], mask)
-    kernels.zero_pruned_([(integers(buffers[buffer])[cut], mask) for (buffer, cut), mask in zip(cuts, bits)])
+    kernels.zero_pruned_all([(integers(buffers[buffer])[cut], mask) for (buffer, cut), mask in zip(cuts, bits)])()
     for found, *others in zip(buffers, by_pytorch, by_numpy):
         assert all(torch.equal(integers(found), integers(other)) for other in others), (lengths, dtype)
 
@@ -57,27 +58,20 @@ for dtype in (torch.float32, torch.bfloat16, torch.float64):
     for pieces in (*range(2, 10), 33):
         check([5 + 3 * i for i in range(pieces)], dtype)
 
-# It passes the check before its first use.
+# It passes the check before its first use, and may be kept: it holds the places of its pieces and none of them.
 warnings.simplefilter("error")
 for element_size in (2, 4, 8):
-    assert masks._kernel(torch.device("cpu"), element_size) is kernels.zero_pruned_
-
-# The table of a launch is cached.
-kernels._table.cache_clear()
+    way = masks._kernel(torch.device("cpu"), element_size)
+    assert way([]).lasting
 weights, bits = torch.ones(20_000), masks.pack(torch.zeros(20_000, dtype=torch.bool))
 pieces = [(weights[:9_000].view(torch.int32), bits[:1_125]), (weights[9_000:].view(torch.int32), bits[1_125:])]
+masking, held = kernels.zero_pruned_all(pieces), weakref.ref(pieces[0][0])
+del pieces
+assert held() is None
 for _ in range(3):
     weights.fill_(1.0)
-    kernels.zero_pruned_(pieces)
+    masking()
     assert not weights.any()
-assert (kernels._table.cache_info().misses, kernels._table.cache_info().hits) == (1, 2)
-# A new mask, another piece, another length: another table.
-weights.fill_(1.0)
-kernels.zero_pruned_([pieces[0], (pieces[1][0], masks.pack(torch.ones(11_000, dtype=torch.bool)))])
-assert weights.sum() == 11_000
-kernels.zero_pruned_([(weights[9_001:].view(torch.int32), bits[1_125:])])
-assert weights.sum() == 1
-assert kernels._table.cache_info().misses == 3
 
 
 # Training gives the same weights with it.
@@ -93,7 +87,7 @@ def train():
 
 
 expected = train()
-masks._way = lambda device, element_size: kernels.zero_pruned_
+masks._way = lambda device, element_size: lambda pieces: masks.Masking(kernels.zero_pruned_all(pieces), lasting=True)
 found = train()
 assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 assert any((tensor == 0).any() for tensor in expected.values())
