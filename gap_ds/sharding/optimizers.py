@@ -1,88 +1,21 @@
-"""The optimizers of a run: which tensors they update, and what their state means.
-
-What a state tensor means cannot be seen from its shape: a preconditioner may be as large as the weight, and zero is not
-every state's first value. So the meaning comes from a table, by the optimizer's class and its name for the tensor:
-
-    moment     one value per weight, such as Adam's exp_avg; a regrown weight starts with the moment's first value
-    sequence   other values of the weights themselves, such as schedule-free's z; pruned like the weights
-    other      anything else; left alone
-"""
+"""The optimizers of a run: which tensors they update, and their state of each, by its meaning (`meanings.py`)."""
 
 from __future__ import annotations
 
 import copy
-import fnmatch
 import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeAlias
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from gap_ds.sharding.meanings import KNOWN, USUAL, Kinds, Meaning
 from gap_ds.sharding.shard import Shard, local
 
-#: A moment's first value, or how it follows from the settings of its parameter group.
-First: TypeAlias = float | Callable[[Mapping[str, Any]], float]
-Meaning: TypeAlias = Literal["moment", "sequence", "other"]
-
-
-@dataclass(frozen=True)
-class Kinds:
-    """Meaning of an optimizer's state: first values of its moments, names of its sequences and of the rest."""
-
-    moments: Mapping[str, First] = field(default_factory=dict)
-    sequences: tuple[str, ...] = ()
-    other: tuple[str, ...] = ()
-
-    def of(self, name: str) -> Meaning | None:
-        """The meaning of a state tensor; None if it is not known."""
-        if name in self.moments:
-            return "moment"
-        if name in self.sequences:
-            return "sequence"
-        return "other" if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.other) else None
-
-
-_ADAM = Kinds({"exp_avg": 0.0, "exp_avg_sq": 0.0, "max_exp_avg_sq": 0.0})
-_FREE = Kinds({"exp_avg_sq": 0.0, "max_exp_avg_sq": 0.0}, sequences=("z",))
-#: Shampoo and SOAP keep statistics of rows and columns; SOAP's second moment is in their eigenbasis, not per weight.
-_SHAMPOO = Kinds({"momentum_buffer": 0.0, "momentum": 0.0}, other=("pre_cond_*", "inv_pre_cond_*"))
-_SOAP = Kinds({"exp_avg": 0.0}, other=("exp_avg_sq", "GG", "Q"))
-
-#: By class name. Sources: torch/optim, deepspeed/ops, transformers, and the published code of each optimizer.
-KNOWN: Mapping[str, Kinds] = {
-    # Where two names have the same record, one can go on with the state of the other.
-    **dict.fromkeys(("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam"), _ADAM),
-    **dict.fromkeys(("FusedLamb", "Lamb"), replace(_ADAM)),
-    "NAdam": replace(_ADAM),
-    "RAdam": replace(_ADAM),
-    "Adamax": Kinds({"exp_avg": 0.0, "exp_inf": 0.0}),
-    "Adadelta": Kinds({"square_avg": 0.0, "acc_delta": 0.0}),
-    "Adagrad": Kinds({"sum": lambda group: float(group.get("initial_accumulator_value", 0.0))}),
-    "DeepSpeedCPUAdagrad": Kinds({"exp_avg_sq": 0.0}),
-    "Adafactor": Kinds(
-        {"variance": 0.0, "exp_avg": 0.0, "exp_avg_sq": 0.0},
-        other=("row_var", "col_var", "exp_avg_sq_row", "exp_avg_sq_col"),
-    ),
-    "ASGD": Kinds(sequences=("ax",)),
-    "Rprop": Kinds({"prev": 0.0, "step_size": lambda group: float(group["lr"])}),
-    "RMSprop": Kinds({"square_avg": 0.0, "momentum_buffer": 0.0, "grad_avg": 0.0}),
-    "SGD": Kinds({"momentum_buffer": 0.0}),
-    # Some variants step what is no matrix by Adam.
-    **{
-        name: Kinds({"momentum_buffer": 0.0, "exp_avg": 0.0, "exp_avg_sq": 0.0}) for name in ("Muon", "MuonWithAuxAdam")
-    },
-    **dict.fromkeys(("Lion", "FusedLion", "DeepSpeedCPULion"), Kinds({"exp_avg": 0.0})),
-    **{f"{name}ScheduleFree": replace(_FREE) for name in ("AdamW", "RAdam", "SGD")},
-    **{f"ScheduleFree{name}": replace(_FREE) for name in ("AdamW", "RAdam", "SGD")},
-    "Shampoo": _SHAMPOO,
-    "SOAP": _SOAP,
-}
-#: Of a class that the table does not have: names that optimizers give to moments which start at zero.
-_USUAL = Kinds({"exp_avg": 0.0, "exp_avg_sq": 0.0, "max_exp_avg_sq": 0.0, "momentum_buffer": 0.0})
 #: Where optimizers count in a parameter group: steps, and schedule-free's sums of its averaging.
 _COUNTERS = ("step", "k", "weight_sum", "lr_max")
 #: Optimizers that have stepped, or whose loaded state had. Some have no state that would show it, such as plain SGD.
@@ -229,7 +162,7 @@ class Optimizers(Sequence[torch.optim.Optimizer]):
     def _kinds(self, optimizer: torch.optim.Optimizer) -> Kinds:
         """Meaning of the state of a member: by the user's word, else by the first of its classes in the table."""
         names = [cls.__name__ for cls in type(optimizer).__mro__]
-        table = next((KNOWN[name] for name in names if name in KNOWN), _USUAL)
+        table = next((KNOWN[name] for name in names if name in KNOWN), USUAL)
         given = self._given
         if not (given.moments or given.sequences or given.other):
             return table

@@ -23,7 +23,7 @@ from gap_ds.method.schedule import Phase
 from gap_ds.parallel import ParallelWorker
 from gap_ds.sharding.backends import Training
 from gap_ds.sharding.comm import Comm, ProcessGroup, operation
-from gap_ds.sharding.optimizers import Meaning
+from gap_ds.sharding.meanings import Meaning
 from gap_ds.training import boundary, copies, saving
 from gap_ds.training.build import Options, build
 from gap_ds.training.initialize import initialize

@@ -15,16 +15,15 @@ import torch
 from torch import Tensor
 
 from gap_ds import checkpoint
-from gap_ds.masks import bitmask, selection
-from gap_ds.masks.groups import Grouped, select_groups
+from gap_ds.masks import bitmask
 from gap_ds.method import rules
 from gap_ds.method.config import GaPConfig
-from gap_ds.method.pattern import NofM, Unstructured
 from gap_ds.method.plan import Entry, Plan
 from gap_ds.sharding.backends import Backend
-from gap_ds.sharding.comm import Comm, boxes_of, sum_of
+from gap_ds.sharding.comm import Comm, sum_of
 from gap_ds.sharding.shard import Shard
 from gap_ds.training.regrowth import SECOND_MOMENTS, Young, mean_second_moments
+from gap_ds.training.selector import Selector
 
 
 @dataclass(frozen=True)
@@ -148,6 +147,16 @@ class MaskState:
         if selected or self._config.regrow == "last_value":
             self._backend.publish()
 
+    def select(self, updates: Mapping[Entry, rules.Update], step: int) -> dict[str, Tensor]:
+        """Exact masks of this rank's pieces for all entries whose mask changes before a step; changes nothing."""
+        if stored := {entry.name for entry, update in updates.items() if isinstance(update, rules.LoadMask)}:
+            # Of the same entries, written by another run.
+            path = Path(self._config.mask_file or "")
+            comm = self._backend.comm
+            return self.on_device(checkpoint.read_masks(path, self._plan, stored, self.shards, comm, foreign=True))
+        now = Selector(self._plan, self._config.seed, self._backend.comm, self.shards, self.bits, self._gradients, step)
+        return now.select(updates)
+
     def forget_gradients(self) -> None:
         """Frees the gradients that were copied for a boundary or update."""
         self._gradients.clear()
@@ -216,140 +225,6 @@ class MaskState:
             values += self.last[shard.name]  # where the one is not zero, the other is
         bitmask.zero_pruned_(values, ~bits)
         self.last[shard.name] = values
-
-    # -- selecting -------------------------------------------------------------------------------------------------
-
-    def select(self, updates: Mapping[Entry, rules.Update], step: int) -> dict[str, Tensor]:
-        """Exact masks of this rank's pieces for all entries whose mask changes before a step; changes nothing."""
-        largest = {e: u for e, u in updates.items() if isinstance(u, rules.PruneByMagnitude)}
-        random = {e: u for e, u in updates.items() if isinstance(u, rules.PruneRandomly)}
-        exchanged = {e: u for e, u in updates.items() if isinstance(u, rules.DropAndGrow)}
-        stored = {e.name for e, u in updates.items() if isinstance(u, rules.LoadMask)}
-        if stored:
-            return self._stored(stored)
-        if isinstance(self._plan.pattern, Unstructured):
-            bits = self._exactly(
-                {e: (u.keep, self._magnitudes(e)) for e, u in largest.items()}, self._plan.shared_budget
-            )
-            bits |= self._exactly({e: (u.keep, self._random(e, e.name)) for e, u in random.items()})
-            return bits | self._exchanged(exchanged, step)
-        bits = self._by_groups({e: (u.keep, self._magnitudes(e)) for e, u in largest.items()}, by_magnitude=True)
-        bits |= self._by_groups({e: (u.keep, self._random(e, e.name)) for e, u in random.items()})
-        return bits | self._exchanged_groups(exchanged, step)
-
-    def _exactly(
-        self, wanted: Mapping[Entry, tuple[int, selection.Keys]], shared_budget: bool = False
-    ) -> dict[str, Tensor]:
-        """For each entry its `keep` largest keys; shared_budget: for each partition the sum of its budgets."""
-        if not wanted:
-            return {}
-        pieces: list[selection.Piece] = []
-        budgets: dict[int | str, int] = {}
-        keep: list[int] = []
-        for entry, (n, keys) in wanted.items():
-            shard = self.shards[entry.name]
-            budget = budgets.setdefault(entry.partition if shared_budget else entry.name, len(budgets))
-            keep += [0] * (len(budgets) - len(keep))
-            keep[budget] += n
-            pieces.append(selection.Piece(entry.name, shard.box, keys, budget, shard.counted))
-        bits = selection.select_largest(pieces, keep, self._backend.comm)
-        return {piece.name: b for piece, b in zip(pieces, bits, strict=True)}
-
-    def _exchanged(self, updates: Mapping[Entry, rules.DropAndGrow], step: int) -> dict[str, Tensor]:
-        """Drop and grow: the kept weights without the smallest, and as many of all others by gradient or at random."""
-        shared = self._plan.shared_budget
-        kept = self._exactly({e: (u.keep - u.drop, self._of_kept(e)) for e, u in updates.items()}, shared)
-        grown = self._exactly(
-            {
-                e: (u.drop, selection.only(self._growth(e, u.by_gradient, step), ~kept[e.name]))
-                for e, u in updates.items()
-            },
-            shared,
-        )
-        return {name: bits | grown[name] for name, bits in kept.items()}
-
-    def _magnitudes(self, entry: Entry) -> selection.Keys:
-        return selection.magnitude_keys(self.shards[entry.name].weight())
-
-    def _of_kept(self, entry: Entry) -> selection.Keys:
-        """Magnitudes of the kept weights; those of a dense entry are all kept."""
-        bits = self.bits.get(entry.name)
-        return self._magnitudes(entry) if bits is None else selection.only(self._magnitudes(entry), bits)
-
-    def _random(self, entry: Entry, name: str) -> selection.Keys:
-        shard = self.shards[entry.name]
-        return selection.random_keys(self._config.seed, name, shard.box, shard.weight().device)
-
-    def _growth(self, entry: Entry, by_gradient: bool, step: int) -> selection.Keys:
-        """Keys by which grown weights are chosen. A parameter without a gradient has zeros as its gradient."""
-        if not by_gradient:
-            return self._random(entry, f"{entry.name} {step}")
-        weight = self.shards[entry.name].weight()
-        gradient = self._gradients.get(entry.name)
-        return selection.magnitude_keys(torch.zeros_like(weight) if gradient is None else gradient)
-
-    def _by_groups(
-        self, wanted: Mapping[Entry, tuple[int, selection.Keys]], by_magnitude: bool = False
-    ) -> dict[str, Tensor]:
-        """For each entry the mask of its pattern with the largest keys."""
-        pattern = self._plan.pattern
-        if not wanted or isinstance(pattern, Unstructured):
-            return {}
-        shards = [self.shards[entry.name] for entry in wanted]
-        boxes = boxes_of(shards, self._backend.comm)
-        entries = [
-            Grouped(
-                selection.Piece(entry.name, shard.box, keys, 0, shard.counted),
-                entry.shape,
-                entry.dims,
-                pattern.nearest(entry.shape, keep, entry.dims) if keep else 0,
-                cuts,
-                by_magnitude,
-            )
-            for (entry, (keep, keys)), shard, cuts in zip(wanted.items(), shards, boxes, strict=True)
-        ]
-        bits = select_groups(pattern, entries, self._backend.comm)
-        return {entry.name: b for entry, b in zip(wanted, bits, strict=True)}
-
-    def _exchanged_groups(self, updates: Mapping[Entry, rules.DropAndGrow], step: int) -> dict[str, Tensor]:
-        """Drop and grow with a pattern: select what stays, then the mask that has it and the best of all others.
-
-        Groups of N:M drop equally many weights each; if the number is no multiple of the groups, some drop one more:
-        those that lose the least. Blocks are dropped and grown as wholes.
-        """
-        pattern, bits = self._plan.pattern, dict[str, Tensor]()
-        if isinstance(pattern, NofM):
-            stays = self._staying_of_groups(pattern, updates)
-        else:
-            stays = self._by_groups({e: (u.keep - u.drop, self._magnitudes(e)) for e, u in updates.items()}, True)
-        for by_gradient in (True, False):
-            wanted = {
-                e: (u.keep, selection.first(self._growth(e, by_gradient, step), stays[e.name], by_gradient))
-                for e, u in updates.items()
-                if u.by_gradient == by_gradient
-            }
-            bits |= self._by_groups(wanted, by_magnitude=by_gradient)
-        return bits
-
-    def _staying_of_groups(self, pattern: NofM, updates: Mapping[Entry, rules.DropAndGrow]) -> dict[str, Tensor]:
-        """Bits of the weights that an update of an N:M pattern does not drop."""
-        keys = {entry: self._of_kept(entry) for entry in updates}
-        groups = {entry: entry.numel // pattern.m for entry in updates}
-        parts = {entry: divmod(update.drop, groups[entry]) for entry, update in updates.items()}
-        count = {e: pattern.nearest(e.shape, u.keep, e.dims) - parts[e][0] * groups[e] for e, u in updates.items()}
-        stays = self._by_groups({e: (n, keys[e]) for e, n in count.items()})
-        some = [entry for entry, (_, more) in parts.items() if more]
-        safe = self._by_groups({e: (count[e] - groups[e], keys[e]) for e in some})
-        # One weight of each group is left to choose from.
-        last = {e: selection.only(self._magnitudes(e), stays[e.name] & ~safe[e.name]) for e in some}
-        chosen = self._exactly({e: (groups[e] - parts[e][1], last[e]) for e in some})
-        return stays | {name: safe[name] | chosen[name] for name in chosen}
-
-    def _stored(self, names: set[str]) -> dict[str, Tensor]:
-        """Masks that were written by another run, of the same entries."""
-        path = Path(self._config.mask_file or "")
-        bits = checkpoint.read_masks(path, self._plan, names, self.shards, self._backend.comm, foreign=True)
-        return self.on_device(bits)
 
     # -- figures and files -----------------------------------------------------------------------------------------
 

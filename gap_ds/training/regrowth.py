@@ -19,7 +19,7 @@ from gap_ds.sharding.comm import Comm
 from gap_ds.sharding.optimizers import Optimizers
 from gap_ds.sharding.shard import Shard
 
-#: Names of the moments that estimate a gradient's square or its size, in the table of optimizers.py.
+#: Names of the moments that estimate a gradient's square or its size, in the table of `sharding/meanings.py`.
 SECOND_MOMENTS = ("exp_avg_sq", "exp_inf", "max_exp_avg_sq", "square_avg", "variance")
 #: Bits of a mean's terms, relative to the largest one: sums of integers do not depend on the cut into pieces.
 _BITS = 30

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from gap_ds.sharding.comm import Comm
-from gap_ds.sharding.optimizers import Meaning, Optimizers, of_user
+from gap_ds.sharding.meanings import Meaning
+from gap_ds.sharding.optimizers import Optimizers, of_user
 from gap_ds.sharding.shard import Shard
 
 
