@@ -154,15 +154,32 @@ def count_revived_all(pieces: Iterable[tuple[Tensor, Tensor]]) -> list[int]:
     """Return `count_revived` of many pieces, each with its mask. The host waits once for the device."""
     listed = list(pieces)
     host = [e for e, (piece, _) in enumerate(listed) if _is_host(piece)]
-    words = [(listed[e][0].view(_WORD[listed[e][0].element_size()]), listed[e][1]) for e in host]
     found: dict[int, int | Tensor] = {}
-    if (loops := _loops(words)) is not None:
-        found.update(zip(host, loops.count_revived(words), strict=True))
+    if (count_all := _counting([listed[e] for e in host])) is not None:
+        found.update(zip(host, count_all(), strict=True))
     counts = [found[e] if e in found else _count_revived(*piece) for e, piece in enumerate(listed)]
     if waiting := [count for count in counts if isinstance(count, Tensor)]:
         read = iter(torch.stack(waiting).tolist())
         return [next(read) if isinstance(count, Tensor) else count for count in counts]
     return [int(count) for count in counts]
+
+
+def count_revived_later(pieces: Sequence[tuple[Tensor, Tensor]]) -> Callable[[], int] | None:
+    """Return the sum of `count_revived_all` of these pieces as a call; None if that would hold their memory or wait.
+
+    It is valid for as long as all weights and bits stay where they are.
+    """
+    if not all(_is_host(piece) and bits.device == piece.device for piece, bits in pieces):
+        return None
+    count_all = _counting(pieces)
+    return None if count_all is None else lambda: sum(count_all())
+
+
+def _counting(pieces: Pieces) -> Callable[[], Sequence[int]] | None:
+    """Counts of the revived weights of pieces on the host as a call, if the loops in C are used for them."""
+    words = [(piece.view(_WORD[piece.element_size()]), bits) for piece, bits in pieces]
+    loops = _loops(words)
+    return None if loops is None else loops.count_revived_all(words)
 
 
 def _count_revived(piece: Tensor, bits: Tensor) -> int | Tensor:

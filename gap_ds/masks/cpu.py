@@ -147,12 +147,19 @@ class Library:
         """Sets words (N,) of 2, 4 or 8 bytes to 0 where the bit is 0. bits: as `bitmask.pack` returns them."""
         self.zero_pruned_all([(words, bits)])()
 
-    def count_revived(self, pieces: Sequence[tuple[Tensor, Tensor]]) -> list[int]:
-        """For each piece, as `zero_pruned_all` takes them, the words that are no zero of either sign and have bit 0."""
+    def count_revived_all(self, pieces: Sequence[tuple[Tensor, Tensor]]) -> Callable[[], list[int]]:
+        """Returns a call that counts, for each piece, the words that are no zero of either sign and whose bit is 0.
+
+        Pieces are as `zero_pruned_all` takes them, and the call is valid for as long as that one's.
+        """
         table = _Table(pieces)
-        found = np.zeros(len(table.rows), np.int64)
-        table.over(self._count_revived, found)
-        return [int(n) for n in np.bincount(table.of, found, len(pieces))] if len(pieces) else []
+        found, count = np.zeros(len(table.rows), np.int64), len(pieces)
+
+        def counts() -> list[int]:
+            table.over(self._count_revived, found)
+            return found.tolist() if len(found) == count else [int(n) for n in np.bincount(table.of, found, count)]
+
+        return counts
 
     def magnitude_keys(self, weights: Tensor) -> Tensor:
         """Keys (N,) int32 in the order of the magnitudes of fp32 weights (N,); -1 for a NaN."""
@@ -301,7 +308,7 @@ def _check(made: Library) -> None:
         words[0] = torch.iinfo(dtype).min  # the bits of -0
         expected = words * kept
         pruned = words - expected
-        if made.count_revived([(pruned, bits), (expected, bits)]) != [int((~kept[1:]).sum()), 0]:
+        if made.count_revived_all([(pruned, bits), (expected, bits)])() != [int((~kept[1:]).sum()), 0]:
             raise RuntimeError(f"count_revived is wrong for words of {words.element_size()} bytes")
         made.zero_pruned_(words, bits)
         if not torch.equal(words, expected):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Container, Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -97,13 +96,21 @@ def require_world(ranks: int, world: Comm) -> None:
         )
 
 
-def _held(holder: nn.Module, leaf: str, name: str) -> Tensor:
-    if (parameter := holder._parameters.get(leaf)) is None:
-        raise ValueError(
-            f"{name}: is no parameter any more, but was one when the engine was built. Apply weight_norm, "
-            "torch.nn.utils.prune and adapters before, and close() the engine before the model is changed."
-        )
-    return parameter
+def _held(holder: nn.Module, leaf: str, name: str) -> Callable[[], Tensor]:
+    """A call that looks a parameter up in its module; every step makes it for every parameter."""
+
+    parameters = holder._parameters
+
+    def held() -> Tensor:
+        parameter = parameters.get(leaf)
+        if parameter is None:
+            raise ValueError(
+                f"{name}: is no parameter any more, but was one when the engine was built. Apply weight_norm, "
+                "torch.nn.utils.prune and adapters before, and close() the engine before the model is changed."
+            )
+        return parameter
+
+    return held
 
 
 def whole_shards(module: nn.Module) -> list[Shard]:
@@ -114,7 +121,7 @@ def whole_shards(module: nn.Module) -> list[Shard]:
     """
 
     holders = {
-        id(parameter): partial(_held, holder, leaf, clean_name(f"{path}.{leaf}".removeprefix(".")))
+        id(parameter): _held(holder, leaf, clean_name(f"{path}.{leaf}".removeprefix(".")))
         for path, holder in module.named_modules()
         for leaf, parameter in holder._parameters.items()
     }
@@ -126,7 +133,7 @@ def whole_shards(module: nn.Module) -> list[Shard]:
                 "Convert the activations only: x.to(memory_format=torch.channels_last) makes convolutions as fast."
             )
         shape = tuple(parameter.shape)
-        owner = cast(Callable[[], Tensor], holders[id(parameter)])
+        owner = holders[id(parameter)]
         if isinstance(parameter, DTensor):
             return shard_of(clean_name(name), parameter, owner)
         return Shard.of_range(clean_name(name), shape, 0, parameter.numel(), 0, owner, parameter.requires_grad)

@@ -114,7 +114,7 @@ def test_revived_weights_are_counted_as_by_pytorch(
     kept = torch.rand(count, generator=generator) < density
     words = piece.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[piece.element_size()])
     expected = int(((piece != 0) & ~kept).sum())
-    assert loops().count_revived([(words, bitmask.pack(kept))]) == [expected]
+    assert loops().count_revived_all([(words, bitmask.pack(kept))])() == [expected]
     assert bitmask.count_revived(piece, bitmask.pack(kept)) == expected
 
 
