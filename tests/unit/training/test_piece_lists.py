@@ -20,7 +20,7 @@ ENTRIES = [f"layers.{i}.fc.weight" for i in range(4)]
 
 
 class Case:
-    """A model of 4 sparse entries, its optimizers, and the masks; the loops in C are used however few weights it has."""
+    """A model of 4 sparse entries, its optimizers, and the masks."""
 
     def __init__(self, optimizers: Callable[[nn.Module], list[torch.optim.Optimizer]]) -> None:
         torch.manual_seed(0)
