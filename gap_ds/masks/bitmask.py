@@ -40,8 +40,8 @@ Pieces: TypeAlias = Sequence[tuple[Tensor, Tensor]]
 class Masking(NamedTuple):
     """A call that sets the pruned words of some pieces to 0.
 
-    lasting: True if it has their addresses and holds none of their tensors, so that it can be called again and again
-    for as long as words and bits stay where they are.
+    lasting: True if it can be called again and again for as long as words and bits stay where they are, and may be
+    kept: it has addresses and holds no tensors, or those of so few words that it does not matter.
     """
 
     run: Callable[[], None]
@@ -167,12 +167,13 @@ def count_revived_all(pieces: Iterable[tuple[Tensor, Tensor]]) -> list[int]:
 def count_revived_later(pieces: Sequence[tuple[Tensor, Tensor]]) -> Callable[[], int] | None:
     """Return the sum of `count_revived_all` of these pieces as a call; None if that would hold their memory or wait.
 
-    It is valid for as long as all weights and bits stay where they are.
+    The call is valid for as long as all weights and bits stay where they are.
     """
     if not all(_is_host(piece) and bits.device == piece.device for piece, bits in pieces):
         return None
-    count_all = _counting(pieces)
-    return None if count_all is None else lambda: sum(count_all())
+    if (count_all := _counting(pieces)) is not None:
+        return lambda: sum(count_all())
+    return (lambda: sum(count_revived_all(pieces))) if _few(pieces) else None
 
 
 def _counting(pieces: Pieces) -> Callable[[], Sequence[int]] | None:
@@ -217,7 +218,7 @@ def zero_pruned_all_(pieces: Iterable[tuple[Tensor, Tensor]]) -> None:
 def zero_pruned_later(pieces: Iterable[tuple[Tensor, Tensor]]) -> Callable[[], None] | None:
     """Return `zero_pruned_all_` of these pieces as a call without arguments, or None if it would hold their memory.
 
-    The call is valid for as long as all weights and bits stay where they are. It holds none of them.
+    The call is valid for as long as all weights and bits stay where they are.
     """
     maskings = _maskings(pieces)
     if not all(masking.lasting for masking in maskings):
@@ -258,28 +259,29 @@ def _is_host(piece: Tensor) -> bool:
 
 
 def _loops(pieces: Pieces) -> cpu.Library | None:
-    """The loops in C if they are worth loading for these pieces, and can be."""
-    if len(pieces) < _COMPILED_PIECES and sum(words.numel() for words, _ in pieces) < COMPILED:
+    """The loops in C if they are loaded, or worth it for these pieces, and can be."""
+    if len(pieces) < _COMPILED_PIECES and _few(pieces) and not cpu.library.cache_info().currsize:
         return None
     return cpu.library()
+
+
+def _few(pieces: Pieces) -> bool:
+    return sum(words.numel() for words, _ in pieces) < COMPILED
 
 
 def _on_cpu(pieces: Pieces) -> Masking:
     if (loops := _loops(pieces)) is not None:
         return Masking(loops.zero_pruned_all(pieces), lasting=True)
-    return _one_by_one(_by_numpy, pieces)
+    return Masking(lambda: _one_by_one(_by_numpy, pieces), lasting=_few(pieces))
 
 
 def _by_pytorch_all(pieces: Pieces) -> Masking:
-    return _one_by_one(_by_pytorch, pieces)
+    return Masking(lambda: _one_by_one(_by_pytorch, pieces), lasting=_few(pieces))
 
 
-def _one_by_one(zero: Callable[[Tensor, Tensor], None], pieces: Pieces) -> Masking:
-    def run() -> None:
-        for words, bits in pieces:
-            zero(words, bits)
-
-    return Masking(run, lasting=False)
+def _one_by_one(zero: Callable[[Tensor, Tensor], None], pieces: Pieces) -> None:
+    for words, bits in pieces:
+        zero(words, bits)
 
 
 def _by_numpy(words: Tensor, bits: Tensor) -> None:

@@ -50,6 +50,11 @@ INVALID = -1
 Keys = Callable[[int, int], Tensor]
 
 
+def _is_host(device: torch.device) -> bool:
+    """True where the host reads results without waiting."""
+    return device.type == "cpu"
+
+
 class Reduce(Protocol):
     """The collective that a selection needs."""
 
@@ -98,7 +103,7 @@ class Piece:
 
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
         """Yield (position in the piece, keys) by chunk. The length of every chunk but the last is a multiple of 8."""
-        size = _CHUNK if self.device.type == "cpu" else _DEVICE_CHUNK
+        size = _CHUNK if _is_host(self.device) else _DEVICE_CHUNK
         for lo in range(0, self.numel, size):
             yield lo, self.keys(lo, min(lo + size, self.numel))
 
@@ -302,7 +307,7 @@ def _histogram(
         if not piece.counted:
             continue
         before = int(prefix[piece.budget])
-        if piece.device.type == "cpu":
+        if _is_host(piece.device):
             counts = _counted(piece, candidates, e, before, shift, bins, first)
             rows[piece.budget] += counts[1:]
             if first:
@@ -421,7 +426,7 @@ def _ties(piece: Piece, threshold: int) -> Iterator[tuple[Tensor, Tensor]]:
     """
     for lo, keys in piece.chunks() if piece.counted else ():
         tied = keys == threshold
-        if tied.device.type == "cpu" and not bool(tied.any()):
+        if _is_host(tied.device) and not bool(tied.any()):
             continue
         at = piece.box.indices(lo, lo + keys.numel(), keys.device)
-        yield (at[tied], tied[tied]) if keys.device.type == "cpu" else (at, tied)
+        yield (at[tied], tied[tied]) if _is_host(keys.device) else (at, tied)

@@ -21,7 +21,9 @@ _BLOCK = 4096
 _WORD = {2: tl.int16, 4: tl.int32, 8: tl.int64}
 
 #: Values per round of a counting program, and its rounds: each program adds its whole histogram to the counts.
-_COUNTED, _ROUNDS = 2048, 32
+_COUNTED, _ROUNDS = 4096, 16
+#: Warps of a counting program. A thread holds a 32nd of the histogram of its warp, whatever their number is.
+_WARPS = 16
 
 _VALUE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.int32: tl.int32}
 
@@ -155,6 +157,7 @@ def count_keys(counts: Tensor, parts: Sequence[Part], shift: int, bins: int) -> 
                     bins=bins,
                     block=_COUNTED,
                     rounds=_ROUNDS,
+                    num_warps=_WARPS,
                 )
 
 

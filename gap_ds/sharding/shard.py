@@ -39,6 +39,7 @@ class Shard:
     `copies` returns the other tensors (numel,) that hold the same weights between two steps.
     `counted`: False if a rank before this one, of those among which pieces are spread, has the same box: each weight
     is counted on one rank.
+    `find`: the same as `owner` where that takes long, but None where that raises an error.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Shard:
     trainable: bool = True
     copies: Callable[[], Sequence[Tensor]] = tuple
     counted: bool = True
+    find: Callable[[], Tensor | None] | None = None
 
     @classmethod
     def of_range(

@@ -47,7 +47,7 @@ class PieceList(Generic[T]):
         self,
         shards: Sequence[Shard],
         bits: Mapping[str, Tensor],
-        asks: Sequence[Callable[[], Tensor]],
+        asks: Sequence[Callable[[], Tensor | None]],
         optimizers: Optimizers,
         prepare: Callable[[Pieces], Callable[[], T] | None],
         copies: bool = False,
@@ -108,7 +108,7 @@ class PieceLists:
     def __init__(self, shards: Iterable[Shard], optimizers: Optimizers) -> None:
         self._shards = {shard.name: shard for shard in shards if shard.numel}
         #: Many shards may have one flat buffer as their owner, and then share the callable.
-        self._asks = list({id(shard.owner): shard.owner for shard in self._shards.values()}.values())
+        self._asks = _asks(self._shards.values())
         self._optimizers = optimizers
         self._steps: dict[tuple[int, int], tuple[list[Tensor], PieceList[None]]] = {}
         self._looks: dict[tuple[str, ...], PieceList[int]] = {}
@@ -149,11 +149,14 @@ class PieceLists:
         kept = self._looks.get(names)
         if kept is None or not kept.holds(bits):
             shards = [self._shards[name] for name in names]
-            kept = PieceList(
-                shards, bits, [s.owner for s in shards], self._optimizers, bitmask.count_revived_later, copies=True
-            )
+            kept = PieceList(shards, bits, _asks(shards), self._optimizers, bitmask.count_revived_later, copies=True)
             _keep(self._looks, names, kept)
         return kept.run is None or kept.run() > 0
+
+
+def _asks(shards: Iterable[Shard]) -> list[Callable[[], Tensor | None]]:
+    """What is asked for the owners of some shards, each once. What is asked may be gone: `owner` tells why."""
+    return list({id(ask): ask for ask in (shard.find or shard.owner for shard in shards)}.values())
 
 
 def _zero_pruned(pieces: Pieces) -> Callable[[], None] | None:

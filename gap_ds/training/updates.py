@@ -127,7 +127,8 @@ class Updates:
         if not self._run.backend.optimizers.quiet:
             state = self._run.mask_state
             state.young.before_update(state.held_by(optimizer, state.young.grown), self._place().step)
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        # `is_available` would look for devices each time.
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
             raise ValueError(
                 f"optimizer={type(optimizer).__name__}: its step is captured into a CUDA graph, whose replays run no "
                 "hooks, so masks would not be applied. Leave the optimizer step out of the graph."
@@ -155,7 +156,8 @@ class Updates:
             self._version = self._read_version()
             return
         self._stepped[id(optimizer)] += 1
-        self._run.backend.optimizers.used = True
+        if not self._run.backend.optimizers.used:
+            self._run.backend.optimizers.used = True
         place = self._place()
         if rules.needs_gradient(self._run.config, place.phase(self._run.schedule), place.step + 1):
             self._run.mask_state.copy_gradients(optimizer)

@@ -16,26 +16,25 @@ _VERSION = attrgetter("_version")
 
 
 class Watched:
-    """Tensors that hold weights, with PyTorch's count of in-place changes and the address of each when it was marked.
+    """Tensors that hold weights, with PyTorch's count of in-place changes and the address of each.
 
     PyTorch does not count changes through a parameter's `data`, nor those by CUDA graphs.
     """
 
     def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
         self._locals = locals_of(tensors)
+        self._addresses = list(map(Tensor.data_ptr, self._locals()))
         self.mark()
 
     def mark(self) -> None:
-        """Remembers the tensors as they are now."""
-        self._marks = self._read()
+        """Remembers the tensors as they are now; the addresses are those that `changed` saw last."""
+        self._versions = list(map(_VERSION, self._locals()))
 
     def changed(self) -> bool:
-        """True if some tensor may have changed since `mark`."""
-        return self._read() != self._marks
-
-    def _read(self) -> tuple[list[int], list[int]]:
+        """True if some tensor may have changed since `mark`, or was moved since the last call."""
         tensors = self._locals()
-        return list(map(_VERSION, tensors)), list(map(Tensor.data_ptr, tensors))
+        before, self._addresses = self._addresses, list(map(Tensor.data_ptr, tensors))
+        return before != self._addresses or list(map(_VERSION, tensors)) != self._versions
 
 
 class Parts:

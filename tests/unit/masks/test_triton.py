@@ -93,6 +93,64 @@ assert all(torch.equal(found[name], tensor) for name, tensor in expected.items()
 assert any((tensor == 0).any() for tensor in expected.values())
 """
 
+COUNTED = """
+import warnings
+import torch
+from gap_ds.masks import selection, tally, triton as kernels
+from gap_ds.masks.box import Box
+from gap_ds.masks.tally import Part, Tally
+
+kernels._ROUNDS = 2  # the interpreter takes its time
+block, program = kernels._COUNTED, kernels._COUNTED * kernels._ROUNDS
+generator = torch.Generator().manual_seed(0)
+
+
+def some(n, dtype):
+    weights = (torch.randn(n, generator=generator) * 10.0 ** torch.randint(-6, 3, (n,), generator=generator)).to(dtype)
+    weights[::50], weights[1::50], weights[2::50], weights[3::50] = float("nan"), float("inf"), 0.0, -0.0
+    return weights
+
+
+def counts(way, parts, shift, bins, size):
+    found = torch.zeros(size + 1, dtype=torch.int64)
+    way(found, parts, shift, bins)
+    return found[:-1]
+
+
+# Programs that are full and not, pieces that are empty, several in one budget; -1: where the threshold of none lies.
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    pieces = [some(n, dtype)[i % 3 :] for i, n in enumerate((5, 0, 1, block + 7, program + 3))]
+    keys = [selection.ByPyTorch().magnitude_keys(piece.float()) for piece in pieces]
+    some_key = int(keys[-1].median())
+    for shift, bins in selection.PASSES[31]:
+        prefix = (some_key >> shift) // bins
+        parts = [Part(p, i // 2 * bins, prefix, 3 * bins + i) for i, p in enumerate(pieces)]
+        parts += [Part(k, i // 2 * bins, prefix) for i, k in enumerate(keys)]
+        found = counts(kernels.count_keys, parts, shift, bins, 3 * bins + 5)
+        assert torch.equal(found, counts(tally.count_by_pytorch, parts, shift, bins, 3 * bins + 5))
+        with_prefix = sum(int(((k >> shift).div(bins, rounding_mode="floor") == prefix).sum()) for k in keys)
+        assert int(found[: 3 * bins].sum()) == 2 * with_prefix
+
+# It passes the check before its first use, and a selection gives the same masks with it.
+warnings.simplefilter("error")
+assert tally.kernel(torch.device("cpu")) is kernels.count_keys
+weights = [torch.randn(n, generator=generator).round(decimals=1) for n in (700, 3, 5_000)]
+
+
+def pieces():
+    return [
+        selection.Piece(str(i), Box.span(0, len(w), len(w)), selection.magnitude_keys(w), i // 2)
+        for i, w in enumerate(weights)
+    ]
+
+
+expected = selection.select_largest(pieces(), [99, 3000], selection.Single())
+tally._way = lambda device: kernels.count_keys
+selection._is_host = lambda device: False
+found = selection.select_largest(pieces(), [99, 3000], selection.Single())
+assert all(torch.equal(a, b) for a, b in zip(found, expected))
+"""
+
 # Without a GPU triton compiles, too; only a launch needs the driver.
 COMPILED = """
 import pathlib, re, subprocess, tempfile
@@ -100,7 +158,7 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from gap_ds.masks import triton as kernels
+from gap_ds.masks import selection, triton as kernels
 
 arguments = {"table": "*i64", "pieces": "i32", "halvings": "i32", "word": "constexpr", "block": "constexpr"}
 targets = [GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)] + [GPUTarget("hip", "gfx942", 64)]
@@ -118,18 +176,38 @@ def usage(target, asm):
     return [int(re.search(rf"{field}:(\\d+)", shown)[1]) for field in ("REG", "SHARED", "LOCAL")]
 
 
+def compiled(kernel, arguments, constants, target, warps):
+    made = triton.compile(ASTSource(kernel, arguments, constants), target=target, options={"num_warps": warps})
+    registers, shared, spilled = usage(target, made.asm)
+    assert spilled == 0
+    shared = max(shared, made.metadata.shared)
+    print(target.backend, target.arch, kernel.__name__, *constants.values(), registers, shared)
+    return registers, shared
+
+
 for word, target in [(word, targets[0]) for word in kernels._WORD.values()] + [(tl.int32, t) for t in targets[1:]]:
-    source = ASTSource(kernels._store_zeros, arguments, {(3,): word, (4,): kernels._BLOCK})
-    compiled = triton.compile(source, target=target)
-    registers, shared, spilled = usage(target, compiled.asm)
-    print(target.backend, target.arch, word, registers, shared, spilled)
+    registers, shared = compiled(kernels._store_zeros, arguments, {(3,): word, (4,): kernels._BLOCK}, target, 4)
     # Half of the threads that a processor can hold are there at once with 64 registers each.
-    assert registers <= 64 and shared == spilled == 0
+    assert registers <= 64 and shared == 0
+
+arguments = {"table": "*i64", "counts": "*i64", "pieces": "i32", "halvings": "i32"}
+arguments |= dict.fromkeys(("value", "shift", "bins", "block", "rounds"), "constexpr")
+first, second, _ = selection.PASSES[31]
+cases = [(tl.float32, *first, target) for target in targets] + [(tl.float32, *second, targets[0])]
+for value, shift, bins, target in [*cases, (tl.bfloat16, *first, targets[0]), (tl.int32, *first, targets[0])]:
+    constants = {(4,): value, (5,): shift, (6,): bins, (7,): kernels._COUNTED, (8,): kernels._ROUNDS}
+    registers, shared = compiled(kernels._count_keys, arguments, constants, target, kernels._WARPS)
+    # One program of 16 warps fits a processor; its histogram lies in shared memory while the warps meet.
+    assert registers <= 128 and shared <= 4 * bins
 """
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton: pip install 'gap_ds[kernels]'")
-@pytest.mark.parametrize(("code", "interpret"), [(INTERPRETED, "1"), (COMPILED, "0")], ids=["interpreted", "compiled"])
+@pytest.mark.parametrize(
+    ("code", "interpret"),
+    [(INTERPRETED, "1"), (COUNTED, "1"), (COMPILED, "0")],
+    ids=["interpreted", "counting_interpreted", "compiled"],
+)
 def test_the_kernel(code: str, interpret: str, tmp_path: Path) -> None:
     environment = os.environ | {
         "TRITON_INTERPRET": interpret,
