@@ -71,7 +71,7 @@ class Transfers(TorchDispatchMode):
         name = func.overloadpacket.__name__
         sources = [t for t in args if isinstance(t, Tensor) and t.device.type == "standin"]
         to_host = isinstance(found, Tensor) and found.device.type == "cpu"
-        if name in ("_local_scalar_dense", "nonzero") or (sources and to_host):
+        if sources and (to_host or name in ("_local_scalar_dense", "nonzero")):
             self.reads[name] += 1
         return found
 
