@@ -61,14 +61,14 @@ def _store_zeros(
     tl.store(words + at, tl.zeros([block], word), mask=pruned)
 
 
-@triton.jit(do_not_specialize=["pieces", "halvings"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["pieces", "halvings", "shift"])  # type: ignore[untyped-decorator]
 def _count_keys(
     table: tl.tensor,
     counts: tl.tensor,
     pieces: tl.tensor,
     halvings: tl.tensor,
+    shift: tl.tensor,
     value: tl.constexpr,
-    shift: tl.constexpr,
     bins: tl.constexpr,
     block: tl.constexpr,
     rounds: tl.constexpr,
@@ -152,8 +152,8 @@ def count_keys(counts: Tensor, parts: Sequence[Part], shift: int, bins: int) -> 
                     counts,
                     len(rows),
                     (len(rows) - 1).bit_length(),
+                    shift,
                     value=_VALUE[dtype],
-                    shift=shift,
                     bins=bins,
                     block=_COUNTED,
                     rounds=_ROUNDS,

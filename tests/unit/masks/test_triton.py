@@ -190,12 +190,12 @@ for word, target in [(word, targets[0]) for word in kernels._WORD.values()] + [(
     # Half of the threads that a processor can hold are there at once with 64 registers each.
     assert registers <= 64 and shared == 0
 
-arguments = {"table": "*i64", "counts": "*i64", "pieces": "i32", "halvings": "i32"}
-arguments |= dict.fromkeys(("value", "shift", "bins", "block", "rounds"), "constexpr")
-first, second, _ = selection.PASSES[31]
-cases = [(tl.float32, *first, target) for target in targets] + [(tl.float32, *second, targets[0])]
-for value, shift, bins, target in [*cases, (tl.bfloat16, *first, targets[0]), (tl.int32, *first, targets[0])]:
-    constants = {(4,): value, (5,): shift, (6,): bins, (7,): kernels._COUNTED, (8,): kernels._ROUNDS}
+arguments = {"table": "*i64", "counts": "*i64", "pieces": "i32", "halvings": "i32", "shift": "i32"}
+arguments |= dict.fromkeys(("value", "bins", "block", "rounds"), "constexpr")
+most, fewer = (bins for _, bins in selection.PASSES[31][:2])
+cases = [(tl.float32, most, target) for target in targets] + [(tl.float32, fewer, targets[0])]
+for value, bins, target in [*cases, (tl.bfloat16, most, targets[0]), (tl.int32, most, targets[0])]:
+    constants = {(5,): value, (6,): bins, (7,): kernels._COUNTED, (8,): kernels._ROUNDS}
     registers, shared = compiled(kernels._count_keys, arguments, constants, target, kernels._WARPS)
     # One program of 16 warps fits a processor; its histogram lies in shared memory while the warps meet.
     assert registers <= 128 and shared <= 4 * bins

@@ -9,6 +9,7 @@ are. The extension is built in the folder BUILD, files are written in OUT.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections import Counter
 from pathlib import Path
@@ -59,6 +60,16 @@ class Model(nn.Module):
         return x
 
 
+class Stream:
+    """The one stream of a device whose work is done when it is launched."""
+
+    def synchronize(self) -> None:
+        pass
+
+    def wait_stream(self, other: Stream) -> None:
+        pass
+
+
 class Transfers(TorchDispatchMode):
     """Counts reads of the device by the host."""
 
@@ -92,6 +103,8 @@ def device() -> torch.device:
         get_rng_state=lambda device=None: torch.zeros(0, dtype=torch.uint8),
         set_rng_state=lambda state, device=None: None,
         synchronize=lambda device=None: None,
+        current_stream=lambda device=None: Stream(),
+        stream=lambda stream: contextlib.nullcontext(),
         get_amp_supported_dtype=lambda: [torch.bfloat16],
     )
     torch._register_device_module("standin", module)
