@@ -113,7 +113,7 @@ def boundary(args: argparse.Namespace) -> list[dict[str, Any]]:
     parts, whole = Parts(), 0.0
     with patched(
         (selection, "_histogram", parts.of("histograms of the keys", selection._histogram)),
-        (selection, "_mask", parts.of("masks from the threshold", selection._mask)),
+        (selection.Decision, "mask", parts.of("masks from the threshold", selection.Decision.mask)),
         (MaskState, "_forget_moments", parts.of("moments of grown weights", MaskState._forget_moments)),
         (MaskState, "_mask", parts.of("zeroing the pruned weights", MaskState._mask)),
         (consistency, "check_position", parts.of("ranks agree on the place", consistency.check_position)),

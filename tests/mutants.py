@@ -106,7 +106,7 @@ FAULTS = {
         (UPDATES + "test_a_moving_mask_changes_at_its_updates_alone_and_what_comes_is_new",),
     ),
     "change_in_place_overlooked": Fault(
-        "None if self._changed() else part",
+        "None if self._watched.changed() else part",
         "part",
         (BETWEEN + "test_a_change_in_place_is_found_at_the_next_update",),
     ),

@@ -2,10 +2,12 @@
 
     bitmask    packs, counts and applies masks; read it first
     selection  exact top-k over shards, for all budgets of a boundary at once
+    passes     what it does to a chunk of weights: loops in C, else PyTorch
+    tally      its counts on an accelerator
     codec      bits and kept values of a tensor in a file
     legality   checks that weights or masks follow a pattern
     cpu, cpu.c loops in C for CPUs, compiled once and kept in the user's cache
-    triton     the kernel for GPUs
+    triton     the kernels for GPUs
 
 Everything works on local pieces. torch.distributed, plans and schedules do not belong here: a selection gets the sum
 over the ranks as an argument.

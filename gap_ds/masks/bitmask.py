@@ -12,7 +12,7 @@ import importlib.util
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -27,14 +27,29 @@ if TYPE_CHECKING:
 #: Bytes of weights that NumPy masks at a time. Their expanded mask of 1 MiB stays in the caches; smaller blocks are
 #: slower, because memory is read fastest in long stretches.
 _CPU_BLOCK = 1 << 20
-#: Words of a piece on a CPU from which on the loops in C are used: smaller ones are not worth loading them.
-COMPILED = 1 << 16
+#: Words, or pieces, on a CPU from which on the loops in C are used: fewer are not worth loading them.
+COMPILED, _COMPILED_PIECES = 1 << 16, 64
 #: Mask bytes that PyTorch handles at a time on an accelerator: larger blocks amortise the launches; the scratch memory
 #: is eight words and an index per mask byte.
 _DEVICE_BLOCK = 1 << 22
 
-#: Sets the pruned words of (piece (N,), mask) pairs to 0; all pieces are on one device and have one word size.
-Way: TypeAlias = Callable[[Sequence[tuple[Tensor, Tensor]]], None]
+#: (words (N,) or weights (N,), their mask) pairs.
+Pieces: TypeAlias = Sequence[tuple[Tensor, Tensor]]
+
+
+class Masking(NamedTuple):
+    """A call that sets the pruned words of some pieces to 0.
+
+    lasting: True if it can be called again and again for as long as words and bits stay where they are, and may be
+    kept: it has addresses and holds no tensors, or those of so few words that it does not matter.
+    """
+
+    run: Callable[[], None]
+    lasting: bool
+
+
+#: Prepares the masking of pieces on one device.
+Way: TypeAlias = Callable[[Pieces], Masking]
 
 
 def nbytes(numel: int) -> int:
@@ -137,17 +152,39 @@ def count_revived(piece: Tensor, bits: Tensor) -> int:
 
 def count_revived_all(pieces: Iterable[tuple[Tensor, Tensor]]) -> list[int]:
     """Return `count_revived` of many pieces, each with its mask. The host waits once for the device."""
-    counts = [_count_revived(piece, bits) for piece, bits in pieces]
+    listed = list(pieces)
+    host = [e for e, (piece, _) in enumerate(listed) if _is_host(piece)]
+    found: dict[int, int | Tensor] = {}
+    if (count_all := _counting([listed[e] for e in host])) is not None:
+        found.update(zip(host, count_all(), strict=True))
+    counts = [found[e] if e in found else _count_revived(*piece) for e, piece in enumerate(listed)]
     if waiting := [count for count in counts if isinstance(count, Tensor)]:
         read = iter(torch.stack(waiting).tolist())
         return [next(read) if isinstance(count, Tensor) else count for count in counts]
     return [int(count) for count in counts]
 
 
+def count_revived_later(pieces: Sequence[tuple[Tensor, Tensor]]) -> Callable[[], int] | None:
+    """Return the sum of `count_revived_all` of these pieces as a call; None if that would hold their memory or wait.
+
+    The call is valid for as long as all weights and bits stay where they are.
+    """
+    if not all(_is_host(piece) and bits.device == piece.device for piece, bits in pieces):
+        return None
+    if (count_all := _counting(pieces)) is not None:
+        return lambda: sum(count_all())
+    return (lambda: sum(count_revived_all(pieces))) if _few(pieces) else None
+
+
+def _counting(pieces: Pieces) -> Callable[[], Sequence[int]] | None:
+    """Counts of the revived weights of pieces on the host as a call, if the loops in C are used for them."""
+    words = [(piece.view(_WORD[piece.element_size()]), bits) for piece, bits in pieces]
+    loops = _loops(words)
+    return None if loops is None else loops.count_revived_all(words)
+
+
 def _count_revived(piece: Tensor, bits: Tensor) -> int | Tensor:
-    on_cpu, words = piece.device.type == "cpu", _WORD.get(piece.element_size())
-    if on_cpu and words and piece.numel() >= COMPILED and (loops := cpu.library()) is not None:
-        return loops.count_revived(piece.view(words), bits)
+    on_cpu = piece.device.type == "cpu"
     found: int | Tensor = 0 if on_cpu else torch.zeros((), dtype=torch.int64, device=piece.device)
     for lo in range(0, piece.numel(), 8 * _CPU_BLOCK):
         part = piece[lo : lo + 8 * _CPU_BLOCK]
@@ -170,43 +207,81 @@ def zero_pruned_all_(pieces: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Apply `zero_pruned_` to many pieces, each with its mask.
 
     On a CPU a mask is expanded into words of all ones or all zeros, which are combined with the weights by a bitwise
-    and: in registers if there is a compiler (`cpu`), otherwise block by block in the cache. On a GPU with triton one
-    kernel for all pieces writes the zeros and touches nothing else (`triton`). The host never waits for the device,
-    except at the first call, which tests the kernel.
+    and: in registers, by one call for all pieces, if there is a compiler (`cpu`), otherwise block by block in the
+    cache. On a GPU with triton one kernel for all pieces writes the zeros and touches nothing else (`triton`). The host
+    never waits for the device, except at the first call, which tests the kernel.
     """
-    alike: dict[tuple[torch.device, int], list[tuple[Tensor, Tensor]]] = {}
+    for masking in _maskings(pieces):
+        masking.run()
+
+
+def zero_pruned_later(pieces: Iterable[tuple[Tensor, Tensor]]) -> Callable[[], None] | None:
+    """Return `zero_pruned_all_` of these pieces as a call without arguments, or None if it would hold their memory.
+
+    The call is valid for as long as all weights and bits stay where they are.
+    """
+    maskings = _maskings(pieces)
+    if not all(masking.lasting for masking in maskings):
+        return None
+    runs = [masking.run for masking in maskings]
+
+    def run() -> None:
+        for each in runs:
+            each()
+
+    return runs[0] if len(runs) == 1 else run
+
+
+def _maskings(pieces: Iterable[tuple[Tensor, Tensor]]) -> list[Masking]:
+    """The masking of all pieces: one for each way, of which a GPU has one for each size of words."""
+    alike: dict[Way, list[tuple[Tensor, Tensor]]] = {}
     for piece, bits in pieces:
         assert piece.dim() == 1 and piece.is_contiguous() and piece.device == bits.device
         assert bits.numel() == nbytes(piece.numel())
         words = piece.view(_WORD[piece.element_size()])
-        alike.setdefault((piece.device, piece.element_size()), []).append((words, bits))
-    for (device, element_size), group in alike.items():
-        _way(device, element_size)(group)
+        alike.setdefault(_way(piece.device, piece.element_size()), []).append((words, bits))
+    return [way(group) for way, group in alike.items()]
 
 
 @functools.cache
 def _way(device: torch.device, element_size: int) -> Way:
     """The implementation for words of this size on this device. All give the same bits."""
     if device.type == "cpu":
-        return _one_by_one(_on_cpu)
+        return _on_cpu
     if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
-        return _kernel(device, element_size) or _one_by_one(_by_pytorch)
-    return _one_by_one(_by_pytorch)
+        return _kernel(device, element_size) or _by_pytorch_all
+    return _by_pytorch_all
 
 
-def _one_by_one(zero: Callable[[Tensor, Tensor], None]) -> Way:
-    def zero_all(pieces: Sequence[tuple[Tensor, Tensor]]) -> None:
-        for words, bits in pieces:
-            zero(words, bits)
-
-    return zero_all
+def _is_host(piece: Tensor) -> bool:
+    """True for a piece whose words the loops in C can read."""
+    return piece.device.type == "cpu" and piece.element_size() in _WORD
 
 
-def _on_cpu(words: Tensor, bits: Tensor) -> None:
-    if words.numel() >= COMPILED and (loops := cpu.library()) is not None:
-        loops.zero_pruned_(words, bits)
-    else:
-        _by_numpy(words, bits)
+def _loops(pieces: Pieces) -> cpu.Library | None:
+    """The loops in C if they are loaded, or worth it for these pieces, and can be."""
+    if len(pieces) < _COMPILED_PIECES and _few(pieces) and not cpu.library.cache_info().currsize:
+        return None
+    return cpu.library()
+
+
+def _few(pieces: Pieces) -> bool:
+    return sum(words.numel() for words, _ in pieces) < COMPILED
+
+
+def _on_cpu(pieces: Pieces) -> Masking:
+    if (loops := _loops(pieces)) is not None:
+        return Masking(loops.zero_pruned_all(pieces), lasting=True)
+    return Masking(lambda: _one_by_one(_by_numpy, pieces), lasting=_few(pieces))
+
+
+def _by_pytorch_all(pieces: Pieces) -> Masking:
+    return Masking(lambda: _one_by_one(_by_pytorch, pieces), lasting=_few(pieces))
+
+
+def _one_by_one(zero: Callable[[Tensor, Tensor], None], pieces: Pieces) -> None:
+    for words, bits in pieces:
+        zero(words, bits)
 
 
 def _by_numpy(words: Tensor, bits: Tensor) -> None:
@@ -248,14 +323,14 @@ def _kernel(device: torch.device, element_size: int) -> Way | None:
         expected = words.clone()
         for part, mask in zip(parts, bits, strict=True):
             _by_pytorch(expected[part], mask)
-        way: Way = kernels.zero_pruned_
-        way([(words[part], mask) for part, mask in zip(parts, bits, strict=True)])
+        way: Callable[[Pieces], Callable[[], None]] = kernels.zero_pruned_all
+        way([(words[part], mask) for part, mask in zip(parts, bits, strict=True)])()
         if not torch.equal(words, expected):
             raise RuntimeError("its results differ from PyTorch's")
     except Exception as error:  # compilers fail in many ways, and PyTorch can take over
         warnings.warn(f"triton's kernel is not used on {device}: {type(error).__name__}: {error}", stacklevel=2)
         return None
-    return way
+    return lambda pieces: Masking(way(pieces), lasting=True)
 
 
 class _Scratch(threading.local):

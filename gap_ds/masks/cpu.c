@@ -5,6 +5,19 @@
 
 /* -- masks: words whose bit is 0 become 0, in place ---------------------------------------------------------------- */
 
+/* Many pieces are a table with four numbers for each: address of the words, address of their bits, number of words, and
+   bytes of a word (2, 4 or 8). */
+#define OVER_PIECES(CALL)                                                                                             \
+    for (int64_t i = 0; i < pieces; i++, table += 4) {                                                                \
+        void *words = (void *)(intptr_t)table[0];                                                                     \
+        const uint8_t *mask = (const uint8_t *)(intptr_t)table[1];                                                    \
+        switch (table[3]) {                                                                                           \
+        case 2: CALL(16); break;                                                                                      \
+        case 4: CALL(32); break;                                                                                      \
+        case 8: CALL(64); break;                                                                                      \
+        }                                                                                                             \
+    }
+
 /* Eight weights share a byte of the mask, so eight words are combined with eight bits at once, and two cache lines of
    words in a round, which asks for those that come AHEAD words later. Asking past the end is harmless. */
 #define AHEAD 1024
@@ -15,7 +28,7 @@
 
 #define ZERO_PRUNED(BITS)                                                                                             \
     typedef uint##BITS##_t words##BITS __attribute__((vector_size(BITS), aligned(BITS / 8), may_alias));              \
-    void zero_pruned_##BITS(uint##BITS##_t *words, const uint8_t *mask, int64_t count) {                              \
+    static void zero_pruned_##BITS(uint##BITS##_t *words, const uint8_t *mask, int64_t count) {                       \
         const words##BITS bits = {1, 2, 4, 8, 16, 32, 64, 128};                                                       \
         int64_t from = 0;                                                                                             \
         for (; from + EIGHTS(BITS) <= count / 8; from += EIGHTS(BITS)) {                                              \
@@ -33,10 +46,15 @@ ZERO_PRUNED(16)
 ZERO_PRUNED(32)
 ZERO_PRUNED(64)
 
+void zero_pruned(const int64_t *table, int64_t pieces) {
+#define ZERO(BITS) zero_pruned_##BITS(words, mask, table[2])
+    OVER_PIECES(ZERO)
+}
+
 /* Counts the floating-point words other than 0 and -0 whose bit is 0. There should be none, so one pass combines all of
    them by a bitwise or, without their signs, and they are counted only if that is not 0. */
 #define COUNT_REVIVED(BITS)                                                                                           \
-    int64_t count_revived_##BITS(const uint##BITS##_t *words, const uint8_t *mask, int64_t count) {                   \
+    static int64_t count_revived_##BITS(const uint##BITS##_t *words, const uint8_t *mask, int64_t count) {            \
         const words##BITS bits = {1, 2, 4, 8, 16, 32, 64, 128};                                                       \
         words##BITS eight = {0};                                                                                      \
         int64_t from = 0;                                                                                             \
@@ -57,6 +75,12 @@ ZERO_PRUNED(64)
 COUNT_REVIVED(16)
 COUNT_REVIVED(32)
 COUNT_REVIVED(64)
+
+/* found: one number for each piece. */
+void count_revived(const int64_t *table, int64_t pieces, int64_t *found) {
+#define COUNT(BITS) found[i] = count_revived_##BITS(words, mask, table[2])
+    OVER_PIECES(COUNT)
+}
 
 /* -- selection: passes over the keys of a piece's weights ---------------------------------------------------------- */
 

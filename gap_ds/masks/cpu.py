@@ -22,16 +22,19 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gap_ds.storage import atomic
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 SOURCE = Path(__file__).with_name("cpu.c")
 #: Rows of activations are multiplied in blocks, so that each weight is read once for a block and x^T stays in a near
@@ -119,10 +122,8 @@ class Library:
             found.argtypes, found.restype = arguments, result
             return cast("Callable[..., Any]", found)
 
-        self._zero_pruned = {n: loop(f"zero_pruned_{8 * n}", pointer, pointer, number) for n in (2, 4, 8)}
-        self._count_revived = {
-            n: loop(f"count_revived_{8 * n}", pointer, pointer, number, result=number) for n in (2, 4, 8)
-        }
+        self._zero_pruned = loop("zero_pruned", pointer, number)
+        self._count_revived = loop("count_revived", pointer, number, pointer)
         self._magnitude_keys = loop("magnitude_keys", pointer, number, pointer)
         self._count_keys = loop("count_keys", pointer, number, number, number, pointer)
         self._keys_with = loop("keys_with", pointer, number, number, number, pointer, result=number)
@@ -131,13 +132,34 @@ class Library:
         self._multiply = loop("multiply", *[pointer] * 5, *[number] * 4, pointer, number)
         self._scratch = threading.local()
 
+    def zero_pruned_all(self, pieces: Sequence[tuple[Tensor, Tensor]]) -> Callable[[], None]:
+        """Returns a call that sets the words of these pieces to 0 where their bit is 0. It holds no tensors.
+
+        It is for as long as words and bits stay where they are.
+
+        Args:
+            pieces: words (N,) of 2, 4 or 8 bytes, and bits as `bitmask.pack` returns them.
+        """
+        table = _Table(pieces)
+        return lambda: table.over(self._zero_pruned)
+
     def zero_pruned_(self, words: Tensor, bits: Tensor) -> None:
         """Sets words (N,) of 2, 4 or 8 bytes to 0 where the bit is 0. bits: as `bitmask.pack` returns them."""
-        _over_words(self._zero_pruned, words, bits)
+        self.zero_pruned_all([(words, bits)])()
 
-    def count_revived(self, words: Tensor, bits: Tensor) -> int:
-        """Number of words (N,) of 2, 4 or 8 bytes that are no zero of either sign, and whose bit is 0."""
-        return sum(_over_words(self._count_revived, words, bits))
+    def count_revived_all(self, pieces: Sequence[tuple[Tensor, Tensor]]) -> Callable[[], list[int]]:
+        """Returns a call that counts, for each piece, the words that are no zero of either sign and whose bit is 0.
+
+        Pieces are as `zero_pruned_all` takes them, and the call is valid for as long as that one's.
+        """
+        table = _Table(pieces)
+        found, count = np.zeros(len(table.rows), np.int64), len(pieces)
+
+        def counts() -> list[int]:
+            table.over(self._count_revived, found)
+            return found.tolist() if len(found) == count else [int(n) for n in np.bincount(table.of, found, count)]
+
+        return counts
 
     def magnitude_keys(self, weights: Tensor) -> Tensor:
         """Keys (N,) int32 in the order of the magnitudes of fp32 weights (N,); -1 for a NaN."""
@@ -216,13 +238,47 @@ def _shares(count: int, threads: int) -> list[tuple[int, int]]:
     return [(low, min(low + step, count)) for low in range(0, count, step)]
 
 
-def _over_words(functions: Mapping[int, Callable[..., Any]], words: Tensor, bits: Tensor) -> list[Any]:
-    """Calls the function for words of this size on shares of the words with their bits; returns the results."""
-    size, first, mask = words.element_size(), words.data_ptr(), bits.data_ptr()
-    threads = _threads(words.numel())
-    shares = _shares(words.numel(), threads)
-    work = [(first + size * low, mask + low // 8, high - low) for low, high in shares]
-    return _call(functions[size], work, threads)
+class _Table:
+    """Pieces as the loops read them, int64 (P, 4), cut into shares of equally many words, one for each thread.
+
+    Columns: address of the words, address of the bits, number of words, bytes of a word. `of` has the number of the
+    piece that a row belongs to.
+    """
+
+    def __init__(self, pieces: Sequence[tuple[Tensor, Tensor]]) -> None:
+        total = sum(words.numel() for words, _ in pieces)
+        threads = _threads(total)
+        share = max(16, -(-total // (16 * threads)) * 16)
+        rows: list[tuple[int, int, int, int]] = []
+        of: list[int] = []
+        ends: list[int] = []
+        left = share
+        for number, (words, bits) in enumerate(pieces):
+            place, mask, size, count = words.data_ptr(), bits.data_ptr(), words.element_size(), words.numel()
+            low = 0
+            while low < count:
+                # A cut is a whole number of bytes of the mask.
+                high = min(count, low + max(16, left // 16 * 16)) if threads > 1 else count
+                rows.append((place + size * low, mask + low // 8, high - low, size))
+                of.append(number)
+                left, low = left - (high - low), high
+                if left < 16 and threads > 1:
+                    ends.append(len(rows))
+                    left = share
+        if not ends or ends[-1] < len(rows):
+            ends.append(len(rows))
+        self.rows, self.of = np.array(rows, np.int64).reshape(-1, 4), np.array(of, np.int64)
+        first = self.rows.ctypes.data
+        starts = [0, *ends[:-1]]
+        self._shares = [(start, first + 32 * start, end - start) for start, end in zip(starts, ends, strict=True)]
+
+    def over(self, function: Callable[..., Any], results: NDArray[np.int64] | None = None) -> None:
+        """Calls a loop on each share; results (P,): has a number for each row."""
+        if results is None:
+            work: list[tuple[int, ...]] = [(place, count) for _, place, count in self._shares]
+        else:
+            work = [(place, count, results.ctypes.data + 8 * start) for start, place, count in self._shares]
+        _call(function, work, len(work))
 
 
 def _call(function: Callable[..., Any], work: Sequence[tuple[int, ...]], threads: int) -> list[Any]:
@@ -251,7 +307,8 @@ def _check(made: Library) -> None:
         words = torch.arange(1, 158, dtype=dtype, device="cpu")
         words[0] = torch.iinfo(dtype).min  # the bits of -0
         expected = words * kept
-        if made.count_revived(words - expected, bits) != int((~kept[1:]).sum()) or made.count_revived(expected, bits):
+        pruned = words - expected
+        if made.count_revived_all([(pruned, bits), (expected, bits)])() != [int((~kept[1:]).sum()), 0]:
             raise RuntimeError(f"count_revived is wrong for words of {words.element_size()} bytes")
         made.zero_pruned_(words, bits)
         if not torch.equal(words, expected):

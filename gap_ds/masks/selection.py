@@ -17,14 +17,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from gap_ds.masks import bitmask, cpu
+from gap_ds.masks import bitmask
 from gap_ds.masks.box import Box
+from gap_ds.masks.passes import INFINITY, ByPyTorch, Passes, passes_for
+from gap_ds.masks.tally import Part, Tally
 
 #: Bits of a key counted by each pass, most significant first: (shift, bins); of 31-bit keys, and of 63-bit ones.
 PASSES = {
@@ -43,13 +45,14 @@ _FEW = 16
 
 #: Key of a NaN, which has no place in the order. Any such key stops the selection on all ranks.
 INVALID = -1
-#: Bits of infinity in fp32.
-_INFINITY = 0x7F800000
-
-
 #: (lo, hi) -> keys of the weights [lo, hi) of a piece, counted from its start: int32 in [0, 2^31), or INVALID; or int64
 #: in [0, 2^63).
 Keys = Callable[[int, int], Tensor]
+
+
+def _is_host(device: torch.device) -> bool:
+    """True where the host reads results without waiting."""
+    return device.type == "cpu"
 
 
 class Reduce(Protocol):
@@ -84,59 +87,30 @@ class Piece:
         """Weights of the piece."""
         return self.box.numel
 
+    @cached_property
+    def _none(self) -> Tensor:
+        return self.keys(0, 0)
+
     @property
     def device(self) -> torch.device:
         """The device of the keys."""
-        return self.keys(0, 0).device
+        return self._none.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the keys: int32, or int64 for keys of 63 bits."""
-        return self.keys(0, 0).dtype
+        return self._none.dtype
 
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
         """Yield (position in the piece, keys) by chunk. The length of every chunk but the last is a multiple of 8."""
-        size = _CHUNK if self.device.type == "cpu" else _DEVICE_CHUNK
+        size = _CHUNK if _is_host(self.device) else _DEVICE_CHUNK
         for lo in range(0, self.numel, size):
             yield lo, self.keys(lo, min(lo + size, self.numel))
 
     @property
     def passes(self) -> Passes:
         """The implementation of the passes for this piece."""
-        return _passes(self.device, self.numel) if self.dtype == torch.int32 else _ByPyTorch()
-
-
-class Passes(Protocol):
-    """Operations on a chunk of weights or keys, as documented in `gap_ds.masks.cpu.Library`."""
-
-    def magnitude_keys(self, weights: Tensor) -> Tensor: ...
-    def count_keys_(self, counts: Tensor, keys: Tensor, shift: int, base: int) -> None: ...
-    def keys_with(self, keys: Tensor, shift: int, prefix: int) -> Tensor: ...
-    def pack_above(self, keys: Tensor, limit: int) -> Tensor: ...
-
-
-class _ByPyTorch:
-    def magnitude_keys(self, weights: Tensor) -> Tensor:
-        magnitude = weights.abs().view(torch.int32)
-        # Only NaN lies above the bits of infinity; all ones is INVALID. masked_fill would take three times as long.
-        is_nan = (_INFINITY - magnitude).bitwise_right_shift_(31)
-        return magnitude.bitwise_or_(is_nan)
-
-    def count_keys_(self, counts: Tensor, keys: Tensor, shift: int, base: int) -> None:
-        counts += torch.bincount((keys >> shift).sub_(base), minlength=counts.numel())
-
-    def keys_with(self, keys: Tensor, shift: int, prefix: int) -> Tensor:
-        return keys.index_select(0, (keys >> shift == prefix).nonzero()[:, 0])
-
-    def pack_above(self, keys: Tensor, limit: int) -> Tensor:
-        return bitmask.pack(keys > limit)
-
-
-def _passes(device: torch.device, numel: int) -> Passes:
-    """The loops in C if they are available and the piece is large enough to load them; otherwise PyTorch."""
-    if device.type == "cpu" and numel >= bitmask.COMPILED and (loops := cpu.library()) is not None:
-        return loops
-    return _ByPyTorch()
+        return passes_for(self.device, self.numel) if self.dtype == torch.int32 else ByPyTorch()
 
 
 def magnitude_keys(weights: Tensor) -> Keys:
@@ -148,12 +122,21 @@ def magnitude_keys(weights: Tensor) -> Keys:
     >>> magnitude_keys(torch.tensor([0.0, -1.0, 1.0, float("nan")]))(0, 4).tolist()
     [0, 1065353216, 1065353216, -1]
     """
-    passes = _passes(weights.device, weights.numel())
+    return Magnitudes(weights)
 
-    def keys(lo: int, hi: int) -> Tensor:
-        return passes.magnitude_keys(weights[lo:hi].float().contiguous())
 
-    return keys
+@dataclass(frozen=True)
+class Magnitudes:
+    """Keys of the magnitudes of weights (N,)."""
+
+    weights: Tensor
+
+    def __call__(self, lo: int, hi: int) -> Tensor:
+        return self._passes.magnitude_keys(self.weights[lo:hi].float().contiguous())
+
+    @cached_property
+    def _passes(self) -> Passes:
+        return passes_for(self.weights.device, self.weights.numel())
 
 
 def only(keys: Keys, among: Tensor) -> Keys:
@@ -182,7 +165,7 @@ def first(keys: Keys, among: Tensor, by_magnitude: bool) -> Keys:
     >>> first(magnitude_keys(torch.tensor([3.0, 0.0, 1.0])), among, True)(0, 3).view(torch.float32).tolist()
     [3.0, inf, 1.0]
     """
-    top = _INFINITY if by_magnitude else 2**31 - 1
+    top = INFINITY if by_magnitude else 2**31 - 1
 
     def chosen(lo: int, hi: int) -> Tensor:
         found = keys(lo, hi).clamp(max=top - 1)
@@ -317,28 +300,52 @@ def _histogram(
     The first pass appends the invalid keys of each entry as further rows, so that one reduction informs all ranks.
     """
     rows = torch.zeros(budgets + (-(-len(pieces) // bins) if first else 0), bins, dtype=torch.int64)
-    invalid = rows[budgets:].view(-1)
+    flat, invalid = rows.view(-1), budgets * bins
+    tallies: dict[torch.device, Tally] = {}
+    at_once: dict[torch.device, list[Part]] = {}
     for e, piece in enumerate(pieces):
         if not piece.counted:
             continue
-        passes, before = piece.passes, int(prefix[piece.budget])
-        counts = torch.zeros(1 + bins, dtype=torch.int64, device=piece.device)
-        # One block for all: small tensors kept between the large ones of each chunk would fragment the heap.
-        found = torch.empty(0 if first else piece.numel // _FEW, dtype=piece.dtype, device=piece.device)
-        seen = 0
-        for keys in candidates[e]():
-            if not first:
-                keys = passes.keys_with(keys, shift + bins.bit_length() - 1, before)
-            if (seen := seen + keys.numel()) <= found.numel():
-                found[seen - keys.numel() : seen] = keys
-            # Invalid keys, which only the first pass meets, are counted in the bin below bin 0.
-            passes.count_keys_(counts, keys, shift, before * bins - 1)
-        if seen <= found.numel():
-            candidates[e] = partial(iter, torch.split(found[:seen].clone(), _CHUNK))
-        rows[piece.budget] += counts[1:].cpu()
-        if first:
-            invalid[e] = counts[0]
+        before = int(prefix[piece.budget])
+        if _is_host(piece.device):
+            counts = _counted(piece, candidates, e, before, shift, bins, first)
+            rows[piece.budget] += counts[1:]
+            if first:
+                flat[invalid + e] = counts[0]
+            continue
+        # Nothing is narrowed here: to find candidates the host would have to wait for the device.
+        part = partial(Part, base=piece.budget * bins, prefix=before, invalid=invalid + e if first else None)
+        counted = tallies.setdefault(piece.device, Tally(flat.numel(), piece.device))
+        if isinstance(piece.keys, Magnitudes):
+            at_once.setdefault(piece.device, []).append(part(piece.keys.weights.contiguous()))
+        else:
+            for _, keys in piece.chunks():
+                counted.count([part(keys)], shift, bins)
+    for device, counted in tallies.items():
+        counted.count(at_once.get(device, []), shift, bins)
+        flat += counted.read()
     return rows
+
+
+def _counted(
+    piece: Piece, candidates: list[_Candidates], e: int, before: int, shift: int, bins: int, first: bool
+) -> Tensor:
+    """Counts (1 + bins,) of the candidates of a piece on the host; the first is that of invalid keys."""
+    passes = piece.passes
+    counts = torch.zeros(1 + bins, dtype=torch.int64, device=piece.device)
+    # One block for all: small tensors kept between the large ones of each chunk would fragment the heap.
+    found = torch.empty(0 if first else piece.numel // _FEW, dtype=piece.dtype, device=piece.device)
+    seen = 0
+    for keys in candidates[e]():
+        if not first:
+            keys = passes.keys_with(keys, shift + bins.bit_length() - 1, before)
+        if (seen := seen + keys.numel()) <= found.numel():
+            found[seen - keys.numel() : seen] = keys
+        # Invalid keys, which only the first pass meets, are counted in the bin below bin 0.
+        passes.count_keys_(counts, keys, shift, before * bins - 1)
+    if seen <= found.numel():
+        candidates[e] = partial(iter, torch.split(found[:seen].clone(), _CHUNK))
+    return counts
 
 
 def _check(pieces: Sequence[Piece], counts: Tensor, keep: Tensor, reduce: Reduce) -> None:
@@ -363,7 +370,7 @@ def _tie_ends(pieces: Sequence[Piece], threshold: Tensor, need: Tensor, reduce: 
     Returns:
         For each entry the flat index before which ties are kept: 0 keeps none, None keeps all.
     """
-    own = torch.tensor([_tied(piece, int(threshold[piece.budget])) for piece in pieces], dtype=torch.int64)
+    own = _on_host([_tied(piece, int(threshold[piece.budget])) for piece in pieces])
     total, left, wanted = reduce.sum(own), need.tolist(), torch.zeros_like(own)
     for e, (piece, n) in enumerate(zip(pieces, total.tolist(), strict=True)):
         wanted[e] = min(n, left[piece.budget])
@@ -377,10 +384,14 @@ def _tie_ends(pieces: Sequence[Piece], threshold: Tensor, need: Tensor, reduce: 
     bits = max((pieces[e].box.total - 1).bit_length() for e in cut)
     for shift in range((bits - 1) // _INDEX_BITS * _INDEX_BITS, -1, -_INDEX_BITS):
         rows = torch.zeros(len(cut), bins, dtype=torch.int64)
-        for row, e, before in zip(rows, cut, prefix.tolist(), strict=True):
-            for at in _tied_indices(pieces[e], int(threshold[pieces[e].budget])):
-                inside = at[at >> (shift + _INDEX_BITS) == before]
-                row += torch.bincount(inside >> shift & (bins - 1), minlength=bins).cpu()
+        tallies: dict[torch.device, Tally] = {}
+        for row, (e, before) in enumerate(zip(cut, prefix.tolist(), strict=True)):
+            for at, tied in _ties(pieces[e], int(threshold[pieces[e].budget])):
+                inside = tied & (at >> (shift + _INDEX_BITS) == before)
+                places = (at >> shift & (bins - 1)) + row * bins
+                tallies.setdefault(at.device, Tally(rows.numel(), at.device)).add(places, inside)
+        for counted in tallies.values():
+            rows.view(-1).add_(counted.read())
         counts = reduce.sum(rows)
         before_bin = counts.cumsum(1) - counts
         chosen = (before_bin < rest[:, None]).sum(1, keepdim=True) - 1
@@ -391,14 +402,31 @@ def _tie_ends(pieces: Sequence[Piece], threshold: Tensor, need: Tensor, reduce: 
     return ends
 
 
-def _tied(piece: Piece, threshold: int) -> int:
-    """Number of counted weights at the threshold."""
-    return sum(int((keys == threshold).count_nonzero()) for _, keys in piece.chunks()) if piece.counted else 0
+def _tied(piece: Piece, threshold: int) -> Tensor:
+    """Number of counted weights at the threshold, on the device of the keys."""
+    found = torch.zeros((), dtype=torch.int64, device=piece.device)
+    for _, keys in piece.chunks() if piece.counted else ():
+        found += (keys == threshold).count_nonzero()
+    return found
 
 
-def _tied_indices(piece: Piece, threshold: int) -> Iterator[Tensor]:
-    """Yields the flat indices of the counted weights at the threshold, by chunk."""
+def _on_host(numbers: Sequence[Tensor]) -> Tensor:
+    """Integers of several devices as one tensor; the host waits once for each device."""
+    found = torch.zeros(len(numbers), dtype=torch.int64)
+    for device in dict.fromkeys(number.device for number in numbers):
+        there = [i for i, number in enumerate(numbers) if number.device == device]
+        found[there] = torch.stack([numbers[i] for i in there]).cpu()
+    return found
+
+
+def _ties(piece: Piece, threshold: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields, by chunk, the flat indices of the counted weights, and which of them are at the threshold.
+
+    On the host those at the threshold alone: they are few, and to find them costs no waiting.
+    """
     for lo, keys in piece.chunks() if piece.counted else ():
         tied = keys == threshold
-        if bool(tied.any()):
-            yield piece.box.indices(lo, lo + keys.numel(), keys.device)[tied]
+        if _is_host(tied.device) and not bool(tied.any()):
+            continue
+        at = piece.box.indices(lo, lo + keys.numel(), keys.device)
+        yield (at[tied], tied[tied]) if _is_host(keys.device) else (at, tied)

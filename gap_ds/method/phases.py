@@ -8,6 +8,7 @@ phase, before the steps of its `updates`.
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -154,7 +155,11 @@ class Schedule:
         [0, 0, 1, 1, 1]
         """
         assert step >= 0
-        return self.phases[bisect.bisect_right([phase.first_step for phase in self.phases], step) - 1]
+        return self.phases[bisect.bisect_right(self._first_steps, step) - 1]
+
+    @functools.cached_property
+    def _first_steps(self) -> list[int]:
+        return [phase.first_step for phase in self.phases]
 
     def density_at(self, step: int, keep: Sequence[int], numel: Sequence[int]) -> float:
         """Density of all entries together in a step."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -91,7 +92,7 @@ class Optimizers(Sequence[torch.optim.Optimizer]):
         """Names of the moments that members may have."""
         return {name for optimizer in self for name in self._kinds(optimizer).moments}
 
-    @property
+    @functools.cached_property
     def has_sequences(self) -> bool:
         """True if a member keeps another sequence of the weights, which must be masked after each update, too."""
         return any(self._kinds(optimizer).sequences for optimizer in self)
@@ -148,7 +149,16 @@ class Optimizers(Sequence[torch.optim.Optimizer]):
 
     def sequences(self, shard: Shard) -> Iterator[Tensor]:
         """This rank's piece (numel,) of every other sequence of the weights; views."""
-        return (piece for name, piece, kinds in self._per_weight(shard) if name in kinds.sequences)
+        if not self.has_sequences or shard.numel == 0:
+            return iter(())
+        return (shard.of(tensor) for tensor in self.sequence_tensors(shard.owner()))
+
+    def sequence_tensors(self, owner: Tensor) -> list[Tensor]:
+        """Every other sequence of the weights in a tensor, laid out as it is."""
+        for optimizer in self if self.has_sequences else ():
+            if state := optimizer.state.get(owner):
+                return [state[name] for name in self._kinds(optimizer).sequences if _as_large(state.get(name), owner)]
+        return []
 
     def _per_weight(self, shard: Shard) -> Iterator[tuple[str, Tensor, Kinds]]:
         if shard.numel == 0:

@@ -193,7 +193,9 @@ class LossGuard:
         if policy not in ("stop", "skip"):
             raise ValueError(f'nonfinite_loss={policy!r}: must be "stop" or "skip".')
         self._policy, self._world, self._harmless = policy, world, harmless
-        self._seen: Tensor | None = None
+        #: On the device of the losses: 0, or NaN once one was not finite; and a 0 to multiply losses by.
+        self._sum: Tensor | None = None
+        self._zero: Tensor | None = None
         self._in_a_row = 0
         #: Whether the micro-batch at hand is left out.
         self.skipping = False
@@ -204,10 +206,10 @@ class LossGuard:
         """True if a micro-batch's loss may be propagated; with `skip` all ranks must call this."""
         if self._policy == "stop" and self._harmless:
             return True
-        bad = ~loss.detach().isfinite().all()
         if self._policy == "stop":
-            self._seen = bad if self._seen is None else self._seen | bad
+            self._add(loss.detach())
             return True
+        bad = ~loss.detach().isfinite().all()
         self.skipping = bool(self._world.sum(bad.to(torch.int64).view(1)).item())
         self._in_a_row = self._in_a_row + 1 if self.skipping else 0
         self.skipped += self.skipping
@@ -218,8 +220,19 @@ class LossGuard:
             )
         return not self.skipping
 
+    def _add(self, loss: Tensor) -> None:
+        """Notes a loss without allocating anything, and without waiting for the device."""
+        if self._sum is None or self._zero is None or self._sum.device != loss.device:
+            seen = self.take()
+            self._zero = torch.zeros((), device=loss.device)
+            self._sum = self._zero + float("nan") if seen else torch.zeros_like(self._zero)
+        # 0 times infinity or NaN is NaN, and any sum with it.
+        self._sum.addcmul_(loss if loss.dim() == 0 else (loss * self._zero).sum(), self._zero)
+
     def take(self) -> int:
         """1 if a loss on this rank since the last call was not finite and the policy is to stop, else 0."""
-        seen = 0 if self._seen is None else int(self._seen)
-        self._seen = None
+        if self._sum is None:
+            return 0
+        seen = int(self._sum.isnan())
+        self._sum.zero_()
         return seen

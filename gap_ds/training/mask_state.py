@@ -22,6 +22,7 @@ from gap_ds.method.plan import Entry, Plan
 from gap_ds.sharding.backends import Backend
 from gap_ds.sharding.comm import Comm, sum_of
 from gap_ds.sharding.shard import Shard, of_entries
+from gap_ds.training.piece_lists import PieceLists
 from gap_ds.training.regrowth import SECOND_MOMENTS, Young, mean_second_moments
 from gap_ds.training.selector import Selector
 
@@ -51,22 +52,17 @@ class MaskState:
         #: Grown weights whose first steps are scaled.
         self.young = Young(warmup, backend.optimizers)
         self._plan, self._config, self._backend = plan, config, backend
+        self._lists = PieceLists(self.shards.values(), backend.optimizers)
 
     # -- after every optimizer step --------------------------------------------------------------------------------
 
-    @torch.no_grad()  # else each look at a DTensor takes four times as long
-    def zero_pruned(self, optimizer: torch.optim.Optimizer) -> set[str]:
+    def zero_pruned(self, optimizer: torch.optim.Optimizer) -> Sequence[str]:
         """Zeroes the pruned weights that an optimizer step has just changed; returns the names of their entries.
 
         A sharding library may step its optimizer several times per update, with some of the weights each time; only
         those are masked.
         """
-        held = [shard.name for shard in self.held_by(optimizer, self.bits)]
-        bitmask.zero_pruned_all_((self.shards[name].weight(), self.bits[name]) for name in held)
-        if self._backend.optimizers.has_sequences:
-            for name in held:
-                self._zero_sequences(self.shards[name], self.bits[name])
-        return set(held)
+        return self._lists.zero_pruned(optimizer, self.bits)
 
     def held_by(self, optimizer: torch.optim.Optimizer, names: Iterable[str]) -> list[Shard]:
         """Those of the named entries of which this rank has a piece in the optimizer's groups at this moment."""
@@ -82,7 +78,8 @@ class MaskState:
 
     def unmasked(self, masked: set[str]) -> list[str]:
         """The entries that an update should have masked on this rank, without those that it has."""
-        return [name for name, _ in self._masked() if name not in masked]
+        left = self.bits.keys() - masked
+        return [name for name, _ in self._masked() if name in left] if left else []
 
     def unheld(self) -> list[str]:
         """The entries of which this rank has a piece that no optimizer updates."""
@@ -111,7 +108,14 @@ class MaskState:
         """This rank's piece (numel,) of every masked entry."""
         return {name: shard.weight() for name, shard in self._masked()}
 
-    @torch.no_grad()
+    def forget_lists(self) -> None:
+        """Forgets what steps have listed, and the masks that it holds. Call it after masks changed."""
+        self._lists.clear()
+
+    def any_revived(self, names: Sequence[str]) -> bool:
+        """True if pruned weights of some masked entries may not be 0; made for looks at the same entries again."""
+        return self._lists.any_revived(tuple(names), self.bits)
+
     def revived(self, among: Collection[str] | None = None) -> tuple[str, int] | None:
         """The first entry with pruned weights on this rank that are not 0, and their number; None if all are 0.
 

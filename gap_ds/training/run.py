@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -127,8 +127,10 @@ class Run:
 
         raise_on_all_ranks(self.world, look)
 
-    def doubt_weights(self, place: str, names: Collection[str] | None = None, wait: bool = False) -> None:
+    def doubt_weights(self, place: str, names: Sequence[str] | None = None, wait: bool = False) -> None:
         """Looks for pruned weights on this rank that are not 0, in all entries or in some."""
+        if names is not None and not self.mask_state.any_revived(names):
+            return
         if found := self.mask_state.revived(names):
             self.doubt(consistency.revived_message(*found, place), wait)
 

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import weakref
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from gap_ds.method import rules
 from gap_ds.sharding.comm import raise_on_all_ranks
 from gap_ds.sharding.shard import local
 from gap_ds.training.run import Place, Run
+from gap_ds.training.watched import Parts, Watched
 
 #: Calls of `complete` in a row in which weights changed without a step, after which it is no coincidence.
 _UNSEEN = 3
 #: Calls in a row without a step, after which the weights are looked at, and again whenever there were twice as many.
 _IDLE = 8
-#: Updates in which all pruned weights are looked at, a part of them before each; and the least weights of a part.
-_ROUND, _PART = 32, 2**16
 #: Steps of one optimizer while another has not stepped, after which that one is no longer used.
 _ALONE = 32
 #: The optimizers that some engine has hooked.
@@ -46,9 +44,9 @@ class Updates:
         self._idle, self._unseen, self._version = 0, 0, self._read_version()
         #: Calls of `complete` since the last update: micro-batches.
         self._calls = 0
-        #: Tensors that hold weights, with PyTorch's count of changes and the address as the last update left them.
-        self._watched: list[tuple[Tensor, int, int]] = []
-        self._parts = _Parts()
+        #: All tensors that hold weights, as the last update left them.
+        self._watched = Watched()
+        self._parts = Parts()
         self._handles: list[Any] = []
         for optimizer in run.backend.optimizers:
             if optimizer in _HOOKED:
@@ -86,8 +84,9 @@ class Updates:
 
     def watch(self) -> None:
         """Remembers all weights as they are now. Call it after masks or weights changed outside of an update."""
-        self._watched = _seen(self._run.mask_state.tensors())
-        self._parts = _Parts(self._run.mask_state.masked_weights())
+        self._run.mask_state.forget_lists()
+        self._watched = Watched(self._run.mask_state.tensors())
+        self._parts = Parts(self._run.mask_state.masked_weights())
 
     def complete(self) -> bool:
         """True if an update was applied since the last call. All ranks must call this after the same steps.
@@ -103,7 +102,7 @@ class Updates:
             self._look_for_unseen_steps()
             return False
         self._calls = 0
-        self._watched = _seen(tensor for tensor, *_ in self._watched)
+        self._watched.mark()
         masked, first = self._masked, not self._checked
         self._stepped, self._masked, self._checked = Counter(), set(), True
         self._idle, self._unseen, self._version = 0, 0, self._read_version()
@@ -128,7 +127,8 @@ class Updates:
         if not self._run.backend.optimizers.quiet:
             state = self._run.mask_state
             state.young.before_update(state.held_by(optimizer, state.young.grown), self._place().step)
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        # `is_available` would look for devices each time.
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
             raise ValueError(
                 f"optimizer={type(optimizer).__name__}: its step is captured into a CUDA graph, whose replays run no "
                 "hooks, so masks would not be applied. Leave the optimizer step out of the graph."
@@ -142,12 +142,7 @@ class Updates:
         # them. PyTorch does not count changes through a parameter's `data`: for these there is a part in every update.
         part = self._parts.next(rest=self._place().changes_masks(self._run.schedule))
         place = "before an update; they were 0 after the update before it"
-        self._run.doubt_weights(place, None if self._changed() else part)
-
-    def _changed(self) -> bool:
-        """True if some weights may have changed since the last update: by PyTorch's counts, without the device."""
-        now = _seen(tensor for tensor, *_ in self._watched)
-        return any(a[1:] != b[1:] for a, b in zip(now, self._watched, strict=True))
+        self._run.doubt_weights(place, None if self._watched.changed() else part)
 
     def _mask(self, optimizer: torch.optim.Optimizer) -> None:
         """Zeroes the pruned weights that the optimizer has just changed."""
@@ -155,13 +150,14 @@ class Updates:
             return
         state = self._run.mask_state
         state.young.after_update(state.held_by(optimizer, state.young.grown), self._place().step)
-        self._masked |= state.zero_pruned(optimizer)
+        self._masked.update(state.zero_pruned(optimizer))
         # A fused optimizer is stepped by a gradient scaler on overflow, too, and leaves all weights as they are.
         if (overflow := getattr(optimizer, "found_inf", None)) is not None and bool(overflow):
             self._version = self._read_version()
             return
         self._stepped[id(optimizer)] += 1
-        self._run.backend.optimizers.used = True
+        if not self._run.backend.optimizers.used:
+            self._run.backend.optimizers.used = True
         place = self._place()
         if rules.needs_gradient(self._run.config, place.phase(self._run.schedule), place.step + 1):
             self._run.mask_state.copy_gradients(optimizer)
@@ -215,39 +211,6 @@ class Updates:
             )
 
 
-class _Parts:
-    """Parts of all pruned weights, to look at one before each update.
-
-    A round takes `_ROUND` updates, or fewer if weights are few. Entries on a device, where a look would make the host
-    wait, and those that a phase shorter than a round leaves, come before the update ahead of the next change of masks.
-
-    Args:
-        pieces: this rank's pieces of the masked entries.
-    """
-
-    def __init__(self, pieces: Mapping[str, Tensor] | None = None) -> None:
-        pieces = pieces or {}
-        self._numel = {name: piece.numel() for name, piece in pieces.items()}
-        self._left = list(pieces)  # not looked at since masks changed
-        self._in_turn = deque(name for name, piece in pieces.items() if piece.device.type == "cpu")
-        self._size = max(_PART, sum(self._numel[name] for name in self._in_turn) // _ROUND)
-
-    def next(self, rest: bool) -> list[str]:
-        """The entries to look at now; `rest`: all that this phase has left."""
-        found: list[str] = []
-        numel = 0
-        while numel < self._size and len(found) < len(self._in_turn):
-            found.append(self._in_turn[0])
-            self._in_turn.rotate(-1)
-            numel += self._numel[found[-1]]
-        if self._left:
-            self._left = [name for name in self._left if name not in found]
-        if rest:
-            found += self._left
-            self._left = []
-        return found
-
-
 def _out_of_graph(hook: Callable[[torch.optim.Optimizer], None], optimizer: torch.optim.Optimizer) -> None:
     """Calls a hook, from a compiled optimizer step too, which must not trace it.
 
@@ -257,10 +220,3 @@ def _out_of_graph(hook: Callable[[torch.optim.Optimizer], None], optimizer: torc
         torch.compiler.disable(hook)(optimizer)  # type: ignore[no-untyped-call]
     else:
         hook(optimizer)
-
-
-@torch.no_grad()  # else each look at a DTensor takes four times as long
-def _seen(tensors: Iterable[Tensor]) -> list[tuple[Tensor, int, int]]:
-    """Each tensor with its count of in-place changes and its address."""
-    pieces = ((tensor, local(tensor)) for tensor in tensors)
-    return [(tensor, piece._version, piece.data_ptr()) for tensor, piece in pieces]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -124,9 +125,7 @@ def whole_shards(module: nn.Module) -> list[Shard]:
     """
 
     holders = {
-        id(parameter): partial(_held, holder, leaf, clean_name(f"{path}.{leaf}".removeprefix(".")))
-        for path, holder in module.named_modules()
-        for leaf, parameter in holder._parameters.items()
+        id(parameter): (holder, leaf) for holder in module.modules() for leaf, parameter in holder._parameters.items()
     }
 
     def shard(name: str, parameter: nn.Parameter) -> Shard:
@@ -136,10 +135,12 @@ def whole_shards(module: nn.Module) -> list[Shard]:
                 "Convert the activations only: x.to(memory_format=torch.channels_last) makes convolutions as fast."
             )
         shape = tuple(parameter.shape)
-        owner = cast(Callable[[], Tensor], holders[id(parameter)])
+        holder, leaf = holders[id(parameter)]
+        owner, find = partial(_held, holder, leaf, clean_name(name)), partial(holder._parameters.get, leaf)
         if isinstance(parameter, DTensor):
-            return shard_of(clean_name(name), parameter, owner)
-        return Shard.of_range(clean_name(name), shape, 0, parameter.numel(), 0, owner, parameter.requires_grad)
+            return replace(shard_of(clean_name(name), parameter, owner), find=find)
+        found = Shard.of_range(clean_name(name), shape, 0, parameter.numel(), 0, owner, parameter.requires_grad)
+        return replace(found, find=find)
 
     return [shard(name, parameter) for name, parameter in module.named_parameters()]
 
@@ -193,7 +194,8 @@ class Loop:
             optimizer.zero_grad()
 
     def backward(self, loss: Tensor) -> None:
-        loss = loss / self.training.gradient_accumulation_steps
+        if self.training.gradient_accumulation_steps > 1:
+            loss = loss / self.training.gradient_accumulation_steps
         (self.training.grad_scaler.scale(loss) if self.training.grad_scaler else loss).backward()
 
     def step(self) -> None:

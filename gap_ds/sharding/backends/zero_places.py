@@ -13,6 +13,7 @@ that cut. A rank's piece is then a range of the cut, which must be a box of the 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -112,6 +113,11 @@ def places(engine: Any, stage: int, world: Comm) -> tuple[Places, Comm, Callable
     return _whole_place, Comm(single=True, within=world), lambda: None
 
 
+def _owners(buffer: Callable[[int], Tensor]) -> Callable[[int], Callable[[], Tensor]]:
+    """The owner of all pieces in a group's flat buffer is one callable, because the hook asks each callable once."""
+    return functools.cache(lambda group: partial(buffer, group))
+
+
 def _whole_place(parameter: nn.Parameter) -> Place:
     return 0, parameter.numel(), 0, lambda: parameter
 
@@ -120,13 +126,14 @@ def _fragment_place(optimizer: Any) -> Places:
     """Stages 1 and 2: a fragment of the parameter in its group's flat fp32 partition."""
     name = "single_partition_of_fp32_groups"  # of the ZeRO optimizer; BF16_Optimizer has another word for it
     name = name if hasattr(optimizer, name) else "fp32_groups_flat_partition"
+    owners = _owners(lambda group: getattr(optimizer, name)[group])
 
     def place(parameter: Any) -> Place:
         mapping = parameter._hp_mapping
         if mapping is None:
             return 0, 0, 0, lambda: parameter
         low, high, group = mapping.lp_fragment_address, mapping.hp_fragment_address, mapping.param_group_index
-        return low.start, low.numel, high.start, lambda: getattr(optimizer, name)[group]
+        return low.start, low.numel, high.start, owners(group)
 
     return place
 
@@ -134,11 +141,13 @@ def _fragment_place(optimizer: Any) -> Places:
 def _stage3_place(optimizer: Any) -> Places:
     """Stage 3: rank r owns elements [r * n, (r + 1) * n) of each parameter; the end of the last piece is padding."""
 
+    owners = _owners(lambda group: optimizer.fp32_partitioned_groups_flat[group])
+
     def place(parameter: Any) -> Place:
         group, offset, n = optimizer.grad_position[optimizer.get_param_id(parameter)]
         start = min(torch.distributed.get_rank(optimizer.dp_process_group) * n, parameter.ds_numel)
         numel = min(n, parameter.ds_numel - start)
-        return start, numel, offset, lambda: optimizer.fp32_partitioned_groups_flat[group]
+        return start, numel, offset, owners(group)
 
     return place
 

@@ -163,9 +163,7 @@ def test_many_pieces_at_once(device: str) -> None:
 @pytest.mark.parametrize("element_size", WORDS)
 def test_a_gpu_uses_the_kernel_and_waits_for_nothing(element_size: int) -> None:
     pytest.importorskip("triton")
-    from gap_ds.masks import triton as kernels
-
-    assert bitmask._way(torch.device("cuda", 0), element_size) is kernels.zero_pruned_
+    assert bitmask._way(torch.device("cuda", 0), element_size) is not bitmask._by_pytorch_all
     pieces = torch.ones(4, 1003, dtype=WORDS[element_size], device="cuda:0")
     bits = [bitmask.pack(torch.from_numpy(some_mask(1003, seed)).cuda()) for seed in range(4)]
     torch.cuda.set_sync_debug_mode("error")
@@ -222,17 +220,15 @@ def test_scratch_is_kept_and_no_larger_than_needed() -> None:
     assert len(scratch.room(4, 101)[0]) == 101
 
 
-def write_zeros(pieces: Sequence[tuple[Tensor, Tensor]]) -> None:
-    for piece, bits in pieces:
-        bitmask._by_pytorch(piece, bits)
+def write_zeros(pieces: Sequence[tuple[Tensor, Tensor]]) -> Callable[[], None]:
+    return lambda: [bitmask._by_pytorch(piece, bits) for piece, bits in pieces] and None
 
 
-def write_too_much(pieces: Sequence[tuple[Tensor, Tensor]]) -> None:
-    for piece, _ in pieces:
-        piece.zero_()
+def write_too_much(pieces: Sequence[tuple[Tensor, Tensor]]) -> Callable[[], None]:
+    return lambda: [piece.zero_() for piece, _ in pieces] and None
 
 
-def do_not_compile(pieces: Sequence[tuple[Tensor, Tensor]]) -> None:
+def do_not_compile(pieces: Sequence[tuple[Tensor, Tensor]]) -> Callable[[], None]:
     raise RuntimeError("ptxas is not there")
 
 
@@ -250,10 +246,11 @@ def test_a_kernel_is_used_only_if_it_does_what_pytorch_does(
     kernel: Callable[..., None] | None, complaint: str | None, element_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = ModuleType("gap_ds.masks.triton")
-    module.zero_pruned_ = kernel  # type: ignore[attr-defined]
+    module.zero_pruned_all = kernel  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "gap_ds.masks.triton", module if kernel else None)
     if complaint is None:
-        assert bitmask._kernel(torch.device("cpu"), element_size) is kernel
+        way = bitmask._kernel(torch.device("cpu"), element_size)
+        assert way is not None and way([]).lasting
     else:
         with pytest.warns(UserWarning, match=f"triton's kernel is not used on cpu: .*({complaint})") as warned:
             assert bitmask._kernel(torch.device("cpu"), element_size) is None

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gap_ds.inference.layers import CSRLinear, joined
-from gap_ds.masks import bitmask, cpu, selection
+from gap_ds.masks import bitmask, cpu, passes, selection
 from gap_ds.masks.box import Box
 
 PROPERTY = settings(max_examples=100, deadline=None, derandomize=True, database=None)
@@ -114,7 +114,7 @@ def test_revived_weights_are_counted_as_by_pytorch(
     kept = torch.rand(count, generator=generator) < density
     words = piece.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[piece.element_size()])
     expected = int(((piece != 0) & ~kept).sum())
-    assert loops().count_revived(words, bitmask.pack(kept)) == expected
+    assert loops().count_revived_all([(words, bitmask.pack(kept))])() == [expected]
     assert bitmask.count_revived(piece, bitmask.pack(kept)) == expected
 
 
@@ -149,7 +149,7 @@ def test_passes_over_keys_are_those_of_pytorch(count: int, offset: int, largest:
     """Any size, at unaligned addresses, from the invalid key to the largest."""
     generator = torch.Generator().manual_seed(seed)
     keys = torch.randint(-1, largest + 1, (offset + count,), generator=generator).int()[offset:]
-    oracle, some = selection._ByPyTorch(), [-1, 0, largest, *keys[:3].tolist()]
+    oracle, some = passes.ByPyTorch(), [-1, 0, largest, *keys[:3].tolist()]
     for prefix in [key >> shift for key in some]:
         assert torch.equal(loops().keys_with(keys, shift, prefix), oracle.keys_with(keys, shift, prefix))
     for limit in some:
@@ -177,7 +177,7 @@ def test_selection_from_large_pieces_uses_the_compiled_loops(monkeypatch: pytest
         patch.setattr(bitmask, "COMPILED", 2**40)
         expected = select()
     for name in ("magnitude_keys", "count_keys_", "keys_with", "pack_above"):
-        monkeypatch.setattr(selection._ByPyTorch, name, None)
+        monkeypatch.setattr(passes.ByPyTorch, name, None)
     found = select()
     assert torch.equal(found, expected) and bitmask.count(found) == 5000
 

@@ -15,6 +15,7 @@ import pytest
 
 INTERPRETED = """
 import warnings
+import weakref
 import torch
 from gap_ds import GaPConfig, GaPEngine
 from gap_ds.masks import bitmask as masks, triton as kernels
@@ -43,7 +44,7 @@ def check(lengths, dtype):
     for (buffer, cut), mask in zip(cuts, bits):
         masks._by_pytorch(integers(by_pytorch[buffer])[cut], mask)
         masks._by_numpy(integers(by_numpy[buffer])[cut], mask)
-    kernels.zero_pruned_([(integers(buffers[buffer])[cut], mask) for (buffer, cut), mask in zip(cuts, bits)])
+    kernels.zero_pruned_all([(integers(buffers[buffer])[cut], mask) for (buffer, cut), mask in zip(cuts, bits)])()
     for found, *others in zip(buffers, by_pytorch, by_numpy):
         assert all(torch.equal(integers(found), integers(other)) for other in others), (lengths, dtype)
 
@@ -57,27 +58,20 @@ for dtype in (torch.float32, torch.bfloat16, torch.float64):
     for pieces in (*range(2, 10), 33):
         check([5 + 3 * i for i in range(pieces)], dtype)
 
-# It passes the check before its first use.
+# It passes the check before its first use, and may be kept: it holds the places of its pieces and none of them.
 warnings.simplefilter("error")
 for element_size in (2, 4, 8):
-    assert masks._kernel(torch.device("cpu"), element_size) is kernels.zero_pruned_
-
-# The table of a launch is cached.
-kernels._table.cache_clear()
+    way = masks._kernel(torch.device("cpu"), element_size)
+    assert way([]).lasting
 weights, bits = torch.ones(20_000), masks.pack(torch.zeros(20_000, dtype=torch.bool))
 pieces = [(weights[:9_000].view(torch.int32), bits[:1_125]), (weights[9_000:].view(torch.int32), bits[1_125:])]
+masking, held = kernels.zero_pruned_all(pieces), weakref.ref(pieces[0][0])
+del pieces
+assert held() is None
 for _ in range(3):
     weights.fill_(1.0)
-    kernels.zero_pruned_(pieces)
+    masking()
     assert not weights.any()
-assert (kernels._table.cache_info().misses, kernels._table.cache_info().hits) == (1, 2)
-# A new mask, another piece, another length: another table.
-weights.fill_(1.0)
-kernels.zero_pruned_([pieces[0], (pieces[1][0], masks.pack(torch.ones(11_000, dtype=torch.bool)))])
-assert weights.sum() == 11_000
-kernels.zero_pruned_([(weights[9_001:].view(torch.int32), bits[1_125:])])
-assert weights.sum() == 1
-assert kernels._table.cache_info().misses == 3
 
 
 # Training gives the same weights with it.
@@ -93,10 +87,68 @@ def train():
 
 
 expected = train()
-masks._way = lambda device, element_size: kernels.zero_pruned_
+masks._way = lambda device, element_size: lambda pieces: masks.Masking(kernels.zero_pruned_all(pieces), lasting=True)
 found = train()
 assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 assert any((tensor == 0).any() for tensor in expected.values())
+"""
+
+COUNTED = """
+import warnings
+import torch
+from gap_ds.masks import selection, tally, triton as kernels
+from gap_ds.masks.box import Box
+from gap_ds.masks.tally import Part, Tally
+
+kernels._ROUNDS = 2  # the interpreter takes its time
+block, program = kernels._COUNTED, kernels._COUNTED * kernels._ROUNDS
+generator = torch.Generator().manual_seed(0)
+
+
+def some(n, dtype):
+    weights = (torch.randn(n, generator=generator) * 10.0 ** torch.randint(-6, 3, (n,), generator=generator)).to(dtype)
+    weights[::50], weights[1::50], weights[2::50], weights[3::50] = float("nan"), float("inf"), 0.0, -0.0
+    return weights
+
+
+def counts(way, parts, shift, bins, size):
+    found = torch.zeros(size + 1, dtype=torch.int64)
+    way(found, parts, shift, bins)
+    return found[:-1]
+
+
+# Programs that are full and not, pieces that are empty, several in one budget; -1: where the threshold of none lies.
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    pieces = [some(n, dtype)[i % 3 :] for i, n in enumerate((5, 0, 1, block + 7, program + 3))]
+    keys = [selection.ByPyTorch().magnitude_keys(piece.float()) for piece in pieces]
+    some_key = int(keys[-1].median())
+    for shift, bins in selection.PASSES[31]:
+        prefix = (some_key >> shift) // bins
+        parts = [Part(p, i // 2 * bins, prefix, 3 * bins + i) for i, p in enumerate(pieces)]
+        parts += [Part(k, i // 2 * bins, prefix) for i, k in enumerate(keys)]
+        found = counts(kernels.count_keys, parts, shift, bins, 3 * bins + 5)
+        assert torch.equal(found, counts(tally.count_by_pytorch, parts, shift, bins, 3 * bins + 5))
+        with_prefix = sum(int(((k >> shift).div(bins, rounding_mode="floor") == prefix).sum()) for k in keys)
+        assert int(found[: 3 * bins].sum()) == 2 * with_prefix
+
+# It passes the check before its first use, and a selection gives the same masks with it.
+warnings.simplefilter("error")
+assert tally.kernel(torch.device("cpu")) is kernels.count_keys
+weights = [torch.randn(n, generator=generator).round(decimals=1) for n in (700, 3, 5_000)]
+
+
+def pieces():
+    return [
+        selection.Piece(str(i), Box.span(0, len(w), len(w)), selection.magnitude_keys(w), i // 2)
+        for i, w in enumerate(weights)
+    ]
+
+
+expected = selection.select_largest(pieces(), [99, 3000], selection.Single())
+tally._way = lambda device: kernels.count_keys
+selection._is_host = lambda device: False
+found = selection.select_largest(pieces(), [99, 3000], selection.Single())
+assert all(torch.equal(a, b) for a, b in zip(found, expected))
 """
 
 # Without a GPU triton compiles, too; only a launch needs the driver.
@@ -106,7 +158,7 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from gap_ds.masks import triton as kernels
+from gap_ds.masks import selection, triton as kernels
 
 arguments = {"table": "*i64", "pieces": "i32", "halvings": "i32", "word": "constexpr", "block": "constexpr"}
 targets = [GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)] + [GPUTarget("hip", "gfx942", 64)]
@@ -124,18 +176,38 @@ def usage(target, asm):
     return [int(re.search(rf"{field}:(\\d+)", shown)[1]) for field in ("REG", "SHARED", "LOCAL")]
 
 
+def compiled(kernel, arguments, constants, target, warps):
+    made = triton.compile(ASTSource(kernel, arguments, constants), target=target, options={"num_warps": warps})
+    registers, shared, spilled = usage(target, made.asm)
+    assert spilled == 0
+    shared = max(shared, made.metadata.shared)
+    print(target.backend, target.arch, kernel.__name__, *constants.values(), registers, shared)
+    return registers, shared
+
+
 for word, target in [(word, targets[0]) for word in kernels._WORD.values()] + [(tl.int32, t) for t in targets[1:]]:
-    source = ASTSource(kernels._store_zeros, arguments, {(3,): word, (4,): kernels._BLOCK})
-    compiled = triton.compile(source, target=target)
-    registers, shared, spilled = usage(target, compiled.asm)
-    print(target.backend, target.arch, word, registers, shared, spilled)
+    registers, shared = compiled(kernels._store_zeros, arguments, {(3,): word, (4,): kernels._BLOCK}, target, 4)
     # Half of the threads that a processor can hold are there at once with 64 registers each.
-    assert registers <= 64 and shared == spilled == 0
+    assert registers <= 64 and shared == 0
+
+arguments = {"table": "*i64", "counts": "*i64", "pieces": "i32", "halvings": "i32", "shift": "i32"}
+arguments |= dict.fromkeys(("value", "bins", "block", "rounds"), "constexpr")
+most, fewer = (bins for _, bins in selection.PASSES[31][:2])
+cases = [(tl.float32, most, target) for target in targets] + [(tl.float32, fewer, targets[0])]
+for value, bins, target in [*cases, (tl.bfloat16, most, targets[0]), (tl.int32, most, targets[0])]:
+    constants = {(5,): value, (6,): bins, (7,): kernels._COUNTED, (8,): kernels._ROUNDS}
+    registers, shared = compiled(kernels._count_keys, arguments, constants, target, kernels._WARPS)
+    # One program of 16 warps fits a processor; its histogram lies in shared memory while the warps meet.
+    assert registers <= 128 and shared <= 4 * bins
 """
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton: pip install 'gap_ds[kernels]'")
-@pytest.mark.parametrize(("code", "interpret"), [(INTERPRETED, "1"), (COMPILED, "0")], ids=["interpreted", "compiled"])
+@pytest.mark.parametrize(
+    ("code", "interpret"),
+    [(INTERPRETED, "1"), (COUNTED, "1"), (COMPILED, "0")],
+    ids=["interpreted", "counting_interpreted", "compiled"],
+)
 def test_the_kernel(code: str, interpret: str, tmp_path: Path) -> None:
     environment = os.environ | {
         "TRITON_INTERPRET": interpret,

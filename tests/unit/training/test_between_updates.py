@@ -8,7 +8,7 @@ from test_engine import build, train
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from gap_ds.training.updates import _Parts
+from gap_ds.training.watched import Parts
 
 #: Sparse in the first phase of three steps.
 ENTRY = "layers.3.fc.weight"
@@ -16,7 +16,7 @@ ENTRY = "layers.3.fc.weight"
 
 def test_a_change_in_place_is_found_at_the_next_update(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also if the part that comes next is another one."""
-    monkeypatch.setattr("gap_ds.training.updates._PART", 1)
+    monkeypatch.setattr("gap_ds.training.watched._PART", 1)
     engine = build()
     train(engine, 1)
     with torch.no_grad():
@@ -44,7 +44,7 @@ def test_changes_that_pytorch_does_not_count_are_found_at_the_next_update_of_few
 
 def test_changes_that_pytorch_does_not_count_are_found_before_the_boundary(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also if parts are small: its turn, the last of four, does not come before the masks change."""
-    monkeypatch.setattr("gap_ds.training.updates._PART", 1)
+    monkeypatch.setattr("gap_ds.training.watched._PART", 1)
     engine = build({"method": "rigl", "sparsity": 0.75, "phase_steps": 6, "update_steps": 3, "finetune_steps": 2})
     for _ in range(2):
         train(engine, 1)
@@ -58,9 +58,9 @@ def test_many_weights_are_looked_at_in_parts_all_of_them_before_a_boundary(
     monkeypatch: pytest.MonkeyPatch, updates: int
 ) -> None:
     """And in every 32 updates; those on a device before the boundary alone."""
-    monkeypatch.setattr("gap_ds.training.updates._PART", 10)
+    monkeypatch.setattr("gap_ds.training.watched._PART", 10)
     pieces = {str(i): torch.empty(10 + i) for i in range(64)} | {"device": torch.empty(10_000, device="meta")}
-    parts, most = _Parts(pieces), (640 + 63 * 32) // 32 + 10 + 63
+    parts, most = Parts(pieces), (640 + 63 * 32) // 32 + 10 + 63
     looks = [set(parts.next(rest=False)) for _ in range(updates - 1)]
     assert all("device" not in look and sum(pieces[name].numel() for name in look) <= most for look in looks)
     last = set(parts.next(rest=True))

@@ -207,7 +207,7 @@ def test_a_compiled_optimizer_step_is_masked(whole: bool) -> None:
 
 
 def test_a_step_that_is_captured_into_a_graph_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(ValueError, match=r"optimizer=Adam: its step is captured into a CUDA graph"):
         train(build(), 1)

@@ -1,0 +1,173 @@
+"""What every step does to many pieces (masking them, looking at a part of them), listed once and checked at each use.
+
+Libraries and users replace tensors between steps: parameters, their `data`, flat buffers, an optimizer's groups. So
+nothing is taken on trust. A list holds while asking afresh would make the same one: the same owners of the entries, the
+same masks, and the same addresses and dtypes of all tensors. To check that is a few calls into C for each entry; to
+make a list takes twenty times as long, and on a GPU a copy to the device.
+
+E entries. A step of a sharding library may update a few of them: there is one list for each such part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
+from operator import attrgetter, is_, itemgetter
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from gap_ds.masks import bitmask
+from gap_ds.sharding.optimizers import Optimizers
+from gap_ds.sharding.shard import Shard, local, locals_of
+
+T = TypeVar("T")
+Pieces = list[tuple[Tensor, Tensor]]
+
+#: Most lists that are kept of a kind. ZeRO-3 has one for each sub-group.
+_MOST = 4096
+_DTYPE = attrgetter("dtype")
+
+
+class PieceList(Generic[T]):
+    """The pieces of some entries with their masks, and a call that works on them for as long as the list holds.
+
+    It keeps addresses, not memory: weights that are replaced are freed.
+
+    Args:
+        shards: those of the entries, each with a piece on this rank; dense ones make the list depend on their being so.
+        bits: masks of the sparse ones.
+        asks: owners that must stay the same, those of `shards` among them.
+        prepare: the work on the pieces as a call that holds no memory; None if there is no such.
+        copies: also work on the library's copies of the weights.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        bits: Mapping[str, Tensor],
+        asks: Sequence[Callable[[], Tensor | None]],
+        optimizers: Optimizers,
+        prepare: Callable[[Pieces], Callable[[], T] | None],
+        copies: bool = False,
+    ) -> None:
+        self.masked = tuple(shard.name for shard in shards if shard.name in bits)
+        self._dense = frozenset(shard.name for shard in shards if shard.name not in bits)
+        self._pick = itemgetter(*self.masked) if len(self.masked) > 1 else lambda found: [found[n] for n in self.masked]
+        self._bits = [bits[name] for name in self.masked]
+        self._asks, self._owners = asks, [ask() for ask in asks]
+        updated = list({id(owner): owner for owner in (shard.owner() for shard in shards)}.values())
+        self._of_owners, self._updated = locals_of(updated), updated
+        self._optimizers = optimizers
+        self._copies = [shard for shard in shards if copies and shard.copies()]
+        tensors = self._tensors()
+        self._addresses, self._dtypes = _places(tensors)
+        self.run = prepare(self._pieces([shard for shard in shards if shard.name in bits], bits, copies))
+
+    def holds(self, bits: Mapping[str, Tensor]) -> bool:
+        """True if making the list now would make the same list."""
+        # Tensors are compared by identity: their == compares elements.
+        if not all(map(is_, [ask() for ask in self._asks], self._owners)):
+            return False
+        try:
+            if not all(map(is_, self._pick(bits), self._bits)) or not self._dense.isdisjoint(bits):
+                return False
+        except KeyError:  # an entry has grown
+            return False
+        # An address alone might have been freed, and given to a tensor of another dtype.
+        return _places(self._tensors()) == (self._addresses, self._dtypes)
+
+    def _tensors(self) -> list[Tensor]:
+        """All tensors on this rank that the pieces are parts of, as they are now."""
+        found = self._of_owners()
+        if self._optimizers.has_sequences:
+            sequences = (each for owner in self._updated for each in self._optimizers.sequence_tensors(owner))
+            found = [*found, *map(local, sequences)]
+        return [*found, *(copy for shard in self._copies for copy in shard.copies())] if self._copies else found
+
+    def _pieces(self, shards: Iterable[Shard], bits: Mapping[str, Tensor], copies: bool) -> Pieces:
+        return [
+            (piece, bits[shard.name])
+            for shard in shards
+            for piece in (shard.weight(), *self._optimizers.sequences(shard), *(shard.copies() if copies else ()))
+        ]
+
+
+def _places(tensors: Sequence[Tensor]) -> tuple[list[int], list[torch.dtype]]:
+    return list(map(Tensor.data_ptr, tensors)), list(map(_DTYPE, tensors))
+
+
+class PieceLists:
+    """The lists of a run.
+
+    Args:
+        shards: this rank's pieces of all entries.
+    """
+
+    def __init__(self, shards: Iterable[Shard], optimizers: Optimizers) -> None:
+        self._shards = {shard.name: shard for shard in shards if shard.numel}
+        #: Many shards may have one flat buffer as their owner, and then share the callable.
+        self._asks = _asks(self._shards.values())
+        self._optimizers = optimizers
+        self._steps: dict[tuple[int, int], tuple[list[Tensor], PieceList[None]]] = {}
+        self._looks: dict[tuple[str, ...], PieceList[int]] = {}
+
+    def clear(self) -> None:
+        """Forgets all lists, and the masks that they hold."""
+        self._steps.clear()
+        self._looks.clear()
+
+    def zero_pruned(self, optimizer: torch.optim.Optimizer, bits: Mapping[str, Tensor]) -> Sequence[str]:
+        """Zeroes the pruned weights in the optimizer's groups at this moment; returns the names of their entries.
+
+        Args:
+            bits: masks of this rank's pieces by entry; a dense entry has none.
+        """
+        groups = [group["params"] for group in optimizer.param_groups if group["params"]]
+        if not groups:
+            return ()
+        key = id(optimizer), id(groups[0][0])
+        if key in self._steps:
+            params, kept = self._steps[key]
+            same = sum(map(len, groups)) == len(params) and all(map(is_, chain.from_iterable(groups), params))
+            if same and kept.run is not None and kept.holds(bits):
+                kept.run()
+                return kept.masked
+            self._steps.clear()  # what has changed may be in others, too
+        params = list(chain.from_iterable(groups))
+        ids = set(map(id, params))
+        held = [shard for shard in self._shards.values() if id(shard.owner()) in ids]
+        made = PieceList(held, bits, self._asks, self._optimizers, _zero_pruned)
+        _keep(self._steps, key, (params, made))
+        if made.run is not None:
+            made.run()
+        return made.masked
+
+    def any_revived(self, names: tuple[str, ...], bits: Mapping[str, Tensor]) -> bool:
+        """True if pruned weights of some masked entries are not 0, or if that cannot be told quickly."""
+        kept = self._looks.get(names)
+        if kept is None or not kept.holds(bits):
+            shards = [self._shards[name] for name in names]
+            kept = PieceList(shards, bits, _asks(shards), self._optimizers, bitmask.count_revived_later, copies=True)
+            _keep(self._looks, names, kept)
+        return kept.run is None or kept.run() > 0
+
+
+def _asks(shards: Iterable[Shard]) -> list[Callable[[], Tensor | None]]:
+    """What is asked for the owners of some shards, each once. What is asked may be gone: `owner` tells why."""
+    return list({id(ask): ask for ask in (shard.find or shard.owner for shard in shards)}.values())
+
+
+def _zero_pruned(pieces: Pieces) -> Callable[[], None] | None:
+    """Masks the pieces, and returns the same for later."""
+    later = bitmask.zero_pruned_later(pieces)
+    if later is None:
+        bitmask.zero_pruned_all_(pieces)
+    return later
+
+
+def _keep(lists: dict[Any, Any], key: Any, made: Any) -> None:
+    if len(lists) >= _MOST:
+        lists.clear()
+    lists[key] = made

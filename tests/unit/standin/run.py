@@ -1,0 +1,216 @@
+"""Trains on a device that is not the CPU and keeps its tensors in host memory: see test_standin.py.
+
+    python run.py BUILD OUT
+
+Every operation there refuses tensors of another device. Each row trains on the CPU and on the device, and compares the
+two in all weights, masks and moments; after every step bits, moments and remembered values must be where the weights
+are. The extension is built in the folder BUILD, files are written in OUT.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import cpp_extension
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gap_ds import GaPEngine
+from gap_ds.masks import selection
+from gap_ds.masks.box import Box
+
+SIZE, PHASES = 8, {"sparsity": 0.75, "phase_steps": 3, "finetune_steps": 2}
+MOVING = PHASES | {"phase_steps": 8, "update_steps": 2}
+ROWS: dict[str, dict[str, Any]] = {
+    "cyclic": PHASES | {"partitions": 2, "rounds": 1},
+    "last_value": PHASES | {"partitions": 2, "rounds": 2, "regrow": "last_value"},
+    "mean_second": PHASES | {"partitions": 2, "rounds": 2, "regrow_moments": "mean_second", "regrow_warmup": 2},
+    "global": PHASES | {"partitions": 2, "rounds": 1, "distribution": "global"},
+    "rigl": MOVING | {"method": "rigl"},
+    "set": MOVING | {"method": "set"},
+    "granet": MOVING | {"method": "granet"},
+    "by_groups": PHASES | {"partitions": 2, "rounds": 1, "sparsity": 0.5, "pattern": "2:4"},
+    "blocks": PHASES | {"partitions": 2, "rounds": 1, "pattern": "block:4x4"},
+}
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(SIZE, SIZE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc(x).relu()
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Stream:
+    """The one stream of a device whose work is done when it is launched."""
+
+    def synchronize(self) -> None:
+        pass
+
+    def wait_stream(self, other: Stream) -> None:
+        pass
+
+
+class Transfers(TorchDispatchMode):
+    """Counts reads of the device by the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        sources = [t for t in args if isinstance(t, Tensor) and t.device.type == "standin"]
+        to_host = isinstance(found, Tensor) and found.device.type == "cpu"
+        if sources and (to_host or name in ("_local_scalar_dense", "nonzero")):
+            self.reads[name] += 1
+        return found
+
+
+def device() -> torch.device:
+    """Builds and registers the device."""
+    source = Path(__file__).with_name("standin.cpp")
+    cpp_extension.load("gap_ds_standin", [str(source)], extra_cflags=["-O0"], build_directory=sys.argv[1])
+    torch.utils.rename_privateuse1_backend("standin")
+    module = ModuleType("torch.standin")
+    vars(module).update(
+        is_available=lambda: True,
+        device_count=lambda: 1,
+        current_device=lambda: 0,
+        is_initialized=lambda: True,
+        _is_in_bad_fork=lambda: False,
+        manual_seed_all=lambda seed: None,
+        get_rng_state=lambda device=None: torch.zeros(0, dtype=torch.uint8),
+        set_rng_state=lambda state, device=None: None,
+        synchronize=lambda device=None: None,
+        current_stream=lambda device=None: Stream(),
+        stream=lambda stream: contextlib.nullcontext(),
+        get_amp_supported_dtype=lambda: [torch.bfloat16],
+    )
+    torch._register_device_module("standin", module)
+    return torch.device("standin", 0)
+
+
+def build(config: dict[str, Any], place: torch.device, **options: Any) -> GaPEngine:
+    torch.manual_seed(0)
+    model = Model().to(place)
+    return GaPEngine(model, config, optimizer=torch.optim.Adam(model.parameters(), lr=0.01, foreach=False), **options)
+
+
+def train(engine: GaPEngine, place: torch.device, steps: int) -> None:
+    for _ in range(steps):
+        x = torch.randn(4, SIZE, generator=torch.Generator().manual_seed(engine.applied_steps)).to(place)
+        engine.backward(engine(x).square().mean())
+        engine.step()
+        check_places(engine, place)
+
+
+def check_places(engine: GaPEngine, place: torch.device) -> None:
+    """What belongs to a weight is where it is."""
+    state = engine.mask_state
+    tensors = {**state.bits, **state.last, **state._gradients}
+    tensors |= {f"{name}, young": bits for name, (bits, _) in state.young.grown.items()}
+    for shard in state.shards.values():
+        tensors |= {f"{shard.name}, {k}": v for k, v in engine.run.backend.optimizers.per_weight(shard).items()}
+        tensors[f"{shard.name}, weight"] = shard.weight()
+    assert all(tensor.device == place for tensor in tensors.values()), {k: v.device for k, v in tensors.items()}
+    assert state.revived() is None
+
+
+def everything(engine: GaPEngine) -> dict[str, Tensor]:
+    state = engine.mask_state
+    found = {f"bits of {name}": bits for name, bits in state.bits.items()}
+    found |= {f"last of {name}": values for name, values in state.last.items()}
+    for name, parameter in engine.module.named_parameters():
+        found[name] = parameter.detach()
+        found |= {f"{k} of {name}": v for k, v in engine.optimizer.state[parameter].items() if v.dim()}
+    return {name: tensor.cpu() for name, tensor in found.items()}
+
+
+def same(some: GaPEngine, other: GaPEngine) -> None:
+    a, b = everything(some), everything(other)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a), [
+        name for name in a if name not in b or not torch.equal(a[name], b[name])
+    ]
+
+
+def row(name: str, place: torch.device, out: Path) -> None:
+    """Trains, saves in the middle, goes on from what was saved, and exports; equal to a run on the CPU."""
+    config, host = ROWS[name], torch.device("cpu")
+    engines = {at: build(config, at, history=out / f"history_{at.type}.json") for at in (host, place)}
+    total = engines[host].schedule.total_steps
+    for at, engine in engines.items():
+        train(engine, at, total // 2)
+        engine.save_checkpoint(out / at.type, portable=name == "rigl")
+        engine.save_masks(out / f"masks_{at.type}")
+    same(engines[host], engines[place])
+    again = build(config, place)
+    again.load_checkpoint(out / place.type)
+    check_places(again, place)
+    for engine in (engines[host], engines[place], again):
+        train(engine, next(engine.module.parameters()).device, total - total // 2)
+    same(engines[host], engines[place])
+    same(engines[host], again)
+    averaged = Model().to(place)
+    averaged.load_state_dict(engines[place].module.state_dict())
+    engines[place].apply_to(averaged)
+    for at, engine in engines.items():
+        engine.export(out / f"export_{at.type}")
+        assert engine.stats()["kept"] == sum(entry.keep for entry in engine.plan.entries)
+    files = [(out / f"export_{at.type}" / "model.safetensors").read_bytes() for at in engines]
+    assert files[0] == files[1]
+
+
+def passes(place: torch.device) -> None:
+    """A selection reads the device once a pass, however many pieces there are."""
+    generator = torch.Generator().manual_seed(0)
+    for pieces in (1, 7):
+        weights = [torch.randn(300, generator=generator).round(decimals=1) for _ in range(pieces)]
+        with Transfers() as transfers:
+            found = select([weight.to(place) for weight in weights])
+        on_host = select(weights)
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(found, on_host, strict=True))
+        # Three passes over the keys, one for the ties, and one over their indices of 9 bits.
+        assert sum(transfers.reads.values()) == 5, transfers.reads
+
+
+def select(weights: list[Tensor]) -> list[Tensor]:
+    pieces = [
+        selection.Piece(str(e), Box.span(0, len(w), len(w)), selection.magnitude_keys(w), e)
+        for e, w in enumerate(weights)
+    ]
+    return selection.select_largest(pieces, [60] * len(weights), selection.Single())
+
+
+def main() -> None:
+    place = device()
+    passes(place)
+    print("passes", flush=True)
+    for name in ROWS:
+        (out := Path(sys.argv[2]) / name).mkdir()
+        row(name, place, out)
+        print(name, flush=True)
+
+
+if __name__ == "__main__":
+    main()
