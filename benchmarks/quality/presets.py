@@ -97,6 +97,7 @@ CPU = Preset(
         *("dense", "cyclic_3", "cyclic_3_dense_first", "static", "gradual", "rigl", "acdc", "one_shot"),
         *("dsd", "cyclic_2", "cyclic_3_random_order", "parallel_3"),
         *("granet", "cyclic_3_rising", "cyclic_2_rising_grown_kept", "cyclic_2_rising_gentle", "parallel_3_rising"),
+        *("gradual_longer", "granet_longer", "cyclic_2_rising_longer"),
     ),
     sparsities=(0.8, 0.9, 0.95),
     jobs=2,

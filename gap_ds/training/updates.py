@@ -125,8 +125,7 @@ class Updates:
 
     def _look_first(self, optimizer: torch.optim.Optimizer) -> None:
         if not self._run.backend.optimizers.quiet:
-            state = self._run.mask_state
-            state.young.before_update(state.held_by(optimizer, state.young.grown), self._place().step)
+            self._run.mask_state.before_update(optimizer, self._place().step)
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise ValueError(
                 f"optimizer={type(optimizer).__name__}: its step is captured into a CUDA graph, whose replays run no "
@@ -148,7 +147,7 @@ class Updates:
         if self._run.backend.optimizers.quiet:
             return
         state = self._run.mask_state
-        state.young.after_update(state.held_by(optimizer, state.young.grown), self._place().step)
+        state.after_update(optimizer, self._place().step)
         self._masked.update(state.zero_pruned(optimizer))
         # A fused optimizer is stepped by a gradient scaler on overflow, too, and leaves all weights as they are.
         if (overflow := getattr(optimizer, "found_inf", None)) is not None and bool(overflow):
