@@ -223,6 +223,7 @@ def _parallel_dense_first(epochs: float) -> Config:
 
 _GROWN: Config = {"grow": "gradient", "prune_ramp": 1.0}
 _KEPT: Config = {"regrow_moments": "keep_second"}
+_LONGER: Config = {"lr_density_power": 0.5}
 
 #: In the order of the runs: the rows that a table needs most come first.
 ROWS: tuple[Row, ...] = (
@@ -295,6 +296,27 @@ ROWS: tuple[Row, ...] = (
         _rising(
             partitions=2, rounds=10, length=0.25, update=0.05, dense=1, grow_share=0.1, warmup=0.05, **_GROWN, **_KEPT
         ),
+        equal_flops=True,
+    ),
+    Row(
+        "gradual_longer",
+        "gradual magnitude pruning, longer steps",
+        lambda epochs: {**_gradual(epochs), **_LONGER},
+        FOUR_SEEDS,
+        equal_flops=True,
+    ),
+    Row(
+        "granet_longer",
+        "gradual pruning with regrowth (GraNet), second moments kept, longer steps",
+        _granet(**_KEPT, **_LONGER),
+        FOUR_SEEDS,
+        equal_flops=True,
+    ),
+    Row(
+        "cyclic_2_rising_longer",
+        "C-GaP, 2 partitions, rising target, 30% grown by gradient, second moments kept, longer steps",
+        _rising(partitions=2, rounds=5, dense=1, grow_share=0.3, **_GROWN, **_KEPT, **_LONGER),
+        FOUR_SEEDS,
         equal_flops=True,
     ),
     Row(

@@ -36,6 +36,7 @@ _SIGNATURE_LABELS = {
     "grow": "grow",
     "grow_share": "grow_share",
     "moments": "regrow_moments",
+    "lr_density": "lr_density_power",
     "shared": "unpartitioned",
 }
 

@@ -128,6 +128,13 @@ class Fields(BaseModel):
     regrow_warmup_steps: int | None = Field(
         None, gt=0, description="Steps over which the steps of grown weights rise linearly to their full size."
     )
+    lr_density_power: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="p: the steps of an entry are density ** -p times as large, with its density at that step. 0: as "
+        "the optimizer takes them.",
+    )
     unpartitioned: Literal["average", "first"] = Field(
         "average",
         description="Parallel GaP, weights in no partition: the average over the workers, or those of worker 0.",
@@ -146,6 +153,7 @@ class Fields(BaseModel):
             for key in (
                 "sparsity",
                 "prune_ramp",
+                "lr_density_power",
                 *(f"{name}_epochs" for name in TIMES + FURTHER_TIMES),
             ):
                 if type(data.get(key)) is int:

@@ -105,7 +105,8 @@ def _prune_and_regrow(config: Settings, entry: Budget, before: Phase | None, aft
     return DropAndGrow(keep, drop, by_gradient=True) if drop else PruneByMagnitude(keep)
 
 
-_BUDGETS = frozenset({"distribution", "pattern"})
+#: Of all methods that prune.
+_PRUNED = frozenset({"distribution", "pattern", "lr_density_power"})
 _GROWN = frozenset({"regrow_moments", "regrow_warmup"})
 
 CYCLIC = Method(
@@ -113,7 +114,7 @@ CYCLIC = Method(
     summary="cyclic GaP (C-GaP): the partitions take turns being dense",
     source="Ma et al., Effective Model Sparsification by Scheduled Grow-and-Prune Methods, ICLR 2022, "
     "arXiv 2106.09857, section 3.1",
-    reads=_BUDGETS
+    reads=_PRUNED
     | set("partitions partition_assignment partition_order rounds dense update prune_ramp".split())
     | set("target grow grow_share mask_init optimizer_state regrow lr_restart".split())
     | _GROWN,
@@ -141,7 +142,7 @@ DSD = Method(
     summary="C-GaP with one partition: a dense and a sparse phase in each round",
     source="Han et al., DSD: Dense-Sparse-Dense Training for Deep Neural Networks, ICLR 2017, arXiv 1607.04381; "
     "its last phase is dense, here it is sparse",
-    reads=_BUDGETS | _GROWN | set("rounds dense update prune_ramp optimizer_state regrow lr_restart".split()),
+    reads=_PRUNED | _GROWN | set("rounds dense update prune_ramp optimizer_state regrow lr_restart".split()),
     dense=_all_then_none,
     rule=grow_and_prune,
     phases_per_round=2,
@@ -162,7 +163,7 @@ ONE_SHOT = Method(
     summary="train dense, prune once, retrain",
     source="Han et al., Learning both Weights and Connections for Efficient Neural Networks, NIPS 2015, "
     "arXiv 1506.02626",
-    reads=_BUDGETS | {"optimizer_state", "lr_restart"},
+    reads=_PRUNED | {"optimizer_state", "lr_restart"},
     dense=_all,
     rule=grow_and_prune,
     global_budget=True,
@@ -197,7 +198,7 @@ RIGL = Method(
     name="rigl",
     summary="drop by magnitude, grow by gradient",
     source="Evci et al., Rigging the Lottery: Making All Tickets Winners, ICML 2020, arXiv 1911.11134, algorithm 1",
-    reads=_BUDGETS | _GROWN | set("update drop_fraction mask_init optimizer_state lr_restart".split()),
+    reads=_PRUNED | _GROWN | set("update drop_fraction mask_init optimizer_state lr_restart".split()),
     dense=_none,
     rule=_drop_and_grow,
     updates=True,
@@ -221,7 +222,7 @@ STATIC = Method(
     name="static",
     summary="fixed masks",
     source="",
-    reads=_BUDGETS | set("partitions partition_assignment rounds mask_init lr_restart".split()),
+    reads=_PRUNED | set("partitions partition_assignment rounds mask_init lr_restart".split()),
     dense=_none,
     rule=grow_and_prune,
     phases_per_round=None,

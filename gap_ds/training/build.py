@@ -115,6 +115,11 @@ def _check_fresh(backend: Backend, options: Options) -> None:
 
 
 def _check_moments(config: GaPConfig, backend: Backend) -> None:
+    if config.lr_density_power and backend.optimizers.has_sequences:
+        raise ValueError(
+            f"lr_density_power={config.lr_density_power}: is not supported with optimizer={backend.optimizers.names}, "
+            "which averages its weights. Set it to 0, or use another optimizer."
+        )
     if config.regrow_moments != "zero" and not set(SECOND_MOMENTS) & backend.optimizers.moment_names:
         raise ValueError(
             f'regrow_moments="{config.regrow_moments}": has no effect with optimizer={backend.optimizers.names}, which '

@@ -25,6 +25,7 @@ from gap_ds.sharding.shard import Shard, of_entries
 from gap_ds.training.piece_lists import PieceLists
 from gap_ds.training.regrowth import SECOND_MOMENTS, Young, mean_second_moments
 from gap_ds.training.selector import Selector
+from gap_ds.training.step_sizes import StepSizes
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,23 @@ class MaskState:
         self._gradients: dict[str, Tensor] = {}
         #: Grown weights whose first steps are scaled.
         self.young = Young(warmup, backend.optimizers)
+        self._sizes = StepSizes(config.lr_density_power)
         self._plan, self._config, self._backend = plan, config, backend
         self._lists = PieceLists(self.shards.values(), backend.optimizers)
 
-    # -- after every optimizer step --------------------------------------------------------------------------------
+    # -- in every optimizer step -----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def before_update(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Remembers what `after_update` needs of the weights, before an optimizer steps."""
+        self.young.before_update(self.held_by(optimizer, self.young.grown), step)
+        self._sizes.before_update(self.held_by(optimizer, self._sizes.factors))
+
+    @torch.no_grad()
+    def after_update(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Scales the step that an optimizer has just taken, where the config says so."""
+        self.young.after_update(self.held_by(optimizer, self.young.grown), step)
+        self._sizes.after_update(self.held_by(optimizer, self._sizes.factors))
 
     def zero_pruned(self, optimizer: torch.optim.Optimizer) -> Sequence[str]:
         """Zeroes the pruned weights that an optimizer step has just changed; returns the names of their entries.
@@ -148,8 +162,15 @@ class MaskState:
                 self._mask(shard, selected[entry.name], means)
             if before is not None and isinstance(update, rules.Grow | rules.DropAndGrow):
                 self.young.grow(shard.name, self._in_masks(shard, ~before), step)
+        self._follow_densities()
         if selected or self._config.regrow == "last_value":
             self._backend.publish()
+
+    def _follow_densities(self) -> None:
+        """Learns how sparse each masked entry is now. All ranks call this."""
+        if self._config.lr_density_power:
+            rows = zip(self._plan.entries, self.kept(), strict=True)
+            self._sizes.follow({entry.name: n / entry.numel for entry, n in rows if entry.name in self.bits})
 
     def select(self, updates: Mapping[Entry, rules.Update], step: int) -> dict[str, Tensor]:
         """Exact masks of this rank's pieces for all entries whose mask changes before a step; changes nothing."""
@@ -289,6 +310,7 @@ class MaskState:
         self.last = {name: piece.to(self.shards[name].weight()) for name, piece in found.last.items()}
         grown = self.on_device({name: bits for name, (bits, _) in found.grown.items()})
         self.young.grown = {name: (bits, found.grown[name][1]) for name, bits in grown.items()}
+        self._follow_densities()
 
     def on_device(self, pieces: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Pieces that were read from a file, where their weights are."""

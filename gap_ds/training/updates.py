@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from gap_ds.training.watched import Parts, Watched
 _UNSEEN = 3
 #: Calls in a row without a step, after which the weights are looked at, and again whenever there were twice as many.
 _IDLE = 8
+#: Updates that nobody counts, after which that is said.
+_UNCOUNTED = 8
 #: Steps of one optimizer while another has not stepped, after which that one is no longer used.
 _ALONE = 32
 #: The optimizers that some engine has hooked.
@@ -39,6 +42,7 @@ class Updates:
         #: Steps of each optimizer since the last complete update.
         self._stepped: Counter[int] = Counter()
         self._masked: set[str] = set()
+        self._uncounted = 0
         #: False until the first update after masks came from elsewhere, such as when the engine was built.
         self._checked = False
         self._idle, self._unseen, self._version = 0, 0, self._read_version()
@@ -96,6 +100,7 @@ class Updates:
                 update; or, there and before a boundary, the optimizer's state has an unknown meaning.
         """
         self._calls += 1
+        self._uncounted = 0
         if any(handle.id not in (handle.hooks_dict_ref() or ()) for handle in self._handles):
             self._hook_again()
         if len(self._stepped) < len(self._run.backend.optimizers):
@@ -125,8 +130,7 @@ class Updates:
 
     def _look_first(self, optimizer: torch.optim.Optimizer) -> None:
         if not self._run.backend.optimizers.quiet:
-            state = self._run.mask_state
-            state.young.before_update(state.held_by(optimizer, state.young.grown), self._place().step)
+            self._run.mask_state.before_update(optimizer, self._place().step)
         # `is_available` would look for devices each time.
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
             raise ValueError(
@@ -149,8 +153,11 @@ class Updates:
         if self._run.backend.optimizers.quiet:
             return
         state = self._run.mask_state
-        state.young.after_update(state.held_by(optimizer, state.young.grown), self._place().step)
-        self._masked.update(state.zero_pruned(optimizer))
+        state.after_update(optimizer, self._place().step)
+        masked = state.zero_pruned(optimizer)
+        if masked and masked[0] in self._masked:
+            self._say_uncounted()
+        self._masked.update(masked)
         # A fused optimizer is stepped by a gradient scaler on overflow, too, and leaves all weights as they are.
         if (overflow := getattr(optimizer, "found_inf", None)) is not None and bool(overflow):
             self._version = self._read_version()
@@ -161,6 +168,16 @@ class Updates:
         place = self._place()
         if rules.needs_gradient(self._run.config, place.phase(self._run.schedule), place.step + 1):
             self._run.mask_state.copy_gradients(optimizer)
+
+    def _say_uncounted(self) -> None:
+        """Warns, once until `complete` is called, if updates follow each other without it."""
+        self._uncounted += 1
+        if self._uncounted == _UNCOUNTED:
+            self._run.say(
+                f"{_UNCOUNTED} updates were made without engine.step() or engine.after_step(): masks are applied, but "
+                "the schedule stands still. Call engine.after_step() after optimizer.step().",
+                logging.WARNING,
+            )
 
     def _check_state(self) -> None:
         self._run.raise_doubts()

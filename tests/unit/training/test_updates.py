@@ -184,3 +184,13 @@ def test_a_step_that_the_gradient_scaler_skips_is_none_for_the_learning_rate(tmp
     again, fresh = scaled(lambda step: 1 / (1 + step))
     again.load_checkpoint(tmp_path)
     assert fresh.get_scale() == 2.0 and again.optimizer.param_groups[0]["lr"] == pytest.approx(0.01 / 3)
+
+
+def test_updates_that_nobody_counts_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    engine = build()
+    train(engine, 20)
+    assert "stands still" not in caplog.text
+    for _ in range(20):
+        engine(torch.randn(8, 6)).square().mean().backward()
+        engine.optimizer.step()
+    assert caplog.text.count("updates were made without engine.step() or engine.after_step()") == 1
