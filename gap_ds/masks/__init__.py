@@ -2,8 +2,10 @@
 
     bitmask    packs, counts and applies masks; read it first
     selection  exact top-k over shards, for all budgets of a boundary at once
+    packing    kept values of a piece, packed in the order of the bits
     codec      bits and kept values of a tensor in a file
     legality   checks that weights or masks follow a pattern
+    local      the part of a tensor that lies on this rank
     cpu, cpu.c loops in C for CPUs, compiled once and kept in the user's cache
     triton     the kernel for GPUs
 

@@ -15,18 +15,16 @@ forward pass: the shard's `copies`.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor
 
 from gap_ds.masks.box import Box
+from gap_ds.masks.local import local
 
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
+__all__ = ["Shard", "local"]
 
 
 @dataclass(frozen=True)
@@ -81,14 +79,3 @@ class Shard:
     def full_numel(self) -> int:
         """Weights of the whole parameter."""
         return math.prod(self.shape)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The tensor that this rank holds: of a DTensor its local shard, else the tensor itself."""
-    return tensor.to_local() if _is_dtensor(tensor) else tensor
-
-
-def _is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
-    """True for a DTensor. There can be none before their module is loaded, which takes half as long as torch."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)

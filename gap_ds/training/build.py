@@ -119,6 +119,11 @@ def _check_moments(config: GaPConfig, backend: Backend) -> None:
             f'regrow_moments="{config.regrow_moments}": has no effect with optimizer={backend.optimizers.names}, which '
             "has no second moments. Remove it."
         )
+    if config.regrow_moments == "keep_second" and backend.optimizers.packing:
+        raise ValueError(
+            f'regrow_moments="keep_second": optimizer={backend.optimizers.packing} of gap_ds.optim holds no moments of '
+            'pruned weights that could be kept. Set it to "mean_second" or "zero", or use the optimizer of torch.optim.'
+        )
 
 
 def check(

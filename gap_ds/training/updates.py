@@ -56,6 +56,7 @@ class Updates:
                     f"optimizer={type(optimizer).__name__}: another GaPEngine masks its steps. Call close() on that "
                     "engine first, or build another optimizer."
                 )
+        run.backend.optimizers.divide(run.mask_state.shards.values())
         self._hook()
 
     def _hook(self) -> None:
@@ -70,8 +71,9 @@ class Updates:
         self._handles.clear()
 
     def close(self) -> None:
-        """Takes the hooks off."""
+        """Takes the hooks off, and what optimizers know of masks."""
         self._unhook()
+        self._run.backend.optimizers.release()
         for optimizer in self._run.backend.optimizers:
             _HOOKED.discard(optimizer)
 
