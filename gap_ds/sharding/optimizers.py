@@ -142,7 +142,8 @@ class Optimizers(Sequence[torch.optim.Optimizer]):
     def moments(self, shard: Shard) -> Iterator[tuple[str, Tensor, float]]:
         """The name, this rank's piece (numel,), and the first value of each moment, sorted by name.
 
-        Pieces are views; of packed state they are copies, with 0 where weights are pruned. Libraries that load an optimizer's state put it back in any order, another one on every rank.
+        Pieces are views; of packed state they are copies, with 0 where weights are pruned. Libraries that load an
+        optimizer's state put it back in any order, another one on every rank.
         """
         for name, piece, kinds in self._per_weight(shard):
             if (first := kinds.moments.get(name)) is not None:

@@ -294,7 +294,7 @@ class MaskState:
         self.young.grown = {name: (bits, found.grown[name][1]) for name, bits in grown.items()}
 
     def take_masks(self) -> None:
-        """Makes optimizers that hold state for kept weights alone go on with these masks, which belong to that state."""
+        """Gives these masks, to which all state belongs, to optimizers that hold it for kept weights alone."""
         self._backend.optimizers.take_masks(self.shards, self.bits)
         for name in self.shards:
             self._note_spared(name)
