@@ -19,7 +19,7 @@ from __future__ import annotations
 import bisect
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from gap_ds.masks import bitmask, packing
 from gap_ds.masks.local import local
+from gap_ds.optim import cpu
 
 
 @dataclass
@@ -50,6 +51,12 @@ class Piece:
     def unpack(self, held: Tensor, fill: float = 0.0) -> Tensor:
         """Values (numel,) from what is held of them; those of pruned weights are `fill`."""
         return held if self.bits is None else packing.spread(held, self.bits, self.numel, fill)
+
+    @functools.cached_property
+    def chunks(self) -> list[tuple[int, int, int, int]]:
+        """Its parts, as the loops in C take them. For pieces with a mask, on a CPU."""
+        assert self.bits is not None
+        return cpu.chunks(self.bits, self.numel, self.kept)
 
     @property
     def held(self) -> int:
@@ -78,6 +85,19 @@ class Part:
         value: Any = self.state.get(name)
         found: Tensor | None = value if self.index is None or value is None else value[self.index]
         return None if found is None else local(found)
+
+    @property
+    def is_fp32_on_cpu(self) -> bool:
+        """True if weights and gradients are, and lie in memory in their order."""
+        tensors = self.weight, self.grad
+        return all(t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in tensors)
+
+    def kept(self, names: Iterable[str]) -> cpu.Kept:
+        """The kept weights of a masked part, with these moments, which have been made."""
+        piece = self.piece
+        assert piece is not None and piece.bits is not None
+        moments = tuple(self.made(name) for name in names)
+        return cpu.Kept(self.weight, self.grad, piece.bits, piece.chunks, moments)
 
     def made(self, name: str) -> Tensor:
         """A moment that has been made."""
@@ -119,8 +139,15 @@ class SparseState(torch.optim.Optimizer):
         """Updates weights, moments and counts of parts without pruned weights."""
         raise NotImplementedError
 
+    def _update_in_c(self, loops: cpu.Loops, group: Mapping[str, Any], parts: Sequence[Part]) -> None:
+        """Updates kept weights, moments and counts of masked parts that are fp32 on a CPU."""
+        raise NotImplementedError
+
     def _update_kept(self, group: Mapping[str, Any], parts: Sequence[Part]) -> None:
-        """Updates kept weights, moments and counts of masked parts, one after the other."""
+        """Updates kept weights, moments and counts of masked parts, the gathered ones of one part at a time."""
+        if _plain(group) and all(part.is_fp32_on_cpu for part in parts) and (loops := cpu.loops()) is not None:
+            self._update_in_c(loops, group, parts)
+            return
         for part in parts:
             assert part.piece is not None and part.piece.bits is not None
             at = packing.places(part.piece.bits, part.piece.numel, part.piece.kept)
@@ -275,3 +302,11 @@ class SparseState(torch.optim.Optimizer):
                     for piece, held in zip(self._pieces[owner], value, strict=True):
                         piece.of(found[name]).copy_(piece.unpack(held))
         return found
+
+
+def _plain(group: Mapping[str, Any]) -> bool:
+    """True if no setting of a parameter group is a tensor, or asks for a way of computing that torch has."""
+    ways = ("fused", "capturable", "differentiable")
+    settings = [value for key, value in group.items() if key != "params"]
+    numbers = [number for value in settings for number in (value if isinstance(value, tuple) else (value,))]
+    return not any(group.get(way) for way in ways) and not any(isinstance(number, Tensor) for number in numbers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gap_ds.masks import bitmask
 from gap_ds.optim.sparse_state import SparseState
 from gap_ds.sharding.meanings import KNOWN, USUAL, Kinds, Meaning
 from gap_ds.sharding.shard import Shard, local
@@ -164,79 +163,6 @@ class Optimizers(Sequence[torch.optim.Optimizer]):
         for name, value in sorted(self.state(owner).items()):
             if _as_large(value, owner) and kinds.of(name) in ("moment", "sequence"):
                 yield name, shard.of(value), kinds
-
-    # -- state for kept weights alone ------------------------------------------------------------------------------
-
-    @property
-    def packing(self) -> str:
-        """The class names of the members that hold state for kept weights alone; empty if none does."""
-        return ", ".join(type(optimizer).__name__ for optimizer in self if isinstance(optimizer, SparseState))
-
-    def divide(self, shards: Collection[Shard]) -> None:
-        """Tells members that hold state for kept weights alone which weights may be masked."""
-        owners: dict[int, tuple[Tensor, list[tuple[int, int]]]] = {}
-        for shard in shards if self.packing else ():
-            if shard.numel:
-                owner = shard.owner()
-                owners.setdefault(id(owner), (owner, []))[1].append((shard.offset, shard.numel))
-        for owner, ranges in owners.values():
-            if isinstance(holder := self.holder(owner), SparseState):
-                holder.divide(owner, ranges)
-
-    def release(self) -> None:
-        """Makes all state whole again, with zeros where weights are pruned."""
-        for optimizer in self:
-            if isinstance(optimizer, SparseState):
-                optimizer.release()
-
-    def change_mask(
-        self,
-        shard: Shard,
-        before: Tensor | None,
-        bits: Tensor | None,
-        first: Mapping[str, float],
-        keep: Collection[str],
-    ) -> None:
-        """Adapts the moments of an entry to another mask, or to none.
-
-        Those of weights that the mask before has pruned take their first values.
-
-        Args:
-            first: other first values, by the moment's name.
-            keep: names of moments that stay as they are, where they are held.
-        """
-        if not shard.numel:
-            return
-        owner = shard.owner()
-        if isinstance(holder := self.holder(owner), SparseState):
-            holder.change_mask(owner, shard.offset, bits, first)
-            return
-        if before is None:
-            return
-        for name, moment, usual in self.moments(shard):
-            if name not in keep:
-                bitmask.zero_pruned_(moment, before)
-                if (value := first.get(name, usual)) != 0.0:
-                    moment[~bitmask.unpack(before, shard.numel)] = value
-
-    def take_masks(self, shards: Mapping[str, Shard], bits: Mapping[str, Tensor]) -> None:
-        """Gives masks that belong to the state as it is to the members that hold it for kept weights alone."""
-        for name, shard in shards.items() if self.packing else ():
-            if shard.numel and isinstance(holder := self.holder(owner := shard.owner()), SparseState):
-                holder.change_mask(owner, shard.offset, bits.get(name))
-        for optimizer in self:
-            if isinstance(optimizer, SparseState):
-                optimizer.settle()
-
-    def spares(self, shard: Shard, bits: Tensor) -> bool:
-        """True if the steps of the member that updates a piece leave the weights alone that this mask prunes."""
-        holder = self.holder(owner := shard.owner())
-        return isinstance(holder, SparseState) and holder.bits(owner, shard.offset) is bits
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all state on this rank."""
-        return sum(_nbytes(state) for optimizer in self for state in optimizer.state.values())
 
     def _kinds(self, optimizer: torch.optim.Optimizer) -> Kinds:
         """Meaning of the state of a member: by the user's word, else by the first of its classes in the table."""
@@ -415,13 +341,6 @@ def of_user(given: Any, meanings: Mapping[str, Meaning] | None = None) -> Optimi
             f"{tuple(twice[0].shape)}). Give each parameter to one optimizer."
         )
     return Optimizers(members, meanings=meanings)
-
-
-def _nbytes(value: Any) -> int:
-    if isinstance(value, Tensor):
-        return local(value).nbytes
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return sum(_nbytes(part) for part in parts)
 
 
 def _has_stepped(state: Mapping[str, Any]) -> bool:

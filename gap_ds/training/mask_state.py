@@ -19,6 +19,7 @@ from gap_ds.masks import bitmask
 from gap_ds.method import rules
 from gap_ds.method.config import GaPConfig
 from gap_ds.method.plan import Entry, Plan
+from gap_ds.sharding import moments
 from gap_ds.sharding.backends import Backend
 from gap_ds.sharding.comm import Comm, sum_of
 from gap_ds.sharding.shard import Shard
@@ -211,16 +212,16 @@ class MaskState:
         meaningful while a weight is pruned, because its gradient is not masked.)
         """
         name, optimizers = shard.name, self._backend.optimizers
-        first = {moment: value for (entry, moment), value in means.items() if entry == name}
+        first = {kind: value for (entry, kind), value in means.items() if entry == name}
         keep = SECOND_MOMENTS if self._config.regrow_moments == "keep_second" else ()
-        optimizers.change_mask(shard, self.bits.pop(name, None), bits, first, keep)
+        moments.change_mask(optimizers, shard, self.bits.pop(name, None), bits, first, keep)
         if bits is not None:
             self.bits[name] = bits
         self._note_spared(name)
 
     def _note_spared(self, name: str) -> None:
         shard, bits = self.shards[name], self.bits.get(name)
-        spared = bits is not None and shard.numel and self._backend.optimizers.spares(shard, bits)
+        spared = bits is not None and shard.numel and moments.spares(self._backend.optimizers, shard, bits)
         (self._spared.add if spared else self._spared.discard)(name)
 
     def _remember(self, shard: Shard, before: Tensor | None, bits: Tensor) -> None:
@@ -250,7 +251,7 @@ class MaskState:
             "density": total / numel,
             "model_sparsity": (numel - total) / self._plan.total,
             "mask_bytes": sum(bits.numel() for bits in self.bits.values()),
-            "optimizer_bytes": self._backend.optimizers.nbytes,
+            "optimizer_bytes": moments.nbytes(self._backend.optimizers),
             "entries": {
                 e.name: {"kept": n, "numel": e.numel, "partition": e.partition, "dense": e.name not in self.bits}
                 for e, n in zip(self._plan.entries, kept, strict=True)
@@ -295,7 +296,7 @@ class MaskState:
 
     def take_masks(self) -> None:
         """Gives these masks, to which all state belongs, to optimizers that hold it for kept weights alone."""
-        self._backend.optimizers.take_masks(self.shards, self.bits)
+        moments.take_masks(self._backend.optimizers, self.shards, self.bits)
         for name in self.shards:
             self._note_spared(name)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gap_ds.method import rules
+from gap_ds.sharding import moments
 from gap_ds.sharding.comm import raise_on_all_ranks
 from gap_ds.sharding.shard import local
 from gap_ds.training.run import Place, Run
@@ -56,7 +57,7 @@ class Updates:
                     f"optimizer={type(optimizer).__name__}: another GaPEngine masks its steps. Call close() on that "
                     "engine first, or build another optimizer."
                 )
-        run.backend.optimizers.divide(run.mask_state.shards.values())
+        moments.divide(run.backend.optimizers, run.mask_state.shards.values())
         self._hook()
 
     def _hook(self) -> None:
@@ -73,7 +74,7 @@ class Updates:
     def close(self) -> None:
         """Takes the hooks off, and what optimizers know of masks."""
         self._unhook()
-        self._run.backend.optimizers.release()
+        moments.release(self._run.backend.optimizers)
         for optimizer in self._run.backend.optimizers:
             _HOOKED.discard(optimizer)
 

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from gap_ds import GaPEngine, optim
 from gap_ds.masks import bitmask
+from gap_ds.masks import cpu as masks_cpu
+from gap_ds.optim import cpu
+from gap_ds.sharding import moments
 from gap_ds.sharding.optimizers import Optimizers
 from gap_ds.sharding.shard import Shard
 
@@ -247,7 +250,7 @@ def flat(kind: Any, pieces: list[tuple[int, int]]) -> tuple[Tensor, torch.optim.
     optimizer = kind([owner], lr=1e-2)
     optimizers = Optimizers([optimizer])
     shards = [Shard.of_range(f"{start}", (numel,), 0, numel, start, lambda: owner) for start, numel in pieces]
-    optimizers.divide(shards)
+    moments.divide(optimizers, shards)
     return owner, optimizer, optimizers, shards
 
 
@@ -265,7 +268,7 @@ def test_pieces_of_a_flat_buffer(pieces: list[tuple[int, int]]) -> None:
         after = None if step % 3 == 2 else new
         for owner, optimizer, optimizers, shards in both:
             shard = next(shard for shard in shards if shard.name == name)
-            optimizers.change_mask(shard, bits.get(name), after, {"exp_avg_sq": 0.5}, ())
+            moments.change_mask(optimizers, shard, bits.get(name), after, {"exp_avg_sq": 0.5}, ())
             if after is not None:
                 bitmask.zero_pruned_(shard.weight(), after)
             owner.grad = gradient.clone()
@@ -299,3 +302,43 @@ def test_what_is_refused() -> None:
     embedding = nn.Embedding(4, 3, sparse=True)
     embedding(torch.tensor([1])).sum().backward()
     assert "takes no sparse gradients" in refusal(optim.AdamW(embedding.parameters()).step)
+
+
+@pytest.mark.parametrize("pair", ["adamw", "adamw-amsgrad-maximize", "sgd-nesterov"])
+def test_without_a_compiler_it_equals_torch_too(pair: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "loops", lambda: None)
+    ours, theirs, settings = PAIRS[pair]
+    first, second = build(ours, **settings), build(theirs, **settings)
+    train(first, 7)
+    train(second, 7)
+    assert_equal(first, second)
+
+
+@pytest.mark.skipif(cpu.loops() is None, reason="no C compiler, or GAP_DS_NATIVE=0")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_loops_in_c_equal_pytorch(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any size, at unaligned addresses, in several chunks and threads; nothing around the piece changes."""
+    monkeypatch.setattr(cpu, "_CHUNK", 50)
+    monkeypatch.setattr(masks_cpu, "_SHARED", 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    generator = torch.Generator().manual_seed(threads)
+    for numel, density in itertools.product([1, 7, 64, 65, 1000, 1024, 3333], [0.0, 0.1, 0.5, 1.0]):
+        bits = bitmask.pack(torch.rand(numel, generator=generator) < density)
+        start, found = numel % 5, []
+        buffer = torch.randn(numel + 9, generator=generator)
+        gradient = torch.randn(numel + 9, generator=generator)
+        for loops in (True, False):
+            owner = nn.Parameter(buffer.clone())
+            optimizer = optim.AdamW([owner], lr=0.1)
+            optimizer.divide(owner, [(start, numel)])
+            optimizer.change_mask(owner, start, bits)
+            with monkeypatch.context() as patched:
+                if not loops:
+                    patched.setattr(cpu, "loops", lambda: None)
+                for scale in (1.0, 0.3):
+                    owner.grad = gradient * scale
+                    optimizer.step()
+            found.append([owner.detach(), *(held for _, value in optimizer._moments_of(owner) for held in value)])
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)), (numel, density)
+    torch.set_num_threads(before)
