@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +34,7 @@ def loops() -> Loops | None:
 
 @dataclass(frozen=True)
 class Kept:
-    """Kept weights of a piece: weight and gradient (N,), bits, and packed moments (n,) as names of arguments.
+    """Kept weights of a piece: weight and gradient (N,), bits, and packed moments (n,).
 
     chunks: (first weight, weights, first kept one, kept ones) of its parts, as `chunks` returns them.
     """
@@ -44,17 +45,17 @@ class Kept:
     chunks: Sequence[tuple[int, int, int, int]]
     moments: tuple[Tensor, ...]
 
-    def parts(self) -> Iterator[Kept]:
-        """The chunks as pieces."""
+    def parts(self) -> Iterator[tuple[list[int], int, int, int]]:
+        """For each chunk with kept weights: where it is in (N,) and in packed tensors, weights, first kept, kept.
+
+        Places are addresses in weight, gradient, bits, moments, in this order.
+        """
+        whole = self.weight.data_ptr(), self.gradient.data_ptr()
+        packed = [moment.data_ptr() for moment in self.moments]
         for low, numel, first, kept in self.chunks:
             if kept:
-                yield Kept(
-                    self.weight[low : low + numel],
-                    self.gradient[low : low + numel],
-                    self.bits[low // 8 :],
-                    [(0, numel, 0, kept)],
-                    tuple(moment[first : first + kept] for moment in self.moments),
-                )
+                places = [address + 4 * low for address in whole] + [self.bits.data_ptr() + low // 8]
+                yield [*places, *(address + 4 * first for address in packed)], numel, first, kept
 
 
 def chunks(bits: Tensor, numel: int, kept: int) -> list[tuple[int, int, int, int]]:
@@ -86,8 +87,9 @@ class Loops:
             found.argtypes, found.restype = arguments, None
             return found  # type: ignore[no-any-return]
 
-        self._moments = loop("adamw_moments", pointer, pointer, number, *[real] * 4, pointer, pointer)
+        self._moments = loop("adamw_moments", pointer, pointer, number, *[real] * 4, *[pointer] * 3)
         self._weights = loop("adamw_weights", pointer, pointer, number, pointer, pointer, *[real] * 4)
+        self._scratch = threading.local()
         self._sgd = loop("sgd", *[pointer] * 3, number, pointer, number, *[real] * 4, number, real)
 
     def adamw(
@@ -106,24 +108,31 @@ class Loops:
             pieces: with the step that this one is, from 1 on.
         """
         beta1, beta2 = betas
-        sign = -1.0 if maximize else 1.0
+        numbers = -1.0 if maximize else 1.0, 1 - beta1, beta2, 1 - beta2
 
-        def work(item: tuple[Kept, float]) -> None:
-            part, step = item
-            first, second, *largest = part.moments
-            ((_, numel, _, _),) = part.chunks
-            bits = part.bits.data_ptr()
-            moments = first.data_ptr(), second.data_ptr()
-            self._moments(part.gradient.data_ptr(), bits, numel, sign, 1 - beta1, beta2, 1 - beta2, *moments)
-            if largest:
-                torch.maximum(largest[0], second, out=largest[0])
-            root = torch.sqrt(largest[0] if largest else second)
+        def work(item: tuple[Kept, float, tuple[list[int], int, int, int]]) -> None:
+            piece, step, ((weight, gradient, bits, *packed), numel, first, kept) = item
+            at, room = self._room(kept)
+            self._moments(gradient, bits, numel, *numbers, *packed[:2], at.data_ptr())
+            second = piece.moments[-1][first : first + kept]
+            if len(packed) > 2:
+                torch.maximum(second, piece.moments[1][first : first + kept], out=second)
+            root = torch.sqrt(second, out=room[:kept])
             size, correction = -(lr / (1 - beta1**step)), (1 - beta2**step) ** 0.5
-            factors = 1 - lr * weight_decay, size, correction, eps
-            self._weights(part.weight.data_ptr(), bits, numel, first.data_ptr(), root.data_ptr(), *factors)
+            self._weights(
+                weight, at.data_ptr(), kept, packed[0], root.data_ptr(), 1 - lr * weight_decay, size, correction, eps
+            )
 
-        items = [(part, step) for piece, step in pieces for part in piece.parts()]
+        items = [(piece, step, part) for piece, step in pieces for part in piece.parts()]
         cpu.in_threads(work, items, sum(piece.weight.numel() for piece, _ in pieces))
+
+    def _room(self, kept: int) -> tuple[Tensor, Tensor]:
+        """Memory of this thread for positions and roots, left from call to call: fresh memory is slow to write."""
+        found: tuple[Tensor, Tensor] | None = getattr(self._scratch, "room", None)
+        if found is None or found[1].numel() < kept:
+            at = torch.empty(kept + 7, dtype=torch.int32, device="cpu")
+            found = self._scratch.room = at, torch.empty(kept, dtype=torch.float32, device="cpu")
+        return found
 
     def sgd(
         self,
@@ -143,15 +152,11 @@ class Loops:
         """
         factors = -1.0 if maximize else 1.0, weight_decay, momentum, 1 - dampening, nesterov, -lr
 
-        def work(item: tuple[Kept, bool]) -> None:
-            part, made = item
-            ((_, numel, _, _),) = part.chunks
-            buffer = part.moments[0].data_ptr() if part.moments else None
-            self._sgd(
-                part.weight.data_ptr(), part.gradient.data_ptr(), part.bits.data_ptr(), numel, buffer, made, *factors
-            )
+        def work(item: tuple[bool, tuple[list[int], int, int, int]]) -> None:
+            made, ((weight, gradient, bits, *packed), numel, _, _) = item
+            self._sgd(weight, gradient, bits, numel, packed[0] if packed else None, made, *factors)
 
-        items = [(part, made) for piece, made in pieces for part in piece.parts()]
+        items = [(made, part) for piece, made in pieces for part in piece.parts()]
         cpu.in_threads(work, items, sum(piece.weight.numel() for piece, _ in pieces))
 
 
