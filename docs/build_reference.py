@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 from typer.testing import CliRunner
 
 import gap_ds
-from gap_ds import distill, hf
+from gap_ds import distill, hf, optim
 from gap_ds.cli.app import app
 from gap_ds.export import compact, expand
 from gap_ds.method.config import GaPConfig
@@ -28,6 +28,7 @@ PAGE = Path(__file__).with_name("reference.md")
 #: Public objects by the module that they are imported from.
 PUBLIC: dict[str, list[Any]] = {
     "gap_ds": [getattr(gap_ds, name) for name in gap_ds.__all__ if not name.startswith("__")],
+    "gap_ds.optim": [optim.AdamW, optim.SGD],
     "gap_ds.hf": [hf.GaPCallback, hf.prepare],
     "gap_ds.export": [compact, expand],
     "gap_ds.distill": [distill.Teacher, distill.logit_distance, distill.hidden_distance],
@@ -160,6 +161,8 @@ def _member(owner: type, name: str, member: Any) -> str | None:
     """Signature and docstring of a method or property; None for what is not for users."""
     inner = getattr(member, "fget", None) or getattr(member, "__func__", member)
     if name.startswith(("_", _HOOKS)) or not inspect.isfunction(inner) or not inner.__module__.startswith("gap_ds"):
+        return None
+    if inner.__qualname__ != f"{owner.__name__}.{name}":  # torch hooks an inherited step() by putting it in the class
         return None
     called = f"{owner.__name__}.{name}"
     if isinstance(member, property):

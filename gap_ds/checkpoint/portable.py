@@ -27,10 +27,11 @@ import torch
 from torch import Tensor
 
 from gap_ds.masks.box import Box, covers
+from gap_ds.masks.local import local
 from gap_ds.sharding.backends import Backend
 from gap_ds.sharding.comm import Comm, boxes_of, raise_on_all_ranks
 from gap_ds.sharding.optimizers import Optimizers
-from gap_ds.sharding.shard import Shard, local
+from gap_ds.sharding.shard import Shard
 from gap_ds.storage.json import Count, parse_json
 from gap_ds.storage.safetensors import LazyTensors, Writer, open_tensors
 

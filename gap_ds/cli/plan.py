@@ -66,6 +66,7 @@ def forecast(
         "mean_density": mean_density,
         "training_flops": plan.training_flops(mean_density),
         "training_flops_counted": COUNTED,
+        "optimizer_state": _optimizer_state(plan, schedule),
         "partitions": _partitions(plan),
         "unit": unit,
         "length": _number(Fraction(schedule.total_steps, per_unit)),
@@ -79,6 +80,28 @@ def forecast(
     if with_entries:
         result["entries"] = [_entry(entry) for entry in plan.entries]
     return result
+
+
+#: Of both moments of AdamW in fp32.
+_ADAMW_BYTES = 8
+
+
+def _optimizer_state(plan: Plan, schedule: Schedule) -> dict[str, int]:
+    """Return the bytes of AdamW's moments in fp32, over all ranks: whole, and held for kept weights alone.
+
+    The latter at its most, on average over the run, and in the last phase. Densities are those when a phase begins.
+    """
+    density = schedule.density(*plan.per_partition())
+
+    def held(of_entries: float) -> int:
+        return round(_ADAMW_BYTES * (plan.total - plan.numel + of_entries * plan.numel))
+
+    return {
+        "whole": _ADAMW_BYTES * plan.total,
+        "most": held(max(density)),
+        "mean": held(schedule.mean_density(*plan.per_partition())),
+        "last": held(density[-1]),
+    }
 
 
 def _of_partitions(plan: Plan, phase: Phase) -> dict[str, Any]:

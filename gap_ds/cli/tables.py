@@ -303,6 +303,10 @@ def _summary(figures: dict[str, Any]) -> Table:
     grid.add_row("mean density of the entries", f"{figures['mean_density']:.4f} over all {figures['unit']}s")
     counted = figures["training_flops_counted"]
     grid.add_row("training FLOPs", f"{figures['training_flops']:.4f} of dense training (counted: {counted})")
+    held = {key: size(number) for key, number in figures["optimizer_state"].items()}
+    grid.add_row("AdamW's state", f"{held['whole']} in fp32, over all ranks")
+    kept = f"{held['mean']} on average, at most {held['most']}, {held['last']} in the last phase"
+    grid.add_row("", f"with gap_ds.optim.AdamW {kept}")
     if workers := figures.get("workers"):
         n, least, most = workers["workers"], min(workers["exchange_bytes"]), max(workers["exchange_bytes"])
         grid.add_row("", f"{workers['training_flops']:.4f} by all {n} workers together; the line above is for worker 0")

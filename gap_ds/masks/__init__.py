@@ -4,8 +4,10 @@
     selection  exact top-k over shards, for all budgets of a boundary at once
     passes     what it does to a chunk of weights: loops in C, else PyTorch
     tally      its counts on an accelerator
+    packing    kept values of a piece, packed in the order of the bits
     codec      bits and kept values of a tensor in a file
     legality   checks that weights or masks follow a pattern
+    local      the part of a tensor that lies on this rank
     cpu, cpu.c loops in C for CPUs, compiled once and kept in the user's cache
     triton     the kernels for GPUs
 

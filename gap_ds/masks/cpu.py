@@ -25,7 +25,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -48,12 +48,24 @@ _NATIVE = ["-march=native", *(["-mprefer-vector-width=512"] if platform.machine(
 #: Row counts for which cpu.c has a product; blocks of other sizes are padded to the next one.
 _WIDTHS = (1, 4, 8, 16, 32, 48, 64)
 
+T = TypeVar("T")
+
 _log = logging.getLogger(__name__)
 
 
 @functools.cache
 def library() -> Library | None:
     """The compiled loops; None if they cannot be used. The answer holds for the life of the process."""
+    return compiled(SOURCE, lambda path: _checked(path))
+
+
+def compiled(source: Path, checked: Callable[[Path], T], flags: Sequence[str] = ()) -> T | None:
+    """Loops compiled from a source file, from the cache if it has them; None if they cannot be used.
+
+    Args:
+        checked: loads the compiled file; RuntimeError if it does not compute what it should.
+        flags: of the compiler, besides the usual ones.
+    """
     if os.environ.get("GAP_DS_NATIVE") == "0":
         return None
     command = shlex.split(os.environ.get("CC", "")) or [c for c in ("cc", "gcc", "clang") if shutil.which(c)][:1]
@@ -62,18 +74,20 @@ def library() -> Library | None:
         return None
     try:
         try:
-            return _load([*command, *_FLAGS, *_NATIVE])
+            return _load([*command, *_FLAGS, *flags, *_NATIVE], source, checked)
         except subprocess.CalledProcessError:
-            return _load([*command, *_FLAGS])
+            return _load([*command, *_FLAGS, *flags], source, checked)
     except (OSError, subprocess.SubprocessError, RuntimeError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip()
         _log.info(
-            "cpu.so cannot be used (%s): masks, selections and sparse products use NumPy, PyTorch and MKL.", reason
+            "%s.so cannot be used (%s): masks, selections and sparse products use NumPy, PyTorch and MKL.",
+            source.stem,
+            reason,
         )
         return None
 
 
-def _load(words: Sequence[str]) -> Library:
+def _load(words: Sequence[str], source: Path, checked: Callable[[Path], T]) -> T:
     """Loads the loops from the cache. If they are absent or damaged there, compiles them and stores them.
 
     Args:
@@ -81,15 +95,15 @@ def _load(words: Sequence[str]) -> Library:
     """
     # The predefined macros name the compiler's version and the features of the processor.
     macros = _run([*words, "-dM", "-E", "-x", "c", os.devnull])
-    key = hashlib.sha256("\0".join([*words, macros, SOURCE.read_text("utf-8")]).encode()).hexdigest()
-    kept = _cache() / f"cpu-{key[:32]}.so"
+    key = hashlib.sha256("\0".join([*words, macros, source.read_text("utf-8")]).encode()).hexdigest()
+    kept = _cache() / f"{source.stem}-{key[:32]}.so"
     if kept.is_file():
         with contextlib.suppress(OSError, RuntimeError):
-            return _checked(kept)
+            return checked(kept)
     with tempfile.TemporaryDirectory(prefix="gap_ds_") as folder:
-        made = Path(folder) / "cpu.so"
-        _run([*words, str(SOURCE), "-o", str(made)])
-        loops = _checked(made)
+        made = Path(folder) / "loops.so"
+        _run([*words, str(source), "-o", str(made)])
+        loops = checked(made)
         with contextlib.suppress(OSError):  # full, read-only, or just stored by another process
             kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with atomic.replacing(kept) as aside:
@@ -286,6 +300,15 @@ def _call(function: Callable[..., Any], work: Sequence[tuple[int, ...]], threads
     if threads == 1:
         return [function(*arguments) for arguments in work]
     return list(_pool(threads).map(lambda arguments: function(*arguments), work))
+
+
+def in_threads(work: Callable[[T], Any], items: Sequence[T], size: int) -> None:
+    """Does work on each item, in parallel threads if its size, as a number of operations, is worth starting them."""
+    if (threads := _threads(size)) == 1:
+        for item in items:
+            work(item)
+    else:
+        list(_pool(threads).map(work, items))
 
 
 @functools.cache

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gap_ds.masks.local import local
+from gap_ds.optim.sparse_state import SparseState
 from gap_ds.sharding.meanings import KNOWN, USUAL, Kinds, Meaning
-from gap_ds.sharding.shard import Shard, local
+from gap_ds.sharding.shard import Shard
 
 #: Where optimizers count in a parameter group: steps, and schedule-free's sums of its averaging.
 _COUNTERS = ("step", "k", "weight_sum", "lr_max")
@@ -135,13 +137,14 @@ class Optimizers(Sequence[torch.optim.Optimizer]):
         return {}
 
     def per_weight(self, shard: Shard) -> dict[str, Tensor]:
-        """This rank's piece (numel,) of all state with one value per weight, by name, as views."""
+        """This rank's piece (numel,) of all state with one value per weight, by name; views, of packed state copies."""
         return {name: piece for name, piece, _ in self._per_weight(shard)}
 
     def moments(self, shard: Shard) -> Iterator[tuple[str, Tensor, float]]:
-        """The name, this rank's piece (numel,) as a view, and the first value of each moment, sorted by name.
+        """The name, this rank's piece (numel,), and the first value of each moment, sorted by name.
 
-        Libraries that load an optimizer's state put it back in any order, another one on every rank.
+        Pieces are views; of packed state they are copies, with 0 where weights are pruned. Libraries that load an
+        optimizer's state put it back in any order, another one on every rank.
         """
         for name, piece, kinds in self._per_weight(shard):
             if (first := kinds.moments.get(name)) is not None:
@@ -164,7 +167,10 @@ class Optimizers(Sequence[torch.optim.Optimizer]):
         if shard.numel == 0:
             return
         owner = shard.owner()
-        kinds = self._kinds(self.holder(owner))
+        holder = self.holder(owner)
+        kinds = self._kinds(holder)
+        if isinstance(holder, SparseState):
+            yield from ((name, value, kinds) for name, value in holder.values(owner, shard.offset, shard.numel))
         for name, value in sorted(self.state(owner).items()):
             if _as_large(value, owner) and kinds.of(name) in ("moment", "sequence"):
                 yield name, shard.of(value), kinds
@@ -194,6 +200,8 @@ class Optimizers(Sequence[torch.optim.Optimizer]):
         """
         owner = shard.owner()
         optimizer = self.holder(owner)
+        if isinstance(optimizer, SparseState):
+            return
         kinds = self._kinds(optimizer)
         unknown = []
         for name, value in self.state(owner).items():

@@ -15,20 +15,15 @@ forward pass: the shard's `copies`.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from operator import attrgetter
-from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor
 
 from gap_ds.masks.box import Box
+from gap_ds.masks.local import local
 from gap_ds.method.names import rows_of, with_rows
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -122,26 +117,3 @@ def of_entries(names: Iterable[str], shards: Iterable[Shard]) -> dict[str, Shard
         parameter, rows = rows_of(name)
         found[name] = of_parameter[parameter] if rows is None else of_parameter[parameter].rows(*rows)
     return found
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The tensor that this rank holds: of a DTensor its local shard, else the tensor itself."""
-    # `to_local` under autograd takes 50 times as long.
-    return tensor._local_tensor if _is_dtensor(tensor) else tensor
-
-
-def locals_of(tensors: Iterable[Tensor]) -> Callable[[], list[Tensor]]:
-    """Return a call that looks up the `local` tensor of each, as it is then; those of DTensors come last."""
-    listed = list(tensors)
-    spread = [tensor for tensor in listed if _is_dtensor(tensor)]
-    whole = [tensor for tensor in listed if not _is_dtensor(tensor)] if spread else listed
-    return (lambda: [*whole, *map(_LOCAL, spread)]) if spread else (lambda: whole)
-
-
-_LOCAL = attrgetter("_local_tensor")
-
-
-def _is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
-    """True for a DTensor. There can be none before their module is loaded, which takes half as long as torch."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)

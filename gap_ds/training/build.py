@@ -15,6 +15,7 @@ from gap_ds import checkpoint
 from gap_ds.method import plan, rules, schedule
 from gap_ds.method.config import GaPConfig
 from gap_ds.parallel import ParallelWorker
+from gap_ds.sharding import moments
 from gap_ds.sharding.backends import Backend, Training, detect
 from gap_ds.sharding.comm import Comm, raise_on_all_ranks
 from gap_ds.sharding.shard import Shard, of_entries
@@ -124,6 +125,11 @@ def _check_moments(config: GaPConfig, backend: Backend) -> None:
         raise ValueError(
             f'regrow_moments="{config.regrow_moments}": has no effect with optimizer={backend.optimizers.names}, which '
             "has no second moments. Remove it."
+        )
+    if config.regrow_moments == "keep_second" and (names := moments.packing(backend.optimizers)):
+        raise ValueError(
+            f'regrow_moments="keep_second": optimizer={names} of gap_ds.optim holds no moments of pruned weights that '
+            'could be kept. Set it to "mean_second" or "zero", or use the optimizer of torch.optim.'
         )
 
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from gap_ds.masks import bitmask
+from gap_ds.masks.local import local
 from gap_ds.method.plan import clean_name
-from gap_ds.sharding.shard import Shard, local
+from gap_ds.sharding.shard import Shard
 from gap_ds.training.run import Run
 
 

@@ -235,7 +235,8 @@ class GaPEngine:
         Returns:
             kept, numel: weights of the entries kept by the masks, and all; density: their ratio.
             model_sparsity: pruned weights relative to all weights of the model, embeddings and biases included.
-            mask_bytes: memory of this rank's masks. entries: per entry name: kept, numel, partition, dense.
+            mask_bytes, optimizer_bytes: memory of this rank's masks, and of its optimizers' state.
+            entries: per entry name: kept, numel, partition, dense.
             zeros_checked_at: the applied step at which every pruned weight was last seen to be 0: now.
         """
         self.check_weights()

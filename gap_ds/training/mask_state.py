@@ -19,6 +19,7 @@ from gap_ds.masks import bitmask
 from gap_ds.method import rules
 from gap_ds.method.config import GaPConfig
 from gap_ds.method.plan import Entry, Plan
+from gap_ds.sharding import moments
 from gap_ds.sharding.backends import Backend
 from gap_ds.sharding.comm import Comm, sum_of
 from gap_ds.sharding.shard import Shard, of_entries
@@ -55,6 +56,8 @@ class MaskState:
         self._sizes = StepSizes(config.lr_density_power)
         self._plan, self._config, self._backend = plan, config, backend
         self._lists = PieceLists(self.shards.values(), backend.optimizers)
+        #: Sparse entries whose pruned weights the optimizer's steps leave alone.
+        self._spared: set[str] = set()
 
     # -- in every optimizer step -----------------------------------------------------------------------------------
 
@@ -76,7 +79,7 @@ class MaskState:
         A sharding library may step its optimizer several times per update, with some of the weights each time; only
         those are masked.
         """
-        return self._lists.zero_pruned(optimizer, self.bits)
+        return self._lists.zero_pruned(optimizer, self.bits, self._spared)
 
     def held_by(self, optimizer: torch.optim.Optimizer, names: Iterable[str]) -> list[Shard]:
         """Those of the named entries of which this rank has a piece in the optimizer's groups at this moment."""
@@ -187,9 +190,8 @@ class MaskState:
 
     def replace(self, shard: Shard, bits: Tensor) -> None:
         """Takes an entry's mask from elsewhere; its weights come with it, and are the caller's."""
-        self._forget_moments(shard, self.bits[shard.name], {})
         self.young.grown.pop(shard.name, None)
-        self.bits[shard.name] = bits.to(shard.weight().device)
+        self._change_mask(shard, bits.to(shard.weight().device), {})
 
     def _in_masks(self, shard: Shard, bits: Tensor) -> Tensor:
         """Bits of the weights of this rank's piece that are among `bits` and kept now."""
@@ -205,42 +207,44 @@ class MaskState:
 
     def _mask(self, shard: Shard, bits: Tensor, means: Mapping[tuple[str, str], float]) -> None:
         """Puts on a mask. It may keep weights that the mask before it pruned: those start with moments at zero."""
-        before = self.bits.get(shard.name)
-        if before is not None:
-            self._forget_moments(shard, before, means)
         if self._config.regrow == "last_value":
-            self._remember(shard, before, bits)
+            self._remember(shard, self.bits.get(shard.name), bits)
+        self._change_mask(shard, bits, means)
         if shard.numel:
             bitmask.zero_pruned_(shard.weight(), bits)
             self._zero_sequences(shard, bits)
-        self.bits[shard.name] = bits
 
     def _zero_sequences(self, shard: Shard, bits: Tensor) -> None:
         bitmask.zero_pruned_all_((piece, bits) for piece in self._backend.optimizers.sequences(shard))
 
     def _grow(self, shard: Shard, means: Mapping[tuple[str, str], float]) -> None:
         """Takes the mask off. The weights it had pruned are zero already, or get their last value."""
-        bits = self.bits.pop(shard.name, None)
+        bits = self.bits.get(shard.name)
         if bits is not None:
-            self._forget_moments(shard, bits, means)
+            self._change_mask(shard, None, means)
             if self._config.regrow == "last_value":
                 kept, last = bitmask.unpack(bits, shard.numel), self.last.pop(shard.name)
                 for piece in (shard.weight(), *self._backend.optimizers.sequences(shard)):
                     torch.where(kept, piece, last, out=piece)
 
-    def _forget_moments(self, shard: Shard, bits: Tensor, means: Mapping[tuple[str, str], float]) -> None:
-        """Gives the moments of the weights that a mask prunes their first values.
+    def _change_mask(self, shard: Shard, bits: Tensor | None, means: Mapping[tuple[str, str], float]) -> None:
+        """Sets the mask of an entry, or none. Moments of the weights that the mask before prunes get first values.
 
         With `regrow_moments` the second ones stay as they are, or become the mean over the kept weights. (They stay
         meaningful while a weight is pruned, because its gradient is not masked.)
         """
-        for name, moment, first in self._backend.optimizers.moments(shard):
-            if name in SECOND_MOMENTS and self._config.regrow_moments == "keep_second":
-                continue
-            first = means.get((shard.name, name), first)
-            bitmask.zero_pruned_(moment, bits)
-            if first != 0.0:
-                moment[~bitmask.unpack(bits, shard.numel)] = first
+        name, optimizers = shard.name, self._backend.optimizers
+        first = {kind: value for (entry, kind), value in means.items() if entry == name}
+        keep = SECOND_MOMENTS if self._config.regrow_moments == "keep_second" else ()
+        moments.change_mask(optimizers, shard, self.bits.pop(name, None), bits, first, keep)
+        if bits is not None:
+            self.bits[name] = bits
+        self._note_spared(name)
+
+    def _note_spared(self, name: str) -> None:
+        shard, bits = self.shards[name], self.bits.get(name)
+        spared = bits is not None and shard.numel and moments.spares(self._backend.optimizers, shard, bits)
+        (self._spared.add if spared else self._spared.discard)(name)
 
     def _remember(self, shard: Shard, before: Tensor | None, bits: Tensor) -> None:
         """Keeps the values of the weights that a new mask prunes, besides those that the mask before it had pruned."""
@@ -269,6 +273,7 @@ class MaskState:
             "density": total / numel,
             "model_sparsity": (numel - total) / self._plan.total,
             "mask_bytes": sum(bits.numel() for bits in self.bits.values()),
+            "optimizer_bytes": moments.nbytes(self._backend.optimizers),
             "entries": {
                 e.name: {"kept": n, "numel": e.numel, "partition": e.partition, "dense": e.name not in self.bits}
                 for e, n in zip(self._plan.entries, kept, strict=True)
@@ -311,6 +316,12 @@ class MaskState:
         grown = self.on_device({name: bits for name, (bits, _) in found.grown.items()})
         self.young.grown = {name: (bits, found.grown[name][1]) for name, bits in grown.items()}
         self._follow_densities()
+
+    def take_masks(self) -> None:
+        """Gives these masks, to which all state belongs, to optimizers that hold it for kept weights alone."""
+        moments.take_masks(self._backend.optimizers, self.shards, self.bits)
+        for name in self.shards:
+            self._note_spared(name)
 
     def on_device(self, pieces: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Pieces that were read from a file, where their weights are."""

@@ -10,7 +10,7 @@ E entries. A step of a sharding library may update a few of them: there is one l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
 from typing import Any, Generic, TypeVar
@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from gap_ds.masks import bitmask
+from gap_ds.masks.local import local, locals_of
 from gap_ds.sharding.optimizers import Optimizers
-from gap_ds.sharding.shard import Shard, local, locals_of
+from gap_ds.sharding.shard import Shard
 
 T = TypeVar("T")
 Pieces = list[tuple[Tensor, Tensor]]
@@ -41,6 +42,7 @@ class PieceList(Generic[T]):
         asks: owners that must stay the same, those of `shards` among them.
         prepare: the work on the pieces as a call that holds no memory; None if there is no such.
         copies: also work on the library's copies of the weights.
+        spared: masked entries to leave out of the work.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class PieceList(Generic[T]):
         optimizers: Optimizers,
         prepare: Callable[[Pieces], Callable[[], T] | None],
         copies: bool = False,
+        spared: Container[str] = (),
     ) -> None:
         self.masked = tuple(shard.name for shard in shards if shard.name in bits)
         self._dense = frozenset(shard.name for shard in shards if shard.name not in bits)
@@ -63,7 +66,8 @@ class PieceList(Generic[T]):
         self._copies = [shard for shard in shards if copies and shard.copies()]
         tensors = self._tensors()
         self._addresses, self._dtypes = _places(tensors)
-        self.run = prepare(self._pieces([shard for shard in shards if shard.name in bits], bits, copies))
+        masked = [shard for shard in shards if shard.name in bits and shard.name not in spared]
+        self.run = prepare(self._pieces(masked, bits, copies))
 
     def holds(self, bits: Mapping[str, Tensor]) -> bool:
         """True if making the list now would make the same list."""
@@ -118,11 +122,14 @@ class PieceLists:
         self._steps.clear()
         self._looks.clear()
 
-    def zero_pruned(self, optimizer: torch.optim.Optimizer, bits: Mapping[str, Tensor]) -> Sequence[str]:
+    def zero_pruned(
+        self, optimizer: torch.optim.Optimizer, bits: Mapping[str, Tensor], spared: Container[str] = ()
+    ) -> Sequence[str]:
         """Zeroes the pruned weights in the optimizer's groups at this moment; returns the names of their entries.
 
         Args:
             bits: masks of this rank's pieces by entry; a dense entry has none.
+            spared: entries whose pruned weights the optimizer leaves alone.
         """
         groups = [group["params"] for group in optimizer.param_groups if group["params"]]
         if not groups:
@@ -138,7 +145,7 @@ class PieceLists:
         params = list(chain.from_iterable(groups))
         ids = set(map(id, params))
         held = [shard for shard in self._shards.values() if id(shard.owner()) in ids]
-        made = PieceList(held, bits, self._asks, self._optimizers, _zero_pruned)
+        made = PieceList(held, bits, self._asks, self._optimizers, _zero_pruned, spared=spared)
         _keep(self._steps, key, (params, made))
         if made.run is not None:
             made.run()

@@ -241,6 +241,7 @@ class _Masks:
     def restore(self, run: Run) -> None:
         """Goes on with them."""
         run.mask_state.restore(self.pieces)
+        run.mask_state.take_masks()
         for observer, found in zip(run.observers, self.observed, strict=True):
             observer.restore(found, self.place.step, self.place.phase(run.schedule))
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from gap_ds.masks.local import local
 from gap_ds.method import rules
+from gap_ds.sharding import moments
 from gap_ds.sharding.comm import raise_on_all_ranks
-from gap_ds.sharding.shard import local
 from gap_ds.training.run import Place, Run
 from gap_ds.training.watched import Parts, Watched
 
@@ -58,6 +59,7 @@ class Updates:
                     f"optimizer={type(optimizer).__name__}: another GaPEngine masks its steps. Call close() on that "
                     "engine first, or build another optimizer."
                 )
+        moments.divide(run.backend.optimizers, run.mask_state.shards.values())
         self._hook()
 
     def _hook(self) -> None:
@@ -72,8 +74,9 @@ class Updates:
         self._handles.clear()
 
     def close(self) -> None:
-        """Takes the hooks off."""
+        """Takes the hooks off, and what optimizers know of masks."""
         self._unhook()
+        moments.release(self._run.backend.optimizers)
         for optimizer in self._run.backend.optimizers:
             _HOOKED.discard(optimizer)
 

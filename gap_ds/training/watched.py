@@ -8,7 +8,7 @@ from operator import attrgetter
 
 from torch import Tensor
 
-from gap_ds.sharding.shard import locals_of
+from gap_ds.masks.local import locals_of
 
 #: Updates in which all pruned weights are looked at, a part of them before each; and the least weights of a part.
 _ROUND, _PART = 32, 2**14

@@ -15,8 +15,14 @@ import torch.distributed as dist
 import toy
 from torch import Tensor
 
-from gap_ds import GaPEngine
+from gap_ds import GaPEngine, optim
 from gap_ds.sharding.comm import Comm
+
+#: The optimizers of `toy.OPTIMIZERS` that hold state for kept weights alone: rows with "packed".
+PACKED: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda groups: optim.SGD(groups, lr=0.05, momentum=0.9),
+    "adamw": lambda groups: optim.AdamW(groups, lr=1e-2),
+}
 
 
 def gather(pieces: Sequence[tuple[Any, Tensor]]) -> list[Tensor]:

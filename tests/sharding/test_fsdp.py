@@ -46,6 +46,11 @@ ROWS += [
         "fsdp1_flat_bf16": {"kind": "fsdp1", "flat": True, "bf16": True},
         "fsdp2_bf16": {"kind": "fsdp2", "bf16": True},
         "fsdp2_offload": {"kind": "fsdp2", "offload": True},
+        "fsdp1_packed": {"kind": "fsdp1", "packed": True},
+        "fsdp1_flat_packed": {"kind": "fsdp1", "flat": True, "packed": True},
+        "fsdp2_packed": {"kind": "fsdp2", "packed": True},
+        "fsdp2_packed_bf16": {"kind": "fsdp2", "packed": True, "bf16": True},
+        "ddp_packed": {"kind": "ddp", "packed": True},
     }.items()
 ]
 OVERFLOW: list[Row] = [
@@ -67,7 +72,7 @@ ROWS_4: list[Row] = [
 
 #: Of each kind of sharding one row in each precision, and one that saves before the first step.
 SHORT = ["fsdp1_adamw", "fsdp1_flat_adamw", "fsdp2_adamw", "fsdp1_bf16", "fsdp1_flat_bf16", "fsdp2_bf16"]
-SHORT += ["ddp_compile", "fsdp1_flat_early", "fsdp2_overflow", "torchtitan"]
+SHORT += ["fsdp2_packed", "ddp_compile", "fsdp1_flat_early", "fsdp2_overflow", "torchtitan"]
 
 
 def table(rows: list[Row]) -> list[Any]:

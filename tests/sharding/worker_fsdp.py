@@ -123,7 +123,8 @@ def build(row: dict[str, Any], **training: Any) -> GaPEngine:
     model = wrap(row)
     inside = getattr(model, "_orig_mod", model)
     inside = inside.module if row["kind"] == "ddp" else inside
-    optimizer = toy.OPTIMIZERS[row["optimizer"]]((groups_by_unit if by_unit(row) else groups_by_name)(inside))
+    made = observe.PACKED if row.get("packed") else toy.OPTIMIZERS
+    optimizer = made[row["optimizer"]]((groups_by_unit if by_unit(row) else groups_by_name)(inside))
     if row.get("evaluate"):
         evaluate(model)
     training = {"gradient_accumulation_steps": toy.ACCUMULATION, "gradient_clipping": row.get("clip", 0.0), **training}

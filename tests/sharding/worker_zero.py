@@ -60,7 +60,7 @@ OPTIMIZERS = {**toy.OPTIMIZERS, "cpu_adam": cpu_adam}
 
 def build(row: dict[str, Any], **options: Any) -> GaPEngine:
     model, gap = toy.build(), row.get("gap", toy.GAP)
-    optimizer = OPTIMIZERS[row["optimizer"]](toy.groups(model))
+    optimizer = (observe.PACKED if row.get("packed") else OPTIMIZERS)[row["optimizer"]](toy.groups(model))
     if row["stage"] is None:
         wrapped = DistributedDataParallel(model, find_unused_parameters=True)
         return GaPEngine(wrapped, gap, optimizer=optimizer, gradient_accumulation_steps=toy.ACCUMULATION)
