@@ -179,7 +179,10 @@ def build(row: dict[str, Any], gap: dict[str, Any]) -> tuple[Any, Callable[[], N
     if row["backend"] == "zero3":
         import deepspeed
 
-        deepspeed.init_distributed("gloo", **({} if torch.distributed.is_initialized() else alone()))
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("gloo", **alone())
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
         size = -(-row["entries"] * SIDE * SIDE // row["groups"])
         config = {
             "train_micro_batch_size_per_gpu": 1,
