@@ -18,8 +18,9 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,15 +69,20 @@ def _writes(shard: Shard, held: Sequence[Box], rank: int) -> bool:
 
 
 def _write(path: Path, shards: list[Shard], optimizers: Optimizers, buffers: Mapping[str, Tensor], files: int) -> None:
-    vectors: dict[str, Tensor] = {}
+    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    vectors: dict[str, Callable[[], Tensor]] = {}  # one at a time is made of packed state
     numbers: dict[str, dict[str, float]] = {}
     for shard in shards:
-        vectors[f"weight:{shard.name}"] = shard.weight()
         state, moments = optimizers.state(shard.owner()), optimizers.per_weight(shard)
-        vectors |= {f"{kind}:{shard.name}": moment for kind, moment in moments.items()}
+        layout[f"weight:{shard.name}"] = shard.weight().dtype, (shard.numel,)
+        vectors[f"weight:{shard.name}"] = shard.weight
+        for kind, moment in moments.items():
+            layout[f"{kind}:{shard.name}"] = moment.dtype, (shard.numel,)
+            vectors[f"{kind}:{shard.name}"] = partial(_moment, optimizers, shard, kind)
         rest = {kind: value for kind, value in state.items() if kind not in moments and value is not None}
         numbers[shard.name] = {kind: _number(kind, value, optimizers.names) for kind, value in rest.items()}
-    vectors |= {f"buffer:{name}": buffer.detach().reshape(-1) for name, buffer in buffers.items()}
+    layout |= {f"buffer:{name}": (buffer.dtype, (buffer.numel(),)) for name, buffer in buffers.items()}
+    vectors |= {f"buffer:{name}": partial(buffer.detach().reshape, -1) for name, buffer in buffers.items()}
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
@@ -87,10 +93,13 @@ def _write(path: Path, shards: list[Shard], optimizers: Optimizers, buffers: Map
             [_settings(group, optimizer) for optimizer in optimizers for group in optimizer.param_groups]
         ),
     }
-    layout = {key: (vector.dtype, (vector.numel(),)) for key, vector in vectors.items()}
     with Writer(path, layout, metadata) as file:
         for key, vector in vectors.items():
-            file.write(key, vector)
+            file.write(key, vector())
+
+
+def _moment(optimizers: Optimizers, shard: Shard, kind: str) -> Tensor:
+    return optimizers.per_weight(shard)[kind]
 
 
 def _number(kind: str, value: Any, optimizer: str) -> float:
@@ -323,8 +332,9 @@ def _fill(vector: Tensor, files: list[_File], kind: str, shard: Shard) -> None:
 
 
 def _as_state(value: float, owner: Tensor, optimizer: torch.optim.Optimizer) -> Any:
-    """A number as the optimizer keeps it: PyTorch's own have tensors, others plain numbers."""
-    if not type(optimizer).__module__.startswith("torch."):
+    """A number as the optimizer keeps it: PyTorch's own, and what derives from them, have tensors, others numbers."""
+    classes = [cls for cls in type(optimizer).__mro__ if cls is not torch.optim.Optimizer]
+    if not any(cls.__module__.startswith("torch.optim.") for cls in classes):
         return int(value) if value == int(value) else value
     on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
     return torch.tensor(float(value), dtype=torch.float32, device=local(owner).device if on_device else "cpu")

@@ -214,6 +214,10 @@ class SparseState(torch.optim.Optimizer):
         self._pieces[owner] = [*pieces, Piece(end, rest)] if rest else pieces
         self._settle(owner)
 
+    def divides(self, owner: Tensor) -> bool:
+        """True for an owner that an engine has divided, and not released."""
+        return owner in self._pieces
+
     def release(self) -> None:
         """Takes all masks and divisions off: all state is whole, with zeros where weights are pruned."""
         for owner in self._pieces:

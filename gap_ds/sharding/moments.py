@@ -33,7 +33,8 @@ def change_mask(
     if not shard.numel:
         return
     owner = shard.owner()
-    if isinstance(holder := optimizers.holder(owner), SparseState):
+    holder = optimizers.holder(owner)
+    if isinstance(holder, SparseState) and holder.divides(owner):
         holder.change_mask(owner, shard.offset, bits, first)
         return
     if before is None:
@@ -86,7 +87,10 @@ def release(optimizers: Optimizers) -> None:
 def take_masks(optimizers: Optimizers, shards: Mapping[str, Shard], bits: Mapping[str, Tensor]) -> None:
     """Gives them masks that belong to their state as it is."""
     for name, shard in shards.items() if packing(optimizers) else ():
-        if shard.numel and isinstance(holder := optimizers.holder(owner := shard.owner()), SparseState):
+        if not shard.numel:
+            continue
+        holder = optimizers.holder(owner := shard.owner())
+        if isinstance(holder, SparseState) and holder.divides(owner):
             holder.change_mask(owner, shard.offset, bits.get(name))
     for optimizer in _packing(optimizers):
         optimizer.settle()

@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
-from gap_ds import GaPEngine
+from gap_ds import GaPEngine, optim
 from gap_ds.export.info import ExportInfo
 from gap_ds.hf import GaPCallback, prepare
 from gap_ds.report import runs
@@ -92,11 +92,13 @@ def train(folder: Path, resume: str | None = None, **options: Any) -> tuple[Trai
     witness = Witness(callback)
     trained = options.pop("model", None) or model(options.pop("dropout", 0.0))
     more, evaluated = options.pop("callbacks", []), options.pop("eval_dataset", None)
+    optimizers = options.pop("optimizers", lambda trained: (None, None))
     trainer = Trainer(
         trained,
         arguments(folder, **options),
         train_dataset=data(),
         eval_dataset=evaluated,
+        optimizers=optimizers(trained),
         callbacks=[witness, *more, callback],  # the callback takes its place itself
     )
     trainer.train(resume_from_checkpoint=resume)
@@ -415,3 +417,24 @@ def test_prepare_refuses_parallel() -> None:
 def _logs(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "gap_ds")
     accelerate.state.AcceleratorState._reset_state(True)
+
+
+@pytest.mark.full
+def test_state_for_kept_weights_alone_in_a_trainer(tmp_path: Path) -> None:
+    """Equal to torch's AdamW, and when resumed in the middle of a phase."""
+
+    def over(kind: Any) -> Any:
+        def made(trained: nn.Module) -> tuple[Any, Any]:
+            optimizer = kind(trained.parameters(), lr=1e-2)
+            return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
+
+        return made
+
+    saving = {"save_strategy": "steps", "save_steps": 4, "save_only_model": False}
+    ours, callback, witness = train(tmp_path / "ours", optimizers=over(optim.AdamW), **saving)
+    theirs, *_ = train(tmp_path / "theirs", optimizers=over(torch.optim.AdamW))
+    assert witness.wrong == [] and sparse(ours.model, callback.engine) and same(ours.model, theirs.model)
+    resumed, *_ = train(
+        tmp_path / "ours", str(tmp_path / "ours" / "checkpoint-4"), optimizers=over(optim.AdamW), **saving
+    )
+    assert same(resumed.model, ours.model)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gap_ds import GaPEngine, optim
+from gap_ds.checkpoint import portable
 from gap_ds.masks import bitmask
 from gap_ds.masks import cpu as masks_cpu
 from gap_ds.optim import cpu
@@ -342,3 +343,20 @@ def test_the_loops_in_c_equal_pytorch(threads: int, monkeypatch: pytest.MonkeyPa
             found.append([owner.detach(), *(held for _, value in optimizer._moments_of(owner) for held in value)])
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)), (numel, density)
     torch.set_num_threads(before)
+
+
+def test_portable_files_are_torchs(tmp_path: Path) -> None:
+    """What another backend or number of ranks reads, by each kind of optimizer."""
+    straight = build(optim.AdamW)
+    train(straight, 7)
+    folder = straight.save_checkpoint(tmp_path, portable=True) / "gap"
+    train(straight, 3)
+    for kind in (optim.AdamW, torch.optim.AdamW):
+        resumed = build(kind)
+        train(resumed, 7)  # the same place in the schedule, with other masks' state
+        for parameter in resumed.module.parameters():
+            parameter.data.zero_()
+        portable.read(folder, resumed.run.backend, resumed.run.buffers(), resumed.run.world)
+        resumed.mask_state.take_masks()
+        train(resumed, 3)
+        assert_equal(resumed, straight)
