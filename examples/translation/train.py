@@ -33,7 +33,7 @@ from transformers.hf_argparser import HfArg
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import arguments, distillation, run, runtime, sharding, training
+from common import arguments, bpe, distillation, pretrained, run, runtime, sharding, training
 
 from gap_ds import GaPEngine, export
 from gap_ds.method.schedule import Phase
@@ -266,16 +266,12 @@ def load_rows(args: Arguments, split: str) -> Any:
 def load_tokenizer(args: Arguments, folder: Path, rows: Any, trained: bool) -> PreTrainedTokenizerBase:
     """Return the pretrained model's tokenizer, or a joint BPE that rank 0 trains once and saves with the run."""
     if args.model_name:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(args.model_name, trust_remote_code=args.trust_remote_code)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise ValueError(f"model {args.model_name!r}: has no tokenizer ({reason}). Set --model-name.") from error
+        tokenizer = pretrained.tokenizer(args.model_name, args.trust_remote_code)
         if hasattr(tokenizer, "src_lang"):
             tokenizer.src_lang, tokenizer.tgt_lang = args.source_lang, args.target_lang
         return tokenizer
     if runtime.rank() == 0 and not trained:
-        data.train_tokenizer(data.texts(rows), args.vocab_size).save_pretrained(folder / "tokenizer")
+        bpe.train(data.texts(rows), args.vocab_size, end=True).save_pretrained(folder / "tokenizer")
     return AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
 
 

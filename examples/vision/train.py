@@ -34,7 +34,7 @@ import classifier
 import images
 import numpy as np
 import scoring
-from common import arguments, distillation, run, runtime, sharding, training
+from common import arguments, distillation, run, runtime, sampling, sharding, training
 from transformers import AutoImageProcessor
 from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
 
@@ -146,7 +146,7 @@ def main(args: Arguments) -> int:
     with runtime.first_rank_first():
         train, validation, test = load_splits(args)
     ranks = {"world_size": runtime.world_size(), "rank": runtime.rank()}
-    batches = images.Batches(len(train), args.batch_size, accumulation=args.accumulation, seed=args.seed, **ranks)
+    batches = sampling.Batches(len(train), args.batch_size, accumulation=args.accumulation, seed=args.seed, **ranks)
 
     # Model, optimizer and learning rate of the paper's code, and the engine around them.
     model, processor = build_model(args, train.classes)
@@ -224,7 +224,7 @@ class Vision:
         device: torch.device,
         processor: Any,
         train: images.Source,
-        batches: images.Batches,
+        batches: sampling.Batches,
         validation: images.Source | None,
         taught: distillation.Distillation | None = None,
     ) -> None:
@@ -301,7 +301,7 @@ class Vision:
     def score(self, model: Any, source: images.Source) -> dict[str, float]:
         """Return the figures of a model, or of the engine, on a split."""
         ranks = {"world_size": runtime.world_size(), "rank": runtime.rank()}
-        keys = images.evaluation_batches(len(source), max(1, self._args.batch_size // ranks["world_size"]), **ranks)
+        keys = sampling.evaluation_batches(len(source), max(1, self._args.batch_size // ranks["world_size"]), **ranks)
         loader = self._load(source, self._evaluation)
         scores = scoring.score(lambda pictures: self._forward(model, self._pixels(pictures)), loader(keys))
         self._skipped_unchanged |= loader.skipped
