@@ -1,13 +1,27 @@
-"""Train a byte-level BPE tokenizer on the text of a run."""
+"""A byte-level BPE tokenizer, trained on the text of a run."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from common import runtime
 
 SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>"]  # ids 0 to 3, the order of M2M100's configuration
+
+
+def of_run(folder: Path, texts: Iterable[str], vocab_size: int, *, end: bool, trained: bool) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a run, which rank 0 trains once and saves in `folder`; the other ranks come after it.
+
+    Args:
+        trained: the folder has it already.
+    """
+    if runtime.rank() == 0 and not trained:
+        train(texts, vocab_size, end=end).save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def train(texts: Iterable[str], vocab_size: int, *, end: bool) -> PreTrainedTokenizerFast:

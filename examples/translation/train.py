@@ -28,7 +28,7 @@ import data
 import evaluate
 import model as models
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -84,7 +84,7 @@ LR_SCHEDULES = {"inverse_sqrt": run.inverse_sqrt, "linear": run.linear}
 
 def main(args: Arguments) -> int:
     """Train, export and score; return the exit status."""
-    gap, deepspeed = run.gap_config(args, pretrained=args.model_name is not None), deepspeed_config(args)
+    gap, deepspeed = run.gap_config(args), deepspeed_config(args)
     of_all_workers = (*FIXED, "preset", "dataset", "dataset_config", "train_split", "limit")
     args, worker = run.gap_worker(args, gap, of_all_workers, "examples/translation/train.py")
     device = runtime.start_processes(args.seed, args.threads, deepspeed=deepspeed is not None)
@@ -270,9 +270,7 @@ def load_tokenizer(args: Arguments, folder: Path, rows: Any, trained: bool) -> P
         if hasattr(tokenizer, "src_lang"):
             tokenizer.src_lang, tokenizer.tgt_lang = args.source_lang, args.target_lang
         return tokenizer
-    if runtime.rank() == 0 and not trained:
-        bpe.train(data.texts(rows), args.vocab_size, end=True).save_pretrained(folder / "tokenizer")
-    return AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    return bpe.of_run(folder / "tokenizer", data.texts(rows), args.vocab_size, end=True, trained=trained)
 
 
 def parse(argv: Sequence[str] | None = None) -> Arguments:

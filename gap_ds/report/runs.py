@@ -36,6 +36,7 @@ SCORES = {
     "accuracy": "accuracy",
     "top1": "top-1",
     "top5": "top-5",
+    "perplexity": "perplexity",
 }
 #: A line of metrics or history longer than this is damage.
 _LONGEST_LINE = 64 * 2**20
@@ -62,6 +63,7 @@ class Results(Record):
     accuracy: float | None = None
     top1: float | None = None
     top5: float | None = None
+    perplexity: float | None = None
 
 
 #: A number that may be NaN or infinite in a line of metrics, which then counts as missing.
