@@ -28,7 +28,7 @@ PAGE = Path(__file__).with_name("reference.md")
 #: Public objects by the module that they are imported from.
 PUBLIC: dict[str, list[Any]] = {
     "gap_ds": [getattr(gap_ds, name) for name in gap_ds.__all__ if not name.startswith("__")],
-    "gap_ds.hf": [hf.GaPCallback, hf.prepare],
+    "gap_ds.hf": [hf.GaPCallback, hf.prepare, hf.mask_adapters, hf.merge],
     "gap_ds.export": [compact, expand],
     "gap_ds.distill": [distill.Teacher, distill.logit_distance, distill.hidden_distance],
 }

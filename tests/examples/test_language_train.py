@@ -141,7 +141,7 @@ def test_mistakes(plain: Path, run: Run, here: Path, alone: None, monkeypatch: p
 @pytest.mark.full
 def test_two_ranks(plain: Path, here: Path, tmp_path: Path) -> None:
     """FSDP2 and ZeRO-2 end near the run of one process, and a perplexity is exact over ranks."""
-    launch.run_workers(str(Path(__file__).with_name("worker_language.py")), 2, tmp_path, str(here), timeout=300)
+    launch.run_workers(str(Path(__file__).with_name("worker_language.py")), 2, tmp_path, str(here), timeout=900)
     alone = weights(plain)
     for backend in ("fsdp2", "zero2"):
         found, figures = weights(tmp_path / backend), results(tmp_path / backend)
