@@ -41,6 +41,7 @@ class Arguments:
     context: int | None = HfArg(default=None, help="tokens of a row; default: the model's positions, at most 1024")
     across_documents: bool = HfArg(default=False, help="let tokens attend to the documents before theirs on a row")
     tasks: list[str] = field(default_factory=list, metadata={"help": "tasks of lm-eval instead of the perplexity"})
+    task_folder: str | None = HfArg(default=None, help="folder with tasks of your own, as lm-eval's --include_path")
     task_limit: int | None = HfArg(default=None, help="examples of each task")
     trust_remote_code: bool = HfArg(default=False, help="run code that comes with the model")
     batch_size: int = HfArg(default=8, help="rows of a batch of a process")
@@ -100,8 +101,8 @@ def score_tasks(args: Arguments, model: Any, tokenizer: Any) -> dict[str, Any]:
     from lm_eval.models.huggingface import HFLM
 
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=args.batch_size)
-    manager = lm_eval.tasks.TaskManager()
-    if unknown := [task for task in args.tasks if not Path(task).exists() and not manager.match_tasks([task])]:
+    manager = lm_eval.tasks.TaskManager(include_path=args.task_folder)
+    if unknown := [task for task in args.tasks if not manager.match_tasks([task])]:
         raise ValueError(f"--tasks {unknown[0]}: lm-eval has no such task. `lm_eval ls tasks` lists them.")
     found = lm_eval.simple_evaluate(
         model=wrapped, tasks=list(args.tasks), limit=args.task_limit, task_manager=manager, bootstrap_iters=0

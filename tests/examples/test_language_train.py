@@ -139,6 +139,26 @@ def test_mistakes(plain: Path, run: Run, here: Path, alone: None, monkeypatch: p
 
 
 @pytest.mark.full
+def test_tasks_of_lm_eval(plain: Path, here: Path, tmp_path: Path, alone: None) -> None:
+    """Of a folder, so that nothing is downloaded: a word that documents have, or one that none has."""
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'lm-eval[hf]'")
+    texts = [json.loads(line)["text"] for line in (here / "train.jsonl").read_text().splitlines()][:8]
+    docs = [{"text": text, "choices": [" sails", " qqqq"], "answer": 0} for text in texts]
+    (tmp_path / "docs.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    files = {"data_files": {"test": str(tmp_path / "docs.jsonl")}}
+    task = {"task": "endings", "dataset_path": "json", "dataset_kwargs": files, "test_split": "test"}
+    task |= {"output_type": "multiple_choice", "metric_list": [{"metric": "acc"}]}
+    task |= {"doc_to_text": "{{text}}", "doc_to_choice": "{{choices}}", "doc_to_target": "{{answer}}"}
+    (tmp_path / "endings.yaml").write_text(json.dumps(task))  # JSON is YAML
+    argv = ["--model-dir", str(plain / "model"), "--tasks", "endings", "--task-folder", str(tmp_path), "--threads", "1"]
+    assert evaluate.main(evaluate.parse([*argv, "--json", str(tmp_path / "scores.json")])) == 0
+    assert 0 <= json.loads((tmp_path / "scores.json").read_text())["endings"]["acc,none"] <= 1
+    argv[3] = "absent"
+    with pytest.raises(ValueError, match="--tasks absent: lm-eval has no such task"):
+        evaluate.main(evaluate.parse(argv))
+
+
+@pytest.mark.full
 def test_two_ranks(plain: Path, here: Path, tmp_path: Path) -> None:
     """FSDP2 and ZeRO-2 end near the run of one process, and a perplexity is exact over ranks."""
     launch.run_workers(str(Path(__file__).with_name("worker_language.py")), 2, tmp_path, str(here), timeout=900)
