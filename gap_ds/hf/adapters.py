@@ -118,7 +118,7 @@ class MaskedProduct:
     """The variant of peft's LoRA layers whose product is 0 where the base weight is 0.
 
     Source of the product: "SparsePEFT" in Munoz et al., SQFT: Low-cost Model Adaptation in Low-precision Sparse
-    Foundation Models, arXiv 2410.03750, section 3.
+    Foundation Models, arXiv 2410.03750.
     """
 
     def supports_lora_conversion(self) -> bool:
@@ -136,7 +136,7 @@ class MaskedProduct:
         if weight.shape != product.shape:
             raise ValueError(
                 f"the base weight of an adapter has the shape {tuple(weight.shape)} in its forward pass, not "
-                f"{tuple(product.shape)}: it is spread over ranks (ZeRO-3). Use ZeRO-2, FSDP2 or DDP."
+                f"{tuple(product.shape)}: it is spread over ranks (ZeRO-3). Use ZeRO-2 or DDP."
             )
         found: Tensor = product * (weight != 0)
         return found
