@@ -29,7 +29,7 @@ sys.path.insert(0, str(measure.ROOT / "examples" / "vision"))
 
 import classifier
 import images
-from common import runtime, sharding
+from common import runtime, sampling, sharding
 from safetensors.torch import load_file
 
 from gap_ds import GaPEngine
@@ -54,7 +54,7 @@ def main() -> None:
     device = runtime.start_processes(seed=0, threads=None, deepspeed=args.backend.startswith("zero"))
 
     source = images.load(args.data, "train")
-    keys = images.Batches(
+    keys = sampling.Batches(
         len(source), args.batch * runtime.world_size(), world_size=runtime.world_size(), rank=runtime.rank()
     ).micro_batches(0)
     batches = images.Loader(source, images.Training(args.size), seed=0, workers=0, skip=False)(keys)

@@ -24,6 +24,7 @@ sys.path.insert(0, str(measure.ROOT / "examples" / "vision"))
 import classifier
 import images
 import scoring
+from common import sampling
 
 
 def main() -> None:
@@ -60,10 +61,10 @@ def compare(run: Path, train: images.Source, test: images.Source, batches: int) 
 
     def top1() -> float:
         loader = images.Loader(test, whole, seed=0, workers=0, skip=False)
-        return round(scoring.score(forward, loader(images.evaluation_batches(len(test), 128)))["top1"], 2)
+        return round(scoring.score(forward, loader(sampling.evaluation_batches(len(test), 128)))["top1"], 2)
 
     def anew(change: images.Training | images.Evaluation) -> float:
-        keys = itertools.islice(images.Batches(len(train), 128, seed=0).micro_batches(0), batches)
+        keys = itertools.islice(sampling.Batches(len(train), 128, seed=0).micro_batches(0), batches)
         loader = images.Loader(train, change, seed=0, workers=0, skip=False)
         scoring.recompute_statistics(model, forward, loader(keys))
         return top1()

@@ -29,7 +29,7 @@ PAGE = Path(__file__).with_name("reference.md")
 PUBLIC: dict[str, list[Any]] = {
     "gap_ds": [getattr(gap_ds, name) for name in gap_ds.__all__ if not name.startswith("__")],
     "gap_ds.optim": [optim.AdamW, optim.SGD],
-    "gap_ds.hf": [hf.GaPCallback, hf.prepare],
+    "gap_ds.hf": [hf.GaPCallback, hf.prepare, hf.mask_adapters, hf.merge],
     "gap_ds.export": [compact, expand],
     "gap_ds.distill": [distill.Teacher, distill.logit_distance, distill.hidden_distance],
 }

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from presets import Preset
-from rows import Row
+from rows import ROWS, Row
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -62,13 +62,18 @@ class Run:
     def setup(self) -> str:
         """Everything that changes a result except row, sparsity and seed, in one line."""
         config = {key: value for key, value in self.config.items() if key not in ("sparsity", "seed")}
-        text = json.dumps([config, self.row.workers], sort_keys=True)
+        text = json.dumps([config, self.row.workers, *(["taught"] if self.row.taught else [])], sort_keys=True)
         return f"{task(self.preset)}|gap:{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
     @property
     def key(self) -> Key:
         """Key of the run's result."""
         return (self.row.name, self.sparsity, self.seed, self.setup)
+
+    def teacher(self, out: Path) -> Path | None:
+        """Return the folder of the dense model that the run learns from; None without a teacher."""
+        dense = next(row for row in ROWS if row.dense)
+        return out / Run(self.preset, dense, 0.0, self.seed).name / "model" if self.row.taught else None
 
     def command(self, data: Path, out: Path, python: str = "python") -> list[str]:
         """Return the command line, for the root of the repository, with the example's `--resume`."""
@@ -79,6 +84,8 @@ class Run:
         for name, value in preset.arguments.items():
             flag = f"--{name.replace('_', '-')}"
             words += [flag] if value is True else [flag, str(value)]
+        if teacher := self.teacher(out):
+            words += ["--teacher", str(teacher)]
         if preset.threads:
             words += ["--threads", str(preset.threads)]
         words += ["--seed", str(self.seed), "--resume", "--output-dir", str(folder)]

@@ -193,6 +193,7 @@ def _split(record: records.Record) -> tuple[str, str]:
 def markdown(name: str, results: Results) -> str:
     """Return the page of a table."""
     preset = PRESETS.get(name.removesuffix("_extra"))
+    digits = results.example.digits
     title, beside = (results.example.scores[column] for column in results.columns)
     lines = [f"# Quality: `{name}`", ""]
     if preset:
@@ -210,9 +211,14 @@ def markdown(name: str, results: Results) -> str:
         ratio = f"{cell.flops / base.flops:.2f}" if base else ""
         figures = [cell.title, f"{cell.sparsity:.0%}", str(cell.loss.count), loss]
         figures += [_difference(cell.losses, base and base.losses, 3)] if compared else []
-        figures += [cell.score.text(1)]
-        figures += [_difference(cell.scores, base and base.scores, 1)] if compared else []
-        figures += [f"{cell.second:.1f}", f"{cell.epochs:g}", f"{cell.flops:.2f}", *([ratio] if compared else [])]
+        figures += [cell.score.text(digits)]
+        figures += [_difference(cell.scores, base and base.scores, digits)] if compared else []
+        figures += [
+            f"{cell.second:.{digits}f}",
+            f"{cell.epochs:g}",
+            f"{cell.flops:.2f}",
+            *([ratio] if compared else []),
+        ]
         figures += [f"{cell.density:.2f}", "paused" if cell.paused else f"{cell.seconds / 60:.1f}"]
         lines.append(_line(figures))
     return "\n".join([*lines, "", *notes(name, results), ""])

@@ -14,7 +14,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ class Row:
     workers: int = 1  # processes that train parts of the model in parallel (parallel GaP)
     dense: bool = False  # the baseline: one run for all sparsities
     equal_flops: bool = False  # lengths are chosen for the FLOPs of gradual pruning
+    taught: bool = False  # learns from the dense model of its seed in the fine-tuning
+    sparsities: tuple[float, ...] | None = None  # all that the method can have; None: those of the table
 
     def config(self, sparsity: float, epochs: float, seed: int = 0) -> Config:
         """Return the GaP config of a run of exactly `epochs` epochs.
@@ -170,6 +172,10 @@ def _one_shot(epochs: float) -> Config:
 
 def _gradual(epochs: float) -> Config:
     return {"method": "gradual", **_times(epochs, dense=1, phase=5, finetune=2, update=0.1)}
+
+
+def _gradual_2of4(epochs: float) -> Config:
+    return {**_gradual(epochs), "pattern": "2:4"}
 
 
 def _granet(**settings: Any) -> Callable[[float], Config]:
@@ -325,6 +331,22 @@ ROWS: tuple[Row, ...] = (
         _rising("parallel", rounds=3, length=1.5),
         workers=3,
     ),
+    Row("gradual_2of4", "gradual magnitude pruning, 2:4", _gradual_2of4, TWO_SEEDS, sparsities=(0.5,)),
+    Row(
+        "cyclic_2_rising_2of4",
+        "C-GaP, 2 partitions, rising target, 30% grown by gradient, second moments kept, 2:4",
+        _rising(partitions=2, rounds=5, dense=1, grow_share=0.3, pattern="2:4", **_GROWN, **_KEPT),
+        TWO_SEEDS,
+        equal_flops=True,
+        sparsities=(0.5,),
+    ),
+)
+#: Those of language models, each also with the dense model as its teacher.
+TAUGHT = ("gradual", "granet", "cyclic_2_rising_grown_kept", "gradual_2of4", "cyclic_2_rising_2of4")
+ROWS += tuple(
+    replace(row, name=f"{row.name}_taught", title=f"{row.title}, with a teacher", taught=True)
+    for row in ROWS
+    if row.name in TAUGHT
 )
 BY_NAME = {row.name: row for row in ROWS}
 

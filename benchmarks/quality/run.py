@@ -118,10 +118,12 @@ def order(preset: Preset, rows: Iterable[Row], sparsities: Sequence[float], seed
     """Return the runs seed by seed, then sparsity by sparsity: a table stopped early is complete up to there."""
     rows = list(rows)
     runs: list[Run] = []
+    every = dict.fromkeys([*(s for row in rows for s in row.sparsities or ()), *sparsities])
     for seed in sorted({seed for row in rows for seed in seeds or row.seeds}):
         of_seed = [row for row in rows if seed in (seeds or row.seeds)]
         runs += [Run(preset, row, 0.0, seed) for row in of_seed if row.dense]
-        runs += [Run(preset, row, s, seed) for s in dict.fromkeys(sparsities) for row in of_seed if not row.dense]
+        sparse = [row for row in of_seed if not row.dense]
+        runs += [Run(preset, row, s, seed) for s in every for row in sparse if s in (row.sparsities or sparsities)]
     return runs
 
 
@@ -210,6 +212,8 @@ class Queue:
         return int(bool(self._failed))
 
     def _fits(self, run: Run) -> bool:
+        if run.row.taught and any(job.run.row.dense and job.run.seed == run.seed for job in self._running):
+            return False  # its teacher is being trained
         busy = sum(job.run.row.workers for job in self._running)
         return not busy or busy + run.row.workers <= self._jobs
 
@@ -239,7 +243,9 @@ class Queue:
         self._table.finished(before)
         name, title = next(iter(run.preset.example.scores.items()))
         minutes = record["train_seconds"] / 60
-        self._table.say(f"{run.name}: {title} {record[name]:.1f}, trained in {minutes:.1f} min")
+        self._table.say(
+            f"{run.name}: {title} {record[name]:.{run.preset.example.digits}f}, trained in {minutes:.1f} min"
+        )
 
     def _fail(self, run: Run, reason: str) -> None:
         self._failed.append(run)
@@ -253,6 +259,8 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
 
 def start(run: Run, data: Path, out: Path) -> Job:
     """Start or continue a run in a new session. Busy if another process runs it."""
+    if (teacher := run.teacher(out)) and not teacher.is_dir():
+        raise ValueError(f"{teacher}: the dense model that it learns from is not there. Run the row of it first.")
     folder = out / run.name
     folder.mkdir(parents=True, exist_ok=True)
     lock = (folder / "lock").open("ab")

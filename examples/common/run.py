@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,6 +21,7 @@ from common import runtime
 from common.arguments import RunArguments
 from gap_ds import GaPConfig, GaPEngine, ParallelWorker, checkpoint
 from gap_ds.method import schedule
+from gap_ds.method.plan import clean_name
 from gap_ds.training import boundary_losses, history
 
 log = logging.getLogger("examples")
@@ -45,14 +47,10 @@ FILES = (
 # -- configs -----------------------------------------------------------------------------------------------------------
 
 
-def gap_config(args: RunArguments, pretrained: bool) -> GaPConfig:
+def gap_config(args: RunArguments) -> GaPConfig:
     """Return the GaP config of this run."""
     gap = GaPConfig.load(args.gap_config)
-    if args.dense:
-        return gap.as_dense()
-    if pretrained and "mask_init" not in gap.model_fields_set and gap.method != "dsd":
-        return GaPConfig.load({**gap.model_dump(exclude_unset=True), "mask_init": "magnitude"})
-    return gap
+    return gap.as_dense() if args.dense else gap
 
 
 def gap_worker(
@@ -261,6 +259,15 @@ def save(args: RunArguments, engine: GaPEngine, folder: Path, state: dict[str, A
 # -- the engine --------------------------------------------------------------------------------------------------------
 
 
+def groups(model: nn.Module, undecayed: set[str], weight_decay: float) -> list[dict[str, Any]]:
+    """Return two parameter groups of the optimizer: with weight decay, and without (norms and biases)."""
+    named = [(clean_name(name).removeprefix("module."), p) for name, p in model.named_parameters() if p.requires_grad]
+    return [
+        {"params": [p for name, p in named if name not in undecayed], "weight_decay": weight_decay},
+        {"params": [p for name, p in named if name in undecayed], "weight_decay": 0.0},
+    ]
+
+
 def build_engine(
     args: RunArguments,
     gap: GaPConfig,
@@ -326,3 +333,12 @@ def linear(step: int, warmup: int, length: int) -> float:
     (1.0, 0.5, 0.0)
     """
     return max(0.0, (length - step) / max(1, length - warmup))
+
+
+def cosine(step: int, warmup: int, length: int) -> float:
+    """Learning rate along half a cosine, from 1 to 0.
+
+    >>> cosine(10, 10, 20), round(cosine(15, 10, 20), 6), cosine(20, 10, 20)
+    (1.0, 0.5, 0.0)
+    """
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, length - warmup)))

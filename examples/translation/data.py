@@ -1,6 +1,6 @@
 """Read sentence pairs and turn them into token ids.
 
-    load_rows -> train_tokenizer -> encode -> batching.TokenBatches -> batching.batches
+    load_rows -> bpe.train -> encode -> batching.TokenBatches -> batching.batches
 
 Rows stay in memory-mapped Arrow files: millions of them need no Python lists.
 """
@@ -11,13 +11,12 @@ import bz2
 import json
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import datasets
-import tokenizers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -28,7 +27,6 @@ logger = logging.getLogger(__name__)
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 CORPUS = Path(__file__).parent / "corpus"  # the default data set: 12,000, 500 and 500 sentence pairs
 SPLITS = ("train", "validation", "test")
-SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>"]  # ids 0 to 3, the order of M2M100's configuration
 
 # --- rows -------------------------------------------------------------------------------------------------------------
 
@@ -60,7 +58,7 @@ def load_rows(
         )
     if limit is not None and limit < 1:
         raise ValueError(f"a limit of {limit} rows for split {split!r}: must be at least 1, or not given.")
-    rows = _shipped(split) if dataset is None else _read(dataset, split, config)
+    rows = _shipped(split) if dataset is None else sources.load(dataset, split, config, BUILDERS)
     where = "the shipped corpus" if dataset is None else f"--dataset {dataset}"
     if len(rows) == 0:
         raise ValueError(f"{where} has no rows in split {split!r}: at least one is needed. Set --dataset.")
@@ -81,66 +79,6 @@ def _shipped(split: str) -> datasets.Dataset:
         raise ValueError(f"the shipped corpus has no split {split!r}, only {names}: choose one, or set --dataset.")
     with bz2.open(CORPUS / f"{split}.jsonl.bz2", "rt", encoding="utf-8") as lines:
         return datasets.Dataset.from_list([json.loads(line) for line in lines])
-
-
-def _read(dataset: str, split: str, config: str | None) -> datasets.Dataset:
-    path = Path(dataset).expanduser()
-    if path.is_dir():
-        return _read_files(_split_files(path, split, config), dataset)
-    if path.is_file():
-        if path.suffix not in BUILDERS:
-            raise ValueError(
-                f"--dataset {dataset}: a file must end in {', '.join(BUILDERS)}, not {path.suffix!r}. Set --dataset."
-            )
-        return _read_files([path], dataset)
-    return sources.from_hub(dataset, split, config, endings=tuple(BUILDERS))
-
-
-def _split_files(folder: Path, split: str, config: str | None) -> list[Path]:
-    """Return the files of a split in a folder: one, or all shards."""
-    if config is not None:
-        if not (folder / config).is_dir():
-            raise ValueError(
-                f"--dataset {folder} has no folder {config!r}: leave --dataset-config away for a folder of split files."
-            )
-        folder = folder / config
-    files = sorted(file for file in folder.iterdir() if file.is_file() and file.suffix in BUILDERS)
-    found = [file for file in files if file.stem == split or file.stem.startswith(f"{split}-")]
-    if not found:
-        raise ValueError(_no_split(folder, split, files))
-    if len({(file.stem == split, file.suffix) for file in found}) > 1:
-        names = ", ".join(file.name for file in found)
-        raise ValueError(
-            f"--dataset {folder}: split {split!r} may be any of {names}: keep one kind, or set --dataset to a file."
-        )
-    total = found[0].stem.rpartition("-of-")[2]
-    if found[0].stem != split and total.isdigit() and int(total) != len(found):
-        raise ValueError(
-            f"--dataset {folder}: split {split!r} has {len(found)} of {int(total)} shards: all are needed. "
-            "Complete the folder or set --dataset."
-        )
-    return found
-
-
-def _no_split(folder: Path, split: str, files: Sequence[Path]) -> str:
-    if not files:
-        return (
-            f"--dataset {folder} holds no {', '.join(BUILDERS)} file: "
-            f"set --dataset to a folder with {split}.parquet or {split}.jsonl."
-        )
-    splits = sorted({file.stem.split("-")[0] for file in files})
-    similar = [name for name in splits if name.startswith(f"{split}_")]
-    if similar:
-        names = ", ".join(similar)
-        return f"--dataset {folder} has no split {split!r} but {names}: choose one, --{split}-split {similar[0]}."
-    flag = f"--{split}-split" if split in SPLITS else "the name of the split"
-    return f"--dataset {folder} has no split {split!r}, only {', '.join(splits)}: set {flag} or --dataset."
-
-
-def _read_files(files: Sequence[Path], dataset: str) -> datasets.Dataset:
-    if any(file.stat().st_size == 0 for file in files):
-        raise ValueError(f"--dataset {dataset}: {files[0].name} is empty: at least one row is needed. Set --dataset.")
-    return sources.from_files(files, BUILDERS[files[0].suffix], dataset)
 
 
 def _check_languages(features: datasets.Features, source: str, target: str, where: str) -> None:
@@ -182,46 +120,10 @@ def _check_text(rows: datasets.Dataset, languages: Mapping[str, str], split: str
 
 
 def texts(rows: datasets.Dataset) -> Iterator[str]:
-    """Yield all source and target texts, for `train_tokenizer`. Reads a thousand rows at a time."""
+    """Yield all source and target texts, for `bpe.train`. Reads a thousand rows at a time."""
     for batch in rows.iter(batch_size=1000):
         yield from batch["source"]
         yield from batch["target"]
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer with at most `vocab_size` entries. Equal texts give equal tokenizers.
-
-    Ids: <s> 0, <pad> 1, </s> 2, <unk> 3, then the 256 bytes. Every sequence ends in </s>; nothing precedes the text.
-    `decode(ids, skip_special_tokens=True)` restores any text, up to Unicode's NFC form: every byte has an entry, and
-    "</s>" inside a text is not a special token.
-    """
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    smallest = len(SPECIAL_TOKENS) + len(alphabet)
-    if vocab_size < smallest:
-        raise ValueError(f"a vocabulary of {vocab_size}: must have at least {smallest} entries. Set --vocab-size.")
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.normalizer = tokenizers.normalizers.NFC()
-    # No blank before the first word: every decoder would have to remove it again.
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, initial_alphabet=sorted(alphabet), show_progress=False
-    )
-    bpe.train_from_iterator(texts, trainer)
-    bpe.post_processor = tokenizers.processors.TemplateProcessing(
-        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", SPECIAL_TOKENS.index("</s>"))]
-    )
-    bos, pad, eos, unk = SPECIAL_TOKENS
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        bos_token=bos,
-        pad_token=pad,
-        eos_token=eos,
-        unk_token=unk,
-        clean_up_tokenization_spaces=False,
-        split_special_tokens=True,
-        model_input_names=["input_ids", "attention_mask"],
-    )
 
 
 def _encode_batch(

@@ -28,12 +28,12 @@ import data
 import evaluate
 import model as models
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import arguments, distillation, run, runtime, sharding, training
+from common import arguments, bpe, distillation, pretrained, run, runtime, sharding, training
 
 from gap_ds import GaPEngine, export
 from gap_ds.method.schedule import Phase
@@ -84,7 +84,7 @@ LR_SCHEDULES = {"inverse_sqrt": run.inverse_sqrt, "linear": run.linear}
 
 def main(args: Arguments) -> int:
     """Train, export and score; return the exit status."""
-    gap, deepspeed = run.gap_config(args, pretrained=args.model_name is not None), deepspeed_config(args)
+    gap, deepspeed = run.gap_config(args), deepspeed_config(args)
     of_all_workers = (*FIXED, "preset", "dataset", "dataset_config", "train_split", "limit")
     args, worker = run.gap_worker(args, gap, of_all_workers, "examples/translation/train.py")
     device = runtime.start_processes(args.seed, args.threads, deepspeed=deepspeed is not None)
@@ -266,17 +266,11 @@ def load_rows(args: Arguments, split: str) -> Any:
 def load_tokenizer(args: Arguments, folder: Path, rows: Any, trained: bool) -> PreTrainedTokenizerBase:
     """Return the pretrained model's tokenizer, or a joint BPE that rank 0 trains once and saves with the run."""
     if args.model_name:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(args.model_name, trust_remote_code=args.trust_remote_code)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise ValueError(f"model {args.model_name!r}: has no tokenizer ({reason}). Set --model-name.") from error
+        tokenizer = pretrained.tokenizer(args.model_name, args.trust_remote_code)
         if hasattr(tokenizer, "src_lang"):
             tokenizer.src_lang, tokenizer.tgt_lang = args.source_lang, args.target_lang
         return tokenizer
-    if runtime.rank() == 0 and not trained:
-        data.train_tokenizer(data.texts(rows), args.vocab_size).save_pretrained(folder / "tokenizer")
-    return AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    return bpe.of_run(folder / "tokenizer", data.texts(rows), args.vocab_size, end=True, trained=trained)
 
 
 def parse(argv: Sequence[str] | None = None) -> Arguments:

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import classifier
 import images
 import scoring
-from common import arguments, runtime
+from common import arguments, runtime, sampling
 from transformers import AutoImageProcessor
 
 
@@ -75,7 +75,7 @@ def main(args: Arguments) -> int:
 
     loader = images.Loader(source, change, seed=0, workers=args.workers, skip=args.skip_damaged)
     ranks = {"world_size": runtime.world_size(), "rank": runtime.rank()}
-    scores = scoring.score(forward, loader(images.evaluation_batches(len(source), args.batch_size, **ranks)))
+    scores = scoring.score(forward, loader(sampling.evaluation_batches(len(source), args.batch_size, **ranks)))
     for message in sorted(loader.skipped):
         print(f"left out: {message}", file=sys.stderr)
     if runtime.rank() == 0:

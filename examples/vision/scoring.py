@@ -20,7 +20,7 @@ Forward = Callable[[Tensor], Tensor]
 def score(forward: Forward, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
     """Return top-1 and top-5 accuracy in per cent, and the mean cross entropy in nats.
 
-    All ranks must call this, each with its batches of `images.evaluation_batches`.
+    All ranks must call this, each with its batches of `sampling.evaluation_batches`.
     """
     top1, top5, loss, count = 0.0, 0.0, 0.0, 0
     for batch in batches:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import math
 import os
 import sys
 import time
@@ -34,12 +33,11 @@ import classifier
 import images
 import numpy as np
 import scoring
-from common import arguments, distillation, run, runtime, sharding, training
+from common import arguments, distillation, run, runtime, sampling, sharding, training
 from transformers import AutoImageProcessor
 from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
 
 from gap_ds import GaPConfig, GaPEngine, export
-from gap_ds.method.plan import clean_name
 from gap_ds.method.schedule import Phase
 
 log = logging.getLogger("vision")
@@ -111,15 +109,6 @@ FIXED = (
 )
 
 
-def cosine(step: int, warmup: int, length: int) -> float:
-    """Learning rate along half a cosine, from 1 to 0.
-
-    >>> cosine(10, 10, 20), round(cosine(15, 10, 20), 6), cosine(20, 10, 20)
-    (1.0, 0.5, 0.0)
-    """
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, length - warmup)))
-
-
 def step(step: int, warmup: int, length: int) -> float:
     """Learning rate divided by 10 after 1/3, 2/3 and 8/9 of the steps: epochs 30, 60 and 80 of 90.
 
@@ -129,12 +118,12 @@ def step(step: int, warmup: int, length: int) -> float:
     return float(round(0.1 ** sum(9 * step >= part * length for part in (3, 6, 8)), 3))
 
 
-LR_SCHEDULES = {"cosine": cosine, "step": step, "linear": run.linear}
+LR_SCHEDULES = {"cosine": run.cosine, "step": step, "linear": run.linear}
 
 
 def main(args: Arguments) -> int:
     """Train, export and score; return the exit status."""
-    gap = run.gap_config(args, pretrained=args.model_name is not None)
+    gap = run.gap_config(args)
     check_average(args, gap)
     deepspeed = run.deepspeed_config(args, batch_flag="--batch-size")
     of_all_workers = (*FIXED, "preset", "dataset", "dataset_config", "train_split", "limit")
@@ -146,7 +135,7 @@ def main(args: Arguments) -> int:
     with runtime.first_rank_first():
         train, validation, test = load_splits(args)
     ranks = {"world_size": runtime.world_size(), "rank": runtime.rank()}
-    batches = images.Batches(len(train), args.batch_size, accumulation=args.accumulation, seed=args.seed, **ranks)
+    batches = sampling.Batches(len(train), args.batch_size, accumulation=args.accumulation, seed=args.seed, **ranks)
 
     # Model, optimizer and learning rate of the paper's code, and the engine around them.
     model, processor = build_model(args, train.classes)
@@ -156,7 +145,7 @@ def main(args: Arguments) -> int:
     if deepspeed is None:
         default = "ddp" if runtime.world_size() > 1 else "none"
         model = sharding.wrap(model.to(device), args.backend or default, device)
-    optimizer = torch.optim.SGD(groups(model, undecayed, args.weight_decay), lr=args.lr, momentum=args.momentum)
+    optimizer = torch.optim.SGD(run.groups(model, undecayed, args.weight_decay), lr=args.lr, momentum=args.momentum)
     shape = LR_SCHEDULES[args.lr_schedule]
     state = average.STATE if args.ema else None
     engine = run.build_engine(args, gap, worker, deepspeed, model, optimizer, batches.steps_per_epoch, shape, state)
@@ -224,7 +213,7 @@ class Vision:
         device: torch.device,
         processor: Any,
         train: images.Source,
-        batches: images.Batches,
+        batches: sampling.Batches,
         validation: images.Source | None,
         taught: distillation.Distillation | None = None,
     ) -> None:
@@ -301,7 +290,7 @@ class Vision:
     def score(self, model: Any, source: images.Source) -> dict[str, float]:
         """Return the figures of a model, or of the engine, on a split."""
         ranks = {"world_size": runtime.world_size(), "rank": runtime.rank()}
-        keys = images.evaluation_batches(len(source), max(1, self._args.batch_size // ranks["world_size"]), **ranks)
+        keys = sampling.evaluation_batches(len(source), max(1, self._args.batch_size // ranks["world_size"]), **ranks)
         loader = self._load(source, self._evaluation)
         scores = scoring.score(lambda pictures: self._forward(model, self._pixels(pictures)), loader(keys))
         self._skipped_unchanged |= loader.skipped
@@ -403,15 +392,6 @@ def build_model(args: Arguments, classes: Sequence[str]) -> tuple[nn.Module, Any
         image_std=list(deviation),
     )
     return model, processor
-
-
-def groups(model: nn.Module, undecayed: set[str], weight_decay: float) -> list[dict[str, Any]]:
-    """Return two parameter groups of the optimizer: with weight decay, and without (norms and biases)."""
-    named = [(clean_name(name).removeprefix("module."), p) for name, p in model.named_parameters() if p.requires_grad]
-    return [
-        {"params": [p for name, p in named if name not in undecayed], "weight_decay": weight_decay},
-        {"params": [p for name, p in named if name in undecayed], "weight_decay": 0.0},
-    ]
 
 
 def flops(engine: GaPEngine, uses: dict[str, int], dense: int) -> dict[str, float]:

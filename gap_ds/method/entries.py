@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -67,6 +67,9 @@ def find_entries(
     ]
     inner = [name for name in prunable if name in matrices.block_of]
     chosen = {name for name in inner if name not in frozen}
+    holds = config.mask_init == "from_weights" and not config.include
+    if holds and _over_frozen(chosen, inner, matrices, shapes, frozen):
+        chosen = {name for name in inner if name in frozen}  # the adapters are none: what is held is their base
     blocks = {matrices.block_of[name] for name in chosen}
     trainable = [name for name, shape in shapes.items() if len(shape) > 1 and name not in frozen]
     for pattern in config.include:
@@ -137,6 +140,16 @@ def _check_entries(
         raise ValueError(f"only {_like_adapters(adapters, inner, shapes)}")
 
 
+def _over_frozen(
+    chosen: Collection[str], inner: Sequence[str], matrices: Matrices, shapes: Shapes, frozen: Container[str]
+) -> bool:
+    """True if all that is trained of the blocks are adapters beside frozen matrices, at least one."""
+    if chosen:
+        return bool(_adapters(sorted(chosen), inner, matrices, shapes))
+    thin = any(matrices.use(name) == "thin" and name not in frozen for name in matrices.block_of)
+    return thin and bool(inner)
+
+
 def _example(free: Sequence[str]) -> str:
     """An `include` for a model without blocks: the parts that hold matrices, but for the last one, a classifier."""
     parts = list(dict.fromkeys(name.partition(".")[0] for name in free))
@@ -148,9 +161,10 @@ def _like_adapters(names: Sequence[str], inner: Sequence[str], shapes: Shapes) -
     share = sum(math.prod(shapes[name]) for name in names) / sum(math.prod(shapes[name]) for name in inner)
     return (
         f"{len(names)} small matrices beside frozen ones are trained, such as {names[-1]} ({share:.2%} of the matrix "
-        "weights of the blocks). They look like adapters over a frozen base. A frozen base keeps its zeros without an "
-        "engine; to prune the base, make it trainable (requires_grad_) or build the engine before the adapters are "
-        'added. To prune the adapters themselves, name them in "include".'
+        "weights of the blocks). They look like adapters over a frozen base. To hold the zeros of a sparse base, set "
+        '"method" to static and "mask_init" to from_weights (and see gap_ds.hf.merge); to prune the base, make it '
+        "trainable (requires_grad_) or build the engine before the adapters are added. To prune the adapters, name "
+        'them in "include".'
     )
 
 

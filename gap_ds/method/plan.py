@@ -72,6 +72,7 @@ class Plan:
     entries that are multiplied with (a tied head included, embedding look-ups not). `shared_budget`: whether
     the budgets of a partition's entries are one budget, shared by one threshold (distribution "global"). `blocks`
     are the names of the repeated blocks. `dense` are the matrices and tables that are no entries, with the reason.
+    `held` are the entries that are frozen: the base of adapters.
     """
 
     entries: tuple[Entry, ...]
@@ -82,6 +83,7 @@ class Plan:
     shared_budget: bool = False
     blocks: tuple[str, ...] = ()
     dense: tuple[Dense, ...] = ()
+    held: frozenset[str] = frozenset()
 
     @property
     def numel(self) -> int:
@@ -186,7 +188,7 @@ def draft(
     Args:
         shapes: full shape of every parameter by its clean name. A sharding backend hands this over, because the
             parameters it leaves in the module tree may be empty or flattened.
-        frozen: names of the parameters that are not trained, and so never entries.
+        frozen: names of the parameters that are not trained, and so no entries, except under adapters (find_entries).
 
     Raises:
         ValueError: no entry was found, a name pattern matches nothing, there are more partitions than blocks, the
@@ -220,6 +222,7 @@ def draft(
         shared_budget=config.distribution == "global",
         blocks=tuple(found.blocks),
         dense=found.dense,
+        held=frozenset(name for name in found.names if name in frozen),
     )
 
 

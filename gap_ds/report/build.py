@@ -308,7 +308,7 @@ def _comparisons(runs: Sequence[Run]) -> list[_Job]:
 def _bars(runs: Sequence[Run]) -> list[tuple[str, str, list[float | None]]]:
     """Columns in which at least one run has a value: two scores, the last validation loss, density, cost."""
     columns: list[tuple[str, str, list[float | None]]] = []
-    for key in ("bleu", "chrf", "accuracy", "top1"):
+    for key in ("bleu", "chrf", "accuracy", "top1", "perplexity"):
         columns.append((SCORES[key], "", [run.scores.get(key) for run in runs]))
     losses = [run.validation[-1][1] if run.validation else None for run in runs]
     columns.append(("validation loss", "nats", losses))

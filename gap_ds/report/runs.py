@@ -38,6 +38,7 @@ SCORES = {
     "accuracy": "accuracy",
     "top1": "top-1",
     "top5": "top-5",
+    "perplexity": "perplexity",
 }
 
 
@@ -62,6 +63,7 @@ class Results(Record):
     accuracy: float | None = None
     top1: float | None = None
     top5: float | None = None
+    perplexity: float | None = None
 
 
 class _Header(Record):

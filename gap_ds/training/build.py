@@ -214,7 +214,7 @@ def _check_held(state: MaskState, backend: Backend) -> None:
     held = backend.optimizers.held()
     own = {shard.name: shard for shard in backend.shards() if shard.trainable and shard.numel}
     foreign = backend.comm.size > 1 and not held <= {id(shard.owner()) for shard in own.values()}
-    wanted = own if foreign else {name: shard for name, shard in state.shards.items() if shard.numel}
+    wanted = own if foreign else {name: own[name] for name in state.shards if name in own}
     missing = [name for name, shard in wanted.items() if id(shard.owner()) not in held]
     if missing:
         raise ValueError(

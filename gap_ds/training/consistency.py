@@ -140,7 +140,7 @@ def _drifted(name: str, first: int, others: list[int]) -> ValueError:
 def changed_flags(plan: Plan, module: nn.Module) -> Iterator[tuple[str, str]]:
     """The parameters that became frozen or trainable since the plan was made: first name of each kind, a warning."""
     trained = {clean_name(name): p.requires_grad for name, p in module.named_parameters()}
-    if late := [entry.name for entry in plan.entries if not trained.get(entry.parameter, True)]:
+    if late := [e.name for e in plan.entries if not trained.get(e.parameter, True) and e.parameter not in plan.held]:
         yield (
             late[0],
             f"{late[0]}{_others(late)}: frozen since the engine was built. Masks hold, and boundaries still prune and "

@@ -94,14 +94,15 @@ class MaskState:
         return ((name, self.shards[name]) for name in self.bits if self.shards[name].numel)
 
     def unmasked(self, masked: set[str]) -> list[str]:
-        """The entries that an update should have masked on this rank, without those that it has."""
+        """The trainable entries that an update should have masked on this rank, without those that it has."""
         left = self.bits.keys() - masked
-        return [name for name, _ in self._masked() if name in left] if left else []
+        return [name for name, shard in self._masked() if name in left and shard.trainable] if left else []
 
     def unheld(self) -> list[str]:
-        """The entries of which this rank has a piece that no optimizer updates."""
+        """The trainable entries of which this rank has a piece that no optimizer updates."""
         held = self._backend.optimizers.held()
-        return [name for name, shard in self.shards.items() if shard.numel and id(shard.owner()) not in held]
+        own = {name: shard for name, shard in self.shards.items() if shard.trainable and shard.numel}
+        return [name for name, shard in own.items() if id(shard.owner()) not in held]
 
     def copy_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         """Copies the gradients of that step, because libraries free or overwrite them before the boundary."""

@@ -121,6 +121,16 @@ def test_command_lines_and_a_gpus_run_without_one(tmp_path: Path) -> None:
     assert "of a copy's bandwidth" in text and "--no-such-option" in text
 
 
+@pytest.mark.full
+def test_adapters(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    result = run(tmp_path, "adapters")["adapters"]
+    check("adapters", result)
+    plain, masked = result["rows"]
+    assert plain["zeros revived"] == masked["zeros revived"] == 0 and plain["update lost"] > masked["update lost"] == 0
+    assert masked["loss after the merge"] == pytest.approx(masked["loss of the adapters"], abs=1e-4)
+
+
 def test_tables_of_no_results_at_all(tmp_path: Path) -> None:
     assert "**No figure here is from a GPU.**" in tables(tmp_path)
 

@@ -31,10 +31,14 @@ from gap_ds.method import schedule
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
+def sparsity(row: rows.Row, usual: float = 0.9) -> float:
+    return 0.0 if row.dense else (row.sparsities or [usual])[0]
+
+
 @pytest.mark.parametrize("epochs", (8, 4, 6, 20))
-@pytest.mark.parametrize("row", rows.ROWS, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", [row for row in rows.ROWS if not row.taught], ids=lambda row: row.name)
 def test_every_row_is_a_config_of_exactly_the_budget(row: rows.Row, epochs: int) -> None:
-    config = row.config(0.0 if row.dense else 0.9, epochs, seed=1)
+    config = row.config(sparsity(row), epochs, seed=1)
     assert rows.total_epochs(config) == epochs
     plan = schedule.build(GaPConfig.load(config), steps_per_epoch=247)
     assert plan.total_steps == epochs * 247
@@ -70,7 +74,7 @@ def test_a_shipped_config_is_the_row_that_was_measured(name: str) -> None:
 
 
 def test_rows_differ() -> None:
-    configs = [json.dumps([row.config(0.0 if row.dense else 0.8, 8), row.workers]) for row in rows.ROWS]
+    configs = [json.dumps([row.config(sparsity(row, 0.8), 8), row.workers, row.taught]) for row in rows.ROWS]
     assert len(set(configs)) == len(configs)
     assert len(rows.BY_NAME) == len(rows.ROWS) == len({row.title for row in rows.ROWS})
 
@@ -112,14 +116,17 @@ def test_extra_rows_are_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize("epochs", (8, 6))
-@pytest.mark.parametrize("name", [row.name for row in rows.ROWS if row.equal_flops] + ["cyclic_3"])
+@pytest.mark.parametrize("name", [row.name for row in rows.ROWS if row.equal_flops and not row.taught] + ["cyclic_3"])
 def test_lengths_give_the_flops_of_gradual_pruning(name: str, epochs: int) -> None:
     row = replace(rows.BY_NAME[name], equal_flops=True)
     planned = []
     for given in (row, rows.BY_NAME["gradual"]):
-        config = GaPConfig.load(given.config(0.9, epochs))
+        config = GaPConfig.load(given.config(sparsity(given), epochs))
         plan = schedule.build(config, steps_per_epoch=247)
-        planned.append(plan.mean_density([10] * config.kappa, [100] * config.kappa))
+        kept = round(10 * (1 - config.sparsity))
+        # FLOPs are linear in the sparsity: both as if at 90 %.
+        density = plan.mean_density([kept] * config.kappa, [10] * config.kappa)
+        planned.append(1 - 0.9 * (1 - density) / config.sparsity)
         assert plan.total_steps == epochs * 247
     assert planned[0] == pytest.approx(planned[1], abs=0.01)
 
@@ -140,6 +147,24 @@ def test_equal_flops_that_no_length_gives_are_refused(tmp_path: Path) -> None:
 def planned(*arguments: str) -> list[str]:
     args = runner.parser().parse_args(["--preset", "cpu", *arguments])
     return [run.name for run in runner.plan(presets.CPU, args)]
+
+
+def test_language_models_are_taught_by_the_dense_run_of_their_seed(tmp_path: Path) -> None:
+    preset = presets.LANGUAGE_CPU
+    args = runner.parser().parse_args(["--preset", "language_cpu"])
+    runs = runner.plan(preset, args)
+    assert runs[0].row.dense and len(runs) == 2 * 17 == len({run.key for run in runs})
+    assert {run.sparsity for run in runs if "2of4" in run.name} == {0.5}
+    assert {run.sparsity for run in runs if run.row.name == "granet_taught"} == {0.8, 0.9}
+    taught = next(run for run in runs if run.row.taught and run.seed == 1)
+    words = taught.command(tmp_path, tmp_path)
+    assert words[words.index("--teacher") + 1] == str(tmp_path / "dense_s0_seed1" / "model")
+    assert "--teacher" not in runs[1].command(tmp_path, tmp_path)
+    with pytest.raises(ValueError, match="the dense model that it learns from is not there"):
+        runner.start(taught, tmp_path, tmp_path)
+    assert not (tmp_path / taught.name).exists()
+    arguments = records.expected(preset)
+    assert arguments["context"] == 128 and arguments["lr"] == 1e-3 and arguments["label_smoothing"] == 0.0
 
 
 def test_seed_0_of_all_rows_comes_first_and_dense_is_run_once() -> None:

@@ -12,7 +12,7 @@ import torch
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
-sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "translation"), str(EXAMPLES / "vision")]
+sys.path[:0] = [str(EXAMPLES), *(str(EXAMPLES / name) for name in ("translation", "vision", "language"))]
 
 
 @pytest.fixture(scope="module")

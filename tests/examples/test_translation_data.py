@@ -12,6 +12,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from common import bpe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, M2M100Config
@@ -183,7 +184,7 @@ def test_multi30k():
     assert len(rows) == 1000 and rows.column_names == ["source", "target"]
     with pytest.raises(ValueError, match=r"--test-split test_2016_flickr"):
         data.load_rows(str(MULTI30K), "test", "en", "de")
-    tokenizer = data.train_tokenizer(data.texts(rows), 1000)
+    tokenizer = bpe.train(data.texts(rows), 1000, end=True)
     for text in rows["target"]:
         assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
 
@@ -198,11 +199,11 @@ def rows():
 
 @pytest.fixture(scope="module")
 def tokenizer(rows):
-    return data.train_tokenizer(data.texts(rows), 600)
+    return bpe.train(data.texts(rows), 600, end=True)
 
 
 def test_special_tokens(tokenizer):
-    assert tokenizer.convert_tokens_to_ids(data.SPECIAL_TOKENS) == [0, 1, 2, 3]
+    assert tokenizer.convert_tokens_to_ids(bpe.SPECIAL_TOKENS) == [0, 1, 2, 3]
     assert (tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (
         0,
         1,
@@ -213,7 +214,7 @@ def test_special_tokens(tokenizer):
     ids = tokenizer("Der alte Mann")["input_ids"]
     assert ids[-1] == 2 and not set(ids[:-1]) & {0, 1, 2, 3}
     with pytest.raises(ValueError, match=r"vocabulary of 100: must have at least 260 entries. Set --vocab-size"):
-        data.train_tokenizer(["a"], 100)
+        bpe.train(["a"], 100, end=True)
 
 
 TEXTS = [
@@ -246,7 +247,7 @@ def test_any_text_survives_up_to_nfc(tokenizer, text):
 
 
 def test_training_a_tokenizer_is_deterministic(rows, tokenizer):
-    assert data.train_tokenizer(data.texts(rows), 600).get_vocab() == tokenizer.get_vocab()
+    assert bpe.train(data.texts(rows), 600, end=True).get_vocab() == tokenizer.get_vocab()
 
 
 def test_encode(rows, tokenizer, caplog):

@@ -10,6 +10,7 @@ import warnings
 import model as models
 import pytest
 import torch
+from common import cross_entropy
 from torch import nn
 from torch.nn import functional as F
 
@@ -108,7 +109,7 @@ def test_initial_loss_is_near_that_of_guessing(preset: str) -> None:
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("chunk", [1, 70, 2**22])
 def test_loss_and_gradient_equal_cross_entropy(smoothing: float, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "_CHUNK_ON_CPU", chunk)
+    monkeypatch.setattr(cross_entropy, "_CHUNK_ON_CPU", chunk)
     torch.manual_seed(0)
     labels = torch.randint(0, 17, (4, 7))
     labels[0, 3:] = labels[3] = models.IGNORE

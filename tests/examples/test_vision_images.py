@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import scoring
 import torch
+from common import sampling
 from PIL import Image
 from torch.nn import functional
 from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
@@ -237,13 +238,13 @@ def test_drawings_are_the_same_everywhere_and_differ() -> None:
 
 @pytest.mark.parametrize("world_size, accumulation", [(2, 1), (1, 2), (2, 3)])
 def test_steps_are_the_same_for_any_number_of_ranks(world_size: int, accumulation: int) -> None:
-    whole = images.Batches(50, 12, seed=3)
+    whole = sampling.Batches(50, 12, seed=3)
     assert whole.steps_per_epoch == 4
     steps = [set(keys) for keys in itertools.islice(whole.micro_batches(0), 8)]
     assert len(set().union(*steps[:4])) == 48 and {epoch for keys in steps[4:] for epoch, _ in keys} == {1}
-    shared: list[set[images.Key]] = [set() for _ in range(8)]
+    shared: list[set[sampling.Key]] = [set() for _ in range(8)]
     for rank in range(world_size):
-        part = images.Batches(50, 12, world_size=world_size, rank=rank, accumulation=accumulation, seed=3)
+        part = sampling.Batches(50, 12, world_size=world_size, rank=rank, accumulation=accumulation, seed=3)
         for number, keys in enumerate(itertools.islice(part.micro_batches(0), 8 * accumulation)):
             assert not shared[number // accumulation] & set(keys)
             shared[number // accumulation] |= set(keys)
@@ -254,16 +255,16 @@ def test_steps_are_the_same_for_any_number_of_ranks(world_size: int, accumulatio
 
 def test_batches_that_cannot_be() -> None:
     with pytest.raises(ValueError, match=r"batch_size=12: must be a multiple of 8 \(4 ranks x 2 accumulation steps\)"):
-        images.Batches(50, 12, world_size=4, accumulation=2)
-    with pytest.raises(ValueError, match="batch_size=12: must be at most 11, the training pictures"):
-        images.Batches(11, 12)
+        sampling.Batches(50, 12, world_size=4, accumulation=2)
+    with pytest.raises(ValueError, match="batch_size=12: must be at most 11, the rows of training"):
+        sampling.Batches(11, 12)
 
 
 def test_a_picture_depends_on_seed_epoch_and_row_alone() -> None:
     source = source_of(*(picture(30, 30, seed) for seed in range(8)))
     keys = [[(epoch, row) for row in range(4)] for epoch in (0, 1)]
 
-    def pictures(seed: int, workers: int, order: list[list[images.Key]]) -> list[torch.Tensor]:
+    def pictures(seed: int, workers: int, order: list[list[sampling.Key]]) -> list[torch.Tensor]:
         loader = images.Loader(source, images.Training(16, jitter=0.2), seed, workers, skip=False)
         return [batch["pictures"] for batch in loader(order)]
 
@@ -276,10 +277,10 @@ def test_a_picture_depends_on_seed_epoch_and_row_alone() -> None:
 
 @pytest.mark.parametrize("rows, world_size, batch", [(10, 1, 4), (10, 3, 2), (7, 4, 8), (3, 4, 2)])
 def test_accuracy_counts_every_picture_once(rows: int, world_size: int, batch: int) -> None:
-    parts = [images.evaluation_batches(rows, batch, world_size=world_size, rank=rank) for rank in range(world_size)]
+    parts = [sampling.evaluation_batches(rows, batch, world_size=world_size, rank=rank) for rank in range(world_size)]
     assert len({len(part) for part in parts}) == 1
     keys = [key for part in parts for batch_ in part for key in batch_]
-    assert sorted(row for _, row in keys if row != images.PADDING) == list(range(rows))
+    assert sorted(row for _, row in keys if row != sampling.PADDING) == list(range(rows))
 
 
 def test_score_is_that_of_a_loop() -> None:
@@ -295,8 +296,8 @@ def test_score_is_that_of_a_loop() -> None:
         filled[: len(given)] = given
         return filled
 
-    keys = images.evaluation_batches(23, 5)
-    keys[-1] += [(0, images.PADDING)] * 2  # as on a rank that has fewer
+    keys = sampling.evaluation_batches(23, 5)
+    keys[-1] += [(0, sampling.PADDING)] * 2  # as on a rank that has fewer
     found = scoring.score(forward, loader(keys))
     top1 = sum(int(line.argmax()) == int(label) for line, label in zip(logits, labels, strict=True))
     top5 = sum(int(label) in line.sort().indices[-5:] for line, label in zip(logits, labels, strict=True))

@@ -16,7 +16,8 @@ from torch import nn
 from transformers import Trainer
 
 from gap_ds import GaPEngine
-from gap_ds.hf import GaPCallback, _check_best, prepare
+from gap_ds.hf import GaPCallback, prepare
+from gap_ds.hf.callback import _check_best
 
 GAP = {"sparsity": 0.75, "partitions": 2, "phase_steps": 2, "rounds": 1, "finetune_steps": 2}
 

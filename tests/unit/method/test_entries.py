@@ -333,6 +333,17 @@ def test_adapters_over_a_frozen_base() -> None:
     assert first(plan(root)) == {"fc1.weight"}
 
 
+def test_a_sparse_base_under_adapters_is_held() -> None:
+    root = adapted()
+    names = {"fc1.weight", "fc2.weight"}
+    kept = {name: p.numel() // 2 for name, p in root.named_parameters()}
+    held = GaPConfig(method="static", mask_init="from_weights", phase_steps=1, rounds=0, finetune_steps=1)
+    found = build(root, held, kept=kept)
+    assert first(found) == names
+    assert found.held == {entry.name for entry in found.entries} and len(found.entries) == 4
+    assert plan(adapted(), include=["adapter"]).held == frozenset()
+
+
 def test_adapters_too_narrow_to_be_entries() -> None:
     class Narrow(nn.Module):
         def __init__(self) -> None:

@@ -1,6 +1,6 @@
-"""Hugging Face: `GaPCallback` for the Trainer, and `prepare` for your own loop with Accelerate.
+"""`GaPCallback`: a Trainer's model trained sparse.
 
-Both build a GaPEngine around what Accelerate has prepared, so that DDP, DeepSpeed and FSDP are one case. What all of it
+It builds a GaPEngine around what Accelerate has prepared, so that DDP, DeepSpeed and FSDP are one case. What all of it
 rests on is the order of the Trainer's step (transformers 5.23, `Trainer._run_epoch`):
 
     backward; clip; optimizer.step() -> our post-step hook; learning rate; zero_grad; on_step_end -> a boundary, if one
@@ -11,37 +11,27 @@ Under DeepSpeed the optimizer has stepped already at the end of Accelerate's `ba
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
 import math
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from gap_ds.hf.wrapped import FOLDER, innermost, refuse
 from gap_ds.method.config import GaPConfig
-from gap_ds.sharding.backends import brings_optimizer
 from gap_ds.training import history, saving
 from gap_ds.training.engine import GaPEngine
 
 log = logging.getLogger("gap_ds")
 
-#: The folder inside a checkpoint of the Trainer or of Accelerate that holds the masks.
-FOLDER = "gap"
 #: Steps of a Trainer without a step of its optimizer, after which it is clear that there will be none.
 _MOST_IDLE = 3
-#: The engines that `prepare` has built for each Accelerator.
-_PREPARED: weakref.WeakKeyDictionary[Any, list[GaPEngine]] = weakref.WeakKeyDictionary()
 
 
 class GaPCallback(TrainerCallback):  # type: ignore[misc]
@@ -85,7 +75,7 @@ class GaPCallback(TrainerCallback):  # type: ignore[misc]
         #: Steps of the Trainer in a row in which no optimizer step was seen.
         self._idle = 0
         self._watched: tuple[Trainer, Callable[..., Tensor]] | None = None
-        _refuse(self.config)
+        refuse(self.config)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer, checkpoint = _caller(self)
@@ -101,7 +91,7 @@ class GaPCallback(TrainerCallback):  # type: ignore[misc]
         self.engine = GaPEngine(
             model,
             self.config,
-            optimizer=_innermost(model, trainer.optimizer),
+            optimizer=innermost(model, trainer.optimizer),
             steps_per_epoch=_steps_per_epoch(self.config, args, trainer.callback_handler.train_dataloader),
             masks_from=None if checkpoint is None else Path(checkpoint, FOLDER),
             history=Path(args.output_dir, history.NAME) if self.history else None,
@@ -226,54 +216,6 @@ class GaPCallback(TrainerCallback):  # type: ignore[misc]
                 )
 
 
-def prepare(
-    accelerator: Any,
-    model: nn.Module,
-    optimizer: Any,
-    scheduler: Any,
-    config: GaPConfig | dict[str, Any] | str | Path,
-    *,
-    steps_per_epoch: int | None = None,
-    batches_per_epoch: int | None = None,
-    fresh: bool = False,
-) -> GaPEngine:
-    """A GaPEngine around what `accelerator.prepare` has returned, for your own loop.
-
-    The loop stays as it is, with `engine.after_step()` after `scheduler.step()`. `accelerator.save_state` and
-    `load_state` carry the masks from now on.
-
-    Args:
-        model, optimizer, scheduler: as prepared; there may be no scheduler (None).
-        steps_per_epoch, batches_per_epoch: updates in an epoch, or batches, len(loader); one of them is required if the
-            config counts in epochs.
-        fresh: begin a new schedule although the optimizer has stepped.
-    Raises:
-        ValueError: as GaPEngine.
-    """
-    settings = GaPConfig.load(config)
-    if settings.record.has_workers:
-        _refuse(settings)
-    if batches_per_epoch is not None and steps_per_epoch is None:  # Accelerate accumulates, not the engine
-        steps_per_epoch = math.ceil(batches_per_epoch / accelerator.gradient_accumulation_steps)
-    # A DeepSpeed engine brings both itself.
-    inner = None if brings_optimizer(model) else getattr(scheduler, "scheduler", scheduler)
-    engine = GaPEngine(
-        model,
-        settings,
-        optimizer=_innermost(model, optimizer),
-        lr_scheduler=inner,
-        steps_per_epoch=steps_per_epoch,
-        fresh=fresh,
-    )
-    others = _PREPARED.setdefault(accelerator, [])
-    masks = _MasksOfState(engine, f"{FOLDER}_{len(others)}" if others else FOLDER)
-    others.append(engine)
-    accelerator.register_save_state_pre_hook(masks.save)
-    accelerator.register_load_state_pre_hook(masks.look)
-    accelerator.register_for_checkpointing(masks)
-    return engine
-
-
 def _check_best(engine: GaPEngine, folder: Path) -> None:
     """Checks that the Trainer could load the best model: it passes over weights that were saved under other names.
 
@@ -293,92 +235,6 @@ def _check_best(engine: GaPEngine, folder: Path) -> None:
         )
 
 
-class _MasksOfState:
-    """The masks in what `accelerator.save_state` writes: a folder beside the weights. A closed engine has none.
-
-    Accelerate loads weights and optimizer after its pre-hooks and before its registered objects, and masks are compared
-    with the weights that they are loaded for. So the pre-hook only notes where, and the object's turn is the time.
-    """
-
-    def __init__(self, engine: GaPEngine, name: str) -> None:
-        self._engine, self._name, self._folder = engine, name, Path()
-
-    def save(self, _models: Any, _weights: Any, folder: str) -> None:
-        if not self._engine.closed:
-            self._engine.save_masks(Path(folder, self._name))
-
-    def look(self, _models: Any, folder: str) -> None:
-        self._folder = Path(folder, self._name)
-        if not (self._engine.closed or (self._folder / "state.json").is_file()):
-            raise ValueError(f"{self._folder}: holds no masks: it was saved before gap_ds prepared this model.")
-
-    def state_dict(self) -> dict[str, str]:
-        return {"folder": self._name}
-
-    def load_state_dict(self, state: dict[str, str]) -> None:
-        if not self._engine.closed:
-            self._engine.load_masks(self._folder)
-
-
-_load_state, _save_state = Accelerator.load_state, Accelerator.save_state
-
-
-@contextmanager
-def _quiet(accelerator: Any) -> Iterator[None]:
-    """Inside, the engines of an Accelerator ignore steps of their optimizers.
-
-    With FSDP2, torch makes the state of an optimizer that has none by a step with learning rate 0, when it is saved or
-    loaded. It is no step of the training, and when it comes, the weights are loaded already and the masks are not.
-    """
-    optimizers = [engine.run.backend.optimizers for engine in _PREPARED.get(accelerator, ()) if not engine.closed]
-    try:
-        for one in optimizers:
-            one.quiet = True
-        yield
-    finally:
-        for one in optimizers:
-            one.quiet = False
-
-
-@functools.wraps(_save_state)
-def _save_quietly(accelerator: Any, *args: Any, **named: Any) -> Any:
-    """Saves as Accelerate does; a step that makes the optimizer's state is not counted."""
-    with _quiet(accelerator):
-        return _save_state(accelerator, *args, **named)
-
-
-@functools.wraps(_load_state)
-def _load_masks_too(accelerator: Any, input_dir: str | None = None, *args: Any, **named: Any) -> Any:
-    """Refuses to restore a run's weights without its masks, before anything is changed.
-
-    Accelerate itself would load weights and optimizer, and then miss a registered object without a word about masks.
-    """
-    if input_dir is not None and accelerator not in _PREPARED and (Path(input_dir, FOLDER) / "state.json").is_file():
-        raise ValueError(
-            f"{input_dir}: holds masks, and this Accelerator has no engine yet that they belong to. Call "
-            "gap_ds.hf.prepare before accelerator.load_state, which restores weights, optimizer and masks together."
-        )
-    with _quiet(accelerator):
-        return _load_state(accelerator, input_dir, *args, **named)
-
-
-Accelerator.load_state, Accelerator.save_state = _load_masks_too, _save_quietly
-
-
-def _refuse(config: GaPConfig) -> None:
-    if config.record.has_workers:
-        raise ValueError(
-            'method="parallel": a worker of parallel GaP is a separate job, which neither the Trainer nor Accelerate '
-            "starts. Use gap-ds parallel with a GaPEngine, or another method."
-        )
-    if config.lr_restart:
-        raise ValueError(
-            '"lr_restart": the scheduler that the Trainer builds covers the whole training, so starting it again in '
-            'every phase would never let the learning rate fall. Set "lr_restart" to false, or use a GaPEngine with a '
-            "scheduler that covers one phase."
-        )
-
-
 def _caller(callback: GaPCallback) -> tuple[Any, str | None]:
     """The Trainer that is calling a callback, and the checkpoint that it has resumed from.
 
@@ -393,16 +249,6 @@ def _caller(callback: GaPCallback) -> tuple[Any, str | None]:
             return found, names["resume_from_checkpoint"]
         frame = frame.f_back
     raise ValueError("GaPCallback: on_train_begin was not called by the train() of a transformers.Trainer that has it.")
-
-
-def _innermost(model: nn.Module, optimizer: Any) -> torch.optim.Optimizer | None:
-    """The optimizer inside Accelerate's wrapper; None for a DeepSpeed engine, which brings its own."""
-    if brings_optimizer(model):
-        return None
-    while isinstance(optimizer, AcceleratedOptimizer):
-        optimizer = optimizer.optimizer
-    found: torch.optim.Optimizer = optimizer
-    return found
 
 
 def _text(strategy: Any) -> str:
