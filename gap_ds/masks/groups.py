@@ -30,8 +30,11 @@ from gap_ds.masks import bitmask, selection
 from gap_ds.masks.box import Box
 from gap_ds.method.pattern import Block, NofM
 
-#: Weights decided at a time, rounded to whole bands.
-_CHUNK = 1 << 18
+#: Weights decided at a time, rounded to whole bands: the scratch memory is some ten bytes for each of them. Smaller
+#: chunks are slower, by the calls.
+_CHUNK = 1 << 17
+#: On an accelerator larger chunks amortise the launches.
+_DEVICE_CHUNK = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,12 @@ def select_groups(pattern: NofM | Block, entries: Sequence[Grouped], reduce: sel
         # On the way to its budget an entry keeps more in a group.
         rows = [(pattern.keeping(entry.shape, entry.keep), entry) for entry in entries]
         return [_every_group(*row, own) for row, own in zip(rows, stretches, strict=True)]
-    blocks = [[_blocks(pattern, entry, one) for one in own] for entry, own in zip(entries, stretches, strict=True)]
+    keys = [_sums(pattern, entry, own) for entry, own in zip(entries, stretches, strict=True)]
+    blocks = [_blocks(*one) for one in zip(entries, stretches, keys, strict=True)]
     sizes = [math.prod(pattern.cell(entry.shape, entry.dims)) for entry in entries]
-    counted = [_counted(entries[e], e, math.prod(entries[e].shape) // sizes[e], own) for e, own in enumerate(blocks)]
+    counted = [
+        _counted(entries[e], e, math.prod(entries[e].shape) // sizes[e], keys[e], own) for e, own in enumerate(blocks)
+    ]
     keep = [entry.keep // size for entry, size in zip(entries, sizes, strict=True)]
     decisions = selection.decide(counted, keep, reduce)
     return [_every_block(pattern, *one) for one in zip(entries, stretches, blocks, decisions, strict=True)]
@@ -94,7 +100,8 @@ class _Stretch:
 
 
 def _invalid(piece: selection.Piece) -> int:
-    return sum(int((keys < 0).count_nonzero()) for _, keys in piece.chunks()) if piece.counted else 0
+    parts = _steps(piece.numel, 8, piece.device) if piece.counted else []
+    return sum(int((piece.keys(lo, hi) < 0).count_nonzero()) for lo, hi in parts)
 
 
 def _stretches(pattern: NofM | Block, entry: Grouped, reduce: selection.Reduce) -> list[_Stretch]:
@@ -193,10 +200,10 @@ def _of_whole(pattern: NofM | Block, entry: Grouped, reduce: selection.Reduce) -
     return [_Stretch(entry.shape, lambda a, b: scores[a:b], total, piece.box, 0, every, counted)]
 
 
-def _chunks(stretch: _Stretch, band: int) -> list[tuple[int, int]]:
-    """Parts (lo, hi) of a stretch, of whole bands."""
-    step = max(_CHUNK // band, 1) * band
-    return [(lo, min(lo + step, stretch.numel)) for lo in range(0, stretch.numel, step)]
+def _steps(numel: int, band: int, device: torch.device) -> list[tuple[int, int]]:
+    """Parts (lo, hi) of `numel` weights, each of whole bands."""
+    step = max((_CHUNK if device.type == "cpu" else _DEVICE_CHUNK) // band, 1) * band
+    return [(lo, min(lo + step, numel)) for lo in range(0, numel, step)]
 
 
 def _every_group(pattern: NofM, entry: Grouped, stretches: Sequence[_Stretch]) -> Tensor:
@@ -215,7 +222,7 @@ def _bits(
 
     def parts() -> Iterator[Tensor]:
         for one, flags in stretches:
-            chunks = _chunks(one, pattern.band(one.shape, entry.dims))
+            chunks = _steps(one.numel, pattern.band(one.shape, entry.dims), entry.piece.device)
             if one.own.numel == one.numel:
                 yield from (flags(lo, hi) for lo, hi in chunks)
             else:
@@ -224,23 +231,41 @@ def _bits(
     return bitmask.pack_parts(parts(), entry.piece.numel, entry.piece.device)
 
 
-def _blocks(pattern: Block, entry: Grouped, stretch: _Stretch) -> selection.Piece:
-    """A stretch's blocks; their keys are the bit patterns of their sums, which are not negative."""
-    found = []
-    for lo, hi in _chunks(stretch, pattern.band(stretch.shape, entry.dims)):
-        scores = stretch.scores(lo, hi)
-        sums = pattern.sums(scores.view(torch.float32) if entry.by_magnitude else scores, stretch.shape, entry.dims)
-        found.append(sums.view(torch.int64))
-    keys = torch.cat(found)
-    return selection.Piece(entry.piece.name, stretch.blocks, lambda lo, hi: keys[lo:hi], 0, stretch.counted)
+def _sums(pattern: Block, entry: Grouped, stretches: Sequence[_Stretch]) -> Tensor:
+    """The keys (B,) of the blocks of all stretches: the bit patterns of their sums, which are not negative."""
+    keys = torch.empty(sum(one.blocks.numel for one in stretches), dtype=torch.int64, device=entry.piece.device)
+    first = 0
+    for one in stretches:
+        size = one.numel // one.blocks.numel
+        for lo, hi in _steps(one.numel, pattern.band(one.shape, entry.dims), entry.piece.device):
+            scores = one.scores(lo, hi)
+            sums = pattern.sums(scores.view(torch.float32) if entry.by_magnitude else scores, one.shape, entry.dims)
+            keys[first + lo // size : first + hi // size] = sums.view(torch.int64)
+        first += one.blocks.numel
+    return keys
 
 
-def _counted(entry: Grouped, budget: int, total: int, blocks: Sequence[selection.Piece]) -> selection.Piece:
-    """The blocks of an entry that this rank counts: of a range, those of all stretches but a first one that is cut."""
+def _blocks(entry: Grouped, stretches: Sequence[_Stretch], keys: Tensor) -> list[selection.Piece]:
+    """The blocks of each stretch, from the keys (B,) of all."""
+    parts = keys.split([one.blocks.numel for one in stretches])
+    return [
+        selection.Piece(entry.piece.name, one.blocks, partial(_part, part), 0, one.counted)
+        for one, part in zip(stretches, parts, strict=True)
+    ]
+
+
+def _part(keys: Tensor, lo: int, hi: int) -> Tensor:
+    return keys[lo:hi]
+
+
+def _counted(
+    entry: Grouped, budget: int, total: int, keys: Tensor, blocks: Sequence[selection.Piece]
+) -> selection.Piece:
+    """The blocks of an entry that this rank counts: those of all its stretches, of none, or of all but the first."""
     own = [piece for piece in blocks if piece.counted]
-    keys = torch.cat([torch.empty(0, dtype=torch.int64, device=entry.piece.device), *(p.keys(0, p.numel) for p in own)])
-    box = own[0].box if len(own) == 1 else Box.span(min((p.box.start for p in own), default=0), len(keys), total)
-    return selection.Piece(entry.piece.name, box, lambda lo, hi: keys[lo:hi], budget)
+    numel = sum(piece.numel for piece in own)
+    box = own[0].box if len(own) == 1 else Box.span(min((p.box.start for p in own), default=0), numel, total)
+    return selection.Piece(entry.piece.name, box, partial(_part, keys[len(keys) - numel :]), budget)
 
 
 def _every_block(

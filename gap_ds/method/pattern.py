@@ -118,14 +118,16 @@ class NofM:
         >>> NofM(2, 4).flags(torch.tensor([3, 1, 3, 3, 0, 0, 0, 0]), (1, 8), (0, 1)).int().tolist()
         [1, 0, 1, 0, 1, 1, 0, 0]
         """
-        groups = scores.view(-1, self.m, math.prod(shape[dims[1] + 1 :]))
+        # The j-th members of all groups in a row: comparisons of contiguous tensors are several times faster.
+        members = scores.view(-1, self.m, math.prod(shape[dims[1] + 1 :])).transpose(0, 1).contiguous()
         # Counts the members of the group ahead of each score: greater, or equal and before it.
-        ahead = torch.zeros_like(groups, dtype=torch.uint8)
-        for j in range(self.m):
-            rival = groups[:, j : j + 1]
-            ahead += rival > groups
-            ahead[:, j + 1 :] += rival == groups[:, j + 1 :]
-        return (ahead < self.n).flatten()
+        ahead = torch.arange(self.m, dtype=torch.uint8, device=scores.device)[:, None, None].expand_as(members).clone()
+        for i in range(self.m - 1):
+            beaten = (members[i] < members[i + 1 :]).view(torch.uint8)
+            ahead[i + 1 :] -= beaten
+            for one in beaten:
+                ahead[i] += one
+        return (ahead < self.n).transpose(0, 1).flatten()
 
     def mask(self, scores: Tensor, keep: int, dims: tuple[int, int]) -> Tensor:
         """Return the mask for the scores of a whole entry."""

@@ -1,7 +1,7 @@
 """Partitions that cut the tensors of experts, on 2 ranks: masks and weights are those of plain code on whole tensors.
 
-Under ZeRO-3 the weights of a transformers mixture differ from those of plain code, also in layers that are not cut:
-there masks are compared with a sort of the weights alone.
+Under ZeRO-3 gradients of this model differ from plain code's by rounding, with and without gap_ds: weights are compared
+to 1e-6.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from torch import Tensor
 pytest.importorskip("transformers")
 
 BACKENDS = marked(["fsdp2", "zero2", "zero3"], ["fsdp2", "zero3"], str)
-EQUAL = marked(["fsdp2", "zero2"], ["fsdp2"], str)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +49,7 @@ def test_masks_of_groups_of_experts_are_a_stable_sort_of_their_rows(trained: Pat
     assert kept == {name: int(mask.sum()) for name, mask in wanted["masks"][-1].items()}
 
 
-@pytest.mark.parametrize("backend", EQUAL)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_groups_of_experts_are_those_of_plain_code(trained: Path, backend: str) -> None:
     ours, wanted = result(trained, backend), result(trained, "plain")
     for step, masks in enumerate(wanted["masks"]):
