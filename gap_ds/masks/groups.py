@@ -247,7 +247,7 @@ def _sums(pattern: Block, entry: Grouped, stretches: Sequence[_Stretch]) -> Tens
 
 def _blocks(entry: Grouped, stretches: Sequence[_Stretch], keys: Tensor) -> list[selection.Piece]:
     """The blocks of each stretch, from the keys (B,) of all."""
-    parts = keys.split([one.blocks.numel for one in stretches])
+    parts = torch.split(keys, [one.blocks.numel for one in stretches])
     return [
         selection.Piece(entry.piece.name, one.blocks, partial(_part, part), 0, one.counted)
         for one, part in zip(stretches, parts, strict=True)
