@@ -368,6 +368,7 @@ SHORT = ("dense", "gradual", "granet", "cyclic_2_rising_grown_kept", "cyclic_3_d
 SECTIONS: dict[str, Callable[[], str]] = {
     "translation": translation,
     "quality": partial(methods, "cpu"),
+    "quality-steps": partial(methods, "cpu_short"),
     "quality-short": partial(methods, "cpu", only=SHORT, sparsities=(0.9,)),
     "vision": partial(methods, "vision_cpu"),
     "summary": aims.summary,

@@ -76,8 +76,8 @@ FAULTS = {
         (UPDATES + "test_a_step_that_the_gradient_scaler_skips_is_none_for_the_learning_rate",),
     ),
     "moments_kept": Fault(
-        "        if before is not None:\n            self._forget_moments(shard, before, means)\n",
-        "",
+        "        if name not in keep:\n            bitmask.zero_pruned_(moment, before)\n",
+        "        if name in keep:\n            bitmask.zero_pruned_(moment, before)\n",
         (UPDATES + "test_a_moving_mask_changes_at_its_updates_alone_and_what_comes_is_new",),
     ),
     "gradient_too_early": Fault(
