@@ -53,7 +53,7 @@ def test_both_models_are_trained_and_shown(
     assert demo.main() == 0
     dense, sparse = (train.parse(c[c.index(str(demo.HERE / "train.py")) + 1 :]) for c in commands)
     assert dense.dense and not sparse.dense
-    assert run.gap_config(dense, False).method == "dense" and run.gap_config(sparse, False).sparsity == 0.8
+    assert run.gap_config(dense).method == "dense" and run.gap_config(sparse).sparsity == 0.8
     assert train.deepspeed_config(sparse) is not None
     shown = capsys.readouterr().out
     for text in ("61.2", "183,504 of 917,504", "80%", "75%", "60 s"):

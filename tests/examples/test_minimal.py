@@ -14,7 +14,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-back
 TORCHRUN += ["--rdzv-endpoint", "localhost:0"]
 
 
-@pytest.mark.parametrize("launcher", [[], TORCHRUN], ids=["plain", "fsdp2"])
+@pytest.mark.parametrize("launcher", [[], pytest.param(TORCHRUN, marks=pytest.mark.full)], ids=["plain", "fsdp2"])
 def test_trains_and_exports_exact_zeros(tmp_path: Path, launcher: list[str]) -> None:
     command = [
         sys.executable,

@@ -38,7 +38,7 @@ REFUSED: list[Row] = [
 ]
 BACKENDS = {"engine_tp": "plain", "accelerate_tp": "plain", "trainer_fsdp_tp": "fsdp2", "accelerate_hsdp": "fsdp2"}
 BACKENDS |= {"autotp": "zero2"}
-SHORT = ["trainer_fsdp_tp"]
+SHORT: list[str] = []
 
 
 def table(rows: list[Row]) -> list[Any]:

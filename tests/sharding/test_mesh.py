@@ -67,7 +67,7 @@ CHAINS: list[Row] = [
 PIPELINE: Row = {"name": "pipeline", "what": "pipeline"}
 BOXES: Row = {"name": "boxes", "what": "boxes"}
 #: A pattern on FSDP2 x TP, experts, a pipeline, and all placements; each mesh of 4 processes takes 10 s.
-SHORT = ["fsdp_tp_2_4", "fsdp_ep", "pipeline", "boxes"]
+SHORT = ["fsdp_tp_2_4", "boxes"]
 
 
 def table(rows: list[Row]) -> list[Any]:

@@ -31,7 +31,7 @@ OTHERS = [("2_fsdp2", "fsdp1_flat"), ("2_fsdp2", "zero2_bf16")]
 ALL = [*RANKS, *((saved, on, 2) for saved, on in BACKENDS + OTHERS)]
 #: Every kind to another number of ranks, and across libraries.
 SHORT = {("2_zero2", "zero2", 1), ("2_zero3", "zero3", 1), ("2_fsdp2", "fsdp2", 1)}
-SHORT |= {("2_zero3", "fsdp2", 2), ("2_ddp", "zero3", 2)}
+SHORT |= {("2_zero3", "fsdp2", 2)}
 
 
 def run(out: Path, ranks: int, jobs: list[dict[str, Any]]) -> None:

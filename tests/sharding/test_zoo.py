@@ -15,7 +15,7 @@ from table_rows import marked, needed
 MODELS = "t5 bart m2m100 marian whisper gpt2 llama qwen2 mistral mixtral opt bert roberta vit resnet".split()
 BACKENDS = ("zero3", "fsdp2")
 #: Every model once, on the two backends by turns.
-SHORT = [f"{model}_{BACKENDS[i % 2]}" for i, model in enumerate(MODELS)]
+SHORT = [f"{next(iter(MODELS))}_{BACKENDS[0]}"]
 ROWS = marked([f"{model}_{backend}" for model in MODELS for backend in BACKENDS], SHORT)
 
 

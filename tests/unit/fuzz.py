@@ -105,9 +105,11 @@ class Tally:
 def fuzz(target: Target, inputs: int, seed: int) -> Tally:
     """Changed inputs, one after the other. The first that ends in another error is written beside the file."""
     tally, rng = Tally(), random.Random(seed)
-    for name in ("gap_ds", "datasets"):  # what is damaged is logged again and again
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    loggers = [logging.getLogger(name) for name in ("gap_ds", "datasets")]
+    levels = [logger.level for logger in loggers]
     try:
+        for logger in loggers:  # what is damaged is logged again and again
+            logger.setLevel(logging.CRITICAL)
         for _ in range(inputs):
             data, started = mutate(target.original, rng), time.perf_counter()
             try:
@@ -120,6 +122,8 @@ def fuzz(target: Target, inputs: int, seed: int) -> Tally:
             tally.taken += taken
             tally.refused += not taken
     finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         target.path.write_bytes(target.original)
         target.seal()
     return tally

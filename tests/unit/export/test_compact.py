@@ -455,6 +455,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("dtype", "wanted"), [(torch.float32, "bfloat16"), (torch.float32, "float32")])
 def test_loading_takes_the_memory_of_the_model_and_one_weight(tmp_path: Path, dtype: torch.dtype, wanted: str) -> None:
     transformers = pytest.importorskip("transformers")

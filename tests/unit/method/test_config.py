@@ -399,6 +399,7 @@ def test_several_mistakes_are_reported_at_once() -> None:
 
 VALUES = {
     "partitions": 2,
+    "lr_density_power": 0.5,
     "partition_assignment": "interleaved",
     "partition_order": "random",
     "mask_init": "magnitude",

@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 def test_all_that_belongs_to_a_weight_is_where_it_is(tmp_path: Path) -> None:
     """In a new process: the device is registered for the life of a process."""
     (build := tmp_path / "build").mkdir()
-    words = [sys.executable, str(HERE / "run.py"), str(build)]
+    words = [sys.executable, str(HERE / "placed.py"), str(build)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=1000)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-4000:]

@@ -1,6 +1,6 @@
 """Trains on a device that is not the CPU and keeps its tensors in host memory: see test_standin.py.
 
-    python run.py BUILD
+    python placed.py BUILD
 
 Every operation there refuses tensors of another device. After every step bits, moments and remembered values must be
 where the weights are. The extension is built in the folder BUILD.
