@@ -1,4 +1,4 @@
-"""What Trainer and Accelerate have in common: settings that neither can follow, and the optimizer inside a wrapper."""
+"""The common part of Trainer and Accelerate: settings that neither can follow, and the optimizer inside a wrapper."""
 
 from __future__ import annotations
 

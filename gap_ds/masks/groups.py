@@ -9,8 +9,8 @@
 
 A band is the shortest contiguous stretch of the flattened entry that holds whole groups from every multiple of its
 length on: a group of an N:M pattern along the last dimension, M rows of one along the first, a row of blocks. Of a rank
-with a range only its first and last band can be cut. A box whose sides do not cut a group is decided alone as well, as
-a weight of its own; any other box has its whole entry as its one band.
+with a range only its first and last band can be cut. A box whose sides do not cut a group is decided alone as well, like
+a whole weight; any other box has its whole entry as its one band.
 
 N:M decides each group alone. Blocks have a budget over all ranks: their scores, sums in 64 bits in a fixed order, are
 selected as weights are (`selection`), each block on the rank where its band begins.
@@ -120,7 +120,7 @@ def _aligned(cell: Sequence[int], offset: Sequence[int], size: Sequence[int]) ->
 
 
 def _of_box(pattern: NofM | Block, entry: Grouped) -> list[_Stretch]:
-    """A box that cuts no group is decided as a weight of its own."""
+    """A box that cuts no group is decided as a weight by itself."""
     piece, cell = entry.piece, pattern.cell(entry.shape, entry.dims)
     if not piece.numel:
         return []

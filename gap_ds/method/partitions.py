@@ -200,7 +200,7 @@ def without_experts(pattern: str) -> str:
 def _of_experts(
     setting: str, pattern: str, names: Sequence[str], shapes: Mapping[str, tuple[int, ...]], experts: Mixtures
 ) -> list[str] | None:
-    """What a pattern with a slice of experts names: the parts of these experts. None: it has no slice."""
+    """The parts of the experts that a pattern with a slice names. None: it has no slice."""
     if (match := _OF_EXPERTS.fullmatch(pattern)) is None:
         return None
     found: list[str] = []

@@ -45,7 +45,7 @@ class Piece:
         return local(tensor).detach().reshape(-1)[self.start : self.start + self.numel]
 
     def pack(self, values: Tensor) -> Tensor:
-        """What is held of values (numel,), in a new tensor."""
+        """Return the part of values (numel,) that is held, in a new tensor."""
         return values.clone() if self.bits is None else packing.gather(values, self.bits, self.kept)
 
     def unpack(self, held: Tensor, fill: float = 0.0) -> Tensor:
@@ -66,7 +66,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Part:
-    """What a step updates at once: a piece of an owner, or an undivided owner.
+    """The unit that a step updates: a piece of an owner, or an undivided owner.
 
     weight, grad: tensors of one shape; of a masked piece with its pruned weights. step: a count that the update raises.
     state, index: where the owner's moments are.

@@ -23,7 +23,7 @@ _Logged = Annotated[
 
 
 class Point(Record):
-    """What was logged after one step. kind: train or validation; epoch: that has ended, in a validation."""
+    """The log of one step. kind: train or validation; epoch: that has ended, in a validation."""
 
     model_config = ConfigDict(allow_inf_nan=True)
 

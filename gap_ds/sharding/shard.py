@@ -91,7 +91,7 @@ class Shard:
         return replace(self, name=name, shape=shape, box=box, offset=self.offset + first, copies=copies)
 
     def part(self, entry: str, piece: Tensor) -> Tensor:
-        """What an entry of the parameter has of a tensor (numel,) that is laid out as this piece; a view."""
+        """The part that an entry of the parameter has of a tensor (numel,) laid out as this piece; a view."""
         if (rows := rows_of(entry)[1]) is None:
             return piece
         own = self.rows(*rows)

@@ -1,4 +1,4 @@
-"""What every step does to many pieces (masking them, looking at a part of them), listed once and checked at each use.
+"""The work of every step on many pieces (masking, looking at a part of them), listed once and checked at each use.
 
 Libraries and users replace tensors between steps: parameters, their `data`, flat buffers, an optimizer's groups. So
 nothing is taken on trust. A list holds while asking afresh would make the same one: the same owners of the entries, the
@@ -162,7 +162,7 @@ class PieceLists:
 
 
 def _asks(shards: Iterable[Shard]) -> list[Callable[[], Tensor | None]]:
-    """What is asked for the owners of some shards, each once. What is asked may be gone: `owner` tells why."""
+    """Return the calls that find the owners of some shards, each once. An owner may be gone: `owner` tells why."""
     return list({id(ask): ask for ask in (shard.find or shard.owner for shard in shards)}.values())
 
 

@@ -23,7 +23,7 @@ from gap_ds.sharding.shard import Shard
 
 @dataclass(frozen=True)
 class Selector:
-    """What new masks are selected from, before a step. All ranks of `comm` call `select` together.
+    """The values that new masks are selected from, before a step. All ranks of `comm` call `select` together.
 
     Args:
         seed: of random keys.

@@ -1,4 +1,4 @@
-"""Whether weights were changed between two updates, told without reading them, and parts of them to read in turn."""
+"""Looks between two updates: changes of weights, told without reading them, and parts of them to read in turn."""
 
 from __future__ import annotations
 
