@@ -131,8 +131,10 @@ def held_by(model: nn.Module) -> nn.Module:
     own = {id(parameter) for parameter in model.parameters()}
     if is_sharded(model) or not own:
         return model
-    children = [child for child in model._modules.values() if child is not None]
-    whole = [child for child in children if {id(parameter) for parameter in child.parameters()} == own]
+    held = [(child, {id(p) for p in child.parameters()}) for child in model._modules.values() if child is not None]
+    whole = [child for child, parameters in held if parameters == own]
+    if any(parameters and parameters != own for _, parameters in held):
+        return model  # a part of it, such as a head with tied weights, lies beside: no wrapper
     found = [held_by(child) for child in whole]
     return next((one for one in found if is_sharded(one)), found[0] if len(found) > 1 else model)
 
