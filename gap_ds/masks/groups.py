@@ -9,8 +9,8 @@
 
 A band is the shortest contiguous stretch of the flattened entry that holds whole groups from every multiple of its
 length on: a group of an N:M pattern along the last dimension, M rows of one along the first, a row of blocks. Of a rank
-with a range only its first and last band can be cut. A box whose sides do not cut a group is decided alone as well, like
-a whole weight; any other box has its whole entry as its one band.
+with a range only its first and last band can be cut. A box whose sides do not cut a group is decided alone as well, as
+a whole weight is; any other box has its whole entry as its one band.
 
 N:M decides each group alone. Blocks have a budget over all ranks: their scores, sums in 64 bits in a fixed order, are
 selected as weights are (`selection`), each block on the rank where its band begins.
