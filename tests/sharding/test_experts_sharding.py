@@ -16,8 +16,9 @@ from table_rows import marked, needed
 from torch import Tensor
 
 pytest.importorskip("transformers")
+pytest.importorskip("fairscale")
 
-BACKENDS = marked(["fsdp2", "zero2", "zero3"], ["fsdp2"], str)
+BACKENDS = marked(["fsdp2", "fsdp1", "fsdp1_flat", "zero1", "zero2", "zero3", "fairscale", "oss"], ["fsdp2"], str)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""A mixture whose tensors of experts are cut by partitions, on 2 ranks: FSDP2 and ZeRO, against plain code.
+"""A mixture whose tensors of experts are cut by partitions, on 2 ranks: FSDP, ZeRO and fairscale, against plain code.
 
 python worker_experts.py OUT BACKEND ...
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,14 @@ import reference
 import torch
 import torch.distributed as dist
 import transformers
+import worker_fairscale
+from fairscale.nn.data_parallel import FullyShardedDataParallel as FairscaleFSDP
+from fairscale.nn.data_parallel import ShardedDataParallel
+from fairscale.optim import OSS
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from gap_ds import GaPEngine
 
@@ -58,13 +63,14 @@ def batch(step: int) -> dict[str, Tensor]:
     return {"input_ids": tokens, "labels": tokens}
 
 
-def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    """With an eps that counts beside the gradients.
+#: With an eps that counts beside the gradients. The first update of a grown weight is about
+#: lr x constant x g / (|g| + eps): with a tiny eps all these weights tie but for rounding after a phase of one step,
+#: and the rounding of a gradient decides the mask.
+ADAMW: dict[str, Any] = {"lr": 1e-2, "eps": 1e-3, "foreach": False}
 
-    The first update of a grown weight is about lr x constant x g / (|g| + eps). With a tiny eps all these weights tie
-    but for rounding after a phase of one step, and the rounding of a gradient decides the mask.
-    """
-    return torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3, foreach=False)
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), **ADAMW)
 
 
 def entries() -> list[tuple[str, slice, int, int]]:
@@ -115,14 +121,37 @@ def plain() -> dict[str, Any]:
     return {"masks": history, "weights": {name: p.detach().clone() for name, p in weights.items()}}
 
 
+def fsdp2(model: nn.Module) -> nn.Module:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def by_units(wrapper: Callable[[nn.Module], nn.Module], model: nn.Module) -> nn.Module:
+    """A unit for each layer, one for the rest."""
+    for index, layer in enumerate(model.model.layers):
+        model.model.layers[index] = wrapper(layer)
+    return wrapper(model)
+
+
+cpu = torch.device("cpu")
+FSDP: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "fsdp2": fsdp2,
+    "fsdp1": partial(by_units, partial(FullyShardedDataParallel, device_id=cpu, use_orig_params=True)),
+    "fsdp1_flat": partial(by_units, partial(FullyShardedDataParallel, device_id=cpu, use_orig_params=False)),
+    "fairscale": partial(by_units, partial(FairscaleFSDP, compute_device=cpu, bucket_cap_mb=0)),
+}
+
+
 def sharded(backend: str) -> GaPEngine:
     model = build()
-    if backend == "fsdp2":
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        for layer in model.model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+    if backend in FSDP:
+        model = FSDP[backend](model)
         return GaPEngine(model, GAP, optimizer=adamw(model))
+    if backend == "oss":
+        optimizer = OSS(model.parameters(), optim=torch.optim.AdamW, **ADAMW)
+        return GaPEngine(ShardedDataParallel(model, optimizer), GAP, optimizer=optimizer)
     config = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_clipping": 0.0,
@@ -182,6 +211,7 @@ def run(backend: str, out: Path) -> dict[str, Any]:
 def main(out: Path, backends: list[str]) -> None:
     deepspeed.init_distributed()
     torch.set_num_threads(1)
+    worker_fairscale.without_cuda()
     works = {backend: partial(run, backend, out) for backend in backends}
     observe.work_through(out, {"plain": plain, **works})
 
