@@ -114,6 +114,7 @@ CPU = Preset(
         *("dsd", "cyclic_2", "cyclic_3_random_order", "parallel_3"),
         *("granet", "cyclic_3_rising", "cyclic_2_rising_grown_kept", "cyclic_2_rising_gentle", "parallel_3_rising"),
         *("gradual_longer", "granet_longer", "cyclic_2_rising_longer"),
+        *("gradual_scaled", "granet_scaled", "cyclic_2_rising_scaled", "cyclic_3_scaled"),
     ),
     sparsities=(0.8, 0.9, 0.95),
     jobs=2,

@@ -230,6 +230,7 @@ def _parallel_dense_first(epochs: float) -> Config:
 _GROWN: Config = {"grow": "gradient", "prune_ramp": 1.0}
 _KEPT: Config = {"regrow_moments": "keep_second"}
 _LONGER: Config = {"lr_density_power": 0.5}
+_SCALED: Config = {"lr_density_power": 1.0}
 
 #: In the order of the runs: the rows that a table needs most come first.
 ROWS: tuple[Row, ...] = (
@@ -306,25 +307,47 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "gradual_longer",
-        "gradual magnitude pruning, longer steps",
+        "gradual magnitude pruning, steps / √density",
         lambda epochs: {**_gradual(epochs), **_LONGER},
         FOUR_SEEDS,
         equal_flops=True,
     ),
     Row(
         "granet_longer",
-        "gradual pruning with regrowth (GraNet), second moments kept, longer steps",
+        "gradual pruning with regrowth (GraNet), second moments kept, steps / √density",
         _granet(**_KEPT, **_LONGER),
         FOUR_SEEDS,
         equal_flops=True,
     ),
     Row(
         "cyclic_2_rising_longer",
-        "C-GaP, 2 partitions, rising target, 30% grown by gradient, second moments kept, longer steps",
+        "C-GaP, 2 partitions, rising target, 30% grown by gradient, second moments kept, steps / √density",
         _rising(partitions=2, rounds=5, dense=1, grow_share=0.3, **_GROWN, **_KEPT, **_LONGER),
         FOUR_SEEDS,
         equal_flops=True,
     ),
+    Row(
+        "gradual_scaled",
+        "gradual magnitude pruning, steps / density",
+        lambda epochs: {**_gradual(epochs), **_SCALED},
+        FOUR_SEEDS,
+        equal_flops=True,
+    ),
+    Row(
+        "granet_scaled",
+        "gradual pruning with regrowth (GraNet), second moments kept, steps / density",
+        _granet(**_KEPT, **_SCALED),
+        FOUR_SEEDS,
+        equal_flops=True,
+    ),
+    Row(
+        "cyclic_2_rising_scaled",
+        "C-GaP, 2 partitions, rising target, 30% grown by gradient, second moments kept, steps / density",
+        _rising(partitions=2, rounds=5, dense=1, grow_share=0.3, **_GROWN, **_KEPT, **_SCALED),
+        FOUR_SEEDS,
+        equal_flops=True,
+    ),
+    Row("cyclic_3_scaled", "C-GaP, 3 partitions, steps / density", _cyclic(3, **_SCALED)),
     Row(
         "parallel_3_rising",
         "P-GaP, 3 partitions on 3 workers, rising target",
