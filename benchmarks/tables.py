@@ -362,13 +362,12 @@ def backends() -> str:
 
 
 #: Rows of the table in README.md.
-SHORT = ("dense", "gradual", "granet", "cyclic_2_rising_grown_kept", "cyclic_3_dense_first", "cyclic_3", "parallel_3")
+SHORT = ("dense", "cyclic_2_rising_scaled", "gradual_scaled", "gradual", "granet", "cyclic_3", "parallel_3")
 
 #: The sections of the pages, by the name of their markers. In README.md "performance" is the summary.
 SECTIONS: dict[str, Callable[[], str]] = {
     "translation": translation,
     "quality": partial(methods, "cpu"),
-    "quality-steps": partial(methods, "cpu_short"),
     "quality-short": partial(methods, "cpu", only=SHORT, sparsities=(0.9,)),
     "vision": partial(methods, "vision_cpu"),
     "summary": aims.summary,

@@ -309,21 +309,12 @@ ROWS: tuple[Row, ...] = (
         "gradual_longer",
         "gradual magnitude pruning, steps / √density",
         lambda epochs: {**_gradual(epochs), **_LONGER},
-        FOUR_SEEDS,
-        equal_flops=True,
-    ),
-    Row(
-        "granet_longer",
-        "gradual pruning with regrowth (GraNet), second moments kept, steps / √density",
-        _granet(**_KEPT, **_LONGER),
-        FOUR_SEEDS,
         equal_flops=True,
     ),
     Row(
         "cyclic_2_rising_longer",
         "C-GaP, 2 partitions, rising target, 30% grown by gradient, second moments kept, steps / √density",
         _rising(partitions=2, rounds=5, dense=1, grow_share=0.3, **_GROWN, **_KEPT, **_LONGER),
-        FOUR_SEEDS,
         equal_flops=True,
     ),
     Row(
