@@ -325,7 +325,7 @@ def tested() -> str:
 
 def kernel() -> str:
     """Return the sentence on Triton's kernel: run on a GPU or not."""
-    equal = "It equals the PyTorch path in Triton's interpreter (`tests/unit/masks/test_triton.py`)"
+    equal = "It equals the PyTorch path in Triton's interpreter (`tests/unit/test_triton.py`)"
     if read_rows("masks", gpu=True):
         return f"{equal}; its times on a GPU are in the table above.\n"
     return f"{equal}, and has not run on a GPU yet.\n"

@@ -91,7 +91,7 @@ FAULTS = {
         (UPDATES + "test_an_export_in_a_ramp_has_the_final_budget",),
     ),
     "last_values_forgotten": Fault(
-        "values += self.last[shard.name]",
+        "values = self._over(values.clone(), shard.name, before)",
         "pass",
         (UPDATES + "test_last_values_are_those_that_each_weight_had_when_it_was_pruned",),
     ),

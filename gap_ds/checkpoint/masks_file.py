@@ -45,8 +45,11 @@ def write_masks(
     metadata = {**(about or {}), "format": FORMAT, "version": str(VERSION), "plan": plan.fingerprint}
     metadata["kept"] = json.dumps(kept)
     layout = {name: (torch.uint8, (bitmask.nbytes(shards[name].full_numel),)) for name in kept}
-    pieces = {name: bitmask.unpack(bits[name], shards[name].numel).to(torch.uint8) for name in kept}
-    _write_pieces(path, metadata, layout, pieces, shards, comm, lambda whole: bitmask.pack(whole.bool()))
+
+    def piece(name: str) -> Tensor:
+        return bitmask.unpack(bits[name], shards[name].numel).to(torch.uint8)
+
+    _write_pieces(path, metadata, layout, piece, shards, comm, lambda whole: bitmask.pack(whole.bool()))
 
 
 def read_masks(
@@ -90,32 +93,39 @@ def kept_weights(path: Path) -> dict[str, int]:
         return counts_of(path, file.metadata())
 
 
-def write_values(path: Path, plan: Plan, shards: Mapping[str, Shard], values: Mapping[str, Tensor], comm: Comm) -> None:
-    """Writes a value for every weight of the sparse entries, as `write_masks` writes its bits."""
-    names = [entry.name for entry in plan.entries if entry.name in values]
+def write_values(
+    path: Path,
+    plan: Plan,
+    shards: Mapping[str, Shard],
+    names: Container[str],
+    values: Callable[[str], Tensor],
+    comm: Comm,
+) -> None:
+    """Writes a value in fp32 for every weight of the named entries, as `write_masks` writes its bits.
+
+    Args:
+        values: from the name of an entry to the values (numel,) of this rank's piece; asked for one at a time.
+    """
     metadata = {"format": FORMAT_VALUES, "version": str(VERSION), "plan": plan.fingerprint}
-    pieces = {name: values[name].float() for name in names}
-    layout = {name: (torch.float32, (shards[name].full_numel,)) for name in names}
-    _write_pieces(path, metadata, layout, pieces, shards, comm, lambda whole: whole)
+    layout = {entry.name: (torch.float32, (shards[entry.name].full_numel,)) for entry in _entries(plan, names)}
+    _write_pieces(path, metadata, layout, lambda name: values(name).float(), shards, comm, lambda whole: whole)
 
 
-def read_values(path: Path, plan: Plan, sparse: set[str], shards: Mapping[str, Shard], comm: Comm) -> dict[str, Tensor]:
-    """This rank's piece of the values in a file of `write_values`, on the CPU.
+def read_values(path: Path, plan: Plan, sparse: set[str], shards: Mapping[str, Shard]) -> Iterator[tuple[str, Tensor]]:
+    """Name and this rank's piece, on the CPU, of each entry's values in a file of `write_values`; one at a time.
 
     Raises:
         ValueError: the file is truncated, of another format, version or plan, or its entries are not `sparse`.
     """
     with _open(path, FORMAT_VALUES, plan) as file:
         _check_names(path, file.keys(), sparse)
-        found = {}
         for entry in _entries(plan, sparse):
             shard, piece = shards[entry.name], file.get_slice(entry.name)
             if piece.get_shape() != [entry.numel] or piece.get_dtype() != "F32":
                 raise ValueError(f"{path}: the values of {entry.name} do not have the size of their entry")
             lo, hi = shard.box.start, shard.box.end
             covering = piece[lo:hi]
-            found[entry.name] = covering if shard.box.is_range else covering[shard.box.indices() - lo]
-    return found
+            yield entry.name, covering if shard.box.is_range else covering[shard.box.indices() - lo]
 
 
 def _entries(plan: Plan, names: Container[str]) -> list[Entry]:
@@ -161,7 +171,7 @@ def _write_pieces(
     path: Path,
     metadata: dict[str, str],
     layout: Layout,
-    pieces: Mapping[str, Tensor],
+    piece: Callable[[str], Tensor],
     shards: Mapping[str, Shard],
     comm: Comm,
     encode: Callable[[Tensor], Tensor],
@@ -173,12 +183,12 @@ def _write_pieces(
 
     Args:
         layout: of the encoded vectors.
-        pieces: this rank's values of each.
+        piece: from a name to this rank's values.
         encode: from the whole vector to the one that is written.
     """
     boxes = boxes_of([shards[name] for name in layout], comm)
     with Writer(path, layout, metadata) if comm.rank == 0 else nullcontext() as writer:
         for name, places in zip(layout, boxes, strict=True):
-            whole = comm.assemble(pieces[name], places, shards[name].full_numel)
+            whole = comm.assemble(piece(name), places, shards[name].full_numel)
             if writer is not None and whole is not None:
                 writer.write(name, encode(whole))

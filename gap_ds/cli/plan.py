@@ -67,6 +67,7 @@ def forecast(
         "training_flops": plan.training_flops(mean_density),
         "training_flops_counted": COUNTED,
         "optimizer_state": _optimizer_state(plan, schedule),
+        **({} if config.regrow == "zero" else {"last_values": _last_values(plan, config, schedule)}),
         "partitions": _partitions(plan),
         "unit": unit,
         "length": _number(Fraction(schedule.total_steps, per_unit)),
@@ -102,6 +103,17 @@ def _optimizer_state(plan: Plan, schedule: Schedule) -> dict[str, int]:
         "mean": held(schedule.mean_density(*plan.per_partition())),
         "last": held(density[-1]),
     }
+
+
+def _last_values(plan: Plan, config: GaPConfig, schedule: Schedule) -> dict[str, int]:
+    """Return the bytes of the values that pruned weights had, over all ranks: at their most, on average, and last.
+
+    "exact" values have 4 bytes each, those of fp32 weights. Densities are as in `_optimizer_state`.
+    """
+    density = schedule.density(*plan.per_partition())
+    each = {"exact": 4, "bf16_cpu": 2}[config.regrow_storage] * plan.numel
+    means = {"most": min(density), "mean": schedule.mean_density(*plan.per_partition()), "last": density[-1]}
+    return {key: round(each * (1 - held)) for key, held in means.items()}
 
 
 def _of_partitions(plan: Plan, phase: Phase) -> dict[str, Any]:

@@ -307,6 +307,10 @@ def _summary(figures: dict[str, Any]) -> Table:
     grid.add_row("AdamW's state", f"{held['whole']} in fp32, over all ranks")
     kept = f"{held['mean']} on average, at most {held['most']}, {held['last']} in the last phase"
     grid.add_row("", f"with gap_ds.optim.AdamW {kept}")
+    if last := figures.get("last_values"):
+        held = {key: size(number) for key, number in last.items()}
+        kept = f"{held['mean']} on average, at most {held['most']}, {held['last']} in the last phase"
+        grid.add_row("values of pruned weights", f"{kept}, over all ranks")
     if workers := figures.get("workers"):
         n, least, most = workers["workers"], min(workers["exchange_bytes"]), max(workers["exchange_bytes"])
         grid.add_row("", f"{workers['training_flops']:.4f} by all {n} workers together; the line above is for worker 0")

@@ -29,7 +29,7 @@ _VALUE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _row_of(table: tl.tensor, pieces: tl.tensor, halvings: tl.tensor, columns: tl.constexpr) -> tl.tensor:
+def row_of(table: tl.tensor, pieces: tl.tensor, halvings: tl.tensor, columns: tl.constexpr) -> tl.tensor:
     # Binary search for the piece of this program: the last one whose first program, in column 3, is not after this one.
     program = tl.program_id(0)
     lowest = 0
@@ -48,7 +48,7 @@ def _row_of(table: tl.tensor, pieces: tl.tensor, halvings: tl.tensor, columns: t
 def _store_zeros(
     table: tl.tensor, pieces: tl.tensor, halvings: tl.tensor, word: tl.constexpr, block: tl.constexpr
 ) -> None:
-    row = _row_of(table, pieces, halvings, 4)
+    row = row_of(table, pieces, halvings, 4)
     start = (tl.program_id(0) - tl.load(row + 3)) * block
     words = tl.load(row).to(tl.pointer_type(word)) + start
     bits = tl.load(row + 1).to(tl.pointer_type(tl.uint8)) + start // 8
@@ -73,7 +73,7 @@ def _count_keys(
     block: tl.constexpr,
     rounds: tl.constexpr,
 ) -> None:
-    row = _row_of(table, pieces, halvings, 7)
+    row = row_of(table, pieces, halvings, 7)
     start = (tl.program_id(0) - tl.load(row + 3)) * block * rounds
     values = tl.load(row).to(tl.pointer_type(value)) + start
     left = tl.load(row + 1) - start
@@ -123,7 +123,7 @@ def zero_pruned_all(pieces: Sequence[tuple[Tensor, Tensor]]) -> Callable[[], Non
     if not rows:
         return lambda: None
     device, word = pieces[0][0].device, _WORD[pieces[0][0].element_size()]
-    table = _sent(rows, device)  # address of the words, address of the bits, number of weights, first program
+    table = sent(rows, device)  # address of the words, address of the bits, number of weights, first program
     halvings = (len(rows) - 1).bit_length()
 
     def run() -> None:
@@ -145,7 +145,7 @@ def count_keys(counts: Tensor, parts: Sequence[Part], shift: int, bins: int) -> 
                 rows.append((*place, part.base, part.prefix * bins, -1 if part.invalid is None else part.invalid))
                 programs += triton.cdiv(part.values.numel(), _COUNTED * _ROUNDS)
         if rows:
-            table = _sent(rows, counts.device)
+            table = sent(rows, counts.device)
             with torch.cuda.device_of(counts):  # type: ignore[no-untyped-call]
                 _count_keys[(programs,)](
                     table,
@@ -161,6 +161,6 @@ def count_keys(counts: Tensor, parts: Sequence[Part], shift: int, bins: int) -> 
                 )
 
 
-def _sent(rows: Sequence[tuple[int, ...]], device: torch.device) -> Tensor:
+def sent(rows: Sequence[tuple[int, ...]], device: torch.device) -> Tensor:
     """A table int64 on the device. A copy from pinned memory does not wait for work queued there."""
     return torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)

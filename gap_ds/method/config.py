@@ -32,6 +32,7 @@ _SIGNATURE_LABELS = {
     "exclude": "exclude",
     "optimizer_state": "optimizer_state",
     "regrow": "regrow",
+    "last_values": "regrow_storage",
     "target": "target",
     "grow": "grow",
     "grow_share": "grow_share",
@@ -161,6 +162,8 @@ class GaPConfig(Fields):
             raise ValueError('"mask_init" has no effect with target="rising", which begins dense: remove it')
         if self.grow == "dense" and "grow_share" in given:
             raise ValueError('"grow_share" has no effect with grow="dense": remove it')
+        if self.regrow == "zero" and "regrow_storage" in given:
+            raise ValueError('"regrow_storage" has no effect with regrow="zero": remove it')
         if self.regrow_moments != "zero" and self.optimizer_state == "reset" and not self.record.updates:
             raise ValueError(
                 f'regrow_moments="{self.regrow_moments}" with optimizer_state="reset": has no effect, because all '

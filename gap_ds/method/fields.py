@@ -117,6 +117,11 @@ class Fields(BaseModel):
     regrow: Literal["zero", "last_value"] = Field(
         "zero", description="Value of a grown weight: zero, or its value when it was pruned."
     )
+    regrow_storage: Literal["exact", "bf16_cpu"] = Field(
+        "exact",
+        description="Last values of pruned weights. exact: in the dtype and on the device of the weights. bf16_cpu: "
+        "rounded to bfloat16, in host memory.",
+    )
     regrow_moments: Literal["zero", "keep_second", "mean_second"] = Field(
         "zero",
         description="Second moment of a grown weight (Adam's exp_avg_sq): zero, the one that it has kept while pruned, "

@@ -116,7 +116,7 @@ CYCLIC = Method(
     "arXiv 2106.09857, section 3.1",
     reads=_PRUNED
     | set("partitions partition_assignment partition_order rounds dense update prune_ramp".split())
-    | set("target grow grow_share mask_init optimizer_state regrow lr_restart".split())
+    | set("target grow grow_share mask_init optimizer_state regrow regrow_storage lr_restart".split())
     | _GROWN,
     dense=_one_by_one,
     rule=grow_and_prune,
@@ -131,7 +131,7 @@ PARALLEL = replace(
     summary="parallel GaP (P-GaP): worker I trains with partition I dense, and the workers exchange partitions",
     source="Ma et al., ICLR 2022, arXiv 2106.09857, section 3.2",
     # Not "regrow": a worker grows at once what it has pruned and published, so last values would undo the pruning.
-    reads=CYCLIC.reads - {"partition_order", "regrow"} | {"unpartitioned"},
+    reads=CYCLIC.reads - {"partition_order", "regrow", "regrow_storage"} | {"unpartitioned"},
     dense=_of_worker,
     phases_per_round=1,
     has_workers=True,
@@ -142,7 +142,9 @@ DSD = Method(
     summary="C-GaP with one partition: a dense and a sparse phase in each round",
     source="Han et al., DSD: Dense-Sparse-Dense Training for Deep Neural Networks, ICLR 2017, arXiv 1607.04381; "
     "its last phase is dense, here it is sparse",
-    reads=_PRUNED | _GROWN | set("rounds dense update prune_ramp optimizer_state regrow lr_restart".split()),
+    reads=_PRUNED
+    | _GROWN
+    | set("rounds dense update prune_ramp optimizer_state regrow regrow_storage lr_restart".split()),
     dense=_all_then_none,
     rule=grow_and_prune,
     phases_per_round=2,

@@ -2,6 +2,7 @@
 
     AdamW, SGD     as in torch.optim, with the same arguments; pass them to the engine
     sparse_state   what they share: pieces, masks, packed state; read it first
+    kept           kept weights as loops in C (`cpu`, kept.c) and Triton kernels (`triton`) step over them
 
 >>> import torch
 >>> from gap_ds.optim import AdamW

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from gap_ds.masks.local import local
-from gap_ds.optim import cpu
+from gap_ds.optim.kept import Kept, Steps
 from gap_ds.optim.sparse_state import Part, SparseState
 
 
@@ -57,13 +57,13 @@ class AdamW(SparseState, torch.optim.AdamW):
             found_inf=getattr(self, "found_inf", None),
         )
 
-    def _update_in_c(self, loops: cpu.Loops, group: Mapping[str, Any], parts: Sequence[Part]) -> None:
-        names, pieces = self._first_moments(group), list[tuple[cpu.Kept, float]]()
+    def _update_by(self, steps: Steps, group: Mapping[str, Any], parts: Sequence[Part]) -> None:
+        names, pieces = self._first_moments(group), list[tuple[Kept, float]]()
         for part in parts:
             assert part.step is not None
             part.step.add_(1)
             pieces.append((part.kept(names), part.step.item()))
-        loops.adamw(pieces, **{key: group[key] for key in ("lr", "betas", "eps", "weight_decay", "maximize")})
+        steps.adamw(pieces, **{key: group[key] for key in ("lr", "betas", "eps", "weight_decay", "maximize")})
 
 
 _SETTINGS = ("lr", "weight_decay", "eps", "maximize", "foreach", "capturable", "differentiable", "fused")

@@ -11,19 +11,16 @@ import ctypes
 import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from gap_ds.masks import bitmask, cpu
+from gap_ds.masks import cpu
+from gap_ds.optim.kept import Kept, check
 
 SOURCE = Path(__file__).with_name("kept.c")
-#: Kept weights in a chunk, whose packed values stay in a near cache; torch starts threads for more.
-_CHUNK = 1 << 15
 
 
 @functools.cache
@@ -32,52 +29,21 @@ def loops() -> Loops | None:
     return cpu.compiled(SOURCE, _checked, ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"])
 
 
-@dataclass(frozen=True)
-class Kept:
-    """Kept weights of a piece: weight and gradient (N,), bits, and packed moments (n,).
+def parts(piece: Kept) -> Iterator[tuple[list[int], int, int, int]]:
+    """For each chunk with kept weights: where it is in (N,) and in packed tensors, weights, first kept, kept.
 
-    chunks: (first weight, weights, first kept one, kept ones) of its parts, as `chunks` returns them.
+    Places are addresses in weight, gradient, bits, moments, in this order.
     """
-
-    weight: Tensor
-    gradient: Tensor
-    bits: Tensor
-    chunks: Sequence[tuple[int, int, int, int]]
-    moments: tuple[Tensor, ...]
-
-    def parts(self) -> Iterator[tuple[list[int], int, int, int]]:
-        """For each chunk with kept weights: where it is in (N,) and in packed tensors, weights, first kept, kept.
-
-        Places are addresses in weight, gradient, bits, moments, in this order.
-        """
-        whole = self.weight.data_ptr(), self.gradient.data_ptr()
-        packed = [moment.data_ptr() for moment in self.moments]
-        for low, numel, first, kept in self.chunks:
-            if kept:
-                places = [address + 4 * low for address in whole] + [self.bits.data_ptr() + low // 8]
-                yield [*places, *(address + 4 * first for address in packed)], numel, first, kept
-
-
-def chunks(bits: Tensor, numel: int, kept: int) -> list[tuple[int, int, int, int]]:
-    """Parts of a piece with about equally many weights: (first weight, weights, first kept one, kept ones).
-
-    >>> chunks(torch.tensor([0b101, 0b1], dtype=torch.uint8), 9, 3)
-    [(0, 9, 0, 3)]
-    """
-    size = max(64, -(-numel // (64 * max(1, -(-kept // _CHUNK)))) * 64)
-    starts = np.arange(0, max(numel, 1), size)
-    counts = (
-        np.add.reduceat(np.bitwise_count(bits.numpy()).astype(np.int64), starts // 8) if numel else np.zeros(1, int)
-    )
-    firsts = np.cumsum(counts) - counts
-    return [
-        (int(low), min(size, numel - int(low)), int(first), int(count))
-        for low, first, count in zip(starts, firsts, counts, strict=True)
-    ]
+    whole = piece.weight.data_ptr(), piece.gradient.data_ptr()
+    packed = [moment.data_ptr() for moment in piece.moments]
+    for low, numel, first, kept in piece.mask.chunks:
+        if kept:
+            places = [address + 4 * low for address in whole] + [piece.mask.bits.data_ptr() + low // 8]
+            yield [*places, *(address + 4 * first for address in packed)], numel, first, kept
 
 
 class Loops:
-    """The loops. Nothing is checked: tensors must be contiguous, fp32 and on the CPU."""
+    """The loops as `Steps`."""
 
     def __init__(self, loaded: ctypes.CDLL) -> None:
         pointer, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -102,11 +68,7 @@ class Loops:
         weight_decay: float,
         maximize: bool,
     ) -> None:
-        """One step of AdamW. Moments of a piece are both moments, and with amsgrad the largest second one.
-
-        Args:
-            pieces: with the step that this one is, from 1 on.
-        """
+        """See `Steps`."""
         beta1, beta2 = betas
         numbers = -1.0 if maximize else 1.0, 1 - beta1, beta2, 1 - beta2
 
@@ -123,7 +85,7 @@ class Loops:
                 weight, at.data_ptr(), kept, packed[0], root.data_ptr(), 1 - lr * weight_decay, size, correction, eps
             )
 
-        items = [(piece, step, part) for piece, step in pieces for part in piece.parts()]
+        items = [(piece, step, part) for piece, step in pieces for part in parts(piece)]
         cpu.in_threads(work, items, sum(piece.weight.numel() for piece, _ in pieces))
 
     def _room(self, kept: int) -> tuple[Tensor, Tensor]:
@@ -145,67 +107,18 @@ class Loops:
         nesterov: bool,
         maximize: bool,
     ) -> None:
-        """One step of SGD. A piece's one moment is its momentum buffer; without momentum there is none.
-
-        Args:
-            pieces: each with True if its buffer has values.
-        """
+        """See `Steps`."""
         factors = -1.0 if maximize else 1.0, weight_decay, momentum, 1 - dampening, nesterov, -lr
 
         def work(item: tuple[bool, tuple[list[int], int, int, int]]) -> None:
             made, ((weight, gradient, bits, *packed), numel, _, _) = item
             self._sgd(weight, gradient, bits, numel, packed[0] if packed else None, made, *factors)
 
-        items = [(made, part) for piece, made in pieces for part in piece.parts()]
+        items = [(made, part) for piece, made in pieces for part in parts(piece)]
         cpu.in_threads(work, items, sum(piece.weight.numel() for piece, _ in pieces))
 
 
 def _checked(path: Path) -> Loops:
     found = Loops(ctypes.CDLL(str(path)))
-    _check(found)
+    check(found, torch.device("cpu"), torch.equal)
     return found
-
-
-def _check(found: Loops) -> None:
-    """Compares the loops with torch.optim on a small input; RuntimeError if a bit differs."""
-    random = np.random.default_rng(0)  # the caller may have set a default dtype or device of torch
-
-    def normal() -> Tensor:
-        return torch.from_numpy(random.standard_normal(3001, dtype=np.float32))
-
-    kept = torch.from_numpy(random.random(3001) < 0.4)
-    bits, number = bitmask.pack(kept), int(kept.sum())
-    weight, gradient, first, second = normal(), normal(), normal(), normal().square()
-    piece = Kept(weight.clone(), gradient, bits, chunks(bits, 3001, number), (first[kept], second[kept]))
-    rest: dict[str, Any] = {"lr": 0.0123, "weight_decay": 0.1, "maximize": True}
-    for betas in ((0.9, 0.999), (0.4, 0.95)):
-        wanted = torch.nn.Parameter(weight[kept])
-        wanted.grad = gradient[kept]
-        optimizer = torch.optim.AdamW([wanted], betas=betas, eps=1e-6, foreach=False, **rest)
-        moments = first[kept], second[kept]
-        optimizer.state[wanted] = {"step": torch.tensor(4.0), "exp_avg": moments[0], "exp_avg_sq": moments[1]}
-        optimizer.step()
-        made = replace(piece, weight=weight.clone(), moments=(first[kept], second[kept]))
-        found.adamw([(made, 5.0)], betas=betas, eps=1e-6, **rest)
-        _compare("adamw", made, weight, kept, wanted, moments)
-    for nesterov in (False, True):
-        wanted = torch.nn.Parameter(weight[kept])
-        wanted.grad = gradient[kept]
-        settings: dict[str, Any] = {
-            "momentum": 0.9,
-            "dampening": 0.0 if nesterov else 0.3,
-            "nesterov": nesterov,
-            **rest,
-        }
-        descent = torch.optim.SGD([wanted], foreach=False, **settings)
-        descent.state[wanted] = {"momentum_buffer": (buffer := first[kept])}
-        descent.step()
-        made = replace(piece, weight=weight.clone(), moments=(first[kept],))
-        found.sgd([(made, True)], **settings)
-        _compare("sgd", made, weight, kept, wanted, (buffer,))
-
-
-def _compare(name: str, made: Kept, before: Tensor, kept: Tensor, wanted: Tensor, moments: Sequence[Tensor]) -> None:
-    equal = torch.equal(made.weight[kept], wanted.detach()) and torch.equal(made.weight[~kept], before[~kept])
-    if not equal or not all(torch.equal(a, b) for a, b in zip(made.moments, moments, strict=True)):
-        raise RuntimeError(f"{name} is not that of PyTorch")

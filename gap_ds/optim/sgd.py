@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
-from gap_ds.optim import cpu
+from gap_ds.optim.kept import Kept, Steps
 from gap_ds.optim.sparse_state import Part, SparseState
 
 
@@ -49,16 +49,16 @@ class SGD(SparseState, torch.optim.SGD):
                 assert buffer is not None
                 part.set_moment("momentum_buffer", buffer)
 
-    def _update_in_c(self, loops: cpu.Loops, group: Mapping[str, Any], parts: Sequence[Part]) -> None:
-        names, pieces = self._first_moments(group), list[tuple[cpu.Kept, bool]]()
+    def _update_by(self, steps: Steps, group: Mapping[str, Any], parts: Sequence[Part]) -> None:
+        names, pieces = self._first_moments(group), list[tuple[Kept, bool]]()
         for part in parts:
-            assert part.piece is not None
+            assert part.mask is not None
             made = all(part.moment(name) is not None for name in names)
             for name in names if not made else ():
-                part.set_moment(name, part.weight.new_empty(part.piece.kept))
+                part.set_moment(name, part.weight.new_empty(part.mask.kept))
             pieces.append((part.kept(names), made))
         keys = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
-        loops.sgd(pieces, **{key: group[key] for key in keys})
+        steps.sgd(pieces, **{key: group[key] for key in keys})
 
 
 _SETTINGS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "foreach", "fused")

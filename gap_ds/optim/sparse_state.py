@@ -3,7 +3,7 @@
     owner, 12 weights         w w w w w w w w w w w w       a tensor that the optimizer updates
     pieces                    |  whole  |   masked  |
     mask                                 1 0 0 1 0 0
-    state["exp_avg"]          [m m m m m m, m m]             a tensor for each piece, 6 and 2 values
+    state["exp_avg"]          [m m m m m m, m m]             `Packed`: a tensor for each piece, 6 and 2 values
 
 An engine divides an owner into pieces (`divide`) and gives them masks (`change_mask`). Before it does, and for owners
 that it does not divide, everything is as in torch's optimizer of the same name: whole state, made at the first step.
@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import bisect
 import functools
+import importlib.util
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,16 +31,16 @@ from torch import Tensor
 from gap_ds.masks import bitmask, packing
 from gap_ds.masks.local import local
 from gap_ds.optim import cpu
+from gap_ds.optim.kept import Kept, Mask, Steps, check
 
 
-@dataclass
+@dataclass(frozen=True)
 class Piece:
-    """A range of an owner's weights, with a mask of which `kept` bits are set, or without one."""
+    """A range of an owner's weights, with a mask or without one."""
 
     start: int
     numel: int
-    bits: Tensor | None = None
-    kept: int = 0
+    mask: Mask | None = None
 
     def of(self, tensor: Tensor) -> Tensor:
         """This range (numel,) of a tensor that is laid out as the owner; a view where that is contiguous."""
@@ -46,22 +48,30 @@ class Piece:
 
     def pack(self, values: Tensor) -> Tensor:
         """Return the part of values (numel,) that is held, in a new tensor."""
-        return values.clone() if self.bits is None else packing.gather(values, self.bits, self.kept)
+        return values.clone() if self.mask is None else packing.gather(values, self.mask.bits, self.mask.kept)
 
     def unpack(self, held: Tensor, fill: float = 0.0) -> Tensor:
         """Values (numel,) from what is held of them; those of pruned weights are `fill`."""
-        return held if self.bits is None else packing.spread(held, self.bits, self.numel, fill)
-
-    @functools.cached_property
-    def chunks(self) -> list[tuple[int, int, int, int]]:
-        """Its parts, as the loops in C take them. For pieces with a mask, on a CPU."""
-        assert self.bits is not None
-        return cpu.chunks(self.bits, self.numel, self.kept)
+        return held if self.mask is None else packing.spread(held, self.mask.bits, self.numel, fill)
 
     @property
     def held(self) -> int:
         """Values that are held for each moment."""
-        return self.numel if self.bits is None else self.kept
+        return self.numel if self.mask is None else self.mask.kept
+
+
+class Packed(list[Any]):
+    """State of a divided owner under one name: for each piece the values that are held of it.
+
+    It is no tensor. Libraries that read state as one, such as DeepSpeed's `safe_get_full_optimizer_state` under ZeRO-3,
+    get an error that names another way.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"this optimizer state is held for kept weights alone (gap_ds.optim) and is no tensor with {name!r}. Read "
+            "optimizer.state_dict(), which has whole tensors, or save a portable checkpoint."
+        )
 
 
 @dataclass(frozen=True)
@@ -87,17 +97,19 @@ class Part:
         return None if found is None else local(found)
 
     @property
-    def is_fp32_on_cpu(self) -> bool:
+    def mask(self) -> Mask | None:
+        """The mask of its piece, if it has one."""
+        return None if self.piece is None else self.piece.mask
+
+    def is_fp32_on(self, device: torch.device) -> bool:
         """True if weights and gradients are, and lie in memory in their order."""
         tensors = self.weight, self.grad
-        return all(t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in tensors)
+        return all(t.dtype == torch.float32 and t.device == device and t.is_contiguous() for t in tensors)
 
-    def kept(self, names: Iterable[str]) -> cpu.Kept:
+    def kept(self, names: Iterable[str]) -> Kept:
         """The kept weights of a masked part, with these moments, which have been made."""
-        piece = self.piece
-        assert piece is not None and piece.bits is not None
-        moments = tuple(self.made(name) for name in names)
-        return cpu.Kept(self.weight, self.grad, piece.bits, piece.chunks, moments)
+        assert self.mask is not None
+        return Kept(self.weight, self.grad, self.mask, tuple(self.made(name) for name in names))
 
     def made(self, name: str) -> Tensor:
         """A moment that has been made."""
@@ -139,18 +151,20 @@ class SparseState(torch.optim.Optimizer):
         """Updates weights, moments and counts of parts without pruned weights."""
         raise NotImplementedError
 
-    def _update_in_c(self, loops: cpu.Loops, group: Mapping[str, Any], parts: Sequence[Part]) -> None:
-        """Updates kept weights, moments and counts of masked parts that are fp32 on a CPU."""
+    def _update_by(self, steps: Steps, group: Mapping[str, Any], parts: Sequence[Part]) -> None:
+        """Updates kept weights, moments and counts of masked parts that are fp32 on one device."""
         raise NotImplementedError
 
     def _update_kept(self, group: Mapping[str, Any], parts: Sequence[Part]) -> None:
         """Updates kept weights, moments and counts of masked parts, the gathered ones of one part at a time."""
-        if _plain(group) and all(part.is_fp32_on_cpu for part in parts) and (loops := cpu.loops()) is not None:
-            self._update_in_c(loops, group, parts)
+        device = parts[0].weight.device
+        plain = _plain(group) and all(part.is_fp32_on(device) for part in parts)
+        if plain and (steps := _steps(device)) is not None:
+            self._update_by(steps, group, parts)
             return
         for part in parts:
-            assert part.piece is not None and part.piece.bits is not None
-            at = packing.places(part.piece.bits, part.piece.numel, part.piece.kept)
+            assert part.mask is not None
+            at = packing.places(part.mask.bits, part.mask.numel, part.mask.kept)
             packed = replace(part, weight=part.weight[at], grad=part.grad[at])
             self._update(group, [packed])
             part.weight[at] = packed.weight
@@ -166,9 +180,9 @@ class SparseState(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             parts = [part for owner in group["params"] if owner.grad is not None for part in self._parts(owner, group)]
-            masked = [part for part in parts if part.piece is not None and part.piece.bits is not None]
+            masked = [part for part in parts if part.mask is not None]
             if len(masked) < len(parts):
-                self._update(group, [part for part in parts if part.piece is None or part.piece.bits is None])
+                self._update(group, [part for part in parts if part.mask is None])
             if masked:
                 self._update_kept(group, masked)
         return loss
@@ -185,7 +199,7 @@ class SparseState(torch.optim.Optimizer):
         for name, zeros in self._first_moments(group).items():
             if name not in state and pieces is not None:
                 like = local(owner)
-                state[name] = [like.new_zeros(piece.held) if zeros else None for piece in pieces]
+                state[name] = Packed(like.new_zeros(piece.held) if zeros else None for piece in pieces)
             elif name not in state and zeros:
                 state[name] = torch.zeros_like(owner, memory_format=torch.preserve_format)
         step = state.get("step")
@@ -237,11 +251,11 @@ class SparseState(torch.optim.Optimizer):
                 that was loaded and is still whole belongs to the new mask, and is taken as it is.
         """
         index, piece = next((i, p) for i, p in enumerate(self._pieces[owner]) if p.start == start)
-        changed = replace(piece, bits=bits, kept=0 if bits is None else bitmask.count(bits))
+        changed = replace(piece, mask=None if bits is None else Mask(bits, piece.numel, bitmask.count(bits)))
         for name, value in self._moments_of(owner):
             if isinstance(value, Tensor):
-                if first is not None and piece.bits is not None:
-                    piece.of(value)[~bitmask.unpack(piece.bits, piece.numel)] = first.get(name, 0.0)
+                if first is not None and piece.mask is not None:
+                    piece.of(value)[~bitmask.unpack(piece.mask.bits, piece.numel)] = first.get(name, 0.0)
             elif value[index] is not None:
                 whole = piece.unpack(value[index], (first or {}).get(name, 0.0))
                 value[index] = whole if bits is None else changed.pack(whole)
@@ -254,7 +268,8 @@ class SparseState(torch.optim.Optimizer):
 
     def bits(self, owner: Tensor, start: int) -> Tensor | None:
         """The mask of the range that begins there; None without one, and of an owner that is not divided."""
-        return next((piece.bits for piece in self._pieces.get(owner, ()) if piece.start == start), None)
+        found = next((piece.mask for piece in self._pieces.get(owner, ()) if piece.start == start), None)
+        return None if found is None else found.bits
 
     def values(self, owner: Tensor, start: int, numel: int) -> Iterator[tuple[str, Tensor]]:
         """Name and values (numel,) of each moment in a part of one range, sorted by name; 0 where weights are pruned.
@@ -278,7 +293,7 @@ class SparseState(torch.optim.Optimizer):
     def _settle(self, owner: Tensor) -> None:
         for name, value in self._moments_of(owner) if owner in self._pieces else []:
             if isinstance(value, Tensor):
-                self.state[owner][name] = [piece.pack(piece.of(value)) for piece in self._pieces[owner]]
+                self.state[owner][name] = Packed(piece.pack(piece.of(value)) for piece in self._pieces[owner])
 
     # -- state as torch's optimizer has it -------------------------------------------------------------------------
 
@@ -306,6 +321,28 @@ class SparseState(torch.optim.Optimizer):
                     for piece, held in zip(self._pieces[owner], value, strict=True):
                         piece.of(found[name]).copy_(piece.unpack(held))
         return found
+
+
+def _steps(device: torch.device) -> Steps | None:
+    """What steps over kept weights in fp32 on this device, besides PyTorch's operations; None if nothing does."""
+    return cpu.loops() if device.type == "cpu" else kernels(device)
+
+
+@functools.cache
+def kernels(device: torch.device) -> Steps | None:
+    """Triton's kernels if they compile and agree with PyTorch on this device up to rounding; otherwise None.
+
+    The first call tests them, for which the host waits. A kernel that fails the test is reported by a warning.
+    """
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    try:
+        found: Steps = importlib.import_module("gap_ds.optim.triton").Kernels()
+        check(found, device, lambda a, b: torch.allclose(a, b, rtol=1e-5, atol=1e-6))
+    except Exception as error:  # compilers fail in many ways, and PyTorch can take over
+        warnings.warn(f"triton's steps are not used on {device}: {type(error).__name__}: {error}", stacklevel=2)
+        return None
+    return found
 
 
 def _plain(group: Mapping[str, Any]) -> bool:

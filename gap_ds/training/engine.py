@@ -235,7 +235,8 @@ class GaPEngine:
         Returns:
             kept, numel: weights of the entries kept by the masks, and all; density: their ratio.
             model_sparsity: pruned weights relative to all weights of the model, embeddings and biases included.
-            mask_bytes, optimizer_bytes: memory of this rank's masks, and of its optimizers' state.
+            mask_bytes, optimizer_bytes, last_value_bytes: memory of this rank's masks, of its optimizers' state, and of
+                the values that pruned weights had (`regrow: last_value`).
             entries: per entry name: kept, numel, partition, dense.
             zeros_checked_at: the applied step at which every pruned weight was last seen to be 0: now.
         """

@@ -23,6 +23,7 @@ from gap_ds.sharding import moments
 from gap_ds.sharding.backends import Backend
 from gap_ds.sharding.comm import Comm, sum_of
 from gap_ds.sharding.shard import Shard, of_entries
+from gap_ds.training.last_values import LastValues
 from gap_ds.training.piece_lists import PieceLists
 from gap_ds.training.regrowth import SECOND_MOMENTS, Young, mean_second_moments
 from gap_ds.training.selector import Selector
@@ -47,8 +48,8 @@ class MaskState:
         #: Packed mask of this rank's piece of each sparse entry; a new tensor for every new mask. A dense entry is not
         #: in it: None means not masked.
         self.bits: dict[str, Tensor] = {}
-        #: With `regrow: last_value`, the values that this rank's pruned weights had, and zeros elsewhere.
-        self.last: dict[str, Tensor] = {}
+        #: With `regrow: last_value`, the values that this rank's pruned weights had.
+        self.last = LastValues(config)
         #: This rank's gradients of the step before an update that looks at them.
         self._gradients: dict[str, Tensor] = {}
         #: Grown weights whose first steps are scaled.
@@ -209,7 +210,7 @@ class MaskState:
     def _mask(self, shard: Shard, bits: Tensor, means: Mapping[tuple[str, str], float]) -> None:
         """Puts on a mask. It may keep weights that the mask before it pruned: those start with moments at zero."""
         if self._config.regrow == "last_value":
-            self._remember(shard, self.bits.get(shard.name), bits)
+            self.last.remember(shard, self.bits.get(shard.name), bits)
         self._change_mask(shard, bits, means)
         if shard.numel:
             bitmask.zero_pruned_(shard.weight(), bits)
@@ -224,9 +225,7 @@ class MaskState:
         if bits is not None:
             self._change_mask(shard, None, means)
             if self._config.regrow == "last_value":
-                kept, last = bitmask.unpack(bits, shard.numel), self.last.pop(shard.name)
-                for piece in (shard.weight(), *self._backend.optimizers.sequences(shard)):
-                    torch.where(kept, piece, last, out=piece)
+                self.last.put_back(shard, bits, (shard.weight(), *self._backend.optimizers.sequences(shard)))
 
     def _change_mask(self, shard: Shard, bits: Tensor | None, means: Mapping[tuple[str, str], float]) -> None:
         """Sets the mask of an entry, or none. Moments of the weights that the mask before prunes get first values.
@@ -246,14 +245,6 @@ class MaskState:
         shard, bits = self.shards[name], self.bits.get(name)
         spared = bits is not None and shard.numel and moments.spares(self._backend.optimizers, shard, bits)
         (self._spared.add if spared else self._spared.discard)(name)
-
-    def _remember(self, shard: Shard, before: Tensor | None, bits: Tensor) -> None:
-        """Keeps the values of the weights that a new mask prunes, besides those that the mask before it had pruned."""
-        values = shard.weight().clone()
-        if before is not None:
-            values += self.last[shard.name]  # where the one is not zero, the other is
-        bitmask.zero_pruned_(values, ~bits)
-        self.last[shard.name] = values
 
     # -- figures and files -----------------------------------------------------------------------------------------
 
@@ -275,6 +266,7 @@ class MaskState:
             "model_sparsity": (numel - total) / self._plan.total,
             "mask_bytes": sum(bits.numel() for bits in self.bits.values()),
             "optimizer_bytes": moments.nbytes(self._backend.optimizers),
+            "last_value_bytes": self.last.nbytes,
             "entries": {
                 e.name: {"kept": n, "numel": e.numel, "partition": e.partition, "dense": e.name not in self.bits}
                 for e, n in zip(self._plan.entries, kept, strict=True)
@@ -286,7 +278,8 @@ class MaskState:
         comm = self._backend.comm
         checkpoint.write_masks(folder / "masks.safetensors", self._plan, self.shards, self.bits, comm, about)
         if self._config.regrow == "last_value":
-            checkpoint.write_values(folder / "pruned.safetensors", self._plan, self.shards, self.last, comm)
+            path, names = folder / "pruned.safetensors", self.last.packed.keys()
+            checkpoint.write_values(path, self._plan, self.shards, names, self._last_values, comm)
         if self.young.length:
             grown = {name: bits for name, (bits, _) in self.young.grown.items()}
             checkpoint.write_masks(folder / "young.safetensors", self._plan, self.shards, grown, comm)
@@ -301,19 +294,23 @@ class MaskState:
         bits = checkpoint.read_masks(folder / "masks.safetensors", self._plan, sparse, *args)
         last, grown = dict[str, Tensor](), dict[str, Tensor]()
         if self._config.regrow == "last_value":
-            last = checkpoint.read_values(folder / "pruned.safetensors", self._plan, sparse, *args)
+            rows = checkpoint.read_values(folder / "pruned.safetensors", self._plan, sparse, self.shards)
+            last = {name: self.last.pack(self.shards[name], values, bits[name]) for name, values in rows}
         if self.young.length:
             grown = checkpoint.read_masks(folder / "young.safetensors", self._plan, None, *args)
         return Pieces(bits, last, {name: (young, grown_before(name)) for name, young in grown.items()})
 
+    def _last_values(self, name: str) -> Tensor:
+        return self.last.whole(self.shards[name], self.bits[name])
+
     def pieces(self) -> Pieces:
         """The masks as they are now."""
-        return Pieces(dict(self.bits), dict(self.last), dict(self.young.grown))
+        return Pieces(dict(self.bits), dict(self.last.packed), dict(self.young.grown))
 
     def restore(self, found: Pieces) -> None:
         """Goes on with what was read."""
         self.bits = self.on_device(found.bits)
-        self.last = {name: piece.to(self.shards[name].weight()) for name, piece in found.last.items()}
+        self.last.packed = dict(found.last)
         grown = self.on_device({name: bits for name, (bits, _) in found.grown.items()})
         self.young.grown = {name: (bits, found.grown[name][1]) for name, bits in grown.items()}
         self._follow_densities()

@@ -19,7 +19,14 @@ from launch import HERE, free_port
 #: Seconds that one start may take to come to its next kill, or to the end.
 PATIENCE = 240.0
 #: kind -> jobs (the workers of parallel GaP, or one), and ranks of each.
-KINDS = {"zero2": (1, 2), "fsdp2": (1, 2), "parallel": (2, 1), "parallel_fsdp2": (2, 2)}
+KINDS = {
+    "zero2": (1, 2),
+    "fsdp2": (1, 2),
+    "zero2_packed": (1, 2),
+    "fsdp2_packed": (1, 2),
+    "parallel": (2, 1),
+    "parallel_fsdp2": (2, 2),
+}
 
 
 @dataclass

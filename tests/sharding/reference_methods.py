@@ -181,6 +181,7 @@ SCENARIOS = {
     "rising_global": Scenario(
         {"method": "cyclic", "sparsity": 0.8, "partitions": 2, "target": "rising", "dense_steps": 2, "phase_steps": 5}
         | {"rounds": 1, "finetune_steps": 3, "update_steps": 2, "distribution": "global", "regrow": "last_value"}
+        | {"regrow_storage": "bf16_cpu"}
         | {"regrow_warmup_steps": 4, "regrow_moments": "keep_second"},
         steps=15,
         saved=9,
@@ -504,7 +505,8 @@ def boundary(
             young[name] = new & ~old, step
         if scenario.gap.get("regrow") == "last_value":
             value = last.setdefault(name, torch.zeros_like(weight))
-            value[old & ~new] = weight[old & ~new]
+            stored = torch.bfloat16 if "regrow_storage" in scenario.gap else weight.dtype
+            value[old & ~new] = weight[old & ~new].to(stored).to(weight.dtype)
             weight[new & ~old] = value[new & ~old]
         weight[~new] = 0.0
         if mask is not None:

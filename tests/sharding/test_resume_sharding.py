@@ -71,8 +71,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
 
 
 def same(ours: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Weights, moments, masks and buffers bit for bit; steps and learning rates."""
-    for what in ("weights", "masks", "buffers"):
+    """Weights, moments, masks, last values and buffers bit for bit; steps and learning rates."""
+    for what in ("weights", "masks", "last", "buffers"):
         assert ours[what].keys() == wanted[what].keys()
         assert all(torch.equal(ours[what][n], t.view(ours[what][n].shape)) for n, t in wanted[what].items()), what
     for name, moments in wanted["moments"].items():
@@ -87,7 +87,9 @@ def same(ours: dict[str, Any], wanted: dict[str, Any]) -> None:
 def test_the_state_is_the_same_bit_for_bit(trained: Path, row: tuple[str, str, int]) -> None:
     saved, _, ranks = row
     wanted = result(trained, f"{saved}_{saved[0]}")
-    assert len(wanted["state"]["masks"]) == 4 and float(wanted["state"]["buffers"]["scale"][0]) == 5.0
+    assert len(wanted["state"]["masks"]) == len(wanted["state"]["last"]) == 4
+    assert all(values.count_nonzero() for values in wanted["state"]["last"].values())
+    assert float(wanted["state"]["buffers"]["scale"][0]) == 5.0
     for rank in range(ranks):
         found = result(trained, name_of(row), rank)
         assert found["wrong"] == []

@@ -228,6 +228,13 @@ def test_combinations_that_would_train_with_wrong_masks_are_refused(trained: Pat
         assert "Set it to false." in said["round_robin"]
         assert "zero_optimization.offload_optimizer.ratio=0.5 is not supported" in said["twin flow"]
         assert "gradient_clipping: has no effect with a DeepSpeed engine" in said["two owners"]
+        assert "checkpoint.load_universal=True is not supported: it restores whole state" in said["universal"]
+
+
+@pytest.mark.parametrize("name", names(lambda run: run.get("packed") and run["stage"] == 3))
+def test_deepspeeds_access_to_packed_state_is_an_error_that_names_another(trained: Path, name: str) -> None:
+    for rank in (0, 1):
+        assert "Read optimizer.state_dict(), which has whole tensors" in result(trained, name, rank)["said"]
 
 
 @pytest.mark.full

@@ -2,8 +2,9 @@
 
 python worker_killed.py OUT KIND ROUNDS [--gap-worker I] [--killed MOMENT:N:MS]
 
-KIND: zero2, fsdp2 (2 ranks each), parallel (a worker of 1 rank), parallel_fsdp2 (a worker of 2 ranks). MOMENT: step,
-save, boundary, exchange: killed MS milliseconds after the N-th of them has begun.
+KIND: zero2, fsdp2 (2 ranks each), also with packed state (zero2_packed, fsdp2_packed), parallel (a worker of 1 rank),
+parallel_fsdp2 (a worker of 2 ranks). MOMENT: step, save, boundary, exchange, and packing, that of a moment of one entry
+at a boundary: killed MS milliseconds after the N-th of them has begun.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,8 @@ import torch.distributed as dist
 import toy
 import worker_fsdp
 
-from gap_ds import GaPEngine, ParallelWorker, checkpoint
+from gap_ds import GaPEngine, ParallelWorker, checkpoint, optim
+from gap_ds.optim.sparse_state import Piece
 from gap_ds.parallel import Exchange
 
 warnings.filterwarnings("ignore")
@@ -60,12 +63,29 @@ class Fate:
         setattr(owner, name, outer)
 
 
+def watch_packing(fate: Fate) -> None:
+    """Watches what boundaries pack, and not what is packed when an engine is built or a checkpoint is loaded."""
+    inner: Callable[..., Any] = GaPEngine._enter
+
+    def enter(engine: GaPEngine, before: Any, after: Any) -> Any:
+        if before is not None:
+            fate.watch(Piece, "pack", "packing")
+        try:
+            return inner(engine, before, after)
+        finally:
+            Piece.pack = pack  # type: ignore[method-assign]
+
+    pack = Piece.pack
+    GaPEngine._enter = enter  # type: ignore[method-assign]
+
+
 def build(kind: str, rounds: int, out: Path, index: int) -> GaPEngine:
     model, gap = toy.build(), {**GAP, "rounds": rounds}
-    if kind == "zero2":
+    made = partial(optim.AdamW, lr=1e-2) if kind.endswith("_packed") else toy.OPTIMIZERS["adamw"]
+    if kind.startswith("zero2"):
         import worker_zero  # no other kind needs DeepSpeed, which takes its time to import
 
-        optimizer = toy.OPTIMIZERS["adamw"](toy.groups(model))
+        optimizer = made(toy.groups(model))
         config = worker_zero.deepspeed_config({"stage": 2, "dtype": "fp32"})
         return GaPEngine.initialize(model=model, config=config, gap_config=gap, optimizer=optimizer)
     training: dict[str, Any] = {"gradient_accumulation_steps": toy.ACCUMULATION}
@@ -75,7 +95,7 @@ def build(kind: str, rounds: int, out: Path, index: int) -> GaPEngine:
     if kind == "parallel":
         return GaPEngine(model, gap, optimizer=toy.OPTIMIZERS["adamw"](toy.groups(model)), **training)
     wrapped = worker_fsdp.wrap_fsdp2(model, {})
-    optimizer = toy.OPTIMIZERS["adamw"](worker_fsdp.groups_by_name(wrapped))
+    optimizer = made(worker_fsdp.groups_by_name(wrapped))
     return GaPEngine(wrapped, gap, optimizer=optimizer, **training)
 
 
@@ -104,6 +124,7 @@ def main(out: Path, kind: str, rounds: int, index: int, killed: str | None) -> N
     torch.set_num_threads(1)
     fate.watch(GaPEngine, "_enter", "boundary")
     fate.watch(GaPEngine, "save_checkpoint", "save")
+    watch_packing(fate)
     fate.watch(Exchange, "publish", "exchange")
     fate.watch(Exchange, "wait", "exchange")
     engine = build(kind, rounds, out, index)

@@ -36,7 +36,11 @@ MICRO = 12 if os.environ.get("WORLD_SIZE") == "4" else 6
 SAVED, LAST = 4, 8  # the boundary at step 6 lies between
 
 
-def build(on: str, gap: dict[str, Any] = toy.GAP, weights: Path | None = None) -> GaPEngine:
+#: What is pruned until the last step of a phase has another value than 0 to come back to.
+GAP = {**toy.GAP, "regrow": "last_value", "regrow_storage": "bf16_cpu"}
+
+
+def build(on: str, gap: dict[str, Any] = GAP, weights: Path | None = None) -> GaPEngine:
     """A toy by the name of a backend: zero2, zero2_bf16, fsdp1_flat, ddp, oss ...; with the weights of an export."""
     micro = MICRO // dist.get_world_size()
     model = toy.build()
@@ -53,7 +57,7 @@ def build(on: str, gap: dict[str, Any] = toy.GAP, weights: Path | None = None) -
     toy.build, before = (lambda: model), toy.build
     try:
         if on.startswith("fairscale") or on == "oss":
-            row: dict[str, Any] = {"kind": "oss" if on == "oss" else "fsdp", "optimizer": "adamw"}
+            row: dict[str, Any] = {"kind": "oss" if on == "oss" else "fsdp", "optimizer": "adamw", "gap": gap}
             return worker_fairscale.build(row, gradient_accumulation_steps=micro)
         kind, _, flat = on.partition("_")
         row = {"kind": kind, "flat": flat == "flat", "hybrid": flat == "hybrid", "optimizer": "adamw", "gap": gap}
@@ -73,11 +77,20 @@ def state(engine: GaPEngine) -> dict[str, Any]:
     return {
         **observe.final_state(engine),
         "masks": observe.full_masks(engine),
+        "last": last_values(engine),
         "steps": {name: step for rank in everywhere for name, step in rank.items()},
         "buffers": {n: b.clone() for n, b in export.buffers(engine.module)},
         "applied": engine.applied_steps,
         "lr": [group["lr"] for group in engine.optimizer.param_groups],
     }
+
+
+def last_values(engine: GaPEngine) -> dict[str, Tensor]:
+    """Of each sparse entry, the values that its pruned weights had, whole."""
+    state = engine.mask_state
+    pieces = {name: state.last.whole(state.shards[name], bits) for name, bits in state.bits.items()}
+    whole = observe.gather([(state.shards[name], piece) for name, piece in pieces.items()])
+    return dict(zip(pieces, whole, strict=True))
 
 
 def train(engine: GaPEngine, until: int, wrong: list[str]) -> list[float]:

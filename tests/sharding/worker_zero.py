@@ -96,6 +96,8 @@ def run(row: dict[str, Any], out: Path) -> dict[str, Any]:
     result = observe.train(engine, **seen, skip=skip, at={4: save_and_export})
     result |= observe.final_state(engine) | {"stats": engine.stats(), "mask_bits": observe.mask_bits(engine)}
     engine.export(out / "final" / name)
+    if row.get("packed") and row["stage"] == 3:
+        result["said"] = said_of_state(engine)
     engine.close()
 
     resumed = build(row)
@@ -108,6 +110,17 @@ def run(row: dict[str, Any], out: Path) -> dict[str, Any]:
     return result
 
 
+def said_of_state(engine: GaPEngine) -> str:
+    """What DeepSpeed's own access to a moment says where there is none for pruned weights."""
+    parameter = dict(engine.module.named_parameters())[next(iter(engine.mask_state.bits))]
+    key = "exp_avg" if isinstance(engine.optimizer, torch.optim.AdamW) else "momentum_buffer"
+    try:
+        deepspeed.utils.safe_get_full_optimizer_state(parameter, key)
+    except AttributeError as error:
+        return str(error)
+    return ""
+
+
 def refusals() -> dict[str, str]:
     """What is said to combinations that would train with wrong masks."""
     said = {}
@@ -116,8 +129,9 @@ def refusals() -> dict[str, str]:
     turned = {**ordinary, "zero_optimization": {"stage": 2, "round_robin_gradients": True}}
     offload = {"device": "cpu", "ratio": 0.5}
     twin_flow = {**ordinary, "zero_optimization": {"stage": 3, "offload_optimizer": offload}}
-    for name, config in (("round_robin", turned), ("twin flow", twin_flow)):
-        optimizer = toy.OPTIMIZERS["adamw"](toy.groups(model))
+    universal = {**ordinary, "checkpoint": {"load_universal": True}}
+    for name, config in (("round_robin", turned), ("twin flow", twin_flow), ("universal", universal)):
+        optimizer = (observe.PACKED if name == "universal" else toy.OPTIMIZERS)["adamw"](toy.groups(model))
         try:
             GaPEngine.initialize(model=model, config=config, gap_config=toy.GAP, optimizer=optimizer)
         except ValueError as error:

@@ -14,6 +14,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from gap_ds.optim.sparse_state import SparseState
 from gap_ds.sharding.backends import Backend, Training
 from gap_ds.sharding.backends.plain import require_world
 from gap_ds.sharding.backends.zero_places import places, shard, version
@@ -147,6 +148,14 @@ def _refuse(engine: Any, training: Training) -> None:
             type(engine.checkpoint_engine).__name__,
             "it goes on writing after the checkpoint is listed as whole",
             "Use the default one.",
+        )
+    inner = _innermost(engine.optimizer)
+    if isinstance(inner, SparseState) and engine.load_universal_checkpoint():
+        _refuse_value(
+            "checkpoint.load_universal",
+            True,
+            f"it restores whole state, and {type(inner).__name__} of gap_ds.optim holds that of kept weights alone",
+            "Set it to false, and go on from a checkpoint saved with portable=True.",
         )
     if engine.mp_world_size > 1 and not (engine.autotp_size() == engine.mp_world_size and zero.stage in (1, 2)):
         _refuse_value(

@@ -323,7 +323,11 @@ VALUES = {
 
 
 def read_values(path: Path, plan: Plan = PLAN, sparse: set[str] = NAMES) -> dict[str, Tensor]:
-    return checkpoint.read_values(path, plan, sparse, whole_shards(plan), Comm(single=True))
+    return dict(checkpoint.read_values(path, plan, sparse, whole_shards(plan)))
+
+
+def write_values(path: Path, plan: Plan, values: dict[str, Tensor]) -> None:
+    checkpoint.write_values(path, plan, whole_shards(plan), set(values), values.__getitem__, Comm(single=True))
 
 
 def words(tensor: Tensor) -> list[int]:
@@ -335,7 +339,7 @@ def words(tensor: Tensor) -> list[int]:
 @pytest.fixture
 def values(tmp_path: Path) -> Path:
     path = tmp_path / "pruned.safetensors"
-    checkpoint.write_values(path, PLAN, whole_shards(PLAN), VALUES, Comm(single=True))
+    write_values(path, PLAN, VALUES)
     return path
 
 
@@ -351,12 +355,12 @@ def test_the_file_of_values_is_a_safetensors_file(values: Path) -> None:
 
 def test_values_of_sparse_entries_alone(tmp_path: Path) -> None:
     path, one = tmp_path / "pruned.safetensors", {"b.weight": VALUES["b.weight"].bfloat16()}
-    checkpoint.write_values(path, PLAN, whole_shards(PLAN), one, Comm(single=True))
+    write_values(path, PLAN, one)
     found = read_values(path, sparse={"b.weight"})
     assert found.keys() == one.keys() and words(found["b.weight"]) == words(one["b.weight"].float())
     with pytest.raises(ValueError, match=r"holds an entry that is dense by the schedule, or lacks one: a\.weight"):
         read_values(path)
-    checkpoint.write_values(path, PLAN, whole_shards(PLAN), {}, Comm(single=True))
+    write_values(path, PLAN, {})
     assert read_values(path, sparse=set()) == {}
 
 
@@ -374,7 +378,7 @@ def test_values_written_by_some_ranks_and_read_by_others(
     plan = plan_of({name: torch.ones(len(tensor), dtype=torch.bool) for name, tensor in full.items()})
     folder = tmp_path_factory.mktemp("values")
     sharded, alone = folder / "sharded", folder / "alone"
-    checkpoint.write_values(alone, plan, whole_shards(plan), full, Comm(single=True))
+    write_values(alone, plan, full)
 
     def shards(rank: int, cuts: dict[str, list[tuple[int, int]]]) -> dict[str, Shard]:
         return {entry.name: piece(entry, *cuts[entry.name][rank]) for entry in plan.entries}
@@ -384,14 +388,16 @@ def test_values_written_by_some_ranks_and_read_by_others(
 
     cuts = {name: cut(data, tensor.numel(), writers) for name, tensor in full.items()}
     errors = Ranks(writers).run(
-        lambda rank: checkpoint.write_values(sharded, plan, shards(rank.rank, cuts), parts(rank.rank, cuts), rank)
+        lambda rank: checkpoint.write_values(
+            sharded, plan, shards(rank.rank, cuts), set(full), parts(rank.rank, cuts).__getitem__, rank
+        )
     )
     assert errors == [None] * writers
     assert sharded.read_bytes() == alone.read_bytes()
 
     others = {name: cut(data, tensor.numel(), readers) for name, tensor in full.items()}
     found = Ranks(readers).run(
-        lambda rank: checkpoint.read_values(sharded, plan, set(full), shards(rank.rank, others), rank)
+        lambda rank: dict(checkpoint.read_values(sharded, plan, set(full), shards(rank.rank, others)))
     )
     for rank, result in enumerate(found):
         assert not isinstance(result, Exception), result

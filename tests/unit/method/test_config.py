@@ -172,6 +172,10 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         'grow="gradient" with regrow="last_value": set "regrow" to "zero" (in gap_config).',
     ),
     (
+        {"regrow_storage": "bf16_cpu"},
+        '"regrow_storage" has no effect with regrow="zero": remove it (in gap_config).',
+    ),
+    (
         {"target": "rising"},
         '"update_epochs" must be set with target="rising": the time between two updates of the masks (in gap_config).',
     ),
@@ -417,6 +421,7 @@ VALUES = {
     "grow": "gradient",
     "grow_share": 0.2,
     "regrow": "last_value",
+    "regrow_storage": "bf16_cpu",
     "regrow_moments": "keep_second",
     "regrow_warmup_epochs": 0.5,
     "regrow_warmup_steps": 3,
@@ -467,6 +472,8 @@ def test_a_setting_with_effect_is_another_run(method: str, setting: str) -> None
         changes["update_epochs"] = 0.25
     if setting == "grow_share":
         fits = {**fits, "grow": "random"}
+    if setting == "regrow_storage":
+        fits = {**fits, "regrow": "last_value"}
     if setting.endswith("_steps"):
         fits = in_steps(fits)
     assert config(**(fits | changes)).signature("1") != config(**fits).signature("1")
@@ -573,6 +580,11 @@ SIGNATURES: list[tuple[dict[str, Any], str]] = [
         "|regrow:last_value|seed:0|v:1",
     ),
     (
+        data(regrow="last_value", regrow_storage="bf16_cpu"),
+        "gap|method:cyclic|k:3|T:1ep|rounds:2|ft:2ep|s:0.8|dist:uniform|pat:unstructured|init:random|lr:continuous"
+        "|regrow:last_value|last_values:bf16_cpu|seed:0|v:1",
+    ),
+    (
         data(method="one_shot", partitions=REMOVE, rounds=REMOVE, phase_epochs=90, optimizer_state="reset"),
         "gap|method:one_shot|k:1|T:90ep|ft:2ep|s:0.8|dist:uniform|pat:unstructured|lr:continuous|optimizer_state:reset"
         "|seed:0|v:1",
@@ -628,6 +640,7 @@ def test_different_settings_have_different_signatures() -> None:
         data(distribution={"b": 0.5}),
         data(distribution={"a": 0.5, "b": 0.5}),
         data(regrow="last_value"),
+        data(regrow="last_value", regrow_storage="bf16_cpu"),
         data(dense_epochs=1),
         data(dense_epochs=0.5),
         data(prune_ramp=0.5, update_epochs=0.25),
@@ -653,7 +666,7 @@ def test_different_settings_have_different_signatures() -> None:
 PROPERTY = settings(max_examples=300, deadline=None, derandomize=True, database=None)
 TAGS = {"s": "sparsity", "dist": "distribution", "pat": "pattern", "drop": "drop_fraction", "ramp": "prune_ramp"}
 TAGS |= {"init": "mask_init", "assign": "partition_assignment", "order": "partition_order", "shared": "unpartitioned"}
-TAGS |= {"moments": "regrow_moments"}
+TAGS |= {"moments": "regrow_moments", "last_values": "regrow_storage"}
 TIMES = {"D": "dense", "T": "phase", "ft": "finetune", "every": "update", "warm": "regrow_warmup"}
 
 
@@ -711,6 +724,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
         "exclude": [[], ["x"]],
         "optimizer_state": ["keep_survivors", "reset"],
         "regrow": ["zero", "last_value"],
+        "regrow_storage": ["exact", "bf16_cpu"],
         "regrow_moments": ["zero", "keep_second", "mean_second"],
         f"regrow_warmup_{unit}": [2] if unit == "steps" else [0.125],
         "unpartitioned": ["average", "first"],
@@ -728,6 +742,8 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
         found.pop("mask_init", None)
     if "grow" in found:
         found.pop("regrow", None)
+    if found.get("regrow") != "last_value":
+        found.pop("regrow_storage", None)
     if method == "parallel" and found.get("regrow_moments") == "mean_second":
         found["regrow_moments"] = "keep_second"
     if not moves and found.get("optimizer_state") == "reset":

@@ -17,7 +17,7 @@ from gap_ds import GaPEngine, optim
 from gap_ds.checkpoint import portable
 from gap_ds.masks import bitmask
 from gap_ds.masks import cpu as masks_cpu
-from gap_ds.optim import cpu
+from gap_ds.optim import cpu, kept
 from gap_ds.sharding import moments
 from gap_ds.sharding.optimizers import Optimizers
 from gap_ds.sharding.shard import Shard
@@ -213,6 +213,15 @@ def test_state_dicts_are_torchs() -> None:
         assert all(torch.equal(again.state_dict()["state"][key][name], value) for name, value in row.items())
 
 
+def test_state_is_no_tensor_for_others() -> None:
+    """Under the name of a moment DeepSpeed looks for a flat buffer."""
+    engine = build(optim.AdamW)
+    train(engine)
+    owner = engine.mask_state.shards[next(iter(engine.mask_state.bits))].owner()
+    with pytest.raises(AttributeError, match=r"is no tensor with 'narrow'. Read optimizer.state_dict\(\)"):
+        engine.optimizer.state[owner]["exp_avg"].narrow(0, 0, 1)
+
+
 def test_closed_engines_leave_whole_state() -> None:
     engine = build(optim.AdamW)
     train(engine, 4)
@@ -319,7 +328,7 @@ def test_without_a_compiler_it_equals_torch_too(pair: str, monkeypatch: pytest.M
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_loops_in_c_equal_pytorch(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Any size, at unaligned addresses, in several chunks and threads; nothing around the piece changes."""
-    monkeypatch.setattr(cpu, "_CHUNK", 50)
+    monkeypatch.setattr(kept, "CHUNK", 50)
     monkeypatch.setattr(masks_cpu, "_SHARED", 1)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

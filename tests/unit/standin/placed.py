@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils import cpp_extension
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gap_ds import GaPEngine
+from gap_ds import GaPEngine, optim
 from gap_ds.masks import selection
 from gap_ds.masks.box import Box
 
@@ -99,10 +99,10 @@ def device() -> torch.device:
     return torch.device("standin", 0)
 
 
-def build(config: dict[str, Any], place: torch.device, **options: Any) -> GaPEngine:
+def build(config: dict[str, Any], place: torch.device, kind: Any = torch.optim.Adam, **options: Any) -> GaPEngine:
     torch.manual_seed(0)
     model = Model().to(place)
-    return GaPEngine(model, config, optimizer=torch.optim.Adam(model.parameters(), lr=0.01, foreach=False), **options)
+    return GaPEngine(model, config, optimizer=kind(model.parameters(), lr=0.01, foreach=False), **options)
 
 
 def train(engine: GaPEngine, place: torch.device, steps: int) -> None:
@@ -119,7 +119,7 @@ def train(engine: GaPEngine, place: torch.device, steps: int) -> None:
 def check_places(engine: GaPEngine, place: torch.device) -> None:
     """What belongs to a weight is where it is."""
     state = engine.mask_state
-    tensors = {**state.bits, **state.last, **state._gradients}
+    tensors = {**state.bits, **state.last.packed, **state._gradients}
     tensors |= {f"{name}, young": bits for name, (bits, _) in state.young.grown.items()}
     for shard in state.shards.values():
         tensors |= {f"{shard.name}, {k}": v for k, v in engine.run.backend.optimizers.per_weight(shard).items()}
@@ -155,6 +155,9 @@ def main() -> None:
     print("passes", flush=True)
     train(build(CYCLIC, place), place, 4)  # over the first boundary
     print("cyclic", flush=True)
+    engine = build(CYCLIC | {"regrow": "last_value"}, place, optim.AdamW)
+    train(engine, place, 4)
+    print("packed state", engine.stats()["optimizer_bytes"], flush=True)
 
 
 if __name__ == "__main__":

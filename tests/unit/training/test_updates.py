@@ -82,11 +82,16 @@ def test_a_moving_mask_changes_at_its_updates_alone_and_what_comes_is_new(method
     assert changed == list(REPLACED)
 
 
+@pytest.mark.parametrize("storage", ["exact", "bf16_cpu"])
 @pytest.mark.parametrize("ramp", [0.0, 0.7], ids=["at once", "ramp"])
-def test_last_values_are_those_that_each_weight_had_when_it_was_pruned(ramp: float, tmp_path: Path) -> None:
+def test_last_values_are_those_that_each_weight_had_when_it_was_pruned(
+    ramp: float, storage: str, tmp_path: Path
+) -> None:
     """By whichever of a ramp's masks; also of a run that goes on from a checkpoint inside the ramp."""
     config = {"method": "dsd", "sparsity": 0.75, "phase_steps": 6, "rounds": 2, "finetune_steps": 1}
     config |= {"regrow": "last_value", **({"prune_ramp": ramp, "update_steps": 1} if ramp else {})}
+    config |= {"regrow_storage": storage}
+    dtype = {"exact": torch.float32, "bf16_cpu": torch.bfloat16}[storage]
     engine = build(config)
     seen, before = Seen(engine), masks(engine)
     last = {name: torch.zeros(36) for name in ENTRIES}
@@ -101,7 +106,9 @@ def test_last_values_are_those_that_each_weight_had_when_it_was_pruned(ramp: flo
         now = masks(engine)
         for name in ENTRIES:
             went = before[name] & ~now[name]
-            last[name][went] = seen.weights[name][went]
+            last[name][went] = seen.weights[name][went].to(dtype).float()
+        pruned_now = sum(36 - int(now[name].sum()) for name in ENTRIES)
+        assert engine.stats()["last_value_bytes"] == dtype.itemsize * pruned_now
         if any(not torch.equal(now[name], before[name]) for name in ENTRIES):
             events.append(engine.applied_steps)
         before = now

@@ -1,4 +1,4 @@
-"""The Triton kernel against PyTorch in Triton's interpreter; test_bitmask.py runs it on a GPU.
+"""The Triton kernels against PyTorch in Triton's interpreter; test_bitmask.py runs masking on a GPU.
 
 Tests start new processes, because triton decides at import whether it interprets or compiles.
 """
@@ -151,14 +151,87 @@ found = selection.select_largest(pieces(), [99, 3000], selection.Single())
 assert all(torch.equal(a, b) for a, b in zip(found, expected))
 """
 
+STEPS = """
+import itertools
+import warnings
+import torch
+from gap_ds import GaPEngine, optim
+from gap_ds.masks import bitmask
+from gap_ds.optim import sparse_state
+from gap_ds.optim.kept import PROGRAM, check
+from gap_ds.optim.triton import Kernels
+
+kernels, generator = Kernels(), torch.Generator().manual_seed(0)
+
+
+def close(a, b):
+    return torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+# They pass the check before their first use.
+check(kernels, torch.device("cpu"), close)
+
+KINDS = [
+    (optim.AdamW, {}),
+    (optim.AdamW, {"amsgrad": True, "maximize": True, "betas": (0.4, 0.95)}),
+    (optim.SGD, {"weight_decay": 0.1}),
+    (optim.SGD, {"momentum": 0.9, "dampening": 0.3, "maximize": True}),
+    (optim.SGD, {"momentum": 0.9, "nesterov": True}),
+]
+ranges = [(1, PROGRAM), (PROGRAM + 1, 7), (PROGRAM + 9, 2 * PROGRAM + 13), (3 * PROGRAM + 30, 64)]
+for kind, settings in KINDS:
+    found = []
+    for steps in (kernels, None):
+        sparse_state._steps = lambda device: steps
+        generator.manual_seed(1)
+        # Pieces start anywhere in one buffer, of any length; weights between them belong to none.
+        owners = [torch.nn.Parameter(torch.randn(4 * PROGRAM, generator=generator)) for _ in range(2)]
+        optimizer = kind(owners, lr=0.1, **settings)
+        for owner, density in zip(owners, (0.1, 0.7)):
+            optimizer.divide(owner, ranges)
+            for start, numel in ranges:
+                bits = bitmask.pack(torch.rand(numel, generator=generator) < density)
+                optimizer.change_mask(owner, start, bits)
+        for step in range(3):
+            # One of them has fewer steps: another count, another launch.
+            for owner in owners[: 1 + step % 2]:
+                owner.grad = torch.randn(owner.shape, generator=generator)
+            optimizer.step()
+            optimizer.zero_grad()
+        held = [value for owner in owners for _, value in optimizer._moments_of(owner)]
+        found.append([*(o.detach() for o in owners), *itertools.chain(*held)])
+    assert all(close(a, b) for a, b in zip(*found, strict=True)), (kind, settings)
+
+
+# A run over boundaries with it: pruned weights are untouched zeros, the others equal PyTorch's up to rounding.
+def train():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(24, 24) for _ in range(4)))
+    config = {"sparsity": 0.7, "partitions": 2, "phase_steps": 2, "rounds": 1, "finetune_steps": 2}
+    engine = GaPEngine(model, config | {"include": [".*weight"]}, optimizer=optim.AdamW(model.parameters(), lr=1e-2))
+    while not engine.finished:
+        engine.backward(engine(torch.randn(8, 24)).square().mean())
+        engine.step()
+    return model.state_dict(), engine.stats()["kept"]
+
+
+runs = []
+for steps in (kernels, None):
+    sparse_state._steps = lambda device: steps
+    runs.append(train())
+assert runs[0][1] == runs[1][1]
+assert all(close(runs[0][0][name], tensor) for name, tensor in runs[1][0].items())
+"""
+
 # Without a GPU triton compiles, too; only a launch needs the driver.
 COMPILED = """
-import pathlib, re, subprocess, tempfile
+import itertools, pathlib, re, subprocess, tempfile
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from gap_ds.masks import selection, triton as kernels
+from gap_ds.optim import triton as steps
 
 arguments = {"table": "*i64", "pieces": "i32", "halvings": "i32", "word": "constexpr", "block": "constexpr"}
 targets = [GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)] + [GPUTarget("hip", "gfx942", 64)]
@@ -199,16 +272,31 @@ for value, bins, target in [*cases, (tl.bfloat16, most, targets[0]), (tl.int32, 
     registers, shared = compiled(kernels._count_keys, arguments, constants, target, kernels._WARPS)
     # One program of 16 warps fits a processor; its histogram lies in shared memory while the warps meet.
     assert registers <= 128 and shared <= 4 * bins
+
+# Steps: names of the numbers, and of what is compiled for each kind of optimizer.
+for kernel, numbers, kinds in (
+    (steps._adamw, "sign decay one beta2 value size correction eps", {"largest": [False, True]}),
+    (steps._sgd, "sign decay momentum rest rate", {"buffered": [True], "made": [True, False], "nesterov": [False]}),
+):
+    arguments = {"table": "*i64", "pieces": "i32", "halvings": "i32"} | dict.fromkeys(numbers.split(), "fp32")
+    arguments |= dict.fromkeys([*kinds, "block"], "constexpr")
+    for i, target in enumerate(targets):
+        for choice in itertools.product(*kinds.values()) if i == 0 else [[values[0] for values in kinds.values()]]:
+            constants = {(list(arguments).index(name),): value for name, value in zip(kinds, choice)}
+            constants[(len(arguments) - 1,)] = steps.PROGRAM
+            registers, shared = compiled(kernel, arguments, constants, target, 4)
+            # The warps of a program meet once, to add up their kept weights.
+            assert registers <= 128 and shared <= 4096
 """
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton: pip install 'gap_ds[kernels]'")
 @pytest.mark.parametrize(
     ("code", "interpret"),
-    [(INTERPRETED, "1"), (COUNTED, "1"), (COMPILED, "0")],
-    ids=["interpreted", "counting_interpreted", "compiled"],
+    [(INTERPRETED, "1"), (COUNTED, "1"), (STEPS, "1"), (COMPILED, "0")],
+    ids=["interpreted", "counting_interpreted", "steps_interpreted", "compiled"],
 )
-def test_the_kernel(code: str, interpret: str, tmp_path: Path) -> None:
+def test_the_kernels(code: str, interpret: str, tmp_path: Path) -> None:
     environment = os.environ | {
         "TRITON_INTERPRET": interpret,
         "TRITON_CACHE_DIR": str(tmp_path),
