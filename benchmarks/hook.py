@@ -4,12 +4,13 @@
     git worktree add ../before COMMIT; OMP_NUM_THREADS=1 python benchmarks/hook.py --before ../before
 
 Entries are tiny (8 x 8), so that nearly all time is the host's work for each, which a GPU would wait for. All are
-sparse. `hook` is the masking after the optimizer's step; with ZeRO-3 it is called for each sub-group, and its time is
-the sum. `warm` is the same a second time, with its data in the caches, as after a step of fewer layers. `rest` is the
-remaining work of the hooks and of counting the update. `boundary` is one at which half of the entries are pruned and
-the other half grow. Times are CPU time of the thread that trains, which other load on the machine affects less than
-wall time, but does affect by way of the caches. With `--before` a second process runs the code of another checkout, and
-both take turns step by step. `--quick` is a size for tests.
+sparse. `hook` is the masking after the optimizer's step. With ZeRO-3 it is called for each sub-group, and its time is
+the sum; DeepSpeed's own step of each sub-group is called, without passes over the layers. `warm` is the same a second
+time, with its data in the caches, as after a step of fewer layers. `rest` is the remaining work of the hooks and of
+counting the update. `boundary` is one at which half of the entries are pruned and the other half grow. Times are CPU
+time of the thread that trains, which other load on the machine affects less than wall time, but does affect by way of
+the caches. With `--before` a second process runs the code of another checkout, and both take turns step by step.
+`--quick` is a size for tests.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def main() -> None:
     parser.add_argument("--entries", type=int, nargs="+", default=[100, 560, 1000, 2000])
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--steps", type=int, default=40, help="timed steps of each row")
-    parser.add_argument("--boundaries", type=int, default=6)
+    parser.add_argument("--boundaries", type=int, default=4)
     parser.add_argument("--before", type=Path, help="checkout of the code to compare with")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -192,6 +193,16 @@ def build(row: dict[str, Any], gap: dict[str, Any]) -> tuple[Any, Callable[[], N
         }
         trained, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         engine = GaPEngine(trained, gap)
+        inner = trained.optimizer
+        for flat in inner.fp32_partitioned_groups_flat:
+            flat.grad = torch.zeros_like(flat)
+
+        def step_each() -> None:
+            for group in range(len(inner.fp32_partitioned_groups_flat)):
+                inner._optimizer_step(group)
+            engine.after_step()
+
+        return engine, step_each
     else:
         if row["backend"] == "fsdp2":
             from torch.distributed.fsdp import fully_shard
@@ -203,17 +214,11 @@ def build(row: dict[str, Any], gap: dict[str, Any]) -> tuple[Any, Callable[[], N
         engine = GaPEngine(model, gap, optimizer=optimizer)
     batch = torch.randn(1, SIDE)
 
-    def step() -> None:
-        engine.backward(engine(batch).square().mean())
-        engine.step()
-
     def step_again() -> None:
         engine.optimizer.step()
         engine.after_step()
 
-    if row["backend"] == "zero3":
-        return engine, step
-    # Gradients are kept: forward and backward passes of so many layers take long and tell nothing.
+    # Gradients are kept, here and above: forward and backward passes of so many layers take long and tell nothing.
     engine.backward(engine(batch).square().mean())
     return engine, step_again
 

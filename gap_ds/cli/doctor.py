@@ -37,7 +37,8 @@ class Facts:
 
     packages: versions by name. launchers: paths by name. accelerators: names of the GPUs that torch can use.
     cuda_build: CUDA or ROCm version of the torch build. nvidia_driver: True if nvidia-smi is installed. compiler,
-    ninja, headers: the tools with which DeepSpeed compiles extensions. loops: True if gap_ds can compile its C loops.
+    ninja, headers: the tools with which DeepSpeed compiles extensions. loops: path of gap_ds's compiled C loops; empty
+    if they are compiled in every process, None if they cannot be compiled.
     """
 
     python: str
@@ -52,7 +53,7 @@ class Facts:
     compiler: str | None
     ninja: bool
     headers: bool
-    loops: bool
+    loops: str | None
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def look() -> Facts:
         compiler=shutil.which(os.environ.get("CXX") or "c++"),
         ninja=shutil.which("ninja") is not None,
         headers=Path(sysconfig.get_path("include"), "Python.h").is_file(),
-        loops=cpu.library() is not None,
+        loops=None if cpu.library() is None else str(cpu.file_of(cpu.SOURCE) or ""),
     )
 
 
@@ -172,7 +173,10 @@ def _bf16(facts: Facts) -> Finding:
 
 def _loops(facts: Facts) -> Finding:
     if facts.loops:
-        return Finding("loops in C", "yes", "for masks and sparse layers on CPUs")
+        return Finding("loops in C", "yes", f"for masks and sparse layers on CPUs: {facts.loops}")
+    if facts.loops is not None:
+        why = "every process compiles them: the cache ($XDG_CACHE_HOME or ~/.cache) is not this user's alone, or full"
+        return Finding("loops in C", "limited", why)
     why = "masks and sparse layers take about twice as long: install gcc, or set CC, and do not set GAP_DS_NATIVE to 0"
     return Finding("loops in C", "limited", f"no C compiler is used, so on CPUs {why}")
 

@@ -8,6 +8,7 @@
     codec      bits and kept values of a tensor in a file
     legality   checks that weights or masks follow a pattern
     local      the part of a tensor that lies on this rank
+    same       comparisons by identity, of what a step works on with what it was (same.c)
     cpu, cpu.c loops in C for CPUs, compiled once and kept in the user's cache
     triton     the kernels for GPUs
 

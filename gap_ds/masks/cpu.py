@@ -4,14 +4,17 @@
 do not compute what PyTorch computes, or if the environment sets `GAP_DS_NATIVE=0`. Every caller has another way: NumPy
 for masks, PyTorch for selections, MKL for products.
 
-The cache is `$XDG_CACHE_HOME/gap_ds` or `~/.cache/gap_ds`. Files are named after the source, the compiler and the
-processor, so that machines that share a home folder never load each other's code. The loops are checked at each load.
+The cache is `$XDG_CACHE_HOME/gap_ds` or `~/.cache/gap_ds`. It is used if it belongs to this user and nobody else can
+write there: what lies in it is run. Files are named after the source, the compiler and the processor, so that machines
+that share a home folder never load each other's code. Of the processes that start together one compiles, and the others
+wait for it. The loops are checked at each load.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import logging
@@ -22,7 +25,8 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -45,10 +49,15 @@ _SHARED = 2**20
 _FLAGS = ["-O3", "-fopenmp-simd", "-shared", "-fPIC", "-std=gnu11"]
 #: For this processor. Compilers that refuse these flags compile for processors in general.
 _NATIVE = ["-march=native", *(["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else [])]
+#: Seconds that a compiler may take, and that other processes wait for it.
+_PATIENCE = 120
 #: Row counts for which cpu.c has a product; blocks of other sizes are padded to the next one.
 _WIDTHS = (1, 4, 8, 16, 32, 48, 64)
 
 T = TypeVar("T")
+
+#: Files of the cache, by source file.
+_FILES: dict[Path, Path] = {}
 
 _log = logging.getLogger(__name__)
 
@@ -66,6 +75,7 @@ def compiled(source: Path, checked: Callable[[Path], T], flags: Sequence[str] = 
         checked: loads the compiled file; RuntimeError if it does not compute what it should.
         flags: of the compiler, besides the usual ones.
     """
+    _FILES.pop(source, None)
     if os.environ.get("GAP_DS_NATIVE") == "0":
         return None
     command = shlex.split(os.environ.get("CC", "")) or [c for c in ("cc", "gcc", "clang") if shutil.which(c)][:1]
@@ -97,22 +107,78 @@ def _load(words: Sequence[str], source: Path, checked: Callable[[Path], T]) -> T
     macros = _run([*words, "-dM", "-E", "-x", "c", os.devnull])
     key = hashlib.sha256("\0".join([*words, macros, source.read_text("utf-8")]).encode()).hexdigest()
     kept = _cache() / f"{source.stem}-{key[:32]}.so"
-    if kept.is_file():
-        with contextlib.suppress(OSError, RuntimeError):
-            return checked(kept)
-    with tempfile.TemporaryDirectory(prefix="gap_ds_") as folder:
-        made = Path(folder) / "loops.so"
-        _run([*words, str(source), "-o", str(made)])
-        loops = checked(made)
-        with contextlib.suppress(OSError):  # full, read-only, or just stored by another process
-            kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with atomic.replacing(kept) as aside:
-                shutil.copyfile(made, aside)
+    private = _private(kept.parent)
+    if private and (loops := _kept(kept, source, checked)) is not None:
+        return loops
+    with _turn(kept.parent) if private else contextlib.nullcontext():
+        if (
+            private and (loops := _kept(kept, source, checked)) is not None
+        ):  # the process before this one has compiled them
+            return loops
+        with tempfile.TemporaryDirectory(prefix="gap_ds_") as folder:
+            made = Path(folder) / "loops.so"
+            _run([*words, str(source), "-o", str(made)])
+            loops = checked(made)
+            if private:
+                with contextlib.suppress(OSError):  # full or read-only
+                    with atomic.replacing(kept) as aside:
+                        shutil.copyfile(made, aside)
+                    _FILES[source] = kept
     return loops
 
 
+def file_of(source: Path) -> Path | None:
+    """The file of the cache that has the compiled loops of a source file; None if this process alone has them."""
+    return _FILES.get(source)
+
+
+def _kept(path: Path, source: Path, checked: Callable[[Path], T]) -> T | None:
+    """The loops in a file of the cache; None if it is absent or damaged."""
+    if path.is_file():
+        with contextlib.suppress(OSError, RuntimeError):
+            loops = checked(path)
+            _FILES[source] = path
+            return loops
+    return None
+
+
+def _private(folder: Path) -> bool:
+    """True for a folder, made if there is none, that is this user's and that nobody else can write to."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        about = folder.stat()
+    except OSError:
+        return False
+    return about.st_uid == os.getuid() and not about.st_mode & 0o022
+
+
+@contextlib.contextmanager
+def _turn(folder: Path) -> Iterator[None]:
+    """Waits until no other process is in such a block for the folder. The turn ends with its process.
+
+    Raises:
+        TimeoutError: others take longer than a compiler may.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        until = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise TimeoutError(f"{folder}: another process compiles there for {_PATIENCE} s") from None
+                time.sleep(0.05)
+            except OSError:  # a file system without locks: processes may compile side by side
+                break
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _run(words: Sequence[str]) -> str:
-    return subprocess.run(words, capture_output=True, text=True, check=True, timeout=120).stdout
+    return subprocess.run(words, capture_output=True, text=True, check=True, timeout=_PATIENCE).stdout
 
 
 def _cache() -> Path:

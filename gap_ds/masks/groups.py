@@ -13,7 +13,8 @@ with a range only its first and last band can be cut. A box whose sides do not c
 a whole weight is; any other box has its whole entry as its one band.
 
 N:M decides each group alone. Blocks have a budget over all ranks: their scores, sums in 64 bits in a fixed order, are
-selected as weights are (`selection`), each block on the rank where its band begins.
+selected as weights are (`selection`), each block on the rank where its band begins. Sums of large blocks are kept, half
+a byte a weight at most; those of small ones are added anew by every pass, which takes the time of reading them again.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ from gap_ds.masks import bitmask, selection
 from gap_ds.masks.box import Box
 from gap_ds.method.pattern import Block, NofM
 
-#: Weights decided at a time, rounded to whole bands: the scratch memory is some ten bytes for each of them. Smaller
-#: chunks are slower, by the calls.
-_CHUNK = 1 << 17
+#: Weights decided at a time, rounded to whole bands: the scratch memory is some ten bytes for each of them.
+_CHUNK = 1 << 15
+#: Weights of a block from which on its sum, of 8 bytes, is kept for all passes.
+_KEPT = 16
 #: On an accelerator larger chunks amortise the launches.
 _DEVICE_CHUNK = 1 << 18
 
@@ -70,12 +72,9 @@ def select_groups(pattern: NofM | Block, entries: Sequence[Grouped], reduce: sel
         # On the way to its budget an entry keeps more in a group.
         rows = [(pattern.keeping(entry.shape, entry.keep), entry) for entry in entries]
         return [_every_group(*row, own) for row, own in zip(rows, stretches, strict=True)]
-    keys = [_sums(pattern, entry, own) for entry, own in zip(entries, stretches, strict=True)]
-    blocks = [_blocks(*one) for one in zip(entries, stretches, keys, strict=True)]
+    blocks = [_blocks(pattern, entry, own) for entry, own in zip(entries, stretches, strict=True)]
     sizes = [math.prod(pattern.cell(entry.shape, entry.dims)) for entry in entries]
-    counted = [
-        _counted(entries[e], e, math.prod(entries[e].shape) // sizes[e], keys[e], own) for e, own in enumerate(blocks)
-    ]
+    counted = [_counted(entry, e, math.prod(entry.shape) // sizes[e], blocks[e]) for e, entry in enumerate(entries)]
     keep = [entry.keep // size for entry, size in zip(entries, sizes, strict=True)]
     decisions = selection.decide(counted, keep, reduce)
     return [_every_block(pattern, *one) for one in zip(entries, stretches, blocks, decisions, strict=True)]
@@ -231,41 +230,60 @@ def _bits(
     return bitmask.pack_parts(parts(), entry.piece.numel, entry.piece.device)
 
 
-def _sums(pattern: Block, entry: Grouped, stretches: Sequence[_Stretch]) -> Tensor:
-    """The keys (B,) of the blocks of all stretches: the bit patterns of their sums, which are not negative."""
-    keys = torch.empty(sum(one.blocks.numel for one in stretches), dtype=torch.int64, device=entry.piece.device)
-    first = 0
+@dataclass(frozen=True)
+class _Sums:
+    """Keys of the blocks of a stretch: the bit patterns of their sums, which are not negative; added at each call."""
+
+    pattern: Block
+    entry: Grouped
+    stretch: _Stretch
+
+    def __call__(self, lo: int, hi: int) -> Tensor:
+        one, entry = self.stretch, self.entry
+        band = self.pattern.band(one.shape, entry.dims)
+        per_band = band * one.blocks.numel // one.numel
+        first, last = lo // per_band, -(-hi // per_band) if hi > lo else lo // per_band
+        keys = torch.empty((last - first) * per_band, dtype=torch.int64, device=entry.piece.device)
+        for a, b in _steps((last - first) * band, band, entry.piece.device):
+            scores = one.scores(first * band + a, first * band + b)
+            scores = scores.view(torch.float32) if entry.by_magnitude else scores
+            sums = self.pattern.sums(scores, one.shape, entry.dims)
+            keys[a // band * per_band : b // band * per_band] = sums.view(torch.int64)
+        return keys[lo - first * per_band : hi - first * per_band]
+
+
+def _blocks(pattern: Block, entry: Grouped, stretches: Sequence[_Stretch]) -> list[selection.Piece]:
+    """The blocks of each stretch."""
+    found = []
     for one in stretches:
-        size = one.numel // one.blocks.numel
-        for lo, hi in _steps(one.numel, pattern.band(one.shape, entry.dims), entry.piece.device):
-            scores = one.scores(lo, hi)
-            sums = pattern.sums(scores.view(torch.float32) if entry.by_magnitude else scores, one.shape, entry.dims)
-            keys[first + lo // size : first + hi // size] = sums.view(torch.int64)
-        first += one.blocks.numel
-    return keys
-
-
-def _blocks(entry: Grouped, stretches: Sequence[_Stretch], keys: Tensor) -> list[selection.Piece]:
-    """The blocks of each stretch, from the keys (B,) of all."""
-    parts = torch.split(keys, [one.blocks.numel for one in stretches])
-    return [
-        selection.Piece(entry.piece.name, one.blocks, partial(_part, part), 0, one.counted)
-        for one, part in zip(stretches, parts, strict=True)
-    ]
+        keys: selection.Keys = _Sums(pattern, entry, one)
+        if one.numel >= _KEPT * one.blocks.numel:
+            keys = partial(_part, keys(0, one.blocks.numel))
+        found.append(selection.Piece(entry.piece.name, one.blocks, keys, 0, one.counted))
+    return found
 
 
 def _part(keys: Tensor, lo: int, hi: int) -> Tensor:
     return keys[lo:hi]
 
 
-def _counted(
-    entry: Grouped, budget: int, total: int, keys: Tensor, blocks: Sequence[selection.Piece]
-) -> selection.Piece:
+def _joined(pieces: Sequence[selection.Piece], device: torch.device, lo: int, hi: int) -> Tensor:
+    """Keys [lo, hi) of pieces in a row."""
+    found, first = [], 0
+    for piece in pieces:
+        a, b = max(lo, first), min(hi, first + piece.numel)
+        if a < b:
+            found.append(piece.keys(a - first, b - first))
+        first += piece.numel
+    return found[0] if len(found) == 1 else torch.cat([torch.empty(0, dtype=torch.int64, device=device), *found])
+
+
+def _counted(entry: Grouped, budget: int, total: int, blocks: Sequence[selection.Piece]) -> selection.Piece:
     """The blocks of an entry that this rank counts: those of all its stretches, of none, or of all but the first."""
     own = [piece for piece in blocks if piece.counted]
     numel = sum(piece.numel for piece in own)
     box = own[0].box if len(own) == 1 else Box.span(min((p.box.start for p in own), default=0), numel, total)
-    return selection.Piece(entry.piece.name, box, partial(_part, keys[len(keys) - numel :]), budget)
+    return selection.Piece(entry.piece.name, box, partial(_joined, own, entry.piece.device), budget)
 
 
 def _every_block(

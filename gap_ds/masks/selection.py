@@ -104,6 +104,8 @@ class Piece:
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
         """Yield (position in the piece, keys) by chunk. The length of every chunk but the last is a multiple of 8."""
         size = _CHUNK if _is_host(self.device) else _DEVICE_CHUNK
+        if self.dtype == torch.int64:  # keys of blocks, each of many weights
+            size //= 32
         for lo in range(0, self.numel, size):
             yield lo, self.keys(lo, min(lo + size, self.numel))
 

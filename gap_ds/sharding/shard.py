@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,29 @@ from torch import Tensor
 from gap_ds.masks.box import Box
 from gap_ds.masks.local import local
 from gap_ds.method.names import rows_of, with_rows
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """A tensor that a dict holds, as a module its parameters; calling it looks it up, None if it is gone."""
+
+    holder: dict[str, Any]
+    name: str
+
+    def __call__(self) -> Tensor | None:
+        found: Tensor | None = self.holder.get(self.name)
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Item:
+    """A tensor in a list that a library holds; calling it looks up the list, and the tensor in it."""
+
+    of: Callable[[], list[Tensor]]
+    index: int
+
+    def __call__(self) -> Tensor:
+        return self.of()[self.index]
 
 
 @dataclass(frozen=True)

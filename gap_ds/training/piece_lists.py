@@ -2,8 +2,8 @@
 
 Libraries and users replace tensors between steps: parameters, their `data`, flat buffers, an optimizer's groups. So
 nothing is taken on trust. A list holds while asking afresh would make the same one: the same owners of the entries, the
-same masks, and the same addresses and dtypes of all tensors. To check that is a few calls into C for each entry; to
-make a list takes twenty times as long, and on a GPU a copy to the device.
+same masks, and the same addresses and dtypes of all tensors. To check that is two calls into PyTorch for each tensor
+(`gap_ds.masks.same`); to make a list takes fifty times as long, and on a GPU a copy to the device.
 
 E entries. A step of a sharding library may update a few of them: there is one list for each such part.
 """
@@ -11,8 +11,6 @@ E entries. A step of a sharding library may update a few of them: there is one l
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from itertools import chain
-from operator import attrgetter, is_, itemgetter
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -20,15 +18,38 @@ from torch import Tensor
 
 from gap_ds.masks import bitmask
 from gap_ds.masks.local import local, locals_of
+from gap_ds.masks.same import Places, same_items, same_slots, same_values
 from gap_ds.sharding.optimizers import Optimizers
-from gap_ds.sharding.shard import Shard
+from gap_ds.sharding.shard import Item, Shard, Slot
 
 T = TypeVar("T")
 Pieces = list[tuple[Tensor, Tensor]]
 
 #: Most lists that are kept of a kind. ZeRO-3 has one for each sub-group.
 _MOST = 4096
-_DTYPE = attrgetter("dtype")
+
+
+class Owners:
+    """What some lookups of owners found, held to be compared with what they find later.
+
+    Args:
+        asks: `find` or `owner` of shards, each once.
+    """
+
+    def __init__(self, asks: Iterable[Callable[[], Tensor | None]]) -> None:
+        slots = [ask for ask in asks if isinstance(ask, Slot)]
+        self._holders, self._names = [slot.holder for slot in slots], [slot.name for slot in slots]
+        self._held = [slot() for slot in slots]
+        self._lists = [(of, [*of()]) for of in {id(ask.of): ask.of for ask in asks if isinstance(ask, Item)}.values()]
+        self._others = [(ask, ask()) for ask in asks if not isinstance(ask, Slot | Item)]
+
+    def same(self) -> bool:
+        """True if all lookups find the same tensors now."""
+        return (
+            same_slots(self._holders, self._names, self._held)
+            and all(same_items([*of()], before) for of, before in self._lists)
+            and all(ask() is before for ask, before in self._others)
+        )
 
 
 class PieceList(Generic[T]):
@@ -57,30 +78,25 @@ class PieceList(Generic[T]):
     ) -> None:
         self.masked = tuple(shard.name for shard in shards if shard.name in bits)
         self._dense = frozenset(shard.name for shard in shards if shard.name not in bits)
-        self._pick = itemgetter(*self.masked) if len(self.masked) > 1 else lambda found: [found[n] for n in self.masked]
+        self._names = list(self.masked)
         self._bits = [bits[name] for name in self.masked]
-        self._asks, self._owners = asks, [ask() for ask in asks]
+        self._owners = Owners(asks)
         updated = list({id(owner): owner for owner in (shard.owner() for shard in shards)}.values())
         self._of_owners, self._updated = locals_of(updated), updated
         self._optimizers = optimizers
         self._copies = [shard for shard in shards if copies and shard.copies()]
-        tensors = self._tensors()
-        self._addresses, self._dtypes = _places(tensors)
+        self._places = Places(self._tensors())
         masked = [shard for shard in shards if shard.name in bits and shard.name not in spared]
         self.run = prepare(self._pieces(masked, bits, copies))
 
-    def holds(self, bits: Mapping[str, Tensor]) -> bool:
+    def holds(self, bits: dict[str, Tensor]) -> bool:
         """True if making the list now would make the same list."""
-        # Tensors are compared by identity: their == compares elements.
-        if not all(map(is_, [ask() for ask in self._asks], self._owners)):
-            return False
-        try:
-            if not all(map(is_, self._pick(bits), self._bits)) or not self._dense.isdisjoint(bits):
-                return False
-        except KeyError:  # an entry has grown
-            return False
-        # An address alone might have been freed, and given to a tensor of another dtype.
-        return _places(self._tensors()) == (self._addresses, self._dtypes)
+        return (
+            self._owners.same()
+            and same_values(bits, self._names, self._bits)
+            and (not self._dense or self._dense.isdisjoint(bits))
+            and self._places.same(self._tensors())
+        )
 
     def _tensors(self) -> list[Tensor]:
         """All tensors on this rank that the pieces are parts of, as they are now."""
@@ -98,10 +114,6 @@ class PieceList(Generic[T]):
         ]
 
 
-def _places(tensors: Sequence[Tensor]) -> tuple[list[int], list[torch.dtype]]:
-    return list(map(Tensor.data_ptr, tensors)), list(map(_DTYPE, tensors))
-
-
 class PieceLists:
     """The lists of a run.
 
@@ -114,7 +126,7 @@ class PieceLists:
         #: Many shards may have one flat buffer as their owner, and then share the callable.
         self._asks = _asks(self._shards.values())
         self._optimizers = optimizers
-        self._steps: dict[tuple[int, int], tuple[list[Tensor], PieceList[None]]] = {}
+        self._steps: dict[tuple[int, int], tuple[list[list[Tensor]], PieceList[None]]] = {}
         self._looks: dict[tuple[str, ...], PieceList[int]] = {}
 
     def clear(self) -> None:
@@ -123,7 +135,7 @@ class PieceLists:
         self._looks.clear()
 
     def zero_pruned(
-        self, optimizer: torch.optim.Optimizer, bits: Mapping[str, Tensor], spared: Container[str] = ()
+        self, optimizer: torch.optim.Optimizer, bits: dict[str, Tensor], spared: Container[str] = ()
     ) -> Sequence[str]:
         """Zeroes the pruned weights in the optimizer's groups at this moment; returns the names of their entries.
 
@@ -137,13 +149,13 @@ class PieceLists:
         key = id(optimizer), id(groups[0][0])
         if key in self._steps:
             params, kept = self._steps[key]
-            same = sum(map(len, groups)) == len(params) and all(map(is_, chain.from_iterable(groups), params))
+            same = len(groups) == len(params) and all(map(same_items, groups, params))
             if same and kept.run is not None and kept.holds(bits):
                 kept.run()
                 return kept.masked
             self._steps.clear()  # what has changed may be in others, too
-        params = list(chain.from_iterable(groups))
-        ids = set(map(id, params))
+        params = [list(group) for group in groups]
+        ids = {id(param) for group in params for param in group}
         held = [shard for shard in self._shards.values() if id(shard.owner()) in ids]
         made = PieceList(held, bits, self._asks, self._optimizers, _zero_pruned, spared=spared)
         _keep(self._steps, key, (params, made))
@@ -151,7 +163,7 @@ class PieceLists:
             made.run()
         return made.masked
 
-    def any_revived(self, names: tuple[str, ...], bits: Mapping[str, Tensor]) -> bool:
+    def any_revived(self, names: tuple[str, ...], bits: dict[str, Tensor]) -> bool:
         """True if pruned weights of some masked entries are not 0, or if that cannot be told quickly."""
         kept = self._looks.get(names)
         if kept is None or not kept.holds(bits):

@@ -106,6 +106,12 @@ def test_the_quick_ones(tmp_path: Path) -> None:
     made = [row["made"]["command"] for row in read(tmp_path / "boundary.json")["rows"]]
     assert all(command.startswith("python benchmarks/boundary.py --ranks 2 --weights 200003 ") for command in made)
     assert "torch_prune" in tables(tmp_path)
+    # Packages need not be installed, but a row that has no figures says why.
+    peers = {row["step by"]: row for row in read(tmp_path / "peers.json")["rows"] if "bare" not in row["step by"]}
+    for row in (peers[name] for name in ("gap_ds", "gap_ds, 2:4", "torch_prune")):
+        assert row["resume"] == "exact"
+        assert row["density of the forward pass"] == pytest.approx([row["target density"]] * 2, abs=1e-4)
+    assert all("not installed" in row["package"] or "resume" in row for row in peers.values())
 
 
 @pytest.mark.full

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -27,7 +28,7 @@ from gap_ds.sharding.backends import Backend, OtherOptimizerError, Training, unc
 from gap_ds.sharding.comm import Apart, Comm
 from gap_ds.sharding.mesh import Layout, clip, shard_of
 from gap_ds.sharding.optimizers import Optimizers
-from gap_ds.sharding.shard import Shard
+from gap_ds.sharding.shard import Shard, Slot
 from gap_ds.storage.errors import summarize_error
 
 #: Backends whose checkpoints are alike: torch.distributed.checkpoint stores whole parameters by name.
@@ -136,7 +137,7 @@ def whole_shards(module: nn.Module) -> list[Shard]:
             )
         shape = tuple(parameter.shape)
         holder, leaf = holders[id(parameter)]
-        owner, find = partial(_held, holder, leaf, clean_name(name)), partial(holder._parameters.get, leaf)
+        owner, find = partial(_held, holder, leaf, clean_name(name)), Slot(holder._parameters, sys.intern(leaf))
         if isinstance(parameter, DTensor):
             return replace(shard_of(clean_name(name), parameter, owner), find=find)
         found = Shard.of_range(clean_name(name), shape, 0, parameter.numel(), 0, owner, parameter.requires_grad)

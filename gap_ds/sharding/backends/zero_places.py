@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from gap_ds.masks.box import Box
 from gap_ds.method.plan import clean_name
 from gap_ds.sharding.comm import Comm
-from gap_ds.sharding.shard import Shard
+from gap_ds.sharding.shard import Item, Shard
 
 #: (start, numel, offset, owner) of this rank's piece of a parameter that is trained
 Place = tuple[int, int, int, Callable[[], Tensor]]
@@ -113,9 +113,9 @@ def places(engine: Any, stage: int, world: Comm) -> tuple[Places, Comm, Callable
     return _whole_place, Comm(single=True, within=world), lambda: None
 
 
-def _owners(buffer: Callable[[int], Tensor]) -> Callable[[int], Callable[[], Tensor]]:
+def _owners(buffers: Callable[[], list[Tensor]]) -> Callable[[int], Callable[[], Tensor]]:
     """The owner of all pieces in a group's flat buffer is one callable, because the hook asks each callable once."""
-    return functools.cache(lambda group: partial(buffer, group))
+    return functools.cache(lambda group: Item(buffers, group))
 
 
 def _whole_place(parameter: nn.Parameter) -> Place:
@@ -126,7 +126,7 @@ def _fragment_place(optimizer: Any) -> Places:
     """Stages 1 and 2: a fragment of the parameter in its group's flat fp32 partition."""
     name = "single_partition_of_fp32_groups"  # of the ZeRO optimizer; BF16_Optimizer has another word for it
     name = name if hasattr(optimizer, name) else "fp32_groups_flat_partition"
-    owners = _owners(lambda group: getattr(optimizer, name)[group])
+    owners = _owners(lambda: getattr(optimizer, name))
 
     def place(parameter: Any) -> Place:
         mapping = parameter._hp_mapping
@@ -141,7 +141,7 @@ def _fragment_place(optimizer: Any) -> Places:
 def _stage3_place(optimizer: Any) -> Places:
     """Stage 3: rank r owns elements [r * n, (r + 1) * n) of each parameter; the end of the last piece is padding."""
 
-    owners = _owners(lambda group: optimizer.fp32_partitioned_groups_flat[group])
+    owners = _owners(lambda: optimizer.fp32_partitioned_groups_flat)
 
     def place(parameter: Any) -> Place:
         group, offset, n = optimizer.grad_position[optimizer.get_param_id(parameter)]

@@ -94,7 +94,7 @@ FACTS = doctor.Facts(
     compiler="bin/c++",
     ninja=True,
     headers=True,
-    loops=True,
+    loops="cache/gap_ds/cpu.so",
 )
 
 COMMANDS = ("plan", "parallel", "inspect", "report", "export", "schema", "doctor")
@@ -471,7 +471,9 @@ GPU = {"accelerators": ("H200", "H200"), "cuda_build": "12.8", "nvidia_driver": 
         ({**GPU, "bf16": False}, "bf16", "limited", "H200 emulates it"),
         ({"packages": {}}, "translation example", "no", "transformers, datasets, tokenizers, sacrebleu missing"),
         ({"packages": {}}, "YAML configs", "no", "PyYAML"),
-        ({"loops": False}, "loops in C", "limited", "install gcc, or set CC"),
+        ({}, "loops in C", "yes", "cache/gap_ds/cpu.so"),
+        ({"loops": ""}, "loops in C", "limited", "every process compiles them"),
+        ({"loops": None}, "loops in C", "limited", "install gcc, or set CC"),
     ],
 )
 def test_doctor_judges(change: dict[str, Any], what: str, works: str, why: str) -> None:

@@ -415,6 +415,7 @@ def test_the_loops_are_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
     assert compilations() == 1
     (kept,) = empty_cache.iterdir()
+    assert cpu.file_of(cpu.SOURCE) == kept
     kept.unlink()
     kept.write_bytes(b"damaged")
     assert compilations() == 2
@@ -432,7 +433,20 @@ def test_a_cache_that_cannot_be_written_does_no_harm(monkeypatch: pytest.MonkeyP
 
 
 @needs_compiler
-def test_processes_that_start_at_once_share_one_file(empty_cache: Path) -> None:
+@pytest.mark.parametrize("mode", [0o777, 0o775])
+def test_a_cache_that_others_can_write_to_is_not_used(empty_cache: Path, mode: int) -> None:
+    empty_cache.mkdir(parents=True)
+    empty_cache.chmod(mode)
+    assert cpu.library() is not None and cpu.file_of(cpu.SOURCE) is None and not list(empty_cache.iterdir())
+
+
+@needs_compiler
+def test_of_processes_that_start_at_once_one_compiles(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    script = f'case "$*" in *-dM*) ;; *) echo compiled >> {log}; sleep 0.3;; esac; exec cc "$@"'
+    monkeypatch.setenv("CC", compiler(tmp_path, script))
     children = []
     for _ in range(4):
         children.append(os.fork())
@@ -440,4 +454,13 @@ def test_processes_that_start_at_once_share_one_file(empty_cache: Path) -> None:
             os._exit(0 if cpu.library() is not None else 1)
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
     (kept,) = empty_cache.iterdir()
-    assert kept.suffix == ".so"
+    assert kept.suffix == ".so" and empty_cache.stat().st_mode & 0o777 == 0o700
+    assert log.read_text().split() == ["compiled"]
+
+
+@needs_compiler
+def test_who_waits_too_long_goes_without(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_PATIENCE", 0.1)
+    assert cpu._private(empty_cache)
+    with cpu._turn(empty_cache), pytest.raises(TimeoutError, match="another process compiles"), cpu._turn(empty_cache):
+        pass

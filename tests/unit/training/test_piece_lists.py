@@ -11,7 +11,7 @@ from test_engine import Model
 from torch import Tensor, nn
 
 from gap_ds import GaPConfig
-from gap_ds.masks import bitmask
+from gap_ds.masks import bitmask, same
 from gap_ds.method import plan
 from gap_ds.sharding.backends import Training, detect
 from gap_ds.training.mask_state import MaskState
@@ -147,9 +147,11 @@ CHANGES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def always_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, params=["compiled", "python"])
+def always_compiled(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Comparisons in C and in Python, which large and small models use."""
     monkeypatch.setattr(bitmask, "COMPILED", 1)
+    monkeypatch.setattr(same, "COMPILED", 1 if request.param == "compiled" else 10**9)
 
 
 @pytest.mark.parametrize("optimizers", [one, two])
