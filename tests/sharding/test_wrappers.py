@@ -51,3 +51,9 @@ def test_it_trains_as_without_the_wrapper(trained: Path, name: str) -> None:
 
 def test_what_it_does_not_wrap_is_named(trained: Path) -> None:
     assert "in its attribute strategy_model.0, and parameters beside it" in result(trained, "beside")["refused"]
+
+
+def test_a_wrapped_body_with_a_tied_head_beside_it_is_no_wrapper(trained: Path) -> None:
+    """Its body has all parameters, and its forward pass is more than the body's."""
+    found = result(trained, "tied")
+    assert found["itself"] and found["body"] and "in its attribute body" in found["refused"]
