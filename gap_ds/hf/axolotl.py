@@ -20,7 +20,7 @@ from gap_ds.hf.callback import GaPCallback
 from gap_ds.method.config import GaPConfig
 
 
-class Arguments(BaseModel):
+class GaPArguments(BaseModel):
     """What the plugin adds to axolotl's config.
 
     Attributes:
@@ -41,7 +41,7 @@ class GaPPlugin(BasePlugin):  # type: ignore[misc]
 
     def get_input_args(self) -> str:
         """Return the path of the class of settings, which axolotl adds to its own."""
-        return f"{Arguments.__module__}.{Arguments.__name__}"
+        return f"{GaPArguments.__module__}.{GaPArguments.__name__}"
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[GaPCallback]:
         """Return the callback."""

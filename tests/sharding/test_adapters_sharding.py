@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from launch import run_workers
+from parity import result
 
 pytestmark = [
     pytest.mark.full,
@@ -23,12 +23,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("adapters")
     run_workers("worker_adapters.py", 2, out, *NAMES)
     return out
-
-
-def result(out: Path, name: str) -> dict[str, Any]:
-    found: dict[str, Any] = torch.load(out / f"{name}.0.pt", weights_only=False)
-    assert "error" not in found, found["error"]
-    return found
 
 
 @pytest.mark.parametrize("name", NAMES)

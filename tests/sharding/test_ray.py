@@ -43,7 +43,7 @@ def train(model: Any, config: dict[str, Any], rows: Any) -> GaPEngine:
     return engine
 
 
-def test_two_workers_train_as_one_process(tmp_path: Path) -> None:
+def test_two_workers_train_as_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -57,6 +57,9 @@ def test_two_workers_train_as_one_process(tmp_path: Path) -> None:
         engine = train(model, GAP, lambda step: batch(step).chunk(2)[rank])
         engine.export(settings["out"])
 
+    for name in ("RAY_raylet_start_wait_time_s", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"):  # a machine may be busy
+        monkeypatch.setenv(name, "600")
+    monkeypatch.setenv("RAY_agent_register_timeout_ms", "600000")
     ray.cloudpickle.register_pickle_by_value(__import__(__name__))
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir="/tmp/ray_gap_ds")
     try:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import worker_wrappers as worker
 from launch import run_workers
+from parity import result
 from safetensors.torch import load_file
 from table_rows import marked, needed
 
@@ -25,12 +25,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
     names = [name for name in needed(request, "name") if installed or name not in LIGHTNING]
     run_workers("worker_wrappers.py", 2, out, "ddp", *names)
     return out
-
-
-def result(out: Path, name: str) -> dict[str, Any]:
-    found: dict[str, Any] = torch.load(out / f"{name}.0.pt", weights_only=False)
-    assert "error" not in found, found["error"]
-    return found
 
 
 @pytest.mark.parametrize("name", NAMES)
