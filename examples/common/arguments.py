@@ -17,7 +17,7 @@ Parsed = TypeVar("Parsed")
 
 @dataclass
 class RunArguments:
-    """Arguments of every example. An example adds its model and data arguments, each with a default."""
+    """Arguments of every example. An example adds those of its data and models, each with a default."""
 
     gap_config: str = HfArg(help="GaP config, JSON or YAML (configs/gap)")
     output_dir: str = HfArg(help="folder of the run: checkpoints, metrics, results, the exported model")
@@ -29,6 +29,12 @@ class RunArguments:
     gap_worker: int | None = HfArg(default=None, help="number of this worker of parallel GaP (gap-ds parallel sets it)")
     exchange: str | None = HfArg(default=None, help="exchange folder or URL of parallel GaP; default: in --output-dir")
     exchange_timeout: float = HfArg(default=7200.0, help="seconds to wait for the other workers at the end of a round")
+
+    dataset_config: str | None = HfArg(default=None, help="configuration of a hub dataset")
+    train_split: str = HfArg(default="train", help="split to train on")
+    limit: int | None = HfArg(default=None, help="use the first N rows of every split only")
+    model_name: str | None = HfArg(default=None, help="pretrained model to make sparse instead: folder or hub name")
+    trust_remote_code: bool = HfArg(default=False, help="run code that comes with the pretrained model")
 
     accumulation: int = HfArg(default=1, help="micro-batches of a rank in an optimizer step")
     lr: float = HfArg(default=2e-3, help="peak learning rate")
@@ -58,8 +64,9 @@ class RunArguments:
     def __post_init__(self) -> None:
         check_at_least(
             self,
-            {"gap_worker": 0, "exchange_timeout": 0, "accumulation": 1, "threads": 1, "keep_checkpoints": 1}
-            | {"save_every": 1, "log_every": 1, "warmup_steps": 0, "seed": 0, "hidden_distillation": 0},
+            {"gap_worker": 0, "exchange_timeout": 0, "limit": 1, "accumulation": 1, "threads": 1}
+            | {"keep_checkpoints": 1, "save_every": 1, "log_every": 1, "warmup_steps": 0, "seed": 0}
+            | {"hidden_distillation": 0},
         )
         check_fraction(self, ["label_smoothing", "distillation"])
         if not 0 < self.temperature < math.inf:

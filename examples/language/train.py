@@ -42,16 +42,11 @@ class Arguments(arguments.RunArguments):
     """Train a sparse language model by grow-and-prune."""
 
     dataset: str | None = HfArg(default=None, help="folder, file or hub name; default: Python's own documentation")
-    dataset_config: str | None = HfArg(default=None, help="configuration of a hub dataset")
     text_column: str = HfArg(default="text", help="of the documents; translation.en: a field of a column")
-    train_split: str = HfArg(default="train", help="split to train on")
     validation_split: str = HfArg(default="validation", help="split of the loss after every epoch")
     test_split: str = HfArg(default="test", help="split to score")
-    limit: int | None = HfArg(default=None, help="use N documents of every split only")
 
     preset: str = HfArg(default="gpt2_tiny", help="size of a fresh model: a file of examples/language/models")
-    model_name: str | None = HfArg(default=None, help="pretrained model to make sparse instead: folder or hub name")
-    trust_remote_code: bool = HfArg(default=False, help="run code that comes with the pretrained model")
     vocab_size: int = HfArg(default=8000, help="of the byte-level BPE of a fresh model")
     dropout: float = HfArg(default=0.0, help="of a fresh model, everywhere")
     context: int = HfArg(default=256, help="tokens of a row")
@@ -66,7 +61,7 @@ class Arguments(arguments.RunArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        arguments.check_at_least(self, {"limit": 1, "context": 2, "batch_size": 1, "weight_decay": 0})
+        arguments.check_at_least(self, {"context": 2, "batch_size": 1, "weight_decay": 0})
         arguments.check_fraction(self, ["dropout"])
 
 

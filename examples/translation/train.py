@@ -44,17 +44,12 @@ class Arguments(arguments.RunArguments):
     """Train a sparse translation Transformer by grow-and-prune."""
 
     dataset: str | None = HfArg(default=None, help="folder, file or hub name; default: the shipped corpus")
-    dataset_config: str | None = HfArg(default=None, help="configuration of a hub dataset, e.g. de-en")
     source_lang: str = HfArg(default="en", help="language to translate from")
     target_lang: str = HfArg(default="de", help="language to translate into")
-    train_split: str = HfArg(default="train", help="split to train on")
     validation_split: str = HfArg(default="validation", help="split of the loss after every epoch")
     test_split: str = HfArg(default="test", help="split to score")
-    limit: int | None = HfArg(default=None, help="use the first N rows of every split only")
 
     preset: Literal["tiny", "small", "base", "big"] = HfArg(default="tiny", help="size of a fresh model")
-    model_name: str | None = HfArg(default=None, help="pretrained model to train sparse instead: folder or hub name")
-    trust_remote_code: bool = HfArg(default=False, help="run code that comes with the pretrained model")
     vocab_size: int = HfArg(default=6000, help="of the joint BPE of a fresh model")
     dropout: float = HfArg(default=0.1, help="of a fresh model, everywhere")
     max_length: int = HfArg(default=256, help="leave out longer pairs, in tokens")
@@ -68,7 +63,7 @@ class Arguments(arguments.RunArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        arguments.check_at_least(self, {"max_length": 1, "batch_tokens": 1, "beams": 1, "samples": 0, "limit": 1})
+        arguments.check_at_least(self, {"max_length": 1, "batch_tokens": 1, "beams": 1, "samples": 0})
         arguments.check_fraction(self, ["dropout"])
 
 

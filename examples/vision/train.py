@@ -51,20 +51,15 @@ class Arguments(arguments.RunArguments):
     """Train a sparse image classifier by grow-and-prune."""
 
     dataset: str | None = HfArg(default=None, help="folder, parquet file or hub name; default: drawn pictures")
-    dataset_config: str | None = HfArg(default=None, help="configuration of a hub dataset")
     image_column: str = HfArg(default="image", help="of parquet files and hub datasets")
     label_column: str = HfArg(default="label", help="of parquet files and hub datasets")
-    train_split: str = HfArg(default="train", help="split to train on")
     validation_split: str = HfArg(default="validation", help="split of the accuracy between epochs")
     test_split: str | None = HfArg(default=None, help="split to score; default: the validation split, as for ImageNet")
-    limit: int | None = HfArg(default=None, help="use N rows of every split only")
     skip_damaged: bool = HfArg(default=False, help="leave out pictures that cannot be decoded, and count them")
 
     preset: Literal["resnet50", "resnet18", "resnet50_small", "resnet18_small", "resnet20_small"] = HfArg(
         default="resnet50", help="fresh model; _small: for images of about 32 pixels"
     )
-    model_name: str | None = HfArg(default=None, help="pretrained model to make sparse instead: folder or hub name")
-    trust_remote_code: bool = HfArg(default=False, help="run code that comes with the pretrained model")
     sync_batchnorm: bool = HfArg(default=False, help="BatchNorm over the batch of all ranks instead of each one's")
     channels_last: bool = HfArg(
         default=False, help="memory format of the activations; faster convolutions on most GPUs"
@@ -90,7 +85,7 @@ class Arguments(arguments.RunArguments):
         super().__post_init__()
         arguments.check_at_least(
             self,
-            {"limit": 1, "image_size": 1, "workers": 0, "batch_size": 1, "jitter": 0, "mixup": 0, "weight_decay": 0}
+            {"image_size": 1, "workers": 0, "batch_size": 1, "jitter": 0, "mixup": 0, "weight_decay": 0}
             | {"statistics_batches": 0, "validate_every": 0},
         )
         arguments.check_fraction(self, ["momentum", "ema"])

@@ -3,6 +3,7 @@
     callback     `GaPCallback`, for Trainer, Seq2SeqTrainer and what derives from them
     accelerator  `prepare`, for a loop with Accelerate
     adapters     `mask_adapters` and `merge`: low-rank updates that keep the zeros of their base
+    axolotl      `GaPPlugin`: the callback by axolotl's config; imported by axolotl alone
     wrapped      what the first two have in common
 
 Read `callback` first.

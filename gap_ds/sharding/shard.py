@@ -87,6 +87,12 @@ class Shard:
         """Return the shard of flatten(parameter)[start : start + numel]."""
         return cls(name, shape, Box.span(start, numel, math.prod(shape)), offset, owner, trainable, copies)
 
+    @classmethod
+    def of_frozen(cls, name: str, parameter: Tensor, rank: int) -> Shard:
+        """Return the shard of a frozen parameter that all ranks of a group hold whole; rank 0 of them counts it."""
+        found = cls.of_range(name, tuple(parameter.shape), 0, parameter.numel(), 0, lambda: parameter, trainable=False)
+        return replace(found, counted=rank == 0)
+
     @property
     def numel(self) -> int:
         """Weights of this rank's piece."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from launch import run_workers
+from parity import result
 from safetensors.torch import load_file
 from table_rows import marked, needed
 
@@ -52,12 +53,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
     (out / "rows.json").write_text(json.dumps([BY_NAME[name] for name in needed(request, "name")]))
     run_workers("worker_hf.py", 2, out)
     return out
-
-
-def result(out: Path, name: str, rank: int = 0) -> dict[str, Any]:
-    found = torch.load(out / f"{name}.{rank}.pt", weights_only=False)
-    assert "error" not in found, found["error"]
-    return found
 
 
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import worker_wrappers as worker
 from launch import run_workers
+from parity import result
 from safetensors.torch import load_file
 from table_rows import marked, needed
 
@@ -25,12 +25,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
     names = [name for name in needed(request, "name") if installed or name not in LIGHTNING]
     run_workers("worker_wrappers.py", 2, out, "ddp", *names)
     return out
-
-
-def result(out: Path, name: str) -> dict[str, Any]:
-    found: dict[str, Any] = torch.load(out / f"{name}.0.pt", weights_only=False)
-    assert "error" not in found, found["error"]
-    return found
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -51,3 +45,9 @@ def test_it_trains_as_without_the_wrapper(trained: Path, name: str) -> None:
 
 def test_what_it_does_not_wrap_is_named(trained: Path) -> None:
     assert "in its attribute strategy_model.0, and parameters beside it" in result(trained, "beside")["refused"]
+
+
+def test_a_wrapped_body_with_a_tied_head_beside_it_is_no_wrapper(trained: Path) -> None:
+    """Its body has all parameters, and its forward pass is more than the body's."""
+    found = result(trained, "tied")
+    assert found["itself"] and found["body"] and "in its attribute body" in found["refused"]

@@ -11,6 +11,7 @@ import parity
 import pytest
 import torch
 from launch import run_workers
+from parity import result
 from safetensors.torch import load_file
 from table_rows import marked, needed
 
@@ -81,12 +82,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
     (out / "rows.json").write_text(json.dumps([BY_NAME[name] for name in needed(request, "name")]))
     run_workers("worker_zero.py", 2, out)
     return out
-
-
-def result(out: Path, name: str, rank: int = 0) -> dict[str, Any]:
-    found = torch.load(out / f"{name}.{rank}.pt", weights_only=False)
-    assert "error" not in found, found["error"]
-    return found
 
 
 def reference(out: Path, name: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 from gap_ds import GaPEngine
+from gap_ds.sharding.backends import held_by
 
 warnings.filterwarnings("ignore")
 
@@ -178,10 +179,33 @@ def beside(out: Path) -> dict[str, Any]:
     return {}
 
 
+class Tied(nn.Module):
+    """A wrapped body with an embedding, and a head with the embedding's weight: all parameters are in the body."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        embedding = nn.Embedding(5, toy.WIDTH)
+        self.body = DistributedDataParallel(nn.Sequential(embedding, build()))
+        self.head = nn.Linear(toy.WIDTH, 5, bias=False)
+        self.head.weight = embedding.weight
+
+
+def tied(out: Path) -> dict[str, Any]:
+    model = Tied()
+    assert {id(p) for p in model.body.parameters()} == {id(p) for p in model.parameters()}
+    result: dict[str, Any] = {"itself": held_by(model) is model, "body": held_by(Once(model.body)) is model.body}
+    try:
+        GaPEngine(model, GAP, optimizer=adam(model))
+    except ValueError as error:
+        result["refused"] = str(error)
+    return result
+
+
 def main(out: Path, names: list[str]) -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
-    works = {name: functools.partial(run, name, out) for name in names} | {"beside": functools.partial(beside, out)}
+    works: dict[str, Any] = {name: functools.partial(run, name, out) for name in names}
+    works |= {name: functools.partial(refuse, out) for name, refuse in (("beside", beside), ("tied", tied))}
     observe.work_through(out, works)
 
 

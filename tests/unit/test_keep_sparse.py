@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
 
@@ -19,7 +20,6 @@ from gap_ds import GaPConfig
 from gap_ds.hf import GaPCallback
 
 pytestmark = pytest.mark.full
-trl = pytest.importorskip("trl", reason="trl is not installed: pip install trl")
 
 TEXTS = ["a small dog runs in the park", "two men sit on a bench", "a woman reads a book at home"] * 4
 HELD = GaPConfig(method="static", mask_init="from_weights", phase_steps=1, rounds=0, finetune_steps=4)
@@ -40,6 +40,7 @@ def sparse(tokenizer: Any, folder: Path) -> Any:
 
 @pytest.mark.parametrize("kind", ["SFT", "DPO"])
 def test_the_trainers_of_trl(kind: str, tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl", reason="trl is not installed: pip install trl")
     tokenizer = bpe.train(TEXTS, 300, end=False)
     model = sparse(tokenizer, tmp_path / "sparse")
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
@@ -63,4 +64,41 @@ def test_the_trainers_of_trl(kind: str, tmp_path: Path) -> None:
     assert callback.engine is not None and callback.engine.applied_steps == 6
     for entry in callback.engine.plan.entries:
         now = trainer.model.get_parameter(entry.name)
+        assert not now[before[entry.name] == 0].any() and not torch.equal(now, before[entry.name])
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_the_plugin_of_axolotl(named: bool, tmp_path: Path) -> None:
+    """As axolotl loads it: by name, its settings among its own, its callback for a trainer that was made."""
+    pytest.importorskip("axolotl", reason="axolotl is not installed: pip install axolotl")
+    from axolotl.integrations.base import PluginManager
+    from axolotl.integrations.config import merge_input_args
+    from axolotl.utils.dict import DictDefault
+
+    manager = PluginManager.get_instance()
+    manager.plugins.clear()
+    manager.register("gap_ds.hf.axolotl.GaPPlugin")
+    _, settings = merge_input_args()
+    gap: Any = HELD.model_dump(exclude_defaults=True)
+    if named:
+        (tmp_path / "held.json").write_text(json.dumps(gap))
+        gap = str(tmp_path / "held.json")
+    given = {"base_model": "sparse", "micro_batch_size": 2, "gradient_accumulation_steps": 1, "learning_rate": 1e-2}
+    given |= {"datasets": [{"path": "rows.jsonl", "type": "completion"}], "gap": gap}
+    cfg = DictDefault(settings(**given).model_dump(exclude_none=True))
+    with pytest.raises(ValueError, match=r'sparsity=2.0: .*Set "sparsity"'):
+        settings(**given | {"gap": {"sparsity": 2.0}})
+
+    model = sparse(bpe.train(TEXTS, 300, end=False), tmp_path / "sparse")
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    options: dict[str, Any] = {"max_steps": 4, "learning_rate": 1e-2, "report_to": "none", "use_cpu": True}
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(200, (8, 6))]
+    args = TrainingArguments(str(tmp_path / "out"), save_strategy="no", disable_tqdm=True, **options)
+    trainer = Trainer(model, args, train_dataset=rows)
+    (callback,) = manager.add_callbacks_post_trainer(cfg, trainer)
+    trainer.add_callback(callback)
+    trainer.train()
+    assert callback.engine is not None and callback.engine.applied_steps == 4
+    for entry in callback.engine.plan.entries:
+        now = model.get_parameter(entry.name)
         assert not now[before[entry.name] == 0].any() and not torch.equal(now, before[entry.name])

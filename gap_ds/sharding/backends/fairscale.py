@@ -124,12 +124,11 @@ def _oss(model: Any, training: Training) -> Backend:
 
 
 def _owned(name: str, parameter: nn.Parameter, oss: Any) -> Shard:
-    """The whole parameter on the rank that updates it, nothing on the others."""
-    mine = not parameter.requires_grad or oss._param_to_rank.get(parameter, oss.rank) == oss.rank
-    numel = parameter.numel() if mine else 0
-    return Shard.of_range(
-        name, tuple(parameter.shape), 0, numel, 0, lambda: parameter, trainable=parameter.requires_grad
-    )
+    """The whole parameter on the rank that updates it, nothing on the others; what is frozen, whole on all."""
+    if not parameter.requires_grad:
+        return Shard.of_frozen(name, parameter, oss.rank)
+    numel = parameter.numel() if oss._param_to_rank.get(parameter, oss.rank) == oss.rank else 0
+    return Shard.of_range(name, tuple(parameter.shape), 0, numel, 0, lambda: parameter)
 
 
 # -- FullyShardedDataParallel ------------------------------------------------------------------------------------------

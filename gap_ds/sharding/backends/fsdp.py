@@ -80,8 +80,8 @@ def _backend(name: str, model: nn.Module, root: nn.Module, training: Training, l
     )
 
 
-def _unsharded(name: str, parameter: Tensor) -> Shard:
-    """A parameter that FSDP was told to ignore: whole on every rank.
+def _unsharded(name: str, parameter: Tensor, rank: int) -> Shard:
+    """A parameter that FSDP was told to ignore: whole on every rank, and counted on rank 0.
 
     Raises:
         ValueError: it is trained, so that the ranks' copies would drift apart.
@@ -91,7 +91,7 @@ def _unsharded(name: str, parameter: Tensor) -> Shard:
             f"{name}: is trained but not sharded (FSDP was told to ignore it), so its gradients are not reduced over "
             "the ranks. Freeze it, or let FSDP shard it."
         )
-    return Shard.of_range(name, tuple(parameter.shape), 0, parameter.numel(), 0, lambda: parameter, trainable=False)
+    return Shard.of_frozen(name, parameter, rank)
 
 
 # -- FSDP2 -------------------------------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ def _fsdp2(model: nn.Module, root: FSDPModule, training: Training) -> Backend:
 
 
 def _shard(name: str, parameter: nn.Parameter) -> Shard:
-    return shard_of(name, parameter) if isinstance(parameter, DTensor) else _unsharded(name, parameter)
+    return shard_of(name, parameter) if isinstance(parameter, DTensor) else _unsharded(name, parameter, 0)
 
 
 def _one_comm(groups: dict[tuple[int, ...], tuple[str, dist.ProcessGroup]], world: Comm) -> Comm:
@@ -156,9 +156,10 @@ def _fsdp1(model: nn.Module, root: FullyShardedDataParallel, training: Training)
                 handle.reshard(free_unsharded_flat_param=True)
 
     def shards() -> list[Shard]:
-        return list(_flat_pieces(root))
+        return list(_flat_pieces(root, comm))
 
     reshard()
+    comm = _handle_comm(root, training.world)
     loop = Loop(training, optimizers, sync=NoSync(root), clip=root.clip_grad_norm_)
     return _backend(
         "fsdp1",
@@ -167,7 +168,7 @@ def _fsdp1(model: nn.Module, root: FullyShardedDataParallel, training: Training)
         training,
         loop,
         module=root.module,
-        comm=_handle_comm(root, training.world),
+        comm=comm,
         shards=shards,
         publish=reshard,
     )
@@ -220,7 +221,7 @@ def _handle_comm(root: FullyShardedDataParallel, world: Comm) -> Comm:
     return _one_comm(groups, world)
 
 
-def _flat_pieces(root: FullyShardedDataParallel) -> Iterator[Shard]:
+def _flat_pieces(root: FullyShardedDataParallel, comm: Comm) -> Iterator[Shard]:
     """This rank's piece of every parameter, as each flat parameter's own records have it."""
     modules = {id(module): clean_name(name) for name, module in root.named_modules()}
     sharded: set[int] = set()
@@ -244,7 +245,7 @@ def _flat_pieces(root: FullyShardedDataParallel) -> Iterator[Shard]:
             )
     for name, parameter in root.named_parameters():
         if id(parameter) not in sharded:
-            yield _unsharded(clean_name(name), parameter)
+            yield _unsharded(clean_name(name), parameter, comm.rank)
 
 
 def _always(tensor: Tensor) -> Callable[[], Tensor]:

@@ -74,7 +74,7 @@ def build(engine: Any, training: Training) -> Backend:
     trained = {p for p in module.parameters() if p.requires_grad}
 
     def shards() -> list[Shard]:
-        return [shard(name, p, place, p in trained, cut_at) for name, p in module.named_parameters()]
+        return [shard(name, p, place, p in trained, comm.rank, cut_at) for name, p in module.named_parameters()]
 
     spread = Layout(comm, shards, False)
     if engine.mp_world_size > 1:

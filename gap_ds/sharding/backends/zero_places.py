@@ -32,12 +32,14 @@ Place = tuple[int, int, int, Callable[[], Tensor]]
 Places = Callable[[nn.Parameter], Place]
 
 
-def shard(name: str, parameter: Any, place: Places, trained: bool, cut_at: int) -> Shard:
-    """This rank's piece of a parameter; `cut_at` is the rank's number among those of tensor parallelism."""
+def shard(name: str, parameter: Any, place: Places, trained: bool, rank: int, cut_at: int) -> Shard:
+    """This rank's piece of a parameter; `rank` among those that share it, `cut_at` those of tensor parallelism."""
     name = clean_name(name)
     if not trained:
         start, numel, offset, owner = _untrained_place(parameter)
-        return Shard(name, *_box(name, parameter, start, numel, cut_at), offset, owner, trainable=False)
+        counted = rank == 0 or hasattr(parameter, "ds_tensor")  # whole on all ranks, but in stage 3
+        box = _box(name, parameter, start, numel, cut_at)
+        return Shard(name, *box, offset, owner, trainable=False, counted=counted)
     try:
         start, numel, offset, owner = place(parameter)
     except (AttributeError, KeyError):
