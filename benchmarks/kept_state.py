@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["base", "llama"], choices=("tiny", "base", "llama"))
     parser.add_argument("--backends", nargs="+", default=["zero2", "zero3", "fsdp2"])
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.8, 0.9])
+    parser.add_argument("--optimizers", nargs="+", default=["torch", "gap_ds"], choices=("torch", "gap_ds"))
     parser.add_argument("--finetune", type=int, default=2, help="length of the fine-tuning, in phases")
     parser.add_argument("--weights", nargs="+", type=int, default=[20 * MILLION, 200 * MILLION])
     parser.add_argument("--rounds", type=int, default=25)
@@ -63,7 +64,10 @@ def main() -> None:
     for model in args.models if "memory" in args.only else ():
         for backend in args.backends:
             for sparsity in args.sparsities:
-                kinds = ("torch", "gap_ds") if sparsity == args.sparsities[-1] else ("gap_ds",)
+                # Whole state does not depend on the sparsity.
+                kinds = [kind for kind in args.optimizers if kind == "gap_ds" or sparsity == args.sparsities[-1]]
+                if not kinds:
+                    continue
                 rows = [measure.on_ranks(2, memory, model, backend, sparsity, kind, args.finetune)[0] for kind in kinds]
                 measure.add("kept_state", rows, args.out, NOTE, KEY, measure.command())
                 wrong += [row for row in rows if max(off(row)) > LARGEST_ERROR]
