@@ -4,7 +4,8 @@
 
 Runs the other benchmarks on the first GPU and writes all their rows to gpu.json, after each of them. Needs wheels of
 torch with CUDA, transformers, datasets, rich and sacrebleu, and deepspeed for its rows. Only Triton's kernel is
-compiled. gpu.json names the benchmarks that fail. Without a GPU it ends with a message.
+compiled. gpu.json names the benchmarks that fail. Without a GPU it ends with a message, unless `--quick` asks for all
+of them at their size for tests: the same scripts, on the device that there is.
 """
 
 from __future__ import annotations
@@ -24,11 +25,14 @@ import torch
 STEPS = ["--tokens", "4096", "--seconds", "8", "--pairs", "20", "200"]
 #: (script, its options). Those with an aim come first.
 RUNS = [
+    ("device", []),
     ("masks", ["--weights", "1000000", "20000000", "176160768", "--rounds", "10"]),
     ("overhead", ["--presets", "big", "small", "base", "--backends", "plain", *STEPS]),
     ("boundary", ["--ranks", "1", "--weights", "20000000", "58720256", "176160768", "--rounds", "20"]),
     ("overhead", ["--presets", "base", "--backends", "zero2", "zero3", "fsdp2", "--ranks", "1", *STEPS]),
     ("peers", ["--preset", "big", "--tokens", "4096", "--rounds", "20"]),
+    ("hook", ["--rows", "plain", "--entries", "560", "1000", "--steps", "20", "--boundaries", "2"]),
+    ("kept_state", ["--only", "time", "--weights", "20000000", "--rounds", "20"]),
     ("memory", ["--preset", "big", "--backends", "plain", "--repeats", "1"]),
     ("throughput", ["--preset", "base", "--tokens", "2048", "--steps", "60"]),
     ("profile_paths", ["--preset", "big", "--tokens", "4096"]),
@@ -42,7 +46,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds; later benchmarks are left out")
     parser.add_argument("--out", type=Path, default=measure.RESULTS)
+    parser.add_argument("--quick", action="store_true", help="sizes for tests, also without a GPU")
     args = parser.parse_args()
+    if args.quick:
+        return run([(script, [*words, "--quick"]) for script, words in RUNS], args.limit, args.out)
     if not torch.cuda.is_available():
         print("no CUDA device: the GPU benchmarks need one. `make bench` runs those for a CPU.", file=sys.stderr)
         return 2

@@ -175,8 +175,8 @@ def compared(times: Mapping[str, Sequence[float]], base: str) -> dict[str, dict[
     return rows
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return the 95 % confidence interval of the median, by order statistics, for any distribution.
+def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """Return the confidence interval of the median, by order statistics, for any distribution.
 
     The whole range for fewer than 6 values.
 
@@ -188,9 +188,14 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     n, ordered = len(values), sorted(values)
     # P(fewer than k of n values below the median), as for a fair coin; the largest k with at most 2.5 % on each side.
     total, k = 0.0, 0
-    while k < n // 2 and (total := total + math.comb(n, k) / 2**n) <= 0.025:
+    while k < n // 2 and (total := total + _coin(n, k)) <= (1 - level) / 2:
         k += 1
     return ordered[max(0, k - 1)], ordered[n - max(1, k)]
+
+
+def _coin(n: int, k: int) -> float:
+    """Return the probability of k heads in n throws of a fair coin."""
+    return math.exp(math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2))
 
 
 def on_ranks(ranks: int, work: Callable[..., list[dict[str, Any]]], *arguments: Any) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/overhead.py
     OMP_NUM_THREADS=1 python benchmarks/overhead.py --presets base --backends zero2 zero3
+    OMP_NUM_THREADS=1 python benchmarks/overhead.py --presets tiny --decide --seconds 120
 
 Every row has fresh processes. Two copies of a model take turns on the same batches, A bare and B inside a GaPEngine, in
 the order A B B A. `ratio` is the median ratio of neighbouring steps, `interval` its 95 % confidence interval,
@@ -10,6 +11,10 @@ guard, counting). It scatters far less than whole steps, but excludes the effect
 steps have no boundary. Six boundaries are timed separately, from the end of a step until the next one can begin
 (`boundary_ms`), also in steps with the engine (`boundary_steps`). fairscale uses CUDA streams; without a GPU the tests'
 stand-in replaces them. `--quick` is a size for tests.
+
+With `--decide` steps are timed until the CPU time of rank 0 decides if the ratio is at most 1.01: until its interval
+lies on one side, or --seconds have passed. The interval is looked at four times at most, after ever twice as many
+pairs, and holds at 99 % each time, so that a wrong decision is below 4 %.
 """
 
 from __future__ import annotations
@@ -44,6 +49,8 @@ from gap_ds import GaPEngine
 BACKENDS = ("plain", "ddp", "fsdp1", "fsdp2", "fairscale", "zero0", "zero1", "zero2", "zero3")
 #: Default rows.
 ROWS = {"small": BACKENDS, "base": ("plain", "fsdp2", "zero2", "zero3")}
+#: The aim for the ratio, and how often and at which level `--decide` looks at it.
+AIM, LOOKS, LEVEL = 1.01, 4, 0.99
 KEY = ("preset", "backend", "ranks", "tokens", "dtype")
 NOTE = "ratio: of neighbouring steps with the engine and without, median; interval: of that median, at 95 %"
 VOCABULARY = 6000
@@ -59,6 +66,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--seconds", type=float, default=20, help="of timed steps for each row")
     parser.add_argument("--pairs", type=int, nargs=2, default=[20, 200], help="fewest and most timed pairs of steps")
+    parser.add_argument("--decide", action="store_true", help="go on until CPU time decides about the aim")
     parser.add_argument("--boundaries", type=int, default=6, help="timed apart; a multiple of 3")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -69,7 +77,7 @@ def main() -> None:
         args.backends = args.backends or ["plain"]
     failed = []
     for preset in args.presets:
-        for backend in args.backends or ROWS.get(preset, ("plain",)):
+        for backend in args.backends or (BACKENDS if args.decide else ROWS.get(preset, ("plain",))):
             row = argparse.Namespace(**vars(args) | {"preset": preset, "backend": backend})
             row.ranks = 1 if backend == "plain" else args.ranks
             try:
@@ -96,6 +104,7 @@ def command(args: argparse.Namespace) -> str:
     """Return the command line of this row."""
     words = ["--presets", args.preset, "--backends", args.backend, "--ranks", args.ranks, "--sparsity", args.sparsity]
     words += ["--tokens", args.tokens, "--dtype", args.dtype, "--seconds", args.seconds, "--pairs", *args.pairs]
+    words += ["--decide"] if args.decide else []
     return "python benchmarks/overhead.py " + " ".join(map(str, [*words, "--boundaries", args.boundaries]))
 
 
@@ -112,8 +121,10 @@ def one(args: argparse.Namespace) -> None:
     if device.type == "cpu":
         own = own_seconds(engine)
     warm = measure.in_turns(works, min(4, args.pairs[0]), barrier)
-    pairs = agreed_pairs(args, sum(map(statistics.median, warm.values())), device)
-    times = measure.in_turns(works, pairs, barrier, measure.both_seconds)
+    pair = sum(map(statistics.median, warm.values()))
+    times = until_decided(args, works, barrier, pair, device) if args.decide else None
+    pairs = len(times["bare"]) if times else agreed_pairs(args, pair, device)
+    times = times or measure.in_turns(works, pairs, barrier, measure.both_seconds)
     result = summary(args, times)
     if own:
         ms = 1e3 * statistics.median(own[-pairs - 1 : -1])
@@ -166,6 +177,42 @@ def agreed_pairs(args: argparse.Namespace, pair: float, device: torch.device) ->
     if dist.is_initialized():
         dist.broadcast(number, 0)
     return int(number)
+
+
+def until_decided(
+    args: argparse.Namespace,
+    works: dict[str, Callable[[], None]],
+    barrier: Callable[[], Any],
+    pair: float,
+    device: torch.device,
+) -> dict[str, list[tuple[float, float]]]:
+    """Time pairs of steps, of about `pair` seconds each, until the CPU time of rank 0 decides. Rank 0 decides."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
+    most = max(args.pairs[0], int(args.seconds / pair))
+    for look in range(LOOKS):
+        wanted = torch.tensor(max(1, most // 2 ** (LOOKS - 1 - look) - len(times["bare"])), device=device)
+        if decision(of_cpu_time(times)) != "undecided":
+            wanted.zero_()
+        if dist.is_initialized():
+            dist.broadcast(wanted, 0)
+        if not int(wanted):
+            break
+        for name, found in measure.in_turns(works, int(wanted), barrier, measure.both_seconds).items():
+            times[name] += found
+    return times
+
+
+def of_cpu_time(times: dict[str, list[tuple[float, float]]]) -> list[float]:
+    """Return the ratios of the CPU times of neighbouring steps."""
+    return [b / a for (_, a), (_, b) in zip(times["bare"], times["engine"], strict=True)]
+
+
+def decision(ratios: Sequence[float]) -> str:
+    """Return whether the median is at most the aim: "yes" or "no" if the whole interval says so, else "undecided"."""
+    if len(ratios) < 20:
+        return "undecided"
+    low, high = measure.interval(ratios, LEVEL)
+    return "yes" if high <= AIM else "no" if low > AIM else "undecided"
 
 
 def boundaries(args: argparse.Namespace, device: torch.device, batch: dict[str, Any]) -> list[float]:
@@ -284,7 +331,7 @@ def tokens(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 def summary(args: argparse.Namespace, times: dict[str, list[tuple[float, float]]]) -> dict[str, Any]:
     """Return the figures of the steps as a row."""
     wall = {name: [wall for wall, _ in values] for name, values in times.items()}
-    cpu = [b / a for (_, a), (_, b) in zip(times["bare"], times["engine"], strict=True)]
+    cpu = of_cpu_time(times)
     ratios = [b / a for a, b in zip(wall["bare"], wall["engine"], strict=True)]
     figures = measure.compared(wall, "bare")
     on_cpu = not torch.cuda.is_available()
@@ -301,8 +348,8 @@ def summary(args: argparse.Namespace, times: dict[str, list[tuple[float, float]]
         "interval": _rounded(measure.interval(ratios)),
         "quartiles": figures["engine"]["quartiles"],
         "cpu_ratio": round(statistics.median(cpu), 4) if on_cpu else None,
-        "cpu_interval": _rounded(measure.interval(cpu)) if on_cpu else None,
-    }
+        "cpu_interval": _rounded(measure.interval(cpu, LEVEL if args.decide else 0.95)) if on_cpu else None,
+    } | ({"decided": decision(cpu)} if args.decide else {})
 
 
 def _rounded(values: Sequence[float]) -> list[float]:

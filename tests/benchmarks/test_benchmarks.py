@@ -100,7 +100,7 @@ def tables(folder: Path) -> str:
 @pytest.mark.full
 def test_the_quick_ones(tmp_path: Path) -> None:
     """boundary and cuts compare their masks with those of the whole matrix."""
-    for name, result in run(tmp_path, "masks", "boundary", "looks", "hook", "peers", "kept_state").items():
+    for name, result in run(tmp_path, "device", "masks", "boundary", "looks", "hook", "peers", "kept_state").items():
         check(name, result)
         assert (tmp_path / f"{name}.md").read_text(encoding="utf-8").startswith(f"# {name}\n")
     made = [row["made"]["command"] for row in read(tmp_path / "boundary.json")["rows"]]
@@ -125,6 +125,18 @@ def test_command_lines_and_a_gpus_run_without_one(tmp_path: Path) -> None:
     text = tables(tmp_path)
     assert "not measured yet" not in text and "No figure here is from a GPU" not in text
     assert "of a copy's bandwidth" in text and "--no-such-option" in text
+
+
+@pytest.mark.slow
+def test_all_of_a_gpus_run_at_its_size_for_tests(tmp_path: Path) -> None:
+    """The same scripts with the same options, on the device that there is."""
+    python(str(BENCHMARKS / "gpu.py"), "--quick", "--limit", "1500", "--out", str(tmp_path), timeout=1600)
+    found = read(tmp_path / "gpu.json")
+    assert not found["failed"]
+    assert {"device", "masks", "overhead", "boundary", "peers", "hook", "memory", "throughput"} <= found[
+        "results"
+    ].keys()
+    assert "gap_ds.optim.AdamW and masks" in tables(tmp_path)
 
 
 @pytest.mark.full

@@ -1,31 +1,38 @@
 """Trains on a device that is not the CPU and keeps its tensors in host memory: see test_standin.py.
 
-    python placed.py BUILD
+    python placed.py BUILD [CASE...]
 
 Every operation there refuses tensors of another device. After every step bits, moments and remembered values must be
-where the weights are. The extension is built in the folder BUILD.
+where the weights are. Every run ends with the weights of the same run on the CPU. The extension is built in the folder
+BUILD.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
+import tempfile
+import traceback
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.utils import cpp_extension
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gap_ds import GaPEngine, optim
+import gap_ds.optim
+from gap_ds import GaPEngine
 from gap_ds.masks import selection
 from gap_ds.masks.box import Box
 
 SIZE, PHASES = 8, {"sparsity": 0.75, "phase_steps": 3, "finetune_steps": 2}
 CYCLIC = PHASES | {"partitions": 2, "rounds": 1}
+MOVING = PHASES | {"phase_steps": 6, "update_steps": 2}
 
 
 class Block(nn.Module):
@@ -99,10 +106,10 @@ def device() -> torch.device:
     return torch.device("standin", 0)
 
 
-def build(config: dict[str, Any], place: torch.device, kind: Any = torch.optim.Adam, **options: Any) -> GaPEngine:
+def build(config: dict[str, Any], place: torch.device, optimizer: type[torch.optim.Optimizer]) -> GaPEngine:
     torch.manual_seed(0)
     model = Model().to(place)
-    return GaPEngine(model, config, optimizer=kind(model.parameters(), lr=0.01, foreach=False), **options)
+    return GaPEngine(model, config, optimizer=optimizer(model.parameters(), **ADAM))
 
 
 def train(engine: GaPEngine, place: torch.device, steps: int) -> None:
@@ -119,7 +126,7 @@ def train(engine: GaPEngine, place: torch.device, steps: int) -> None:
 def check_places(engine: GaPEngine, place: torch.device) -> None:
     """What belongs to a weight is where it is."""
     state = engine.mask_state
-    tensors = {**state.bits, **state.last.packed, **state._gradients}
+    tensors = {**state.bits, **state.last, **state._gradients}
     tensors |= {f"{name}, young": bits for name, (bits, _) in state.young.grown.items()}
     for shard in state.shards.values():
         tensors |= {f"{shard.name}, {k}": v for k, v in engine.run.backend.optimizers.per_weight(shard).items()}
@@ -149,15 +156,73 @@ def select(weights: list[Tensor]) -> list[Tensor]:
     return selection.select_largest(pieces, [60] * len(weights), selection.Single())
 
 
+#: Runs by name: config, and the optimizer.
+ADAM: dict[str, Any] = {"lr": 0.01, "foreach": False}
+RUNS: dict[str, tuple[dict[str, Any], type[torch.optim.Optimizer]]] = {
+    "cyclic": (CYCLIC, torch.optim.Adam),
+    "last values": (CYCLIC | {"regrow": "last_value"}, torch.optim.Adam),
+    "mean moments": (CYCLIC | {"regrow_moments": "mean_second"}, torch.optim.Adam),
+    "2:4": (CYCLIC | {"sparsity": 0.5, "pattern": "2:4"}, torch.optim.Adam),
+    "blocks": (CYCLIC | {"pattern": "block:2x2"}, torch.optim.Adam),
+    "large blocks": (CYCLIC | {"pattern": "block:4x4"}, torch.optim.Adam),
+    "global": (CYCLIC | {"distribution": "global"}, torch.optim.Adam),
+    "rigl": (MOVING | {"method": "rigl"}, torch.optim.Adam),
+    "set": (MOVING | {"method": "set"}, torch.optim.Adam),
+    "granet": (MOVING | {"method": "granet"}, torch.optim.Adam),
+    "AdamW with kept state": (CYCLIC, gap_ds.optim.AdamW),
+    "AdamW with kept state, last values": (CYCLIC | {"regrow": "last_value"}, gap_ds.optim.AdamW),
+    "AdamW with kept state, rigl": (MOVING | {"method": "rigl"}, gap_ds.optim.AdamW),
+}
+
+
+def run(name: str, place: torch.device) -> None:
+    """Trains to the end, with a checkpoint in the middle; then copies and exports the model."""
+    config, optimizer = RUNS[name]
+    ends = {}
+    for here in (place, torch.device("cpu")):
+        engine = build(config, here, optimizer)
+        train(engine, here, 4)
+        with tempfile.TemporaryDirectory() as folder:
+            engine.save_checkpoint(folder, portable=True)
+            train(engine, here, 2)
+            resumed = build(config, here, optimizer)
+            resumed.load_checkpoint(folder)
+        check_places(resumed, here)
+        train(resumed, here, 2)
+        pairs = zip(engine.module.parameters(), resumed.module.parameters(), strict=True)
+        assert all(torch.equal(a.cpu(), b.cpu()) for a, b in pairs), f"{name}: the resumed run differs"
+        train(engine, here, 2)
+        average = copy.deepcopy(engine.module)
+        engine.apply_to(average)
+        assert engine.stats()["kept"] == sum(engine.mask_state.kept())
+        with tempfile.TemporaryDirectory() as folder:
+            engine.export(f"{folder}/model")
+            engine.save_masks(f"{folder}/masks")
+            engine.load_masks(f"{folder}/masks")
+            exported = safetensors.torch.load_file(f"{folder}/model/model.safetensors")
+        check_places(engine, here)
+        parameters = {f"average {k}": v.detach().cpu() for k, v in average.named_parameters()}
+        ends[here.type] = exported | parameters
+    assert ends["cpu"].keys() == ends["standin"].keys()
+    different = [key for key, value in ends["cpu"].items() if not torch.equal(value, ends["standin"][key])]
+    assert not different, f"{name}: {different} differ from those of the CPU"
+
+
 def main() -> None:
     place = device()
-    passes(place)
-    print("passes", flush=True)
-    train(build(CYCLIC, place), place, 4)  # over the first boundary
-    print("cyclic", flush=True)
-    engine = build(CYCLIC | {"regrow": "last_value"}, place, optim.AdamW)
-    train(engine, place, 4)
-    print("packed state", engine.stats()["optimizer_bytes"], flush=True)
+    if failed := [name for name in sys.argv[2:] or ["passes", *RUNS] if not works(name, place)]:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+def works(name: str, place: torch.device) -> bool:
+    """Runs a case and prints its name, or its error."""
+    try:
+        passes(place) if name == "passes" else run(name, place)
+    except Exception:
+        traceback.print_exc()
+        return False
+    print("passed:", name, flush=True)
+    return True
 
 
 if __name__ == "__main__":

@@ -36,6 +36,8 @@ C10_REGISTER_GUARD_IMPL(PrivateUse1, c10::impl::NoOpDeviceGuardImpl<DEVICE>)
 
 struct Hooks final : at::PrivateUse1HooksInterface {
     bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
+    c10::Allocator *getPinnedMemoryAllocator() const override { return c10::GetCPUAllocator(); }
+    bool isPinnedPtr(const void *) const override { return false; }
 };
 
 at::Tensor empty(c10::SymIntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,

@@ -25,6 +25,4 @@ def test_all_that_belongs_to_a_weight_is_where_it_is(tmp_path: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=1000)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-4000:]
-    assert "passes" in done.stdout and "cyclic" in done.stdout
-    # Two matrices whole, two of which 16 of 64 weights are kept, four biases; two moments, and eight counts.
-    assert f"packed state {4 * (2 * (2 * 64 + 2 * 16 + 4 * 8) + 8)}" in done.stdout
+    assert all(f"passed: {name}" in done.stdout for name in ("passes", "cyclic", "rigl", "AdamW with kept state"))
