@@ -81,7 +81,7 @@ def build(preset: str, kind: str, sparsity: float, vocab_size: int) -> tuple[Any
         if weight.dim() == 2 and (".layers." in name or ".h." in name):
             dims = (1, 0) if config.model_type == "gpt2" else (0, 1)
             keep = the_pattern.budget(weight.shape, round((1 - sparsity) * weight.numel()), dims)
-            weight.data *= the_pattern.mask(weight.detach().abs(), keep, dims)
+            weight.data.masked_fill_(~the_pattern.mask(weight.detach().abs(), keep, dims), 0.0)
             pruned.add(name)
     return model, pruned
 

@@ -55,7 +55,7 @@ def assign(
     if config.partition_assignment == "random":
         random.Random(f"assign {config.seed}").shuffle(units)
     sizes = _sizes(units, shapes)
-    if 2 * max(sizes) * kappa > 3 * sum(sizes):  # a partition would be over 1.5 times the mean
+    if max(sizes) * kappa > 2 * sum(sizes):  # a partition would be over twice the mean
         units = [part for unit, n in zip(units, sizes, strict=True) for part in _finer(unit, n * kappa > sum(sizes))]
         sizes = _sizes(units, shapes)
     groups = (

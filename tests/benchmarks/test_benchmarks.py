@@ -100,7 +100,8 @@ def tables(folder: Path) -> str:
 @pytest.mark.full
 def test_the_quick_ones(tmp_path: Path) -> None:
     """boundary and cuts compare their masks with those of the whole matrix."""
-    for name, result in run(tmp_path, "device", "masks", "boundary", "looks", "hook", "peers", "kept_state").items():
+    names = ("device", "masks", "boundary", "looks", "hook", "peers", "kept_state", "generate")
+    for name, result in run(tmp_path, *names).items():
         check(name, result)
         assert (tmp_path / f"{name}.md").read_text(encoding="utf-8").startswith(f"# {name}\n")
     made = [row["made"]["command"] for row in read(tmp_path / "boundary.json")["rows"]]

@@ -141,7 +141,7 @@ def test_mistakes(plain: Path, run: Run, here: Path, alone: None, monkeypatch: p
 @pytest.mark.full
 def test_tasks_of_lm_eval(plain: Path, here: Path, tmp_path: Path, alone: None) -> None:
     """Of a folder, so that nothing is downloaded: a word that documents have, or one that none has."""
-    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'lm-eval[hf]'")
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install '.[clients]'")
     texts = [json.loads(line)["text"] for line in (here / "train.jsonl").read_text().splitlines()][:8]
     docs = [{"text": text, "choices": [" sails", " qqqq"], "answer": 0} for text in texts]
     (tmp_path / "docs.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))

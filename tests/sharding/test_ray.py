@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from gap_ds import GaPEngine
 
 pytestmark = pytest.mark.full
-ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'ray[train]'")
+ray = pytest.importorskip("ray", reason="ray is not installed: pip install '.[clients]'")
 
 # First masks by magnitude, so that they do not depend on names.
 GAP = {"sparsity": 0.8, "partitions": 2, "phase_steps": 2, "rounds": 1, "finetune_steps": 3, "mask_init": "magnitude"}
@@ -61,7 +63,8 @@ def test_two_workers_train_as_one_process(tmp_path: Path, monkeypatch: pytest.Mo
         monkeypatch.setenv(name, "600")
     monkeypatch.setenv("RAY_agent_register_timeout_ms", "600000")
     ray.cloudpickle.register_pickle_by_value(__import__(__name__))
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir="/tmp/ray_gap_ds")
+    short = tempfile.mkdtemp()  # names of sockets have 107 bytes at most
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=short)
     try:
         run = RunConfig(storage_path=str(tmp_path / "ray"))
         settings = {"out": str(tmp_path / "sparse")}
@@ -70,6 +73,7 @@ def test_two_workers_train_as_one_process(tmp_path: Path, monkeypatch: pytest.Mo
         ).fit()
     finally:
         ray.shutdown()
+        shutil.rmtree(short, ignore_errors=True)
     wanted = train(build(), GAP, batch)
     wanted.export(tmp_path / "one")
     weights, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("sparse", "one"))

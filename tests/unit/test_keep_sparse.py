@@ -40,7 +40,7 @@ def sparse(tokenizer: Any, folder: Path) -> Any:
 
 @pytest.mark.parametrize("kind", ["SFT", "DPO"])
 def test_the_trainers_of_trl(kind: str, tmp_path: Path) -> None:
-    trl = pytest.importorskip("trl", reason="trl is not installed: pip install trl")
+    trl = pytest.importorskip("trl", reason="trl is not installed: pip install '.[clients]'")
     tokenizer = bpe.train(TEXTS, 300, end=False)
     model = sparse(tokenizer, tmp_path / "sparse")
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}

@@ -125,7 +125,7 @@ def write_gguf(gguf: Any, folder: Path, kind: Any) -> str:
 @pytest.mark.full
 @pytest.mark.parametrize("kind", ["F32", "BF16", "Q8_0"])
 def test_zeros_are_kept_through_gguf(llama: Path, kind: str) -> None:
-    gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install gguf")
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install '.[clients]'")
     file = write_gguf(gguf, llama, gguf.GGMLQuantizationType[kind])
     loaded = AutoModelForCausalLM.from_pretrained(llama, gguf_file=file, dtype=torch.float32)
     weights = tensors(llama)
@@ -139,7 +139,7 @@ def test_zeros_are_kept_through_gguf(llama: Path, kind: str) -> None:
 @pytest.mark.full
 def test_which_types_of_gguf_keep_zeros() -> None:
     """Those without an offset: in the others a block's zeros become the multiple of the scale next to its offset."""
-    gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install gguf")
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install '.[clients]'")
     torch.manual_seed(0)
     weight = torch.randn(64, 256)
     weight[torch.rand(weight.shape) < 0.9] = 0.0
