@@ -126,7 +126,7 @@ def train(engine: GaPEngine, place: torch.device, steps: int) -> None:
 def check_places(engine: GaPEngine, place: torch.device) -> None:
     """What belongs to a weight is where it is."""
     state = engine.mask_state
-    tensors = {**state.bits, **state.last, **state._gradients}
+    tensors = {**state.bits, **state.last.packed, **state._gradients}
     tensors |= {f"{name}, young": bits for name, (bits, _) in state.young.grown.items()}
     for shard in state.shards.values():
         tensors |= {f"{shard.name}, {k}": v for k, v in engine.run.backend.optimizers.per_weight(shard).items()}
