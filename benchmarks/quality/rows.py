@@ -333,9 +333,15 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "cyclic_2_rising_scaled",
+        "C-GaP, 2 partitions, rising target, 30% grown by gradient, steps / density",
+        _rising(partitions=2, rounds=5, dense=1, grow_share=0.3, **_GROWN, **_SCALED),
+        FOUR_SEEDS,
+        equal_flops=True,
+    ),
+    Row(
+        "cyclic_2_rising_kept_scaled",
         "C-GaP, 2 partitions, rising target, 30% grown by gradient, second moments kept, steps / density",
         _rising(partitions=2, rounds=5, dense=1, grow_share=0.3, **_GROWN, **_KEPT, **_SCALED),
-        FOUR_SEEDS,
         equal_flops=True,
     ),
     Row("cyclic_3_scaled", "C-GaP, 3 partitions, steps / density", _cyclic(3, **_SCALED)),
