@@ -136,7 +136,7 @@ class MaskedProduct:
         if weight.shape != product.shape:
             raise ValueError(
                 f"the base weight of an adapter has the shape {tuple(weight.shape)} in its forward pass, not "
-                f"{tuple(product.shape)}: it is spread over ranks. Train under DDP, ZeRO or FSDP2."
+                f"{tuple(product.shape)}: it is spread over ranks. Do not compile the model, or use ZeRO-2."
             )
         found: Tensor = product * (weight != 0)
         return found
