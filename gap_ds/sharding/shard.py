@@ -28,6 +28,16 @@ from gap_ds.method.names import rows_of, with_rows
 
 
 @dataclass(frozen=True, eq=False)
+class Fixed:
+    """A tensor that stays the owner for life, as FSDP2's parameters do; calling it returns the tensor."""
+
+    tensor: Tensor
+
+    def __call__(self) -> Tensor:
+        return self.tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Slot:
     """A tensor that a dict holds, as a module its parameters; calling it looks it up, None if it is gone."""
 
