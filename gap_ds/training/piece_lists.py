@@ -3,7 +3,7 @@
 Libraries and users replace tensors between steps: parameters, their `data`, flat buffers, an optimizer's groups. So
 nothing is taken on trust. A list holds while asking afresh would make the same one: the same owners of the entries, the
 same masks, and the same addresses and dtypes of all tensors. To check that is two calls into PyTorch for each tensor
-(`gap_ds.masks.same`); to make a list takes fifty times as long, and on a GPU a copy to the device.
+(`gap_ds.masks.same`); to make a list takes many times as long, and on a GPU a copy to the device.
 
 E entries. A step of a sharding library may update a few of them: there is one list for each such part.
 """
