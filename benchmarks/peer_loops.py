@@ -8,7 +8,7 @@ Each loop trains the example's model with the same AdamW. Packages are used by t
     modelopt, 2:4      ModelOpt's sparsify, mode sparse_magnitude: a fixed 2:4 boolean mask, in every forward pass
 
 `equivalent of rigl` is written here for the comparison: boolean masks on the weights after every step, and updates that
-sort whole tensors, as in rigl-torch. It is not that package, which needs a version of torch from 2020.
+sort whole tensors, as in rigl-torch. It is not that package, whose last release is from 2020.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from gap_ds.masks.box import Box, covers
 from gap_ds.method.plan import clean_name
 from gap_ds.sharding.comm import Apart, Comm, boxes_of
-from gap_ds.sharding.shard import Shard
+from gap_ds.sharding.shard import Fixed, Shard
 
 #: Groups made here, by their ranks: libraries free none, and a run may build several engines.
 _GROUPS: dict[tuple[int, ...], dist.ProcessGroup] = {}
@@ -55,7 +55,7 @@ def shard_of(name: str, parameter: DTensor, owner: Callable[[], Tensor] | None =
         )
     size, offset = compute_local_shape_and_global_offset(shape, parameter.device_mesh, parameter.placements)
     box = Box.of(shape, offset, size) if offset else Box.span(0, 0, parameter.numel())
-    return Shard(name, shape, box, 0, owner or (lambda: parameter), trainable=parameter.requires_grad)
+    return Shard(name, shape, box, 0, owner or Fixed(parameter), trainable=parameter.requires_grad)
 
 
 @torch.no_grad()

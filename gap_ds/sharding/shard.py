@@ -28,6 +28,16 @@ from gap_ds.method.names import rows_of, with_rows
 
 
 @dataclass(frozen=True, eq=False)
+class Fixed:
+    """A tensor that stays the owner for life, as FSDP2's parameters do; calling it returns the tensor."""
+
+    tensor: Tensor
+
+    def __call__(self) -> Tensor:
+        return self.tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Slot:
     """A tensor that a dict holds, as a module its parameters; calling it looks it up, None if it is gone."""
 
@@ -90,7 +100,7 @@ class Shard:
     @classmethod
     def of_frozen(cls, name: str, parameter: Tensor, rank: int) -> Shard:
         """Return the shard of a frozen parameter that all ranks of a group hold whole; rank 0 of them counts it."""
-        found = cls.of_range(name, tuple(parameter.shape), 0, parameter.numel(), 0, lambda: parameter, trainable=False)
+        found = cls.of_range(name, tuple(parameter.shape), 0, parameter.numel(), 0, Fixed(parameter), trainable=False)
         return replace(found, counted=rank == 0)
 
     @property

@@ -3,7 +3,7 @@
 Libraries and users replace tensors between steps: parameters, their `data`, flat buffers, an optimizer's groups. So
 nothing is taken on trust. A list holds while asking afresh would make the same one: the same owners of the entries, the
 same masks, and the same addresses and dtypes of all tensors. To check that is two calls into PyTorch for each tensor
-(`gap_ds.masks.same`); to make a list takes fifty times as long, and on a GPU a copy to the device.
+(`gap_ds.masks.same`); to make a list takes many times as long, and on a GPU a copy to the device.
 
 E entries. A step of a sharding library may update a few of them: there is one list for each such part.
 """
@@ -20,7 +20,7 @@ from gap_ds.masks import bitmask
 from gap_ds.masks.local import local, locals_of
 from gap_ds.masks.same import Places, same_items, same_slots, same_values
 from gap_ds.sharding.optimizers import Optimizers
-from gap_ds.sharding.shard import Item, Shard, Slot
+from gap_ds.sharding.shard import Fixed, Item, Shard, Slot
 
 T = TypeVar("T")
 Pieces = list[tuple[Tensor, Tensor]]
@@ -41,7 +41,7 @@ class Owners:
         self._holders, self._names = [slot.holder for slot in slots], [slot.name for slot in slots]
         self._held = [slot() for slot in slots]
         self._lists = [(of, [*of()]) for of in {id(ask.of): ask.of for ask in asks if isinstance(ask, Item)}.values()]
-        self._others = [(ask, ask()) for ask in asks if not isinstance(ask, Slot | Item)]
+        self._others = [(ask, ask()) for ask in asks if not isinstance(ask, Slot | Item | Fixed)]
 
     def same(self) -> bool:
         """True if all lookups find the same tensors now."""

@@ -11,20 +11,20 @@ supported for those who still train with it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from gap_ds.method.plan import clean_name
 from gap_ds.sharding.backends import Backend, Training, uncompiled
 from gap_ds.sharding.backends.plain import Loop, NoSync, require_world
 from gap_ds.sharding.comm import Comm
 from gap_ds.sharding.optimizers import Optimizers
-from gap_ds.sharding.shard import Shard
+from gap_ds.sharding.shard import Fixed, Shard
 
 
 def recognises(model: nn.Module) -> bool:
@@ -216,15 +216,10 @@ def _flat_pieces(root: nn.Module, units: list[Any], comm: Comm) -> Iterator[Shar
                     lo - begin,
                     numel,
                     lo - first if numel else 0,
-                    _always(owner),
+                    Fixed(owner),  # for life; only what its `data` points at changes
                     owner.requires_grad,
                 )
                 begin += shape.numel()
-
-
-def _always(tensor: Tensor) -> Callable[[], Tensor]:
-    """fairscale keeps its parameter objects for life; only what their `data` points at changes."""
-    return lambda: tensor
 
 
 # -- checkpoint --------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from gap_ds.sharding.backends import Backend, Training, uncompiled
 from gap_ds.sharding.backends.plain import DISTRIBUTED, Loop, NoSync, load_state, require_world, save_state
 from gap_ds.sharding.comm import Comm
 from gap_ds.sharding.mesh import Layout, shard_of
-from gap_ds.sharding.shard import Shard
+from gap_ds.sharding.shard import Fixed, Shard
 
 
 def recognises(model: nn.Module) -> bool:
@@ -240,14 +240,9 @@ def _flat_pieces(root: FullyShardedDataParallel, comm: Comm) -> Iterator[Shard]:
                 start=piece.intra_param_start_idx or 0,
                 numel=piece.numel_in_shard or 0,
                 offset=0 if original else piece.offset_in_shard or 0,
-                owner=_always(parameter),
+                owner=Fixed(parameter),  # for life; only what its `data` points at changes
                 trainable=parameter.requires_grad,
             )
     for name, parameter in root.named_parameters():
         if id(parameter) not in sharded:
             yield _unsharded(clean_name(name), parameter, comm.rank)
-
-
-def _always(tensor: Tensor) -> Callable[[], Tensor]:
-    """FSDP1 keeps its parameter objects for life; only what their `data` points at changes."""
-    return lambda: tensor
