@@ -18,6 +18,11 @@ from gap_ds.method.plan import Plan, clean_name
 from gap_ds.sharding.comm import Comm, raise_on_all_ranks, sum_of
 from gap_ds.sharding.shard import Shard
 
+_REDUCE = (
+    "Gradients must be reduced over all ranks before every step: wrap the model by DistributedDataParallel, and do not "
+    "average weights now and then (local SGD) or keep other experts on every rank under the same names. Else look at "
+    "those machines, and go on from the newest checkpoint."
+)
 #: Micro-batches left out in a row, after which a run has diverged rather than met a bad batch.
 MOST_SKIPPED = 50
 
@@ -96,19 +101,62 @@ def check_masks(
     own = [_digest(bits[name], shards[name].box) for name in names]
     if replicated:
         _check_replicas(names, [shards[name].box for name in names], own, comm, world)
-    # Sums of 31-bit numbers: 2^32 ranks before they overflow.
-    whole = torch.tensor(sum_of([shards[name] for name in names], own, comm), dtype=torch.int64)
-    total = zlib.crc32(whole.numpy().tobytes(), len(names))
+    if found := _differing(plan, [shards[name] for name in names], own, comm, world):
+        first, others = found
+        raise _drifted(names[min(first, len(names) - 1)], 0, others)
+
+
+def drifted_weights(plan: Plan, shards: Mapping[str, Shard], comm: Comm, world: Comm) -> str | None:
+    """A warning if the weights of an entry are not the same on all groups of ranks that hold the model once, else None.
+
+    Masks that never change cannot show it, and others only when they differ. It is no error, because processors of
+    several kinds in one job may round an optimizer's step in several ways.
+
+    Costs one pass over the weights, and the collectives of `check_masks`. All ranks call it.
+    """
+    if comm.size == world.size:
+        return None
+    held = [shards[entry.name] for entry in plan.entries]
+    sums = [_sum_of_bits(shard.weight()) for shard in held if shard.numel]
+    own = iter(torch.stack(sums).tolist() if sums else ())
+    found = _differing(plan, held, [next(own) if shard.numel else 0 for shard in held], comm, world)
+    if found is None:
+        return None
+    first, others = found
+    return (
+        f"{plan.entries[first].name}: its weights differ between ranks 0 and {_some(others)}: their copies of the "
+        f"model have drifted apart. {_REDUCE}"
+    )
+
+
+def _sum_of_bits(weights: Tensor) -> Tensor:
+    """The sum of the bits of weights (numel,), read as integers, modulo 2^31; on their device, without waiting for it.
+
+    >>> _sum_of_bits(torch.tensor([0.0, 1.0])), _sum_of_bits(torch.tensor([1.0, 1.0]))
+    (tensor(1065353216), tensor(2130706432))
+    """
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weights.element_size()]
+    return weights.view(integers).sum(dtype=torch.int64) % 2**31
+
+
+def _differing(
+    plan: Plan, shards: Sequence[Shard], own: Sequence[int], comm: Comm, world: Comm
+) -> tuple[int, list[int]] | None:
+    """Index of the first shard whose numbers, summed within each group, are not those of rank 0; and the ranks.
+
+    Args:
+        own: 31-bit numbers of this rank's pieces: sums of 2^32 ranks do not overflow.
+    """
+    whole = torch.tensor(sum_of(shards, own, comm), dtype=torch.int64)
+    total = zlib.crc32(whole.numpy().tobytes(), len(shards))
     totals = world.all_gather(torch.tensor([total], dtype=torch.int64)).view(-1)
     if bool((totals == totals[0]).all()):
-        return
-    longest = len(plan.entries)
-    padded = torch.zeros(longest, dtype=torch.int64)
-    padded[: len(names)] = whole
+        return None
+    padded = torch.zeros(len(plan.entries), dtype=torch.int64)
+    padded[: len(shards)] = whole
     rows = world.all_gather(padded)
     first = int((rows != rows[0]).any(0).nonzero()[0, 0])
-    others = (rows[:, first] != rows[0, first]).nonzero().view(-1).tolist()
-    raise _drifted(names[min(first, len(names) - 1)], 0, others)
+    return first, (rows[:, first] != rows[0, first]).nonzero().view(-1).tolist()
 
 
 def _check_replicas(
@@ -131,9 +179,7 @@ def _check_replicas(
 def _drifted(name: str, first: int, others: list[int]) -> ValueError:
     return ValueError(
         f"{name}: its masks differ between ranks {first} and {_some(others)}, so their copies "
-        "of the weights have drifted apart. Gradients must be reduced over all ranks before every step: wrap the "
-        "model by DistributedDataParallel, and do not average weights now and then (local SGD) or keep other experts "
-        "on every rank under the same names. Else look at those machines, and go on from the newest checkpoint."
+        f"of the weights have drifted apart. {_REDUCE}"
     )
 
 

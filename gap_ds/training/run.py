@@ -64,7 +64,7 @@ class Run:
     steps_per_epoch: updates in an epoch, of a config in epochs. world: all ranks of the job. guard: this rank's losses.
     observers: optional parts, in the order they are called.
     doubts: what this rank has seen to be wrong and all ranks will raise at the next place where they meet.
-    warned: parameters of which the user was warned that they became frozen or trainable.
+    warned: what the user was warned of: parameters that became frozen or trainable, and copies that drifted apart.
     """
 
     config: GaPConfig
@@ -107,9 +107,16 @@ class Run:
         self.agree_on_weights(place)
         self.agree_on_masks()
         for name, warning in consistency.changed_flags(self.plan, self.backend.module):
-            if name not in self.warned:
-                self.warned.add(name)
-                self.say(warning, logging.WARNING)
+            self.warn_once(name, warning)
+        shards, comm = self.mask_state.shards, self.backend.comm
+        if drifted := consistency.drifted_weights(self.plan, shards, comm, self.world):
+            self.warn_once("drifted", drifted)
+
+    def warn_once(self, about: str, warning: str) -> None:
+        """Says a warning, unless there was one about the same thing."""
+        if about not in self.warned:
+            self.warned.add(about)
+            self.say(warning, logging.WARNING)
 
     def agree_on_weights(self, place: str) -> None:
         """Checks on all ranks together that every pruned weight is exactly 0, and that nothing was in doubt before."""

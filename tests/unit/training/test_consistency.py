@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -112,6 +113,29 @@ def test_copies_on_groups_of_ranks_are_compared() -> None:
     for error in Ranks(4).run(check([kept, other])):
         assert isinstance(error, ValueError)
         assert str(error).startswith("layers.1.weight: its masks differ between ranks 0 and 2, 3, so their copies")
+
+
+def test_weights_that_drift_apart_under_equal_masks_are_told() -> None:
+    """A world of 4, in which each of 2 groups holds the model once, cut in two pieces. An entry on rank 1 differs."""
+
+    def check(change: float) -> Callable[[Any], str | None]:
+        groups = [Ranks(2), Ranks(2)]
+
+        def work(world: Any) -> str | None:
+            copy, place = divmod(world.rank, 2)
+            plan, _, shards = masks_of([True, True], [True, False])
+            weights = [torch.tensor([1.0, 2.0 + place]), torch.tensor([3.0, 4.0 + (change if copy and place else 0)])]
+            shards = {
+                n: replace(shard, box=Box.span(2 * place, 2, 4), owner=partial(torch.clone, weight))
+                for (n, shard), weight in zip(shards.items(), weights, strict=True)
+            }
+            return consistency.drifted_weights(plan, shards, Rank(groups[copy], place), world)
+
+        return work
+
+    assert Ranks(4).run(check(0.0)) == [None] * 4
+    for warning in Ranks(4).run(check(1e-6)):
+        assert warning.startswith("layers.1.weight: its weights differ between ranks 0 and 2, 3: their copies of the")
 
 
 def test_one_group_has_nothing_to_compare() -> None:
