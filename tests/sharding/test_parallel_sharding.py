@@ -95,8 +95,11 @@ def check_worker(out: Path, name: str, reference: str, worker: int) -> None:
         for key, weight in ours["weights"].items():
             assert torch.equal(weight, target["weights"][key]), key
         for key, moments in ours["moments"].items():
-            assert len(moments) == len(target["moments"][key]) > 0
-            assert all(torch.equal(a, b) for a, b in zip(moments, target["moments"][key], strict=True)), key
+            wanted_moments = target["moments"][key]
+            if not moments:  # the state is anew since the last exchange, and no step has made it yet
+                assert wanted_moments and not any(moment.any() for moment in wanted_moments), key
+                continue
+            assert all(torch.equal(a, b) for a, b in zip(moments, wanted_moments, strict=True)), key
 
 
 @pytest.mark.slow
