@@ -44,7 +44,7 @@ def main() -> None:
     within = [row["step by"] for row in found if "ratio" in row and low <= row["ratio"] <= high]
     note = "ratio of steps: to the bare step in the same round; interval: of that median, at 95 %; "
     note += f"{args.preset}, {args.tokens} tokens, fp32, 1 rank; equal to the bare step within noise: "
-    note += ", ".join(within)
+    note += "; ".join(within)
     measure.write("peers", found, args.out, note)
 
 

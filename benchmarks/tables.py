@@ -240,7 +240,7 @@ def _peers(gpu: bool = False) -> str:
         low, high = again["interval"]
         within = [row["step by"] for row in rows if low <= row.get("ratio", 0) <= high and "bare" not in row["step by"]]
         text = f"\nThe bare step differs from itself by {low:.3f} to {high:.3f}"
-        text += f"; equal to it within this noise: {', '.join(within)}.\n" if within else ".\n"
+        text += f"; equal to it within this noise: {'; '.join(within)}.\n" if within else ".\n"
     return as_table(shown) + text
 
 
