@@ -158,7 +158,10 @@ def test_python_snippets_compile_and_call_what_exists(page: Path, text: str) -> 
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "gap_ds":
             module = importlib.import_module(node.module or "")
-            names |= {alias.asname or alias.name: getattr(module, alias.name) for alias in node.names}
+            for alias in node.names:
+                if not hasattr(module, alias.name):  # a module of the package, which nothing has imported yet
+                    importlib.import_module(f"{node.module}.{alias.name}")
+                names[alias.asname or alias.name] = getattr(module, alias.name)
     check_calls(tree, names)
 
 
