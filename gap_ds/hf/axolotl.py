@@ -21,7 +21,7 @@ from gap_ds.method.config import GaPConfig
 
 
 class GaPArguments(BaseModel):
-    """What the plugin adds to axolotl's config.
+    """The part of axolotl's config that the plugin adds.
 
     Attributes:
         gap: name of a shipped config, path of a JSON or YAML file, or a mapping of settings.

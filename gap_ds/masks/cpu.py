@@ -111,9 +111,8 @@ def _load(words: Sequence[str], source: Path, checked: Callable[[Path], T]) -> T
     if private and (loops := _kept(kept, source, checked)) is not None:
         return loops
     with _turn(kept.parent) if private else contextlib.nullcontext():
-        if (
-            private and (loops := _kept(kept, source, checked)) is not None
-        ):  # the process before this one has compiled them
+        # The process that had its turn before may have compiled them.
+        if private and (loops := _kept(kept, source, checked)) is not None:
             return loops
         with tempfile.TemporaryDirectory(prefix="gap_ds_") as folder:
             made = Path(folder) / "loops.so"

@@ -1,4 +1,4 @@
-"""Whether objects that were looked up before are the same now: compared by identity, a thousand in some microseconds.
+"""Comparisons by identity of objects with those that were looked up before: a thousand in some microseconds.
 
 A step asks this of all that its pieces were made from. Lists of fewer objects than are worth a call into C, and all
 where there is no compiler, are compared by Python, which takes two to five times as long. Tensors are never compared by

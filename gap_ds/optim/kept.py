@@ -1,4 +1,4 @@
-"""What loops in C (`cpu`) and Triton kernels (`triton`) are given to step over: the kept weights of masked pieces.
+"""Kept weights of masked pieces, as loops in C (`cpu`) and Triton kernels (`triton`) are given them to step over.
 
 Both are `Steps`, and `check` compares either with torch.optim before its first use. N weights, n of them kept.
 """

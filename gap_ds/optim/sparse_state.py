@@ -324,7 +324,7 @@ class SparseState(torch.optim.Optimizer):
 
 
 def _steps(device: torch.device) -> Steps | None:
-    """What steps over kept weights in fp32 on this device, besides PyTorch's operations; None if nothing does."""
+    """The steps over kept weights in fp32 on this device, other than PyTorch's operations; None if there are none."""
     return cpu.loops() if device.type == "cpu" else kernels(device)
 
 

@@ -130,13 +130,15 @@ def drifted_weights(plan: Plan, shards: Mapping[str, Shard], comm: Comm, world: 
 
 
 def _sum_of_bits(weights: Tensor) -> Tensor:
-    """The sum of the bits of weights (numel,), read as integers, modulo 2^31; on their device, without waiting for it.
+    """The sum of the bits of weights (numel,), read as integers, modulo 2^31 - 1; on their device, without waiting.
+
+    That modulus, unlike 2^31, counts signs.
 
     >>> _sum_of_bits(torch.tensor([0.0, 1.0])), _sum_of_bits(torch.tensor([1.0, 1.0]))
     (tensor(1065353216), tensor(2130706432))
     """
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weights.element_size()]
-    return weights.view(integers).sum(dtype=torch.int64) % 2**31
+    integers = {1: torch.int8, 2: torch.int16}.get(weights.element_size(), torch.int32)  # 8 bytes: two halves
+    return weights.view(integers).sum(dtype=torch.int64) % (2**31 - 1)
 
 
 def _differing(

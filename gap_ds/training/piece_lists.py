@@ -30,7 +30,7 @@ _MOST = 4096
 
 
 class Owners:
-    """What some lookups of owners found, held to be compared with what they find later.
+    """The tensors that some lookups of owners found, held to be compared with those that they find later.
 
     Args:
         asks: `find` or `owner` of shards, each once.

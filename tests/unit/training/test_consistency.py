@@ -138,6 +138,14 @@ def test_weights_that_drift_apart_under_equal_masks_are_told() -> None:
         assert warning.startswith("layers.1.weight: its weights differ between ranks 0 and 2, 3: their copies of the")
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.float32, torch.float64])
+def test_bits_of_weights_are_summed_in_every_width(dtype: torch.dtype) -> None:
+    ones = torch.ones(3).to(dtype)
+    assert consistency._sum_of_bits(ones) == consistency._sum_of_bits(ones.clone())
+    for other in ([1.0, 1.0, 1.5], [1.0, 1.0, -1.0], [1.0, 1.0, 4.0]):
+        assert consistency._sum_of_bits(ones) != consistency._sum_of_bits(torch.tensor(other).to(dtype))
+
+
 def test_one_group_has_nothing_to_compare() -> None:
     group = Rows(same)
     group.all_gather = group.sum = None  # type: ignore[assignment,method-assign]
