@@ -62,7 +62,8 @@ class Run:
     def setup(self) -> str:
         """Everything that changes a result except row, sparsity and seed, in one line."""
         config = {key: value for key, value in self.config.items() if key not in ("sparsity", "seed")}
-        text = json.dumps([config, self.row.workers, *(["taught"] if self.row.taught else [])], sort_keys=True)
+        with_dense = [word for word in ("taught", "pretrained") if getattr(self.row, word)]
+        text = json.dumps([config, self.row.workers, *with_dense], sort_keys=True)
         return f"{task(self.preset)}|gap:{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
     @property
@@ -70,10 +71,10 @@ class Run:
         """Key of the run's result."""
         return (self.row.name, self.sparsity, self.seed, self.setup)
 
-    def teacher(self, out: Path) -> Path | None:
-        """Return the folder of the dense model that the run learns from; None without a teacher."""
-        dense = next(row for row in ROWS if row.dense)
-        return out / Run(self.preset, dense, 0.0, self.seed).name / "model" if self.row.taught else None
+    def dense(self, out: Path) -> Path:
+        """Return the folder of the dense model of the run's seed, which others learn from or start with."""
+        row = next(row for row in ROWS if row.dense)
+        return out / Run(self.preset, row, 0.0, self.seed).name / "model"
 
     def command(self, data: Path, out: Path, python: str = "python") -> list[str]:
         """Return the command line, for the root of the repository, with the example's `--resume`."""
@@ -84,8 +85,8 @@ class Run:
         for name, value in preset.arguments.items():
             flag = f"--{name.replace('_', '-')}"
             words += [flag] if value is True else [flag, str(value)]
-        if teacher := self.teacher(out):
-            words += ["--teacher", str(teacher)]
+        words += ["--teacher", str(self.dense(out))] if self.row.taught else []
+        words += ["--model-name", str(self.dense(out))] if self.row.pretrained else []
         if preset.threads:
             words += ["--threads", str(preset.threads)]
         words += ["--seed", str(self.seed), "--resume", "--output-dir", str(folder)]

@@ -36,7 +36,13 @@ class Row:
     dense: bool = False  # the baseline: one run for all sparsities
     equal_flops: bool = False  # lengths are chosen for the FLOPs of gradual pruning
     taught: bool = False  # learns from the dense model of its seed in the fine-tuning
+    pretrained: bool = False  # starts from the dense model of its seed
     sparsities: tuple[float, ...] | None = None  # all that the method can have; None: those of the table
+
+    @property
+    def after_dense(self) -> bool:
+        """Whether it needs the dense model of its seed."""
+        return self.taught or self.pretrained
 
     def config(self, sparsity: float, epochs: float, seed: int = 0) -> Config:
         """Return the GaP config of a run of exactly `epochs` epochs.
@@ -102,7 +108,8 @@ def _pruned_share(text: str) -> float:
 def equalised(config: Config, epochs: float, tolerance: float = 0.005) -> Config:
     """Return a config with `dense_epochs` and `finetune_epochs` such that its FLOPs equal those of gradual pruning.
 
-    Lengths within `tolerance` (of `pruned_share`) stay as they are; others become multiples of 0.01 epochs.
+    Lengths within `tolerance` (of `pruned_share`) stay as they are; others become multiples of 1/800 of
+    the run: 0.01 epochs at the usual budget of 8.
 
     Raises:
         ValueError: no lengths have these FLOPs.
@@ -115,11 +122,13 @@ def equalised(config: Config, epochs: float, tolerance: float = 0.005) -> Config
     if abs(pruned_share(config) - wanted) <= tolerance:
         return config
     free = Fraction(str(config.get("dense_epochs") or 0)) + Fraction(str(config.get("finetune_epochs") or 0))
-    few, many = 0, math.ceil(100 * free) - 1  # hundredths of an epoch in the dense phase: FLOPs grow with them
+    unit = Fraction(str(epochs)) / 800
+    few, many = 0, math.ceil(free / unit) - 1  # units of the dense phase: FLOPs grow with them
     while few < many:
         middle = (few + many) // 2
-        few, many = (few, middle) if pruned_share(_lengthened(config, middle, free)) <= wanted else (middle + 1, many)
-    found = _lengthened(config, few, free)
+        below = pruned_share(_lengthened(config, middle * unit, free)) <= wanted
+        few, many = (few, middle) if below else (middle + 1, many)
+    found = _lengthened(config, few * unit, free)
     if abs(pruned_share(found) - wanted) > tolerance:
         raise ValueError(
             f"{json.dumps(config)}: prunes {pruned_share(found):.3f} of the weights to prune on average, gradual "
@@ -128,9 +137,9 @@ def equalised(config: Config, epochs: float, tolerance: float = 0.005) -> Config
     return found
 
 
-def _lengthened(config: Config, dense: int, free: Fraction) -> Config:
-    """Return a config with `dense` hundredths of an epoch in the dense phase and the rest of `free` in fine-tuning."""
-    return {**config, "dense_epochs": dense / 100, "finetune_epochs": float(free - Fraction(dense, 100))}
+def _lengthened(config: Config, dense: Fraction, free: Fraction) -> Config:
+    """Return a config with `dense` epochs in the dense phase and the rest of `free` in fine-tuning."""
+    return {**config, "dense_epochs": float(dense), "finetune_epochs": float(free - dense)}
 
 
 def _times(epochs: float, **eighths: float) -> Config:
@@ -360,13 +369,26 @@ ROWS: tuple[Row, ...] = (
         equal_flops=True,
         sparsities=(0.5,),
     ),
+    Row(
+        "cyclic_2_rising_scaled_2of4",
+        "C-GaP, 2 partitions, rising target, 30% grown by gradient, steps / density, 2:4",
+        _rising(partitions=2, rounds=5, dense=1, grow_share=0.3, pattern="2:4", **_GROWN, **_SCALED),
+        TWO_SEEDS,
+        equal_flops=True,
+        sparsities=(0.5,),
+    ),
 )
-#: Those of language models, each also with the dense model as its teacher.
-TAUGHT = ("gradual", "granet", "cyclic_2_rising_grown_kept", "gradual_2of4", "cyclic_2_rising_2of4")
+#: Those of language models, also started from the dense model of their seed, and with it as their teacher.
+OF_LANGUAGE = ("gradual", "granet", "cyclic_2_rising_scaled", "gradual_2of4", "cyclic_2_rising_scaled_2of4")
+ROWS += tuple(
+    replace(row, name=f"{row.name}_pretrained", title=f"{row.title}, from the dense model", pretrained=True)
+    for row in ROWS
+    if row.name in OF_LANGUAGE
+)
 ROWS += tuple(
     replace(row, name=f"{row.name}_taught", title=f"{row.title}, with a teacher", taught=True)
     for row in ROWS
-    if row.name in TAUGHT
+    if row.name.removesuffix("_pretrained") in OF_LANGUAGE
 )
 BY_NAME = {row.name: row for row in ROWS}
 

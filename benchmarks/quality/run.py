@@ -212,8 +212,8 @@ class Queue:
         return int(bool(self._failed))
 
     def _fits(self, run: Run) -> bool:
-        if run.row.taught and any(job.run.row.dense and job.run.seed == run.seed for job in self._running):
-            return False  # its teacher is being trained
+        if run.row.after_dense and any(job.run.row.dense and job.run.seed == run.seed for job in self._running):
+            return False
         busy = sum(job.run.row.workers for job in self._running)
         return not busy or busy + run.row.workers <= self._jobs
 
@@ -259,8 +259,8 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
 
 def start(run: Run, data: Path, out: Path) -> Job:
     """Start or continue a run in a new session. Busy if another process runs it."""
-    if (teacher := run.teacher(out)) and not teacher.is_dir():
-        raise ValueError(f"{teacher}: the dense model that it learns from is not there. Run the row of it first.")
+    if run.row.after_dense and not run.dense(out).is_dir():
+        raise ValueError(f"{run.dense(out)}: the dense model is not there, and the run needs it. Run its row first.")
     folder = out / run.name
     folder.mkdir(parents=True, exist_ok=True)
     lock = (folder / "lock").open("ab")
