@@ -12,8 +12,7 @@ same number of tokens with a cache:
     sparse   made by `gap_ds.sparsify_for_inference` for runs of this prompt
 
 One thread, interleaved, CPU time, medians; a ratio is the tokens per second relative to the dense form in the same
-round. Values of weights do not affect the speed. GPT-2's matrices are no `nn.Linear` but transformers' Conv1D, which
-keep their layout. The compact file has masks and kept values of the pruned matrices.
+round. Values of weights do not affect the speed. The compact file has masks and kept values of the pruned matrices.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The layouts of a linear layer for inference: modules that replace an `nn.Linear`.
+"""The layouts of a linear layer for inference: modules that replace an `nn.Linear` or a `Conv1D` of transformers.
 
     csr     CPU: compressed rows with 32-bit indices, multiplied in fp32 or fp64 (bf16 and fp16 weights in fp32)
     joined  CPU: csr layers that are called one after the other with one input (q, k and v) share one product
@@ -31,6 +31,18 @@ Layout = Literal["dense", "packed", "csr", "joined", "2:4"]
 LAYOUTS: tuple[Layout, ...] = ("dense", "packed", "csr", "joined", "2:4")
 
 
+def has_inputs_first(layer: nn.Module) -> bool:
+    """True for the `Conv1D` of transformers: GPT-2's linear layer, whose weight is (I, O)."""
+    return (type(layer).__module__, type(layer).__name__) == ("transformers.pytorch_utils", "Conv1D")
+
+
+def matrix(layer: nn.Module) -> Tensor:
+    """The weight of a linear layer or of its replacement, without gradient: (O, I)."""
+    assert isinstance(layer.weight, Tensor)
+    weight = layer.weight.detach()
+    return weight.t() if has_inputs_first(layer) else weight
+
+
 def layout_of(layer: nn.Module) -> Layout:
     """The layout of a linear layer or of its replacement."""
     if isinstance(layer, JoinedLinear):
@@ -51,10 +63,10 @@ def _no_beta_warning() -> Iterator[None]:
 
 
 class CSRLinear(nn.Module):
-    """An `nn.Linear` with its weight in compressed rows: x (..., I) -> (..., O), contiguous, in the dtype of x.
+    """A linear layer with its weight in compressed rows: x (..., I) -> (..., O), contiguous, in the dtype of x.
 
-    It can be moved, cast, copied and pickled like any module. Its state dict holds the dense weight, with pruned
-    weights at +0.0, and it loads a dense weight with any zeros.
+    It can be moved, cast, copied and pickled like any module. Its state dict holds the dense weight in the shape of the
+    given layer's, with pruned weights at +0.0, and it loads a dense weight with any zeros.
     """
 
     crow: Tensor  # (O + 1,) int32
@@ -63,8 +75,10 @@ class CSRLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._fill(linear.weight.detach())
+        weight = matrix(linear)
+        self.out_features, self.in_features = weight.shape
+        self._inputs_first = has_inputs_first(linear)
+        self._fill(weight)
         self.bias: nn.Parameter | None = linear.bias
         self._build()
 
@@ -111,7 +125,8 @@ class CSRLinear(nn.Module):
         self._build()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        destination[prefix + "weight"] = self.weight.to_dense()
+        weight = self.weight.to_dense()
+        destination[prefix + "weight"] = weight.t().contiguous() if self._inputs_first else weight
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(
@@ -124,14 +139,16 @@ class CSRLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        name, shape = prefix + "weight", (self.out_features, self.in_features)
+        name = prefix + "weight"
+        shape = tuple(self.weight.t().shape if self._inputs_first else self.weight.shape)
         weight = state_dict.get(name)
         if weight is None:
             missing_keys += [name] if strict else []
         elif weight.shape != shape:
             error_msgs.append(f"size mismatch for {name}: {tuple(weight.shape)} in the file, {shape} in the model.")
         else:
-            self._fill(weight.detach().to(self.values.device, self.values.dtype))
+            given = weight.detach().to(self.values.device, self.values.dtype)
+            self._fill(given.t() if self._inputs_first else given)
         others = {key: value for key, value in state_dict.items() if key != name}
         super()._load_from_state_dict(others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         self._build()
@@ -184,7 +201,7 @@ def csr(linear: nn.Linear) -> CSRLinear | None:
     try:
         with torch.no_grad():
             made = CSRLinear(linear)
-            made(weight.new_zeros(2, linear.in_features))  # without the loops, a torch without MKL fails here
+            made(weight.new_zeros(2, made.in_features))  # without the loops, a torch without MKL fails here
         return made
     except (RuntimeError, NotImplementedError):
         return None
@@ -203,8 +220,9 @@ class JoinedLinear(CSRLinear):
 
     def __init__(self, layer: nn.Linear | CSRLinear, join: _Join, place: int) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features = layer.in_features, layer.out_features
         made = layer if isinstance(layer, CSRLinear) else CSRLinear(layer)
+        self.in_features, self.out_features = made.in_features, made.out_features
+        self._inputs_first = made._inputs_first
         for name in ("crow", "col", "values"):
             self.register_buffer(name, getattr(made, name), persistent=False)
         self.bias = made.bias
@@ -332,10 +350,10 @@ def joined(layers: Sequence[CSRLinear]) -> list[JoinedLinear]:
 
 
 class PackedLinear(nn.Module):
-    """An `nn.Linear` with a second copy of its weight, in the blocked layout that oneDNN multiplies fastest.
+    """A linear layer with a second copy of its weight, in the blocked layout that oneDNN multiplies fastest.
 
     The weight itself stays, for the state dict and for tied weights; when it changes, it is packed again. Changes that
-    torch does not count, by `.data` or NumPy, go unseen. Under autocast the layer acts as an `nn.Linear`.
+    torch does not count, by `.data` or NumPy, go unseen. Under autocast the layer acts as the given one.
 
     Args:
         rows: rows of activations that it usually gets at once. Others give correct results, too.
@@ -343,20 +361,25 @@ class PackedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, rows: int = 1) -> None:
         super().__init__()
-        self.in_features, self.out_features, self._rows = linear.in_features, linear.out_features, rows
+        self.out_features, self.in_features = matrix(linear).shape
+        self._inputs_first, self._rows = has_inputs_first(linear), rows
         self.weight, self.bias = linear.weight, linear.bias
         self.register_load_state_dict_post_hook(_repack)  # type: ignore[no-untyped-call]
         self._build()
 
+    @property
+    def _matrix(self) -> Tensor:
+        return self.weight.t() if self._inputs_first else self.weight
+
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():  # it cannot lower the packed product, and packs frozen weights itself
-            return nn.functional.linear(x, self.weight, self.bias)
+            return nn.functional.linear(x, self._matrix, self.bias)
         source, version = self._source
         if self.weight is not source or _version(self.weight) != version:
             self._build()
         packed = self._packed
         if packed is None or x.dtype != packed.dtype or x.numel() == 0 or torch.is_autocast_enabled(x.device.type):
-            return nn.functional.linear(x, self.weight, self.bias)
+            return nn.functional.linear(x, self._matrix, self.bias)
         rows = x.reshape(-1, self.in_features)
         y: Tensor = torch.ops.mkldnn._linear_pointwise(rows, packed, self.bias, "none", [], "")
         return y.view(*x.shape[:-1], self.out_features)
@@ -368,8 +391,8 @@ class PackedLinear(nn.Module):
             return
         refused = contextlib.suppress(RuntimeError)  # bf16 on a CPU without such products: the layer stays dense
         with refused, torch.no_grad(), torch.inference_mode(False):  # oneDNN takes no inference tensors
-            weight = self.weight.clone() if self.weight.is_inference() else self.weight.detach()
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, self._rows)
+            weight = self._matrix.clone() if self.weight.is_inference() else self._matrix.detach()
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), self._rows)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -404,7 +427,7 @@ def packed(linear: nn.Linear, rows: int) -> nn.Module | None:
     try:
         made = PackedLinear(linear, rows)
         with torch.inference_mode():
-            made(linear.weight.new_zeros(2, linear.in_features))
+            made(linear.weight.new_zeros(2, made.in_features))
         return made if made._packed is not None else None
     except (RuntimeError, AttributeError, NotImplementedError):  # private operators of torch
         return None
@@ -419,16 +442,16 @@ def is_2_of_4(weight: Tensor) -> bool:
 
 def semi_structured(linear: nn.Linear) -> nn.Module | None:
     """The layer with a semi-structured weight; None if its pattern, dtype, sizes or device do not allow it."""
-    weight = linear.weight.detach()
+    weight = matrix(linear).contiguous()
     if not weight.is_cuda or torch.version.cuda is None or torch.cuda.get_device_capability(weight.device) < (8, 0):
         return None
     if weight.dtype not in (torch.float16, torch.bfloat16) or not is_2_of_4(weight):
         return None
     try:
-        made = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+        made = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         made.weight = nn.Parameter(torch.sparse.to_sparse_semi_structured(weight), requires_grad=False)
         made.bias = linear.bias
-        made.eval()(weight.new_zeros(2, linear.in_features))
+        made.eval()(weight.new_zeros(2, weight.shape[1]))
         return made
     except (RuntimeError, NotImplementedError, ValueError):  # the only way to ask torch which sizes it takes
         return None

@@ -142,8 +142,7 @@ def _measured(
 
 def measure_layers(made: Mapping[Layout, Sequence[nn.Module]], rows: int) -> dict[Layout, float]:
     """Median seconds of a call with `rows` rows, by layout. Layouts alternate, so that other load affects all alike."""
-    weight = next(iter(made.values()))[0].weight
-    assert isinstance(weight, Tensor)
+    weight = layers.matrix(next(iter(made.values()))[0])
     # Not torch's global generator: a seeded run must not depend on what was measured before it.
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(rows, weight.shape[1], generator=generator).to(weight.device, weight.dtype)

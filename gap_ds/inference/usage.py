@@ -7,10 +7,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+
+from gap_ds.inference.layers import has_inputs_first, matrix
 
 #: Distinct row counts of a layer that are measured exactly. If a run shows more, they are rounded to powers of two.
 _SIZES = 8
@@ -44,6 +46,7 @@ class Kind(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     has_bias: bool
+    inputs_first: bool
     is_sparse: bool
     density: float
 
@@ -74,7 +77,10 @@ class Group:
 
 
 def replaceable(model: nn.Module) -> dict[str, nn.Linear]:
-    """The layers that may be replaced, by name. A layer with several names has its first."""
+    """The layers that may be replaced, by name. A layer with several names has its first.
+
+    GPT-2's Conv1D is one of them: weight and bias mean the same, see `layers.matrix`.
+    """
     found: dict[nn.Linear, str] = {}
     for prefix, parent in model.named_modules():
         # These pass their children's weights to a fused kernel and never call the children's forward.
@@ -82,10 +88,9 @@ def replaceable(model: nn.Module) -> dict[str, nn.Linear]:
             continue
         for name, child in parent._modules.items():
             # A subclass, a hook or a patched forward may compute something else.
-            if type(child) is nn.Linear and not (
-                child._forward_hooks or child._forward_pre_hooks or "forward" in child.__dict__
-            ):
-                found.setdefault(child, f"{prefix}.{name}" if prefix else name)
+            is_known = type(child) is nn.Linear or (child is not None and has_inputs_first(child))
+            if is_known and not (child._forward_hooks or child._forward_pre_hooks or "forward" in child.__dict__):
+                found.setdefault(cast("nn.Linear", child), f"{prefix}.{name}" if prefix else name)
     return {name: layer for layer, name in found.items()}
 
 
@@ -116,7 +121,7 @@ class _Recorder:
 
     def hook(self, name: str) -> Callable[..., None]:
         def before(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-            self._record(name, args[0] if args else kwargs["input"])
+            self._record(name, args[0] if args else next(iter(kwargs.values())))
 
         return before
 
@@ -156,11 +161,20 @@ def group_alike(layers: Mapping[str, nn.Linear], usage: Usage, min_sparsity: flo
     """Groups the layers by kind and calls, in the order of their first layers."""
     members: dict[tuple[Kind, tuple[tuple[int, int], ...]], dict[str, float]] = {}
     for name, layer in layers.items():
-        weight = layer.weight
+        weight = matrix(layer)
         density = int(torch.count_nonzero(weight)) / max(1, weight.numel())
         is_sparse = density <= 1 - min_sparsity
         outputs, inputs = weight.shape
-        kind = Kind(outputs, inputs, weight.dtype, weight.device, layer.bias is not None, is_sparse, round(density, 2))
+        kind = Kind(
+            outputs,
+            inputs,
+            weight.dtype,
+            weight.device,
+            layer.bias is not None,
+            has_inputs_first(layer),
+            is_sparse,
+            round(density, 2),
+        )
         loads = tuple(sorted(usage.rows[name].items()))
         members.setdefault((kind, loads), {})[name] = density
     return [

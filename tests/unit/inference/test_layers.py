@@ -348,3 +348,32 @@ def test_packed_where_the_product_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     half = copy.deepcopy(made).to(torch.bfloat16)
     assert half._packed is None
     torch.testing.assert_close(half(x.bfloat16()).float(), made(x), rtol=3e-2, atol=3e-2)
+
+
+# ----------------------------------------------------------------------------------------------------- inputs first
+
+
+@pytest.mark.parametrize("layout", ["packed", "csr", "joined"])
+def test_gpt2_is_the_same_in_every_layout(layout: Any) -> None:
+    """Its linear layers are transformers' Conv1D, with weights (inputs, outputs)."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50, n_positions=32)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 2 and ".h." in name:
+                weight.mul_(10 * (torch.rand_like(weight) < 0.3))
+    other, tokens = copy.deepcopy(model), torch.randint(50, (2, 7))
+    table = sparsify_for_inference(model, lambda model: model(tokens), layout=layout)
+    shapes = {name.rpartition(".h.0.")[2]: choice.shape for choice in table for name in choice.names if ".h.0." in name}
+    assert shapes["attn.c_attn"] == (48, 16) and shapes["mlp.c_proj"] == (16, 64)
+    if layout != "packed" or "packed" in layouts(model):
+        assert not any(type(module).__name__ == "Conv1D" for module in model.transformer.h.modules())
+    for weights in (other, transformers.GPT2LMHeadModel(config).eval()):
+        model.load_state_dict(weights.state_dict())
+        torch.testing.assert_close(model(tokens).logits, weights(tokens).logits.detach(), rtol=1e-4, atol=1e-5)
+        for name, value in weights.state_dict().items():
+            assert torch.equal(model.state_dict()[name], value) and model.state_dict()[name].is_contiguous()
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(tokens).logits, model(tokens).logits)
