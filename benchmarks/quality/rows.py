@@ -118,7 +118,7 @@ def equalised(config: Config, epochs: float, tolerance: float = 0.005) -> Config
     >>> changed["dense_epochs"], changed["finetune_epochs"], float(total_epochs(changed))
     (1.31, 4.69, 8.0)
     """
-    wanted = pruned_share(_gradual(epochs))
+    wanted = pruned_share(_gradual()(epochs))
     if abs(pruned_share(config) - wanted) <= tolerance:
         return config
     free = Fraction(str(config.get("dense_epochs") or 0)) + Fraction(str(config.get("finetune_epochs") or 0))
@@ -175,21 +175,17 @@ def _static(restart: bool) -> Callable[[float], Config]:
     return lambda epochs: {**fixed, **_times(epochs, phase=1, finetune=2)}
 
 
-def _one_shot(epochs: float) -> Config:
-    return {"method": "one_shot", **_times(epochs, phase=4, finetune=4)}
+def _one_shot(**settings: Any) -> Callable[[float], Config]:
+    return lambda epochs: {"method": "one_shot", **settings, **_times(epochs, phase=4, finetune=4)}
 
 
-def _gradual(epochs: float) -> Config:
-    return {"method": "gradual", **_times(epochs, dense=1, phase=5, finetune=2, update=0.1)}
-
-
-def _gradual_2of4(epochs: float) -> Config:
-    return {**_gradual(epochs), "pattern": "2:4"}
+def _gradual(**settings: Any) -> Callable[[float], Config]:
+    return lambda epochs: {"method": "gradual", **settings, **_times(epochs, dense=1, phase=5, finetune=2, update=0.1)}
 
 
 def _granet(**settings: Any) -> Callable[[float], Config]:
     """Gradual pruning, whose updates also drop and grow a share of the kept weights."""
-    return lambda epochs: {**_gradual(epochs), "method": "granet", **settings}
+    return _gradual(method="granet", **settings)
 
 
 def _rising(
@@ -240,6 +236,7 @@ _GROWN: Config = {"grow": "gradient", "prune_ramp": 1.0}
 _KEPT: Config = {"regrow_moments": "keep_second"}
 _LONGER: Config = {"lr_density_power": 0.5}
 _SCALED: Config = {"lr_density_power": 1.0}
+_ERK: Config = {"distribution": "erk"}
 
 #: In the order of the runs: the rows that a table needs most come first.
 ROWS: tuple[Row, ...] = (
@@ -247,22 +244,22 @@ ROWS: tuple[Row, ...] = (
     Row("cyclic_3", "C-GaP, 3 partitions", _cyclic(3), FOUR_SEEDS),
     Row("cyclic_3_dense_first", "C-GaP, 3 partitions, dense first, gradual in phases", _dense_first(), TWO_SEEDS),
     Row("static", "fixed random mask, learning-rate restarts", _static(True), TWO_SEEDS),
-    Row("gradual", "gradual magnitude pruning", _gradual, FOUR_SEEDS),
+    Row("gradual", "gradual magnitude pruning", _gradual(), FOUR_SEEDS),
     Row("rigl", "RigL", _regrown("rigl"), TWO_SEEDS),
     Row("acdc", "AC/DC", _acdc, TWO_SEEDS),
-    Row("one_shot", "one-shot magnitude pruning, half way", _one_shot),
+    Row("one_shot", "one-shot magnitude pruning, half way", _one_shot()),
     Row("static_continuous", "fixed random mask", _static(False)),
     Row("set", "SET", _regrown("set")),
-    Row("rigl_erk", "RigL, ERK", _regrown("rigl", distribution="erk")),
+    Row("rigl_erk", "RigL, ERK", _regrown("rigl", **_ERK)),
     Row("dsd", "dense-sparse-dense, learning-rate restarts", _dsd),
     Row("cyclic_2", "C-GaP, 2 partitions", _cyclic(2)),
-    Row("cyclic_3_erk", "C-GaP, 3 partitions, ERK", _cyclic(3, distribution="erk")),
+    Row("cyclic_3_erk", "C-GaP, 3 partitions, ERK", _cyclic(3, **_ERK)),
     Row("cyclic_3_restart", "C-GaP, 3 partitions, learning-rate restarts", _cyclic(3, lr_restart=True)),
     Row("cyclic_3_random_order", "C-GaP, 3 partitions, random order", _cyclic(3, partition_order="random")),
     Row(
         "cyclic_3_dense_first_erk",
         "C-GaP, 3 partitions, dense first, gradual in phases, ERK",
-        _dense_first(distribution="erk"),
+        _dense_first(**_ERK),
     ),
     Row("cyclic_3_gradual_first", "C-GaP, 3 partitions, a round after gradual pruning", _gradual_first),
     Row("parallel_3", "P-GaP, 3 partitions on 3 workers", _parallel, workers=3),
@@ -317,7 +314,7 @@ ROWS: tuple[Row, ...] = (
     Row(
         "gradual_longer",
         "gradual magnitude pruning, steps / √density",
-        lambda epochs: {**_gradual(epochs), **_LONGER},
+        _gradual(**_LONGER),
         equal_flops=True,
     ),
     Row(
@@ -329,7 +326,7 @@ ROWS: tuple[Row, ...] = (
     Row(
         "gradual_scaled",
         "gradual magnitude pruning, steps / density",
-        lambda epochs: {**_gradual(epochs), **_SCALED},
+        _gradual(**_SCALED),
         FOUR_SEEDS,
         equal_flops=True,
     ),
@@ -360,7 +357,16 @@ ROWS: tuple[Row, ...] = (
         _rising("parallel", rounds=3, length=1.5),
         workers=3,
     ),
-    Row("gradual_2of4", "gradual magnitude pruning, 2:4", _gradual_2of4, TWO_SEEDS, sparsities=(0.5,)),
+    Row("gradual_erk", "gradual magnitude pruning, ERK", _gradual(**_ERK)),
+    Row("granet_erk", "gradual pruning with regrowth (GraNet), ERK", _granet(**_ERK), equal_flops=True),
+    Row(
+        "cyclic_2_rising_scaled_erk",
+        "C-GaP, 2 partitions, rising target, 30% grown by gradient, steps / density, ERK",
+        _rising(partitions=2, rounds=5, dense=1, grow_share=0.3, **_GROWN, **_SCALED, **_ERK),
+        equal_flops=True,
+    ),
+    Row("one_shot_erk", "one-shot magnitude pruning, half way, ERK", _one_shot(**_ERK)),
+    Row("gradual_2of4", "gradual magnitude pruning, 2:4", _gradual(pattern="2:4"), TWO_SEEDS, sparsities=(0.5,)),
     Row(
         "cyclic_2_rising_2of4",
         "C-GaP, 2 partitions, rising target, 30% grown by gradient, second moments kept, 2:4",

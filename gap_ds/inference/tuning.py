@@ -79,9 +79,9 @@ def sparsify_for_inference(
     """Give the linear layers of a model the layout that is fastest here, in place, and return the choices.
 
     Every `nn.Linear` and every `Conv1D` of GPT-2 is considered, wherever it is; a sparse layout requires that at least
-    `min_sparsity` of its weights are zero. Other modules stay as they are. Afterwards the model is in evaluation mode without gradients, and
-    its results differ from the dense ones only by rounding. Its state dict is that of the dense model, except for
-    layers in the layout `2:4`, which hold torch's own tensors. To train the model, load it again.
+    `min_sparsity` of its weights are zero. Other modules stay as they are. Afterwards the model is in evaluation mode
+    without gradients, and its results differ from the dense ones only by rounding. Its state dict is that of the dense
+    model, except for layers in the layout `2:4`, which hold torch's own tensors. To train the model, load it again.
 
     Args:
         batch: a function that runs the model as it will be used, such as
