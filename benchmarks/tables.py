@@ -138,7 +138,7 @@ def methods(preset: str, only: Collection[str] = (), sparsities: Sequence[float]
             continue
         found = [cells.get((row, s)) or cells.get((row, 0.0)) for s in sparsities]
         losses = [_bold(cell.loss.text(3), results.leads(cell)) if cell else "" for cell in found]
-        scores = [cell.score.text(1) if cell else "" for cell in found]
+        scores = [cell.score.text(results.example.digits) if cell else "" for cell in found]
         flops = [f"{cell.flops:.2f}" if cell else "" for cell in found]
         title = next(cell for cell in found if cell).title
         lines.append(f"| {title} | {' | '.join([*losses, *scores, *flops])} |")
@@ -372,6 +372,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "quality": partial(methods, "cpu"),
     "quality-short": partial(methods, "cpu", only=SHORT, sparsities=(0.9,)),
     "vision": partial(methods, "vision_cpu"),
+    "language": partial(methods, "language_cpu"),
     "summary": aims.summary,
     "backends": backends,
     "tested": tested,

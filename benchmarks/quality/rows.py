@@ -238,6 +238,10 @@ _LONGER: Config = {"lr_density_power": 0.5}
 _SCALED: Config = {"lr_density_power": 1.0}
 _ERK: Config = {"distribution": "erk"}
 
+#: C-GaP whose two partitions grow by a share: the recipe that leads, without its settings of moments and steps.
+_grown = functools.partial(_rising, partitions=2, rounds=5, dense=1, grow_share=0.3, **_GROWN)
+_GROWN_TITLE = "C-GaP, 2 partitions, rising target, 30% grown by gradient"
+
 #: In the order of the runs: the rows that a table needs most come first.
 ROWS: tuple[Row, ...] = (
     Row("dense", "dense", _dense, FOUR_SEEDS, dense=True),
@@ -274,8 +278,8 @@ ROWS: tuple[Row, ...] = (
     Row("cyclic_3_rising", "C-GaP, 3 partitions, rising target", _rising(), FOUR_SEEDS, equal_flops=True),
     Row(
         "cyclic_2_rising_grown",
-        "C-GaP, 2 partitions, rising target, 30% grown by gradient",
-        _rising(partitions=2, rounds=5, dense=1, grow_share=0.3, **_GROWN),
+        _GROWN_TITLE,
+        _grown(),
         equal_flops=True,
     ),
     Row(
@@ -298,8 +302,8 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "cyclic_2_rising_grown_kept",
-        "C-GaP, 2 partitions, rising target, 30% grown by gradient, second moments kept",
-        _rising(partitions=2, rounds=5, dense=1, grow_share=0.3, **_GROWN, **_KEPT),
+        f"{_GROWN_TITLE}, second moments kept",
+        _grown(**_KEPT),
         FOUR_SEEDS,
         equal_flops=True,
     ),
@@ -319,8 +323,8 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "cyclic_2_rising_longer",
-        "C-GaP, 2 partitions, rising target, 30% grown by gradient, second moments kept, steps / √density",
-        _rising(partitions=2, rounds=5, dense=1, grow_share=0.3, **_GROWN, **_KEPT, **_LONGER),
+        f"{_GROWN_TITLE}, second moments kept, steps / √density",
+        _grown(**_KEPT, **_LONGER),
         equal_flops=True,
     ),
     Row(
@@ -339,15 +343,15 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "cyclic_2_rising_scaled",
-        "C-GaP, 2 partitions, rising target, 30% grown by gradient, steps / density",
-        _rising(partitions=2, rounds=5, dense=1, grow_share=0.3, **_GROWN, **_SCALED),
+        f"{_GROWN_TITLE}, steps / density",
+        _grown(**_SCALED),
         FOUR_SEEDS,
         equal_flops=True,
     ),
     Row(
         "cyclic_2_rising_kept_scaled",
-        "C-GaP, 2 partitions, rising target, 30% grown by gradient, second moments kept, steps / density",
-        _rising(partitions=2, rounds=5, dense=1, grow_share=0.3, **_GROWN, **_KEPT, **_SCALED),
+        f"{_GROWN_TITLE}, second moments kept, steps / density",
+        _grown(**_KEPT, **_SCALED),
         equal_flops=True,
     ),
     Row("cyclic_3_scaled", "C-GaP, 3 partitions, steps / density", _cyclic(3, **_SCALED)),
@@ -361,24 +365,24 @@ ROWS: tuple[Row, ...] = (
     Row("granet_erk", "gradual pruning with regrowth (GraNet), ERK", _granet(**_ERK), equal_flops=True),
     Row(
         "cyclic_2_rising_scaled_erk",
-        "C-GaP, 2 partitions, rising target, 30% grown by gradient, steps / density, ERK",
-        _rising(partitions=2, rounds=5, dense=1, grow_share=0.3, **_GROWN, **_SCALED, **_ERK),
+        f"{_GROWN_TITLE}, steps / density, ERK",
+        _grown(**_SCALED, **_ERK),
         equal_flops=True,
     ),
     Row("one_shot_erk", "one-shot magnitude pruning, half way, ERK", _one_shot(**_ERK)),
     Row("gradual_2of4", "gradual magnitude pruning, 2:4", _gradual(pattern="2:4"), TWO_SEEDS, sparsities=(0.5,)),
     Row(
         "cyclic_2_rising_2of4",
-        "C-GaP, 2 partitions, rising target, 30% grown by gradient, second moments kept, 2:4",
-        _rising(partitions=2, rounds=5, dense=1, grow_share=0.3, pattern="2:4", **_GROWN, **_KEPT),
+        f"{_GROWN_TITLE}, second moments kept, 2:4",
+        _grown(pattern="2:4", **_KEPT),
         TWO_SEEDS,
         equal_flops=True,
         sparsities=(0.5,),
     ),
     Row(
         "cyclic_2_rising_scaled_2of4",
-        "C-GaP, 2 partitions, rising target, 30% grown by gradient, steps / density, 2:4",
-        _rising(partitions=2, rounds=5, dense=1, grow_share=0.3, pattern="2:4", **_GROWN, **_SCALED),
+        f"{_GROWN_TITLE}, steps / density, 2:4",
+        _grown(pattern="2:4", **_SCALED),
         TWO_SEEDS,
         equal_flops=True,
         sparsities=(0.5,),
