@@ -133,6 +133,20 @@ CPU_LONG = replace(
     seeds=(0,),
 )
 
+# Whether a comparison depends on the learning rate, which is 2e-3 in `cpu`.
+CPU_LOW_LR, CPU_HIGH_LR = (
+    replace(
+        CPU,
+        name=f"cpu_{name}_lr",
+        about=f"the task and budget of `cpu` with a learning rate of {rate:g} instead of 0.002",
+        arguments={**CPU.arguments, "lr": rate},
+        rows=("cyclic_2_rising_scaled", "gradual", "dense", "gradual_scaled"),
+        sparsities=(0.9,),
+        seeds=(0,),
+    )
+    for name, rate in (("low", 1e-3), ("high", 4e-3))
+)
+
 # Estimated, not measured, for one large GPU: about 2.9 M padded tokens an epoch are 240 steps of about 60 ms, bound by
 # kernel launches. 8 epochs take 2 minutes alone and about 4 beside three other runs. With tokenizer, encoding and
 # scoring a run takes 5 to 6 minutes, the 13 runs at 4 a time 20 to 25. Hence fewer rows than `cpu` and one seed.
@@ -236,4 +250,5 @@ LANGUAGE_CPU = Preset(
     jobs=2,
 )
 
-PRESETS = {preset.name: preset for preset in (CPU, CPU_LONG, GPU, SMOKE, VISION_CPU, LANGUAGE_CPU)}
+_ALL = (CPU, CPU_LONG, CPU_LOW_LR, CPU_HIGH_LR, GPU, SMOKE, VISION_CPU, LANGUAGE_CPU)
+PRESETS = {preset.name: preset for preset in _ALL}
