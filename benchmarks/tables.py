@@ -248,6 +248,43 @@ def _memory(gpu: bool = False) -> str:
     return as_table([{k: v for k, v in row.items() if k not in ("preset", "made")} for row in read_rows("memory", gpu)])
 
 
+def kept_memory() -> str:
+    """Return optimizer state for kept weights: a row for each model, backend and sparsity, with torch's beside it."""
+    rows = read_rows("kept_state")
+    torchs = {(row["model"], row["backend"]): row for row in rows if row["optimizer"] == "torch"}
+    titles = {"zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp2": "FSDP2"}
+    table = []
+    for row in rows:
+        if row["optimizer"] == "torch":
+            continue
+        beside = torchs.get((row["model"], row["backend"]))
+        resident = {"resident, MB": "RSS in fine-tuning, MB", "peak, MB": "peak RSS, MB"}
+        name = f"Llama, {row['weights'] / 1e6:.0f} M" if row["model"] == "llama" else f"preset {row['model']}"
+        table.append(
+            {"model": name, "backend": titles[row["backend"]], "pruned": f"{row['sparsity']:.0%}"}
+            | {"on average": f"{row['run']:.2f}", "in the fine-tuning": f"{row['in fine-tuning']:.2f}"}
+            | {"of dense": f"{row['run, of dense']:.2f}, {row['fine-tuning, of dense']:.2f}"}
+            | {title: f"{row[key]:,}" + (f" ({beside[key]:,})" if beside else "") for title, key in resident.items()}
+        )
+    return as_table(table)
+
+
+def kept_time() -> str:
+    """Return the time of a step over kept weights: a row for each size and sparsity."""
+    rows = read_rows("kept_state_time")
+    cells = {(row["weights"], row["sparsity"], row["way"]): row for row in rows}
+    table = []
+    for weights, sparsity in dict.fromkeys((row["weights"], row["sparsity"]) for row in rows):
+        found = {way: cells[weights, sparsity, way] for way in ("kept", "AdamW and masks", "passes")}
+        table.append(
+            {"weights": f"{weights / 1e6:.0f} M", "pruned": f"{sparsity:.0%}"}
+            | {"gap_ds.optim.AdamW": f"{found['kept']['ratio']:.2f} ({span(found['kept']['interval'], '{:.2f}')})"}
+            | {"the passes alone": f"{found['passes']['ratio']:.2f}"}
+            | {"AdamW (foreach) and masks": f"{found['AdamW and masks']['ratio']:.2f}"}
+        )
+    return as_table(table)
+
+
 def _throughput(gpu: bool = False) -> str:
     names = {"pair": "translation example", "tokens_per_s": "tokens/s", "ms": "median step, ms", "interval": "95 %"}
     names |= {"ratio_of_tokens": "time of all tokens", "ratio": "median of steps", "steps": "in steps"}
@@ -375,6 +412,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "language": partial(methods, "language_cpu"),
     "summary": aims.summary,
     "backends": backends,
+    "kept-memory": kept_memory,
+    "kept-time": kept_time,
     "tested": tested,
     "inference": inference,
     "no-gpu": no_gpu,

@@ -85,12 +85,13 @@ def picture(gap: GaPConfig, steps_per_epoch: int) -> str:
     """Return the schedule as text: one line per partition, time from left to right."""
     run = schedule.build(gap, steps_per_epoch)
     total, sparse = run.total_steps, 1 - gap.sparsity
-    lines = [f"\nThe schedule of the sparse run ({total} steps; █ dense, ▒ between, ░ {gap.sparsity:.0%} sparse)"]
+    lines = [f"\nThe schedule of the sparse run ({total} steps; █ dense, ▓▒░ between, · {gap.sparsity:.0%} sparse)"]
     for k in range(gap.kappa):
         alone = [float(partition == k) for partition in range(gap.kappa)]
         keep = [sparse * one for one in alone]
         densities = [run.density_at(total * column // 60, keep, alone) for column in range(60)]
-        bar = "".join("█" if d == 1 else "░" if d <= sparse else "▒" for d in densities)
+        above = [(d - sparse) / gap.sparsity for d in densities]
+        bar = "".join("█▓▒░·"[sum(share < least for least in (1, 0.6, 0.25, 0.02))] for share in above)
         lines.append(f"  partition {k}  {bar}")
     return "\n".join(lines)
 

@@ -68,6 +68,7 @@ def forecast(
         "training_flops_counted": COUNTED,
         "optimizer_state": _optimizer_state(plan, schedule),
         **({} if config.regrow == "zero" else {"last_values": _last_values(plan, config, schedule)}),
+        **({"longest_steps": _longest_steps(plan, config)} if config.lr_density_power else {}),
         "partitions": _partitions(plan),
         "unit": unit,
         "length": _number(Fraction(schedule.total_steps, per_unit)),
@@ -114,6 +115,12 @@ def _last_values(plan: Plan, config: GaPConfig, schedule: Schedule) -> dict[str,
     each = {"exact": 4, "bf16_cpu": 2}[config.regrow_storage] * plan.numel
     means = {"most": min(density), "mean": schedule.mean_density(*plan.per_partition()), "last": density[-1]}
     return {key: round(each * (1 - held)) for key, held in means.items()}
+
+
+def _longest_steps(plan: Plan, config: GaPConfig) -> float:
+    """Return by how much the steps of the sparsest entry are multiplied in the end (`lr_density_power`)."""
+    sparsest = max(entry.numel / entry.keep for entry in plan.entries if entry.keep)
+    return float(sparsest**config.lr_density_power)
 
 
 def _of_partitions(plan: Plan, phase: Phase) -> dict[str, Any]:

@@ -311,6 +311,8 @@ def _summary(figures: dict[str, Any]) -> Table:
         held = {key: size(number) for key, number in last.items()}
         kept = f"{held['mean']} on average, at most {held['most']}, {held['last']} in the last phase"
         grid.add_row("values of pruned weights", f"{kept}, over all ranks")
+    if longest := figures.get("longest_steps"):
+        grid.add_row("steps", f"up to {longest:.1f} times as long as the learning rate's (lr_density_power)")
     if workers := figures.get("workers"):
         n, least, most = workers["workers"], min(workers["exchange_bytes"]), max(workers["exchange_bytes"])
         grid.add_row("", f"{workers['training_flops']:.4f} by all {n} workers together; the line above is for worker 0")

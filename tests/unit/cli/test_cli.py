@@ -180,9 +180,11 @@ def test_golden_of_experts_in_one_tensor(run: Run, golden: Golden) -> None:
 
 
 def test_a_shipped_config_by_its_name(run: Run) -> None:
-    code, out, err = run("plan", "-m", "tiny", "-g", "static_90", "--json")
-    signature = GaPConfig.load(ROOT / "configs" / "gap" / "static_90.json").signature("0.0.0")
+    code, out, err = run("plan", "-m", "tiny", "-g", "cyclic_90", "--json")
+    signature = GaPConfig.load(ROOT / "configs" / "gap" / "cyclic_90.json").signature("0.0.0")
     assert (code, err) == (0, "") and json.loads(out)["signature"] == signature
+    assert json.loads(out)["longest_steps"] == pytest.approx(10, rel=0.01)  # steps / density
+    assert "up to 10.0 times" in run("plan", "-m", "tiny", "-g", "cyclic_90")[1]
 
 
 def test_schema_is_the_one_of_the_config(run: Run) -> None:
