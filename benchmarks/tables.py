@@ -145,6 +145,29 @@ def methods(preset: str, only: Collection[str] = (), sparsities: Sequence[float]
     return "\n".join(lines) + "\n"
 
 
+def rates(presets: Sequence[str], sparsity: float) -> str:
+    """Return the loss and the score of seed 0 by learning rate: a row for each method that all presets have."""
+    sys.path.insert(0, str(ROOT / "benchmarks" / "quality"))
+    import records
+    import report
+    from presets import PRESETS
+
+    tables = {}
+    for preset in presets:
+        rate = records.expected(PRESETS[preset])["lr"]
+        results = report.latest(records.read(figures.RESULTS / f"quality_{preset}.jsonl"))
+        tables[rate] = {cell.row: cell for cell in results.cells if cell.sparsity in (0.0, sparsity)}
+    score = results.example.scores[results.example.score]
+    shared = [row for row in tables[min(tables)] if all(row in table for table in tables.values())]
+    table = [
+        {"method": tables[min(tables)][row].title}
+        | {f"loss at {rate:g}": f"{tables[rate][row].losses[0]:.3f}" for rate in tables}
+        | {f"{score} at {rate:g}": f"{tables[rate][row].scores[0]:.1f}" for rate in tables}
+        for row in shared
+    ]
+    return as_table(table)
+
+
 def _bold(text: str, bold: bool) -> str:
     return f"**{text}**" if bold else text
 
@@ -250,7 +273,7 @@ def _memory(gpu: bool = False) -> str:
 
 def kept_memory() -> str:
     """Return optimizer state for kept weights: a row for each model, backend and sparsity, with torch's beside it."""
-    rows = read_rows("kept_state")
+    rows = sorted(read_rows("kept_state"), key=lambda row: (row["model"], row["backend"], row["sparsity"]))
     torchs = {(row["model"], row["backend"]): row for row in rows if row["optimizer"] == "torch"}
     titles = {"zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp2": "FSDP2"}
     table = []
@@ -285,11 +308,43 @@ def kept_time() -> str:
     return as_table(table)
 
 
+def generate() -> str:
+    """Return tokens per second of language models: a row for each model, pattern and batch."""
+    table = []
+    for row in read_rows("generate"):
+        ratios = {"sparse": row["sparse ratio"], "packed": row["packed ratio"], "a copy": row["again ratio"]}
+        kind = "" if row["pattern"] == "unstructured" else f", {row['pattern']}"
+        table.append(
+            {"model": row["preset"], "pruned": f"{row['sparsity']:.0%}{kind}", "batch": row["batch"]}
+            | {"dense, tokens/s": f"{row['dense tokens/s']:.0f}"}
+            | {name: f"{ratio:.2f}" for name, ratio in ratios.items()}
+            | {"95 %": span(row["interval"], "{:.2f}")}
+            | {"layouts": ", ".join(f"{count} {layout}" for layout, count in row["layouts"].items())}
+            | {"file, MB": f"{row['dense MB']}, {row['compact MB']}"}
+        )
+    return as_table(table)
+
+
 def _throughput(gpu: bool = False) -> str:
     names = {"pair": "translation example", "tokens_per_s": "tokens/s", "ms": "median step, ms", "interval": "95 %"}
     names |= {"ratio_of_tokens": "time of all tokens", "ratio": "median of steps", "steps": "in steps"}
     rows = [row for row in read_rows("throughput", gpu) if row["loop"] != "loader"]
     return as_table([{names.get(key, key): value for key, value in row.items()} for row in rows])
+
+
+def hook() -> str:
+    """Return the host's work for each number of entries, with that of the commit it was compared with in brackets."""
+    rows = {(row["backend"], row["entries"], row["code"]): row for row in read_rows("hook")}
+    names = {"hook": "masking", "warm": "again at once", "rest": "rest of the hooks", "boundary": "a boundary"}
+    backends = ("plain", "fsdp2", "zero3", "zero3, 100 sub-groups")
+    table = []
+    for backend in backends:
+        for entries in sorted(entries for name, entries, code in rows if (name, code) == (backend, "now")):
+            now, before = rows[backend, entries, "now"], rows.get((backend, entries, "before"))
+            then = {part: f" ({before[part]:.1f})" if before else "" for part in names}
+            cells = {f"{title}, ms": f"{now[part]:.2f}{then[part]}" for part, title in names.items()}
+            table.append({"backend": backend, "entries": entries} | cells)
+    return as_table(table)
 
 
 def attention() -> str:
@@ -408,6 +463,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "translation": translation,
     "quality": partial(methods, "cpu"),
     "quality-short": partial(methods, "cpu", only=SHORT, sparsities=(0.9,)),
+    "rates": partial(rates, ("cpu_low_lr", "cpu", "cpu_high_lr"), 0.9),
     "vision": partial(methods, "vision_cpu"),
     "language": partial(methods, "language_cpu"),
     "summary": aims.summary,
@@ -416,8 +472,10 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "kept-time": kept_time,
     "tested": tested,
     "inference": inference,
+    "generate": generate,
     "no-gpu": no_gpu,
     "overhead": overhead,
+    "hook": hook,
     "performance": performance,
     "gpu": gpu,
     "attention": attention,
