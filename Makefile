@@ -94,7 +94,7 @@ docs: env  ## write docs/reference.md from docstrings, settings and options
 	$(RUN) docs/build_reference.py
 
 # Cheap ones first. Each writes aside and is moved whole, so a figure that is not made anew stays as it was.
-BENCHES := device masks startup attention peers profile_paths throughput compact boundary cuts looks memory kept_state gathering hook overhead
+BENCHES := device masks startup attention peers profile_paths throughput compact boundary cuts looks memory kept_state gathering hook overhead generate
 
 bench: env  ## all benchmarks of a CPU but inference, into benchmarks/results (about an hour on 2 free cores)
 	@started=$$(date +%s); $(MAKE) --no-print-directory -k -j1 -o env $(BENCHES:%=bench-%); status=$$?; \

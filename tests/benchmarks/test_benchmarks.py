@@ -63,7 +63,7 @@ folder, results = sys.argv[1:]
 sys.path.insert(0, folder)
 import figures, tables
 figures.RESULTS = Path(results)
-for name in sorted(tables.SECTIONS.keys() - {"backends", "quality", "quality-short", "vision"}):
+for name in sorted(tables.SECTIONS.keys() - {"backends", "quality", "quality-short", "vision", "language", "rates"}):
     print(tables.SECTIONS[name]())
 """
 
