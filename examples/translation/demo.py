@@ -54,7 +54,7 @@ def train(folder: Path, flags: list[str]) -> int:
     launcher = Path(sys.executable).with_name("deepspeed")
     command = [str(launcher), "--num_accelerators", str(ranks), str(HERE / "train.py"), "--gap-config", str(GAP)]
     command += ["--deepspeed_config", str(ROOT / "configs" / "ds" / "zero2.json"), "--output-dir", str(folder)]
-    command += ["--vocab-size", "2000", "--warmup-steps", "60", "--lr", "4e-3", "--batch-tokens", "1024"]
+    command += ["--vocab-size", "2000", "--warmup-steps", "60", "--lr", "2e-3", "--batch-tokens", "1024"]
     command += ["--dropout", "0", "--samples", "2", "--overwrite", *flags]
     console = Console()
     console.print(" ".join(command), style="dim", soft_wrap=True)
