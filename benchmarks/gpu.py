@@ -35,6 +35,7 @@ RUNS = [
     ("kept_state", ["--only", "time", "--weights", "20000000", "--rounds", "20"]),
     ("memory", ["--preset", "big", "--backends", "plain", "--repeats", "1"]),
     ("throughput", ["--preset", "base", "--tokens", "2048", "--steps", "60"]),
+    ("short_quality", []),
     ("profile_paths", ["--preset", "big", "--tokens", "4096"]),
 ]
 LIMIT = 470  # seconds of all of them

@@ -396,7 +396,7 @@ def gpu() -> str:
         _overhead(read_rows("overhead", True)),
     ]
     parts += [_masks(True), _boundary(True), _peers(True), _memory(True), _throughput(True)]
-    for name in ("device", "hook", "kept_state_time"):
+    for name in ("device", "hook", "kept_state_time", "short_quality"):
         parts.append(as_table([{k: v for k, v in row.items() if k != "made"} for row in read_rows(name, True)]))
     parts += [f"Left out: {failed}.\n" if failed else ""]
     return "\n".join(part for part in parts if part)
