@@ -146,7 +146,7 @@ def methods(preset: str, only: Collection[str] = (), sparsities: Sequence[float]
 
 
 def rates(presets: Sequence[str], sparsity: float) -> str:
-    """Return the loss and the score of seed 0 by learning rate: a row for each method that all presets have."""
+    """Return the loss and the score of seed 0 by learning rate: a row for each method of the last preset."""
     sys.path.insert(0, str(ROOT / "benchmarks" / "quality"))
     import records
     import report
@@ -158,14 +158,13 @@ def rates(presets: Sequence[str], sparsity: float) -> str:
         results = report.latest(records.read(figures.RESULTS / f"quality_{preset}.jsonl"))
         tables[rate] = {cell.row: cell for cell in results.cells if cell.sparsity in (0.0, sparsity)}
     score = results.example.scores[results.example.score]
-    shared = [row for row in tables[min(tables)] if all(row in table for table in tables.values())]
-    table = [
-        {"method": tables[min(tables)][row].title}
-        | {f"loss at {rate:g}": f"{tables[rate][row].losses[0]:.3f}" for rate in tables}
-        | {f"{score} at {rate:g}": f"{tables[rate][row].scores[0]:.1f}" for rate in tables}
-        for row in shared
-    ]
-    return as_table(table)
+    lines = []
+    for row, last in tables[rate].items():
+        cells = {rate: table.get(row) for rate, table in tables.items()}
+        losses = {f"loss at {rate:g}": f"{cell.losses[0]:.3f}" if cell else "" for rate, cell in cells.items()}
+        scores = {f"{score} at {rate:g}": f"{cell.scores[0]:.1f}" if cell else "" for rate, cell in cells.items()}
+        lines.append({"method": last.title} | losses | scores)
+    return as_table(lines)
 
 
 def _bold(text: str, bold: bool) -> str:
