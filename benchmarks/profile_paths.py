@@ -114,7 +114,7 @@ def boundary(args: argparse.Namespace) -> list[dict[str, Any]]:
     with patched(
         (selection, "_histogram", parts.of("histograms of the keys", selection._histogram)),
         (selection.Decision, "mask", parts.of("masks from the threshold", selection.Decision.mask)),
-        (MaskState, "_forget_moments", parts.of("moments of grown weights", MaskState._forget_moments)),
+        (MaskState, "_grow", parts.of("masks off, where an entry grows", MaskState._grow)),
         (MaskState, "_mask", parts.of("zeroing the pruned weights", MaskState._mask)),
         (consistency, "check_position", parts.of("ranks agree on the place", consistency.check_position)),
         (consistency, "check_masks", parts.of("ranks agree on the masks", consistency.check_masks)),

@@ -194,7 +194,7 @@ def race(args: train.Arguments, folder: Path, turns: Turns, pair: str) -> tuple[
             models.choose_attention(model, device)
         return model, torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.997), eps=1e-9, fused=True)
 
-    gap, shape = run.gap_config(args, pretrained=False), train.LR_SCHEDULES[args.lr_schedule]
+    gap, shape = run.gap_config(args), train.LR_SCHEDULES[args.lr_schedule]
     per_epoch = samplers["train"].steps_per_epoch
     engine = run.build_engine(args, gap, None, deepspeed, *build(), per_epoch, shape)
     example, other = PAIRS[pair]
