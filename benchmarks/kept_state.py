@@ -12,8 +12,8 @@ benchmark fails when all rows are written.
 
 Time: one optimizer step over pieces of a million weights with gradients, `fused=True` and masks against packed state,
 in turns. CPU time, which other load disturbs less, and on a GPU wall time; medians of the ratios in a round. `passes`
-only sums the gradients and multiplies the weights by 1: a step cannot be faster where every cache line has a kept
-weight, as 81 % of them do at 90 %. `--quick` is a size for tests.
+only sums the gradients and multiplies the weights by 1: about the traffic that is left where every cache line has a
+kept weight, as 81 % of them do at 90 %. `--quick` is a size for tests.
 """
 
 from __future__ import annotations

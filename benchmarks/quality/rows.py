@@ -41,7 +41,7 @@ class Row:
 
     @property
     def after_dense(self) -> bool:
-        """Whether it needs the dense model of its seed."""
+        """True if it needs the dense model of its seed."""
         return self.taught or self.pretrained
 
     def config(self, sparsity: float, epochs: float, seed: int = 0) -> Config:

@@ -442,14 +442,14 @@ def is_2_of_4(weight: Tensor) -> bool:
 
 def semi_structured(linear: nn.Linear) -> nn.Module | None:
     """The layer with a semi-structured weight; None if its pattern, dtype, sizes or device do not allow it."""
-    weight = matrix(linear).contiguous()
+    weight = matrix(linear)
     if not weight.is_cuda or torch.version.cuda is None or torch.cuda.get_device_capability(weight.device) < (8, 0):
         return None
     if weight.dtype not in (torch.float16, torch.bfloat16) or not is_2_of_4(weight):
         return None
     try:
         made = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        made.weight = nn.Parameter(torch.sparse.to_sparse_semi_structured(weight), requires_grad=False)
+        made.weight = nn.Parameter(torch.sparse.to_sparse_semi_structured(weight.contiguous()), requires_grad=False)
         made.bias = linear.bias
         made.eval()(weight.new_zeros(2, weight.shape[1]))
         return made
