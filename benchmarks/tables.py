@@ -131,14 +131,21 @@ def methods(preset: str, only: Collection[str] = (), sparsities: Sequence[float]
     rows = dict.fromkeys(cell.row for s in (*sparsities[::-1], 0.0) for cell in results.cells if cell.sparsity == s)
     dense = [row for row in rows if (row, 0.0) in cells]
     score = results.example.scores[results.example.score]
-    columns = [f"{name} at {s:.0%}" for name in ("loss", score, "FLOPs") for s in sparsities]
+    names = ("loss", score, *(f"{score} on {split}" for split in results.also), "FLOPs")
+    columns = [f"{name} at {s:.0%}" for name in names for s in sparsities]
     lines = [f"| method | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     for row in (*dense, *(row for row in rows if row not in dense)):
         if only and row not in only:
             continue
         found = [cells.get((row, s)) or cells.get((row, 0.0)) for s in sparsities]
         losses = [_bold(cell.loss.text(3), results.leads(cell)) if cell else "" for cell in found]
-        scores = [cell.score.text(results.example.digits) if cell else "" for cell in found]
+        scores = [
+            figure.text(results.example.digits) if figure else ""
+            for figure in (
+                *(cell and cell.score for cell in found),
+                *(cell and cell.also[split] for split in results.also for cell in found),
+            )
+        ]
         flops = [f"{cell.flops:.2f}" if cell else "" for cell in found]
         title = next(cell for cell in found if cell).title
         lines.append(f"| {title} | {' | '.join([*losses, *scores, *flops])} |")
@@ -464,6 +471,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "quality-short": partial(methods, "cpu", only=SHORT, sparsities=(0.9,)),
     "rates": partial(rates, ("cpu_low_lr", "cpu", "cpu_high_lr"), 0.9),
     "vision": partial(methods, "vision_cpu"),
+    "tatoeba": partial(methods, "tatoeba"),
     "language": partial(methods, "language_cpu"),
     "summary": aims.summary,
     "backends": backends,

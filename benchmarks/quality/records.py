@@ -85,6 +85,7 @@ class Run:
         for name, value in preset.arguments.items():
             flag = f"--{name.replace('_', '-')}"
             words += [flag] if value is True else [flag, str(value)]
+        words += ["--also-score", *preset.also_score] if preset.also_score else []
         words += ["--teacher", str(self.dense(out))] if self.row.taught else []
         words += ["--model-name", str(self.dense(out))] if self.row.pretrained else []
         if preset.threads:
@@ -245,11 +246,13 @@ def collect(run: Run, out: Path) -> Record:
             raise ValueError(f"{run.name}: was run with {name}={used[name]!r}, not {value!r}.")
     command = run.command(Path("DATA"), Path("OUT"))
     budget = run.preset.epochs * first["steps_per_epoch"]
+    also = first.get("also_scored", {})
     return {
         "row": run.row.name,
         "sparsity": run.sparsity,
         "seed": run.seed,
-        **{name: round(first[name], 3) for name in run.preset.example.scores},
+        **scores(run, first),
+        **({"also_scored": {split: scores(run, found) for split, found in also.items()}} if also else {}),
         "epochs": round(first["applied_steps"] / first["steps_per_epoch"], 4),
         "training_flops": round(sum(one["training_flops"] * one["applied_steps"] for one in found) / budget, 5),
         "mean_density": round(first["mean_density"], 5),
@@ -272,6 +275,11 @@ def collect(run: Run, out: Path) -> Record:
         "cores": len(os.sched_getaffinity(0)),
         "machine": machine(first["device"]),
     }
+
+
+def scores(run: Run, results: Record) -> dict[str, float]:
+    """Return the scores of a record."""
+    return {name: round(results[name], 3) for name in run.preset.example.scores}
 
 
 def _lines(path: Path) -> list[Record]:
@@ -308,13 +316,17 @@ def machine(device: str) -> str:
 def joined(preset: Preset, data: Path, out: Path) -> Path:
     """Return the folder of a preset's data. Several parts are merged in OUT first.
 
+    A split for the loss or a score is that of the last part that has it.
+
     Raises:
         ValueError: a file is missing.
     """
     folder = dataset(preset, data, out)
     splits = [expected(preset)[f"{name}_split"] for name in ("validation", "test")]
-    files = [data / part / "train.parquet" for part in preset.parts]
-    held_out = {split: data / preset.parts[-1] / f"{split}.parquet" for split in splits if split}
+    splits += preset.also_score
+    parts = [data / part for part in preset.parts]
+    files = [part / "train.parquet" for part in parts]
+    held_out = {split: _held_out(parts, split) for split in splits if split}
     for path in (*files, *held_out.values()):
         if not path.exists():
             raise ValueError(f"{path}: no such file; preset {preset.name!r} needs it. Set --data.")
@@ -324,6 +336,11 @@ def joined(preset: Preset, data: Path, out: Path) -> Path:
     for name, parts in {"train": files, **{split: [path] for split, path in held_out.items()}}.items():
         _join(parts, folder / f"{name}.parquet")
     return folder
+
+
+def _held_out(parts: Sequence[Path], split: str) -> Path:
+    paths = [part / f"{split}.parquet" for part in reversed(parts)]
+    return next(filter(Path.exists, paths), paths[0])
 
 
 def _join(parts: Sequence[Path], whole: Path) -> None:

@@ -37,6 +37,7 @@ class Cell:
     sparsity: float
     losses: Mapping[int, float]  # seed -> validation loss of the last epoch, in nats
     scores: Mapping[int, float]  # seed -> score
+    also: Mapping[str, Mean]  # split -> score on it
     second: float  # second score; this and the others are means over the seeds
     epochs: float
     flops: float  # relative to one dense run of the same epochs
@@ -107,6 +108,11 @@ class Results:
         return self.example.score, list(self.example.scores)[-1]
 
     @property
+    def also(self) -> list[str]:
+        """Other splits with a score."""
+        return list(self.kept[0].get("also_scored", ()))
+
+    @property
     def cells(self) -> list[Cell]:
         """Cells by sparsity, dense first, and by validation loss, lowest first."""
         return sorted(_cells(self.kept), key=lambda cell: (cell.sparsity, cell.loss.value, cell.row))
@@ -168,6 +174,10 @@ def _cells(found: Sequence[records.Record]) -> list[Cell]:
             sparsity,
             {seed: record["validation_loss"][-1] for seed, record in group.items()},
             {seed: record[_example(found).score] for seed, record in group.items()},
+            {
+                split: mean(record["also_scored"][split][_example(found).score] for record in group.values())
+                for split in found[0].get("also_scored", ())
+            },
             *(
                 statistics.mean(record[figure] for record in group.values())
                 for figure in (
@@ -201,7 +211,9 @@ def markdown(name: str, results: Results) -> str:
     compared = bool(results.baseline)
     against = ["to gradual"] if compared else []
     columns = [
-        *("method", "sparsity", "seeds", "validation loss", *against, title, *against, beside, "epochs"),
+        *("method", "sparsity", "seeds", "validation loss", *against, title, *against, beside),
+        *(f"{title} on {split}" for split in results.also),
+        "epochs",
         *("training FLOPs", *(["of gradual's"] if compared else []), "mean density", "minutes"),
     ]
     lines += [_line(columns), "|---" * len(columns) + "|"]
@@ -215,6 +227,7 @@ def markdown(name: str, results: Results) -> str:
         figures += [_difference(cell.scores, base and base.scores, digits)] if compared else []
         figures += [
             f"{cell.second:.{digits}f}",
+            *(score.text(digits) for score in cell.also.values()),
             f"{cell.epochs:g}",
             f"{cell.flops:.2f}",
             *([ratio] if compared else []),

@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,6 +48,7 @@ class Arguments(arguments.RunArguments):
     target_lang: str = HfArg(default="de", help="language to translate into")
     validation_split: str = HfArg(default="validation", help="split of the loss after every epoch")
     test_split: str = HfArg(default="test", help="split to score")
+    also_score: list[str] = field(default_factory=list, metadata={"help": "other splits to score"})
 
     preset: Literal["tiny", "small", "base", "big"] = HfArg(default="tiny", help="size of a fresh model")
     vocab_size: int = HfArg(default=6000, help="of the joint BPE of a fresh model")
@@ -87,7 +88,8 @@ def main(args: Arguments) -> int:
 
     # Data: rows, a joint BPE, token ids, and batches that are the same for any number of ranks.
     with runtime.first_rank_first():
-        rows = {split: load_rows(args, split) for split in (args.train_split, args.validation_split, args.test_split)}
+        splits = (args.train_split, args.validation_split, args.test_split, *args.also_score)
+        rows = {split: load_rows(args, split) for split in splits}
         tokenizer = load_tokenizer(args, folder, rows[args.train_split], trained=resumed)
         train, validation = (
             data.encode(rows[split], tokenizer, args.max_length) for split in (args.train_split, args.validation_split)
@@ -139,27 +141,35 @@ def main(args: Arguments) -> int:
     figures |= {"tokens_per_second": round(tokens / seconds, 1), "density_at_end": engine.stats()["density"]}
     del engine, optimizer, model
     exported = models.load_pretrained(str(folder / "model")).to(device)
-    test = rows[args.test_split]
     scored = time.perf_counter()
-    hypotheses = evaluate.translate(
-        exported, tokenizer, list(test["source"]), beams=args.beams, length_penalty=args.length_penalty
-    )
+    hypotheses = {
+        split: evaluate.translate(
+            exported, tokenizer, list(rows[split]["source"]), beams=args.beams, length_penalty=args.length_penalty
+        )
+        for split in (args.test_split, *args.also_score)
+    }
     if runtime.rank() == 0:
-        scores = evaluate.score(hypotheses, list(test["target"]))
+        scores = {split: evaluate.score(found, list(rows[split]["target"])) for split, found in hypotheses.items()}
+        of_test = scores[args.test_split]
         results = {
-            **scores.to_dict(),
+            **of_test.to_dict(),
             **json.loads((folder / "model" / "gap.json").read_text(encoding="utf-8")),
             **figures,
+            "also_scored": {split: scores[split].to_dict() for split in args.also_score},
             "score_seconds": round(time.perf_counter() - scored, 1),
             "steps_per_epoch": sampler.steps_per_epoch,
             "device": str(device.type),
         }
-        for i in range(min(args.samples, len(hypotheses))):
-            print(f"source      {test[i]['source']}\nreference   {test[i]['target']}\ntranslation {hypotheses[i]}\n")
-        print(f"{results['signature']}\n{scores}\n{folder / 'results.json'}")
+        test, translations = rows[args.test_split], hypotheses[args.test_split]
+        for i in range(min(args.samples, len(translations))):
+            print(f"source      {test[i]['source']}\nreference   {test[i]['target']}\ntranslation {translations[i]}\n")
+        print(results["signature"])
+        for split, found in scores.items():
+            print(f"{split}\n{found}")
+        print(folder / "results.json")
         run.write_results(folder, results)
-        how, where = scores.signatures["bleu"], f"{args.dataset or 'generated sentences'} {args.test_split}"
-        export.add_scores(folder / "model", {"bleu": scores.bleu}, where, how)
+        how, where = of_test.signatures["bleu"], f"{args.dataset or 'generated sentences'} {args.test_split}"
+        export.add_scores(folder / "model", {"bleu": of_test.bleu}, where, how)
     runtime.end_processes()
     return 0
 

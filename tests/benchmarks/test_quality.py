@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -275,10 +276,11 @@ def test_what_a_kill_has_cut_short_is_removed(tmp_path: Path) -> None:
 def test_a_finished_run_becomes_a_record(tmp_path: Path) -> None:
     run = small_run()
     assert not records.finished(run, tmp_path)
-    leave_results(run, tmp_path)
+    leave_results(run, tmp_path, also_scored={"news": {"bleu": 9.1234, "bleu_uncased": 9.5, "chrf": 30.0}})
     assert records.finished(run, tmp_path)
     found = records.collect(run, tmp_path)
     assert records.key(found) == run.key
+    assert found["also_scored"] == {"news": {"bleu": 9.123, "bleu_uncased": 9.5, "chrf": 30.0}}
     assert (found["bleu"], found["epochs"], found["training_flops"], found["train_seconds"]) == (30.123, 8.0, 0.5, 4.0)
     assert found["validation_loss"] == [2.0001, 1.5]
     assert found["config"] == run.config
@@ -329,16 +331,15 @@ def test_sets_are_joined(tmp_path: Path) -> None:
             kind = pa.struct([(language, pa.string() if part == "one" else pa.large_string()) for language in order])
             pairs = pa.array([pair], type=kind)
             pq.write_table(pa.table({"other": [1], "translation": pairs}), tmp_path / part / f"{split}.parquet")
-    both = replace(SMALL, parts=("one", "two"))
+    shutil.copy(tmp_path / "one" / "test.parquet", tmp_path / "one" / "news.parquet")
+    both = replace(SMALL, parts=("one", "two"), also_score=("news",))
     folder = records.joined(both, tmp_path, tmp_path / "out")
     assert folder == records.dataset(both, tmp_path, tmp_path / "out")
     found = {path.stem: pq.read_table(path).to_pylist() for path in sorted(folder.iterdir())}
     assert [row["translation"]["en"] for row in found["train"]] == ["en one train", "en two train"]
     assert [row["translation"]["de"] for row in found["train"]] == ["de one train", "de two train"]
-    assert [found[split][0]["translation"]["en"] for split in ("validation", "test")] == [
-        "en two validation",
-        "en two test",
-    ]
+    held_out = {split: found[split][0]["translation"]["en"] for split in ("validation", "test", "news")}
+    assert held_out == {"validation": "en two validation", "test": "en two test", "news": "en one test"}
     with pytest.raises(ValueError, match="Set --data"):
         records.joined(replace(both, parts=("one", "three")), tmp_path, tmp_path / "out")
 
@@ -395,6 +396,14 @@ def test_differences_are_paired_by_seed(results: Path) -> None:
     assert by_row["fixed random mask, learning-rate restarts", "80%"] == ("+0.160", "-1.6")
     assert by_row["gradual magnitude pruning", "80%"] == ("", "")
     assert by_row["dense", "0%"] == ("", "")
+
+
+def test_scores_of_other_splits_have_columns(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        news = {"test_news": {"bleu": 8.0 + seed, "chrf": 30.0}}
+        records.append(tmp_path / "quality_smoke.jsonl", record(small_run(seed=seed), also_scored=news))
+    head, found = page_rows(tmp_path / "quality_smoke.jsonl")
+    assert found[head.index("BLEU on test_news")] == "8.5 ± 0.5"
 
 
 def test_extra_rows_are_compared_with_the_table(results: Path) -> None:

@@ -332,14 +332,17 @@ def run(alone: None) -> Callable[..., int]:
 @pytest.fixture(scope="module")
 def plain(here: Path) -> Path:
     """An undisturbed run of plain python, in bf16, with a TensorBoard."""
-    with Job(sys.executable, SCRIPT, *arguments(here, here / "plain", "--bf16", "--tensorboard")) as job:
+    more = ("--bf16", "--tensorboard", "--also-score", "validation")
+    with Job(sys.executable, SCRIPT, *arguments(here, here / "plain", *more)) as job:
         assert job.wait() == 0, job.text[-4000:]
         assert "Traceback" not in job.text and "Warning" not in job.text, job.text
     return here / "plain"
 
 
 def test_plain_run(plain: Path) -> None:
-    assert results(plain)["bleu"] > 50 and results(plain)["ranks"] == 1
+    found = results(plain)
+    assert found["bleu"] > 50 and found["ranks"] == 1
+    assert list(found["also_scored"]) == ["validation"] and found["also_scored"]["validation"]["bleu"] > 50
     assert list((plain / "tensorboard").glob("events.*"))
 
 
