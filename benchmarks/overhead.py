@@ -13,8 +13,10 @@ steps have no boundary. Six boundaries are timed separately, from the end of a s
 stand-in replaces them. `--quick` is a size for tests.
 
 With `--decide` steps are timed until the CPU time of rank 0 decides if the ratio is at most 1.01: until its interval
-lies on one side, or --seconds have passed. The interval is looked at four times at most, after ever twice as many
-pairs, and holds at 99 % each time, so that a wrong decision is below 4 %.
+lies on one side, or --seconds have passed. Where a model lies in memory changes its times, for as long as it lies
+there: so both models are built anew after every few pairs, in the other order, and the interval is that of the builds'
+means, by Student's t. It is looked at three times at most, after ever twice as many builds, and holds at 99 % each
+time, so that a wrong decision is below 3 %.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -30,6 +33,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +44,9 @@ from torch import nn
 
 sys.path.insert(0, str(measure.ROOT / "examples"))
 sys.path.insert(0, str(measure.ROOT / "examples" / "translation"))
+sys.path.insert(0, str(measure.ROOT / "benchmarks" / "quality"))
 
+import compare
 import model as models
 from common import sharding
 
@@ -50,7 +56,9 @@ BACKENDS = ("plain", "ddp", "fsdp1", "fsdp2", "fairscale", "zero0", "zero1", "ze
 #: Default rows.
 ROWS = {"small": BACKENDS, "base": ("plain", "fsdp2", "zero2", "zero3")}
 #: The aim for the ratio, and how often and at which level `--decide` looks at it.
-AIM, LOOKS, LEVEL = 1.01, 4, 0.99
+AIM, LOOKS, LEVEL = 1.01, 3, 0.99
+#: Pairs of a build, and the fewest builds, with `--decide`.
+PAIRS, LEAST = 16, 6
 KEY = ("preset", "backend", "ranks", "tokens", "dtype")
 NOTE = "ratio: of neighbouring steps with the engine and without, median; interval: of that median, at 95 %"
 VOCABULARY = 6000
@@ -114,23 +122,8 @@ def one(args: argparse.Namespace) -> None:
     device = start(args.backend)
     batch = tokens(args, device)
     barrier = dist.barrier if dist.is_initialized() else lambda: None
-    works, own = {}, []
-    for name in ("bare", "engine"):
-        step, engine = build(args, device, sparse=name == "engine")
-        works[name] = lambda step=step: step(batch)
-    if device.type == "cpu":
-        own = own_seconds(engine)
-    warm = measure.in_turns(works, min(4, args.pairs[0]), barrier)
-    pair = sum(map(statistics.median, warm.values()))
-    times = until_decided(args, works, barrier, pair, device) if args.decide else None
-    pairs = len(times["bare"]) if times else agreed_pairs(args, pair, device)
-    times = times or measure.in_turns(works, pairs, barrier, measure.both_seconds)
-    result = summary(args, times)
-    if own:
-        ms = 1e3 * statistics.median(own[-pairs - 1 : -1])
-        result |= {"own_ms": round(ms, 3), "own_share": round(ms / result["engine_ms"], 5)}
-    works.clear()
-    del step, engine
+    found = until_decided(args, device, batch, barrier) if args.decide else timed(args, device, batch, barrier)
+    result = summary(args, found)
     gc.collect()
     if args.boundaries:
         seconds = boundaries(args, device, batch)
@@ -141,6 +134,70 @@ def one(args: argparse.Namespace) -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+@dataclass
+class Times:
+    """Wall and CPU seconds of neighbouring steps, and seconds inside the engine's calls of a step."""
+
+    bare: list[tuple[float, float]] = field(default_factory=list)
+    engine: list[tuple[float, float]] = field(default_factory=list)
+    own: list[float] = field(default_factory=list)
+    #: Trimmed mean of the logarithms of the ratios of CPU times, for each build of the two models.
+    builds: list[float] = field(default_factory=list)
+
+    def ratios(self, clock: int) -> list[float]:
+        """Return the ratios of neighbouring steps. clock: 0 wall, 1 CPU."""
+        return [b[clock] / a[clock] for a, b in zip(self.bare, self.engine, strict=True)]
+
+    def add(self, other: Times) -> None:
+        """Add those of another build."""
+        for name, values in vars(other).items():
+            getattr(self, name).extend(values)
+
+
+def timed(
+    args: argparse.Namespace,
+    device: torch.device,
+    batch: dict[str, Any],
+    barrier: Callable[[], Any],
+    pairs: int | None = None,
+    names: Sequence[str] = ("bare", "engine"),
+) -> Times:
+    """Build both models, in the order of `names`, and time pairs of steps. pairs: None for as many as fit the time."""
+    works, own = {}, []
+    for name in names:
+        step, engine = build(args, device, sparse=name == "engine")
+        if name == "engine" and device.type == "cpu":
+            own = own_seconds(engine)
+        works[name] = lambda step=step: step(batch)
+    warm = measure.in_turns(works, min(4, args.pairs[0]), barrier)
+    pairs = pairs or agreed_pairs(args, sum(map(statistics.median, warm.values())), device)
+    times = Times(**measure.in_turns(works, pairs, barrier, measure.both_seconds), own=own[-pairs - 1 : -1])
+    logarithms, cut = sorted(map(math.log, times.ratios(1))), pairs // 5
+    times.builds.append(statistics.mean(logarithms[cut : pairs - cut]))  # without a fifth at either end: other load
+    return times
+
+
+def until_decided(
+    args: argparse.Namespace, device: torch.device, batch: dict[str, Any], barrier: Callable[[], Any]
+) -> Times:
+    """Build and time pairs until the CPU time of rank 0 decides, or the time is over. Rank 0 decides."""
+    times, most = Times(), LEAST
+    started = time.perf_counter()
+    while True:
+        names = ("bare", "engine") if len(times.builds) % 2 else ("engine", "bare")
+        times.add(timed(args, device, batch, barrier, PAIRS, names))
+        gc.collect()
+        done = len(times.builds)
+        if done == 2:
+            most = max(LEAST, int(args.seconds / (time.perf_counter() - started) * done))
+        looked_at = done in {most // 2**look for look in range(LOOKS)} and done >= LEAST
+        ended = torch.tensor(done >= most or (looked_at and decision(times.builds) != "undecided"), device=device)
+        if dist.is_initialized():
+            dist.broadcast(ended, 0)
+        if ended:
+            return times
 
 
 def own_seconds(engine: GaPEngine) -> list[float]:
@@ -179,39 +236,15 @@ def agreed_pairs(args: argparse.Namespace, pair: float, device: torch.device) ->
     return int(number)
 
 
-def until_decided(
-    args: argparse.Namespace,
-    works: dict[str, Callable[[], None]],
-    barrier: Callable[[], Any],
-    pair: float,
-    device: torch.device,
-) -> dict[str, list[tuple[float, float]]]:
-    """Time pairs of steps, of about `pair` seconds each, until the CPU time of rank 0 decides. Rank 0 decides."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
-    most = max(args.pairs[0], int(args.seconds / pair))
-    for look in range(LOOKS):
-        wanted = torch.tensor(max(1, most // 2 ** (LOOKS - 1 - look) - len(times["bare"])), device=device)
-        if decision(of_cpu_time(times)) != "undecided":
-            wanted.zero_()
-        if dist.is_initialized():
-            dist.broadcast(wanted, 0)
-        if not int(wanted):
-            break
-        for name, found in measure.in_turns(works, int(wanted), barrier, measure.both_seconds).items():
-            times[name] += found
-    return times
+def of_builds(builds: Sequence[float], level: float) -> tuple[float, float]:
+    """Return the confidence interval of the ratio by Student's t, from the logarithms of the builds."""
+    low, high = compare.interval(builds, level)
+    return math.exp(low), math.exp(high)
 
 
-def of_cpu_time(times: dict[str, list[tuple[float, float]]]) -> list[float]:
-    """Return the ratios of the CPU times of neighbouring steps."""
-    return [b / a for (_, a), (_, b) in zip(times["bare"], times["engine"], strict=True)]
-
-
-def decision(ratios: Sequence[float]) -> str:
-    """Return whether the median is at most the aim: "yes" or "no" if the whole interval says so, else "undecided"."""
-    if len(ratios) < 20:
-        return "undecided"
-    low, high = measure.interval(ratios, LEVEL)
+def decision(builds: Sequence[float]) -> str:
+    """Return whether the ratio is at most the aim: "yes" or "no" if the whole interval says so, else "undecided"."""
+    low, high = of_builds(builds, LEVEL)
     return "yes" if high <= AIM else "no" if low > AIM else "undecided"
 
 
@@ -328,14 +361,12 @@ def tokens(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     return {"input_ids": ids[0], "decoder_input_ids": ids[1], "labels": ids[2]}
 
 
-def summary(args: argparse.Namespace, times: dict[str, list[tuple[float, float]]]) -> dict[str, Any]:
+def summary(args: argparse.Namespace, times: Times) -> dict[str, Any]:
     """Return the figures of the steps as a row."""
-    wall = {name: [wall for wall, _ in values] for name, values in times.items()}
-    cpu = of_cpu_time(times)
-    ratios = [b / a for a, b in zip(wall["bare"], wall["engine"], strict=True)]
+    ratios, cpu = times.ratios(0), times.ratios(1)
+    wall = {name: [wall for wall, _ in getattr(times, name)] for name in ("bare", "engine")}
     figures = measure.compared(wall, "bare")
-    on_cpu = not torch.cuda.is_available()
-    return {
+    result = {
         "preset": args.preset,
         "backend": args.backend,
         "ranks": dist.get_world_size() if dist.is_initialized() else 1,
@@ -347,9 +378,18 @@ def summary(args: argparse.Namespace, times: dict[str, list[tuple[float, float]]
         "ratio": round(statistics.median(ratios), 4),
         "interval": _rounded(measure.interval(ratios)),
         "quartiles": figures["engine"]["quartiles"],
-        "cpu_ratio": round(statistics.median(cpu), 4) if on_cpu else None,
-        "cpu_interval": _rounded(measure.interval(cpu, LEVEL if args.decide else 0.95)) if on_cpu else None,
-    } | ({"decided": decision(cpu)} if args.decide else {})
+        "cpu_ratio": None,
+        "cpu_interval": None,
+    }
+    if times.own:
+        ms = 1e3 * statistics.median(times.own)
+        result |= {"cpu_ratio": round(statistics.median(cpu), 4), "cpu_interval": _rounded(measure.interval(cpu))}
+        result |= {"own_ms": round(ms, 3), "own_share": round(ms / result["engine_ms"], 5)}
+    if args.decide:
+        result["cpu_ratio"] = round(math.exp(statistics.mean(times.builds)), 4)
+        result["cpu_interval"] = _rounded(of_builds(times.builds, LEVEL))
+        result |= {"builds": len(times.builds), "decided": decision(times.builds)}
+    return result
 
 
 def _rounded(values: Sequence[float]) -> list[float]:

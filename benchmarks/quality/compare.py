@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import mpmath  # type: ignore[import-untyped]  # comes with torch, through sympy
@@ -82,6 +82,22 @@ def two_sided_p(t: float, freedom: int) -> float:
         return 0.0
     part = freedom / (freedom + t * t)
     return float(mpmath.betainc(freedom / 2, 0.5, 0, part, regularized=True))
+
+
+def interval(values: Sequence[float], level: float) -> tuple[float, float]:
+    """Return the confidence interval of the mean by Student's t; without bounds for one value.
+
+    >>> [round(bound, 3) for bound in interval([1.0, 2.0, 3.0], 0.95)]
+    [-0.484, 4.484]
+    """
+    found = mean(values)
+    if found.error is None:
+        return -math.inf, math.inf
+    low, high = 0.0, 1e3
+    while high - low > 1e-6 * high:
+        middle = (low + high) / 2
+        low, high = (low, middle) if two_sided_p(middle, found.count - 1) < 1 - level else (middle, high)
+    return found.value - high * found.error, found.value + high * found.error
 
 
 def pooled_deviation(groups: Iterable[Iterable[float]]) -> float | None:

@@ -193,3 +193,13 @@ def test_sharding_libraries_on_one_rank(tmp_path: Path, backend: str) -> None:
     python(str(BENCHMARKS / "overhead.py"), *words)
     (row,) = read(tmp_path / "overhead.json")["rows"]
     assert row["ranks"] == 1 and row["boundary_steps"] > 0
+
+
+@pytest.mark.slow
+def test_a_ratio_is_decided_over_builds(tmp_path: Path) -> None:
+    words = ["--quick", "--backends", "ddp", "--decide", "--seconds", "1", "--out", str(tmp_path)]
+    python(str(BENCHMARKS / "overhead.py"), *words)
+    (row,) = read(tmp_path / "overhead.json")["rows"]
+    low, high = row["cpu_interval"]
+    assert row["builds"] == 6 and row["pairs"] == 96 and low < row["cpu_ratio"] < high
+    assert row["decided"] == ("yes" if high <= 1.01 else "no" if low > 1.01 else "undecided")
