@@ -40,6 +40,7 @@ class RunArguments:
     lr: float = HfArg(default=2e-3, help="peak learning rate")
     warmup_steps: int = HfArg(default=200, help="linear warm-up, in optimizer steps")
     label_smoothing: float = HfArg(default=0.1, help="of the training loss")
+    gradient_clipping: float = HfArg(default=0.0, help="norm to clip gradients at, 0: off; of DeepSpeed in its config")
     seed: int = HfArg(default=0, help="of weights, batches and dropout; the GaP config has a separate seed for masks")
     bf16: bool = HfArg(default=False, help="autocast to bf16; with DeepSpeed its config decides")
 
@@ -66,7 +67,7 @@ class RunArguments:
             self,
             {"gap_worker": 0, "exchange_timeout": 0, "limit": 1, "accumulation": 1, "threads": 1}
             | {"keep_checkpoints": 1, "save_every": 1, "log_every": 1, "warmup_steps": 0, "seed": 0}
-            | {"hidden_distillation": 0},
+            | {"hidden_distillation": 0, "gradient_clipping": 0},
         )
         check_fraction(self, ["label_smoothing", "distillation"])
         if not 0 < self.temperature < math.inf:
@@ -85,8 +86,10 @@ class RunArguments:
             raise ValueError('backend="deepspeed": needs a config. Set --deepspeed_config (configs/ds).')
         if self.deepspeed_config and self.backend not in (None, "deepspeed"):
             raise ValueError(f'--deepspeed_config: has no effect with backend="{self.backend}". Remove one of the two.')
-        if self.bf16 and self.deepspeed_config:
-            raise ValueError('--bf16: has no effect with --deepspeed_config. Set "bf16" in that file instead.')
+        for name in ("bf16", "gradient_clipping"):
+            if getattr(self, name) and self.deepspeed_config:
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f'{flag}: has no effect with --deepspeed_config. Set "{name}" in that file instead.')
 
 
 def check_at_least(args: Any, lowest: Mapping[str, float]) -> None:

@@ -101,7 +101,7 @@ def _arithmetic(args: RunArguments) -> dict[str, Any]:
     enabled = [name for name, section in sections.items() if isinstance(section, dict) and section.get("enabled")]
     return {
         "precision": "+".join(enabled) or "fp32",
-        "gradient_clipping": config.get("gradient_clipping", 0.0),
+        "gradient_clipping": config.get("gradient_clipping", args.gradient_clipping),
         "accumulation x ranks": args.accumulation * int(os.environ.get("WORLD_SIZE", "1")),
     }
 
@@ -224,8 +224,9 @@ def begin(args: RunArguments, fixed: Sequence[str], rows: int) -> dict[str, Any]
         fixed: names of the arguments that a resumed run must keep.
         rows: number of rows of the training set.
     """
-    micro_batches = {"accumulation x ranks": args.accumulation * runtime.world_size()}
-    run = {"rows": rows, **{name: getattr(args, name) for name in fixed}, **micro_batches}
+    of_all = {"gradient_clipping": args.gradient_clipping}
+    of_all |= {"accumulation x ranks": args.accumulation * runtime.world_size()}
+    run = {"rows": rows, **{name: getattr(args, name) for name in fixed}, **of_all}
     return {"batches": 0, "ranks": runtime.world_size(), "run": run}
 
 
@@ -292,7 +293,8 @@ def build_engine(
     if deepspeed is not None:
         built.append(GaPEngine.initialize(model=model, config=deepspeed, gap_config=gap, **same))
     else:
-        built.append(GaPEngine(model, gap, gradient_accumulation_steps=args.accumulation, **same))
+        loop = {"gradient_accumulation_steps": args.accumulation, "gradient_clipping": args.gradient_clipping}
+        built.append(GaPEngine(model, gap, **loop, **same))
     return built[0]
 
 

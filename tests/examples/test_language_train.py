@@ -94,8 +94,9 @@ def test_a_run_is_complete(plain: Path, here: Path, tmp_path: Path, alone: None)
     assert again["loss"] == pytest.approx(found["loss"], rel=1e-6)
 
 
-def test_checkpointing_changes_nothing(plain: Path, run: Run) -> None:
-    assert same(run(), plain)
+def test_checkpointing_changes_nothing_and_clipping_does(plain: Path, run: Run, tmp_path: Path) -> None:
+    assert same(run("--gradient-clipping", "1e6"), plain)
+    assert not same(run("--gradient-clipping", "1e-3", out=tmp_path / "clipped"), plain)
 
 
 def test_resuming_is_exact(plain: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

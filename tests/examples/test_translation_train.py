@@ -491,6 +491,8 @@ BAD_ARGUMENTS = {
         "--deepspeed_config no.json: cannot be read as JSON",
     ),
     "bf16 twice": (["--bf16", "--deepspeed_config", ZERO2], "--bf16: has no effect with --deepspeed_config"),
+    "clipping twice": (["--gradient-clipping", "1", "--deepspeed_config", ZERO2], "--gradient-clipping: has no"),
+    "clipping": (["--gradient-clipping", "-1"], "gradient_clipping=-1.0: must be at least 0"),
 }
 
 
