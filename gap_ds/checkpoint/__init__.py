@@ -6,6 +6,7 @@
     inherited   masks of another run of the same model
     portable    weights and optimizer state for another number of ranks or another backend
     foreign     weights from a sharding library's own checkpoint, read by one process
+    inspect     counts of a checkpoint, compared with its header, the budgets and the schedule
 
 Read `folder` first. Nothing here decides when to save, and no final model is written here: see `training`, `export`.
 """

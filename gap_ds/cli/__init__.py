@@ -6,7 +6,7 @@ that another part of gap_ds could use does not belong here; no other folder impo
 optional, so `main` imports them, not this package. Only `gap-ds report` imports matplotlib, only `gap-ds plan`
 transformers.
 
-Read app.py first, then plan.py and tables.py.
+Read app.py first, then plan.py (its models are in models.py, with presets.py) and tables.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """Masks of weights: one bit a weight, and the exact selection of the kept ones.
 
     bitmask    packs, counts and applies masks; read it first
+    box        which elements of a tensor a rank has: the only geometry
     selection  exact top-k over shards, for all budgets of a boundary at once
+    groups     the same for N:M patterns and blocks
     passes     what it does to a chunk of weights: loops in C, else PyTorch
     tally      its counts on an accelerator
     packing    kept values of a piece, packed in the order of the bits

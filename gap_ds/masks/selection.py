@@ -268,7 +268,7 @@ def decide(pieces: Sequence[Piece], keep: Sequence[int], reduce: Reduce) -> list
     for number, (shift, bins) in enumerate(PASSES[bits]):
         counts = reduce.sum(_histogram(pieces, candidates, len(keep), prefix, shift, bins, first=number == 0))
         if number == 0:
-            _check(pieces, counts, need, reduce)
+            _check(pieces, counts, need)
         counts = counts[: len(keep), :bins]
         # at_least[g, b]: candidates in bin b or above. The threshold's bin is the highest b with at_least >= need.
         at_least = counts.flip(1).cumsum(1).flip(1)
@@ -350,7 +350,7 @@ def _counted(
     return counts
 
 
-def _check(pieces: Sequence[Piece], counts: Tensor, keep: Tensor, reduce: Reduce) -> None:
+def _check(pieces: Sequence[Piece], counts: Tensor, keep: Tensor) -> None:
     """Raise on invalid keys and budgets above their weights; on all ranks, because `counts` is reduced."""
     invalid = counts[len(keep) :].reshape(-1)[: len(pieces)]
     if bool((invalid != 0).any()):

@@ -12,7 +12,8 @@ A file has 8 + header + sum over entries (ceil(numel / 8) + 4 * kept) + 4 * othe
 tensor; a rank reads only the bytes of its pieces, so none ever holds a full model. Files are untrusted: a header must
 be exactly the expected one, nothing is unpickled, and no name in a file becomes a path.
 
-Nothing here knows the training loop, the schedule or the optimizer; only `exchange` and `ranks` call collectives.
+Nothing here knows the training loop, the schedule or the optimizer; only `exchange`, `ranks` and `identity.of_weights`
+call collectives.
 N weights of a piece or parameter, E entries, K workers (one per partition), R ranks of a job.
 """
 

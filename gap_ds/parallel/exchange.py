@@ -1,6 +1,6 @@
 """One worker's side of the exchange: it publishes its file of a round, waits for the others, and reads all files.
 
-Every method here is called by all ranks of the job, and every collective of the exchange is in this file.
+All ranks of the job call the public methods of `Exchange`. A round's collectives are in this file and in `ranks`.
 """
 
 from __future__ import annotations

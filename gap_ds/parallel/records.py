@@ -51,7 +51,7 @@ class Records:
     """Reads and writes the JSON files of one worker's job.
 
     Args:
-        folder: the exchange folder; messages show `worker.exchange`.
+        folder: the exchange folder; messages show `worker.shown`.
         run: the run of this job, as all JSON files contain it.
     """
 

@@ -173,7 +173,7 @@ def _density_points(run: Run) -> list[tuple[float, float]]:
 
 
 def _density(run: Run) -> bytes:
-    return drawing.png(plots.density([drawing.Curve(run.name, _density_points(run))], whole_run=True))
+    return drawing.png(plots.density([drawing.Curve(run.name, _density_points(run))]))
 
 
 def _losses(run: Run) -> bytes:
@@ -301,12 +301,12 @@ def _comparisons(runs: Sequence[Run]) -> list[_Job]:
     curves = [drawing.Curve(run.name, density, i) for i, run in enumerate(runs) if (density := _density_points(run))]
     if curves:
         caption = "Of all prunable weights together."
-        jobs.append(_Job(None, "density", caption, lambda: drawing.png(plots.density(curves, whole_run=True))))
+        jobs.append(_Job(None, "density", caption, lambda: drawing.png(plots.density(curves))))
     return jobs
 
 
 def _bars(runs: Sequence[Run]) -> list[tuple[str, str, list[float | None]]]:
-    """Columns in which at least one run has a value: two scores, the last validation loss, density, cost."""
+    """The first five columns in which a run has a value: scores, the last validation loss, density, cost."""
     columns: list[tuple[str, str, list[float | None]]] = []
     for key in ("bleu", "chrf", "accuracy", "top1", "perplexity"):
         columns.append((SCORES[key], "", [run.scores.get(key) for run in runs]))

@@ -160,7 +160,7 @@ def losses_around(boundaries: Sequence[Curve]) -> Figure:
 
 
 @styled
-def density(curves: Sequence[Curve], whole_run: bool) -> Figure:
+def density(curves: Sequence[Curve]) -> Figure:
     """Density of all entries together over the run, as steps; of one run or of several."""
     figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
     axis = figure.subplots()
@@ -170,7 +170,7 @@ def density(curves: Sequence[Curve], whole_run: bool) -> Figure:
     axis.set_ylim(0, 1.04)
     axis.set_ylabel("density of the entries")
     axis.set_xlabel("applied optimizer steps")
-    axis.set_title("Density over the run" if whole_run else "Density")
+    axis.set_title("Density over the run")
     axis.margins(x=0.01)
     thousands(axis)
     if len(curves) > 1:

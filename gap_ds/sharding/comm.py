@@ -148,7 +148,7 @@ class Comm:
         whole = torch.zeros(shard.full_numel, dtype=piece.dtype, device=self._device)
         if shard.counted:
             shard.box.put(whole, piece.to(self._device))
-        with _named(f"sum of {shard.full_numel} scores", self.size):
+        with _named(f"sum of {shard.full_numel} numbers", self.size):
             dist.all_reduce(whole, group=self._group)
         return whole.to(piece.device)
 

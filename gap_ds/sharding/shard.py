@@ -92,10 +92,9 @@ class Shard:
         offset: int,
         owner: Callable[[], Tensor],
         trainable: bool = True,
-        copies: Callable[[], Sequence[Tensor]] = tuple,
     ) -> Shard:
         """Return the shard of flatten(parameter)[start : start + numel]."""
-        return cls(name, shape, Box.span(start, numel, math.prod(shape)), offset, owner, trainable, copies)
+        return cls(name, shape, Box.span(start, numel, math.prod(shape)), offset, owner, trainable)
 
     @classmethod
     def of_frozen(cls, name: str, parameter: Tensor, rank: int) -> Shard:

@@ -53,7 +53,7 @@ def check_position(world: Comm, step: int, signature: str, fingerprint: str, non
     """All ranks are before the same step of the same run, and none has seen a loss that is not finite.
 
     Args:
-        nonfinite: whether this rank has (`Watch.take`); place: what comes now, for the message.
+        nonfinite: whether this rank has (`LossGuard.take`); place: what comes now, for the message.
     Raises:
         ValueError: on all ranks, naming the ranks and what they differ in.
     """
@@ -247,8 +247,6 @@ class LossGuard:
         self._in_a_row = 0
         #: Whether the micro-batch at hand is left out.
         self.skipping = False
-        #: Micro-batches left out so far.
-        self.skipped = 0
 
     def accepts(self, loss: Tensor, step: int) -> bool:
         """True if a micro-batch's loss may be propagated; with `skip` all ranks must call this."""
@@ -260,7 +258,6 @@ class LossGuard:
         bad = ~loss.detach().isfinite().all()
         self.skipping = bool(self._world.sum(bad.to(torch.int64).view(1)).item())
         self._in_a_row = self._in_a_row + 1 if self.skipping else 0
-        self.skipped += self.skipping
         if self._in_a_row > MOST_SKIPPED:
             raise ValueError(
                 f"the loss was not finite in {self._in_a_row} micro-batches in a row before step {step}: the training "

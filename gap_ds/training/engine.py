@@ -55,7 +55,7 @@ class GaPEngine:
             saved and restored, and you step it. With `lr_restart` it starts again in every phase, so it should cover
             one phase.
         steps_per_epoch, batches_per_epoch: updates in an epoch, or micro-batches, len(loader); one of them is required
-            if the config counts in epochs.
+            if the config counts in epochs. A loop that accumulates gradients by itself passes steps_per_epoch.
         nonfinite_loss: what to do about a loss that is NaN or infinite. `stop`: raise before the next boundary or
             checkpoint makes it permanent; free, and off under loss scaling, which skips such steps. `skip`: leave its
             micro-batch out on all ranks; costs a small all-reduce in every micro-batch.
@@ -103,7 +103,7 @@ class GaPEngine:
         options = Options(steps_per_epoch, batches_per_epoch, worker, nonfinite_loss, masks_from, history, fresh, whole)
         self.run = build(model, config, training, options)
         self.config, self.schedule, self.plan = self.run.config, self.run.schedule, self.run.plan
-        self.worker, self.mask_state = worker, self.run.mask_state
+        self.mask_state = self.run.mask_state
         self._place, self.last_boundary_seconds = Place(), 0.0
         self.closed = False  #: True once `close` has taken the hooks off: masks are no longer applied.
         self._updates = Updates(self.run, lambda: self._place)
@@ -127,16 +127,19 @@ class GaPEngine:
 
     def backward(self, loss: Tensor) -> None:
         """Backward pass of one micro-batch. `loss` is its mean, whatever the number of accumulated micro-batches."""
-        if self.run.guard.accepts(loss, self.applied_steps):
-            for observer in self.run.observers:
-                observer.loss_seen(loss)
+        if self._accepts(loss):
             self.run.backend.backward(loss)
 
     def watch(self, loss: Tensor) -> None:
         """Checks a loss that something else propagates, with nonfinite_loss="stop", as `backward` does."""
-        if self.run.guard.accepts(loss, self.applied_steps):
+        self._accepts(loss)
+
+    def _accepts(self, loss: Tensor) -> bool:
+        """True if a micro-batch's loss may be propagated; the observers see those alone."""
+        if accepted := self.run.guard.accepts(loss, self.applied_steps):
             for observer in self.run.observers:
                 observer.loss_seen(loss)
+        return accepted
 
     def step(self) -> None:
         """Ends a micro-batch. If that completes an update: optimizer step, masks, and at a boundary prune and grow."""

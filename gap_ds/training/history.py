@@ -37,9 +37,9 @@ _SEEN, _BEFORE = "seen.safetensors", "before.safetensors"
 
 
 class History(Observer):
-    """Records the masks of a run into a file. All ranks call `record`, `write` and `read` together; rank 0 writes.
+    """Records the masks of a run into a file. All ranks call each method together; rank 0 writes.
 
-    The file is not touched before the second record or a checkpoint, so that a run that goes on keeps what it has. A
+    The file is not touched before the second line or a checkpoint, so that a run that goes on keeps what it has. A
     disk that refuses it is a warning: no run ends for its diary.
     """
 

@@ -40,7 +40,10 @@ class Pieces:
 
 
 class MaskState:
-    """The masks of this rank's pieces. All ranks call `apply`, `select`, `kept`, `write` and `read` together."""
+    """The masks of this rank's pieces.
+
+    All ranks call `apply`, `select`, `kept`, `stats`, `write`, `read` and `restore` together.
+    """
 
     def __init__(self, plan: Plan, config: GaPConfig, backend: Backend, warmup: int = 0) -> None:
         #: This rank's piece of each entry.
@@ -208,7 +211,7 @@ class MaskState:
         return mean_second_moments(shards, self.bits, self._backend.optimizers, self._backend.comm) if shards else {}
 
     def _mask(self, shard: Shard, bits: Tensor, means: Mapping[tuple[str, str], float]) -> None:
-        """Puts on a mask. It may keep weights that the mask before it pruned: those start with moments at zero."""
+        """Puts on a mask. It may keep weights that the mask before it pruned: these begin at 0."""
         if self._config.regrow == "last_value":
             self.last.remember(shard, self.bits.get(shard.name), bits)
         self._change_mask(shard, bits, means)

@@ -1,9 +1,9 @@
 """Grown weights: their second moments, and the warm-up of their first steps.
 
 A weight that is grown with both moments of Adam at zero takes steps that are several times too large, because its
-second moment is far below its gradient's square while the step count is not reset. Two settings help: `regrow_moments`
-gives the second moment another value, and `regrow_warmup` scales the first steps of grown weights: the t-th of n by
-t / n.
+second moment is far below its gradient's square while the step count is not reset. Two settings change that:
+`regrow_moments` gives the second moment another value, and `regrow_warmup` scales the first steps of grown weights: the
+t-th of n by t / n.
 """
 
 from __future__ import annotations

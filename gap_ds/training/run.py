@@ -61,8 +61,8 @@ class Place:
 class Run:
     """The parts of a run: config, rule, schedule and plan; the backend; and the state that training changes.
 
-    steps_per_epoch: updates in an epoch, of a config in epochs. world: all ranks of the job. guard: this rank's losses.
-    observers: optional parts, in the order they are called.
+    steps_per_epoch: updates in an epoch, of a config in epochs. world: all ranks that train the model. guard: this
+    rank's losses. observers: optional parts, in the order they are called.
     doubts: what this rank has seen to be wrong and all ranks will raise at the next place where they meet.
     warned: what the user was warned of: parameters that became frozen or trainable, and copies that drifted apart.
     """

@@ -1,8 +1,9 @@
 """Backends: the only place with other libraries' private names.
 
-A backend is one value: where the pieces lie (`shards`), which optimizer updates them, and four things that the sharding
-library does its own way. `detect` builds it from the objects that a user already has. Nothing outside this folder asks
-which backend it has.
+A backend is one value: where the pieces lie (`shards`), which optimizer updates them, and what the sharding library
+does its own way (publish, backward, step, save, load). `detect` builds it from the objects that a user already has:
+`zero` (with `zero_places`), `fairscale`, `fsdp` or `plain`. Outside this folder only the reading of a checkpoint, whose
+files are the library's, depends on which one it is.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class OtherOptimizerError(ValueError):
 class Backend:
     """A sharding library, as the engine sees it.
 
-    name: for people: logs and results; nothing is decided by it.
+    name: for logs and results, and in checkpoints, where it tells whose files they are.
     forward: what is called with a batch.
     module: the model inside, whose module tree has the names of the plan.
     optimizers: the innermost optimizers; their post-step hooks fire after the fp32 weights changed and before the

@@ -51,23 +51,23 @@ def build(model: nn.Module, training: Training) -> Backend:
     Raises:
         ValueError: a parameter is sharded in a way that no backend knows.
     """
-    wrapper = uncompiled(model)
-    ddp = isinstance(wrapper, DistributedDataParallel)
-    module = uncompiled(wrapper.module) if isinstance(wrapper, DistributedDataParallel) else wrapper
+    outer = uncompiled(model)
+    ddp = outer if isinstance(outer, DistributedDataParallel) else None
+    module = outer if ddp is None else uncompiled(ddp.module)
     if inner := next((name for name, child in module.named_modules() if name and wraps(child)), None):
         raise ValueError(
             f"the model holds DistributedDataParallel in its attribute {inner}, and parameters beside it. Wrap the "
             f"whole model, or pass model.{inner} with an optimizer of its parameters."
         )
-    if isinstance(wrapper, DistributedDataParallel):
-        require_world(dist.get_world_size(wrapper.process_group), training.world)
-        _refuse_ignored(wrapper)
+    if ddp is not None:
+        require_world(dist.get_world_size(ddp.process_group), training.world)
+        _refuse_ignored(ddp)
     optimizers = training.optimizers()
-    sync = NoSync(wrapper) if isinstance(wrapper, DistributedDataParallel) else None
+    sync = None if ddp is None else NoSync(ddp)
     layout = Layout.of(module, lambda: whole_shards(module), training.world)
     loop = Loop(training, optimizers, sync=sync)
     return Backend(
-        name="ddp" if ddp else "plain",
+        name="plain" if ddp is None else "ddp",
         forward=model,
         module=module,
         optimizers=optimizers,
