@@ -163,8 +163,8 @@ def report(
 ) -> None:
     """Draw and compare runs: one HTML page, and PNG files.
 
-    The page needs no network and no script. Pictures: schedule and losses, density, layers, changes of masks,
-    magnitudes; for several runs also curves, scores and cost side by side.
+    The page needs no network and no script. Pictures: schedule and losses, losses around boundaries, density, layers,
+    changes of masks, magnitudes; for several runs also curves, scores and cost side by side.
     """
     from gap_ds.report import build  # needs matplotlib, which no other command does
 

@@ -24,8 +24,8 @@ from gap_ds.masks.box import Box
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-#: Bytes of weights that NumPy masks at a time. Their expanded mask of 1 MiB stays in the caches; smaller blocks are
-#: slower, because memory is read fastest in long stretches.
+#: Bytes of weights that NumPy masks at a time, and of a mask that is counted at a time. The expanded mask of 1 MiB
+#: stays in the caches; smaller blocks are slower, because memory is read fastest in long stretches.
 _CPU_BLOCK = 1 << 20
 #: Words, or pieces, on a CPU from which on the loops in C are used: fewer are not worth loading them.
 COMPILED, _COMPILED_PIECES = 1 << 16, 64

@@ -158,7 +158,7 @@ class GaPConfig(Fields):
             )
 
     def _check_growth(self, given: set[str]) -> None:
-        if self.target == "rising" and "mask_init" in given:
+        if self.target == "rising" and self.mask_init != "auto":
             raise ValueError('"mask_init" has no effect with target="rising", which begins dense: remove it')
         if self.grow == "dense" and "grow_share" in given:
             raise ValueError('"grow_share" has no effect with grow="dense": remove it')

@@ -306,12 +306,14 @@ def _comparisons(runs: Sequence[Run]) -> list[_Job]:
 
 
 def _bars(runs: Sequence[Run]) -> list[tuple[str, str, list[float | None]]]:
-    """The first five columns in which a run has a value: scores, the last validation loss, density, cost."""
-    columns: list[tuple[str, str, list[float | None]]] = []
-    for key in ("bleu", "chrf", "accuracy", "top1", "perplexity"):
-        columns.append((SCORES[key], "", [run.scores.get(key) for run in runs]))
+    """Columns in which a run has a value: the first two scores, the last validation loss, density, cost."""
+    scores = ("bleu", "chrf", "accuracy", "top1", "perplexity")
+    known = [key for key in scores if any(run.scores.get(key) is not None for run in runs)]
+    columns: list[tuple[str, str, list[float | None]]] = [
+        (SCORES[key], "", [run.scores.get(key) for run in runs]) for key in known[:2]
+    ]
     losses = [run.validation[-1][1] if run.validation else None for run in runs]
     columns.append(("validation loss", "nats", losses))
     columns.append(("final density", "of the entries", [run.results.density_at_end for run in runs]))
     columns.append(("training FLOPs", "dense = 1", [run.results.training_flops for run in runs]))
-    return [row for row in columns if any(value is not None and math.isfinite(value) for value in row[2])][:5]
+    return [row for row in columns if any(value is not None and math.isfinite(value) for value in row[2])]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from gap_ds.method import rules
 from gap_ds.method.schedule import Phase
 from gap_ds.sharding.comm import operation
 from gap_ds.training.run import Run
 
 
-def cross(run: Run, before: Phase | None, after: Phase, step: int) -> tuple[int, int]:
+def cross(run: Run, before: Phase | None, after: Phase, step: int) -> str:
     """Crosses the boundary between two phases before a step, or does an update inside one (`before is after`).
 
     Returns:
-        the numbers of entries that were pruned or whose mask moved, and of those that were grown.
+        what happened to how many entries, in words.
     Raises:
         ValueError: ranks disagree on the place, the plan or a mask, or a loss was not finite.
     """
@@ -36,9 +38,9 @@ def cross(run: Run, before: Phase | None, after: Phase, step: int) -> tuple[int,
                 run.learning_rate.restart()
         for observer in run.observers:
             observer.masks_changed(step, after)
-    grown = sum(isinstance(update, rules.Grow) for update in updates)
-    changed = sum(not isinstance(update, rules.Grow | rules.Keep) for update in updates)
-    return changed, grown
+    words: dict[type[rules.Update], str] = {rules.Grow: "grown", rules.DropAndGrow: "pruned and regrown"}
+    done = Counter(words.get(type(update), "pruned") for update in updates if not isinstance(update, rules.Keep))
+    return "entries: " + (", ".join(f"{count} {word}" for word, count in done.items()) or "none changed")
 
 
 def finish(run: Run, phase: Phase, step: int) -> int:

@@ -200,12 +200,11 @@ class GaPEngine:
     def _enter(self, before: Phase | None, after: Phase) -> None:
         """Crosses the boundary between two phases, or does an update inside one (`before is after`)."""
         started = time.perf_counter()
-        changed, grown = boundary.cross(self.run, before, after, self.applied_steps)
+        done = boundary.cross(self.run, before, after, self.applied_steps)
         self._updates.watch()
-        self.last_boundary_seconds = time.perf_counter() - started
+        self.last_boundary_seconds = seconds = time.perf_counter() - started
         self.run.say(
-            f"step {self.applied_steps}: {after}, density {self.density:.4f}, {changed} entries pruned, {grown} grown, "
-            f"{self.last_boundary_seconds:.3f} s",
+            f"step {self.applied_steps}: {after}, density {self.density:.4f}, {done}, {seconds:.3f} s",
             logging.DEBUG if before is after else logging.INFO,
         )
 

@@ -49,12 +49,12 @@ class Selector:
         random = {
             e: (u.keep, self._random(e, e.name)) for e, u in updates.items() if isinstance(u, rules.PruneRandomly)
         }
-        exchanged = {e: u for e, u in updates.items() if isinstance(u, rules.DropAndGrow)}
+        moved = {e: u for e, u in updates.items() if isinstance(u, rules.DropAndGrow)}
         if isinstance(self.plan.pattern, Unstructured):
             bits = self._exactly(largest, self.plan.shared_budget) | self._exactly(random)
-            return bits | self._exchanged(exchanged)
+            return bits | self._drop_and_grow(moved)
         bits = self._by_groups(largest, by_magnitude=True) | self._by_groups(random)
-        return bits | self._exchanged_groups(exchanged)
+        return bits | self._drop_and_grow_groups(moved)
 
     def _exactly(
         self, wanted: Mapping[Entry, tuple[int, selection.Keys]], shared_budget: bool = False
@@ -74,7 +74,7 @@ class Selector:
         bits = selection.select_largest(pieces, keep, self.comm)
         return {piece.name: b for piece, b in zip(pieces, bits, strict=True)}
 
-    def _exchanged(self, updates: Mapping[Entry, rules.DropAndGrow]) -> dict[str, Tensor]:
+    def _drop_and_grow(self, updates: Mapping[Entry, rules.DropAndGrow]) -> dict[str, Tensor]:
         """Drop and grow: the kept weights without the smallest, and as many of all others by gradient or at random."""
         shared = self.plan.shared_budget
         kept = self._exactly({e: (u.keep - u.drop, self._of_kept(e)) for e, u in updates.items()}, shared)
@@ -127,7 +127,7 @@ class Selector:
         bits = select_groups(pattern, entries, self.comm)
         return {entry.name: b for entry, b in zip(wanted, bits, strict=True)}
 
-    def _exchanged_groups(self, updates: Mapping[Entry, rules.DropAndGrow]) -> dict[str, Tensor]:
+    def _drop_and_grow_groups(self, updates: Mapping[Entry, rules.DropAndGrow]) -> dict[str, Tensor]:
         """Drop and grow with a pattern: select what stays, then the mask that has it and the best of all others.
 
         Groups of N:M drop equally many weights each; if the number is no multiple of the groups, some drop one more:
