@@ -268,7 +268,7 @@ VISION_CPU = Preset(
     seeds=(0, 1, 2),
 )
 
-# Estimated from 1.1 s a step on a core with bf16 instructions: 8 minutes a run, and the 16 of a seed over 2 hours.
+# Estimated from 1.1 s a step on a core with bf16 instructions: 8 minutes a run, and the 19 of a seed over 2 hours.
 LANGUAGE_CPU = Preset(
     "language_cpu",
     about="English sentences of Tatoeba (100,000, each a document), a GPT-2 of 10.0 M weights (2.6 M of them the "
@@ -286,7 +286,7 @@ LANGUAGE_CPU = Preset(
         "bf16": True,
     },
     rows=(
-        *("dense", "gradual", "gradual_2of4"),
+        *("dense", "dense_pretrained", "gradual", "gradual_scaled", "gradual_2of4"),
         *(
             f"{name}{kind}"
             for kind in ("", "_pretrained", "_taught", "_pretrained_taught")

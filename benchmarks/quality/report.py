@@ -339,7 +339,8 @@ def plot(results: Results, path: Path) -> Path:
             colour, marker = style(cell.row, others)
             for panel, figure_of_cell in zip(column, (cell.loss, cell.score), strict=True):
                 if cell.sparsity == 0.0:
-                    handles["dense"] = panel.axhline(figure_of_cell.value, color="0.35", linestyle="--", linewidth=1)
+                    line = "--" if cell.row == "dense" else ":"
+                    handles[cell.title] = panel.axhline(figure_of_cell.value, color="0.35", linestyle=line, linewidth=1)
                     continue
                 handles[cell.title] = panel.errorbar(
                     cell.flops,

@@ -393,7 +393,7 @@ OF_LANGUAGE = ("gradual", "granet", "cyclic_2_rising_scaled", "gradual_2of4", "c
 ROWS += tuple(
     replace(row, name=f"{row.name}_pretrained", title=f"{row.title}, from the dense model", pretrained=True)
     for row in ROWS
-    if row.name in OF_LANGUAGE
+    if row.name in ("dense", *OF_LANGUAGE)
 )
 ROWS += tuple(
     replace(row, name=f"{row.name}_taught", title=f"{row.title}, with a teacher", taught=True)

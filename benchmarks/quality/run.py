@@ -212,7 +212,8 @@ class Queue:
         return int(bool(self._failed))
 
     def _fits(self, run: Run) -> bool:
-        if run.row.after_dense and any(job.run.row.dense and job.run.seed == run.seed for job in self._running):
+        needed = run.dense(self._out).parent if run.row.after_dense else None
+        if any(self._out / job.run.name == needed for job in self._running):
             return False
         busy = sum(job.run.row.workers for job in self._running)
         return not busy or busy + run.row.workers <= self._jobs
