@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
@@ -190,17 +191,31 @@ def is_masks_alone(gap: Path) -> bool:
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest checkpoint in a folder, which may be damaged; of a Trainer's, that of the last step."""
+    """The newest checkpoint in a folder, which may be damaged; of masks alone, that of the last step."""
     found = candidates(folder)
     if found and is_masks_alone(found[0] / "gap"):
-        return max(found, key=lambda path: (_step(path), path))
+        return max(found, key=lambda path: (_step(path), _number_of_name(path), path))
     return found[0] if found else None
 
 
-def _step(path: Path) -> int:
+class _Step(Record):
+    """The part of gap/state.json that orders checkpoints without a manifest. Their names have any form."""
+
+    applied_steps: Count
+
+
+def _step(path: Path) -> float:
+    """The applied step of a checkpoint; a damaged one, whose step is not known, comes last."""
+    try:
+        return read_json(path / STATE, _Step).applied_steps
+    except ValueError:
+        return math.inf
+
+
+def _number_of_name(path: Path) -> int:
     """The number at the end of a name, such as checkpoint-500; -1 if there is none."""
-    number = path.name.rpartition("-")[2]
-    return int(number) if number.isdecimal() else -1
+    number = re.search(r"\d+$", path.name, re.ASCII)
+    return int(number[0]) if number else -1
 
 
 def find(folder: Path, tag: str | None = None) -> Path:
@@ -270,7 +285,7 @@ def _listed(path: Path) -> tuple[dict[str, tuple[int, str]], str | None]:
     try:
         files = read_json(path / MANIFEST, Manifest).files
     except ValueError as error:
-        return {}, str(error)
+        return {}, str(error).rstrip(".")
     for name, (size, _) in files.items():
         try:
             found = (path / name).stat().st_size

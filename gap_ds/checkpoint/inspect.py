@@ -48,21 +48,24 @@ def inspect(folder: Path, progress: Progress) -> dict[str, Any]:
         problems.append(f"state.json: {error}")
     found, wrong = _masks(gap, state, plan, progress)
     problems += wrong
-    phase = schedule.phase_at(state.applied_steps) if schedule is not None else None
+    phase = state.phase(schedule) if schedule is not None else None
     if phase is not None:
         problems += _against_schedule(state, phase, plan, found)
     values = gap / "pruned.safetensors"
     if state.config.regrow == "last_value" or values.is_file():
         problems += _last_values(values, state, found)
-    note = f"the weights are in {printable(state.backend)}'s own files and are not looked at"
+    notes = [f"the weights are in {printable(state.backend)}'s own files and are not looked at"]
     if is_masks_alone(gap):
-        note = "these are masks alone: weights, optimizer and random state were saved by something else, as a Trainer"
+        by = "something else, as a Trainer"
+        notes = [f"these are masks alone: weights, optimizer and random state were saved by {by}"]
     else:
         problems += [
             f"gap/rng_{rank}.json: is missing, so the run does not resume bit for bit"
             for rank in range(min(state.ranks, 100_000))
             if not (gap / f"rng_{rank}.json").is_file()
         ]
+    if state.ended_at is not None:
+        notes.append(f"the schedule was ended early, at step {state.ended_at:,}")
     rows = _rows(plan, found)
     return {
         "kind": "checkpoint",
@@ -78,7 +81,7 @@ def inspect(folder: Path, progress: Progress) -> dict[str, Any]:
         "plan": state.plan,
         "partitions": _partitions(rows),
         "entries": rows,
-        "notes": [note],
+        "notes": notes,
         "problems": problems,
     }
 
@@ -159,8 +162,8 @@ def _broken_pattern(bits: Any, entry: Entry, pattern: Any, kept: int) -> str | N
 
 def _against_schedule(state: State, phase: Phase, plan: Plan, found: Mapping[str, dict[str, int]]) -> list[str]:
     """Entries with a mask too many or too few, and masks that do not meet their budget."""
-    config, step = state.config, state.applied_steps
-    problems = []
+    config, problems = state.config, list[str]()
+    step = state.applied_steps if state.ended_at is None else max(state.applied_steps, phase.end_step)
     done = [update for update in phase.updates if update <= step]
     wanted: Counter[int] = Counter()
     kept: Counter[int] = Counter()

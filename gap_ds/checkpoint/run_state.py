@@ -14,7 +14,7 @@ from torch import Tensor
 from gap_ds.method import pattern, schedule
 from gap_ds.method.config import GaPConfig
 from gap_ds.method.plan import Entry, Plan
-from gap_ds.method.schedule import Schedule
+from gap_ds.method.schedule import Phase, Schedule
 from gap_ds.storage.errors import summarize_error
 from gap_ds.storage.json import Count, Record
 
@@ -55,6 +55,10 @@ class State(Record):
         if [phase.first_step for phase in found.phases] != self.first_steps:
             raise ValueError("the phases are not those of the config")
         return found
+
+    def phase(self, schedule: Schedule) -> Phase:
+        """The phase that the next step belongs to; once the schedule was ended early, its last one."""
+        return schedule.phases[-1] if self.ended_at is not None else schedule.phase_at(self.applied_steps)
 
     def restore_plan(self) -> Plan:
         """The plan of the run, but for the figures of the whole model: `total` and `dense_matmul` are 0."""

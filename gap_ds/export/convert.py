@@ -14,7 +14,7 @@ from gap_ds.export import compact_file
 from gap_ds.export import folder as folders
 from gap_ds.export.card import fit_card
 from gap_ds.export.folder import place
-from gap_ds.export.info import INFO, ExportKeys, is_export, renew_digests
+from gap_ds.export.info import INFO, ExportKeys, is_as_recorded, is_export, renew_digests
 from gap_ds.export.weights import is_weights, read_back, weight_files, write_weights
 from gap_ds.method.names import by_parameter
 from gap_ds.storage.atomic import replacing_folder
@@ -39,7 +39,7 @@ def compact(
     if not (source / INFO).is_file():
         raise ValueError(f"{source / INFO}: there is no such file: its folder is no exported model.")
     info = read_json(source / INFO, ExportKeys)
-    with _folder(source, out, overwrite) as (aside, names), _opened(source) as tensors:
+    with _folder(source, out, overwrite) as (aside, names), _opened(source, info.sha256) as tensors:
         entries = by_parameter(info.entries)
         if entries and set(entries).isdisjoint(tensors):
             name = printable(next(iter(info.entries)))
@@ -93,12 +93,17 @@ def _folder(source: Path, out: Path, overwrite: bool) -> Iterator[tuple[Path, li
 
 
 @contextmanager
-def _opened(source: Path) -> Iterator[Mapping[str, Tensor]]:
-    """The weights of an exported model, each read when it is looked up."""
+def _opened(source: Path, digests: Mapping[str, str]) -> Iterator[Mapping[str, Tensor]]:
+    """The weights of an exported model, each read when it is looked up. ValueError: a file of them was changed."""
     homes: dict[str, Any] = {}
     with ExitStack() as stack:
         for path, expected in weight_files(source).items():
             file = stack.enter_context(open_tensors(path))
+            if not is_as_recorded(path, digests):
+                raise ValueError(
+                    f"{path}: was changed: {INFO} has another SHA-256 of it. Export the model anew; if you have saved "
+                    "other weights there on purpose, do so by gap_ds.export.save_pretrained."
+                )
             names = list(file.keys())
             if lost := sorted(set(expected or ()) - set(names)):
                 raise ValueError(f"{path}: lacks {printable(lost[0])}, which the index lists.")

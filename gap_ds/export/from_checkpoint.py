@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -83,7 +83,7 @@ def export_checkpoint(
         schedule = state.schedule()
     except ValueError as error:
         raise ValueError(f"{path / 'gap' / 'state.json'}: is damaged ({error}). Use another checkpoint.") from None
-    phase = schedule.phases[-1] if state.ended_at is not None else schedule.phase_at(state.applied_steps)
+    phase = state.phase(schedule)
     plan = state.restore_plan()
     if model is None and dtype != torch.float32:
         raise ValueError(
@@ -92,12 +92,12 @@ def export_checkpoint(
         )
     with contextlib.ExitStack() as stack:
         weights = _of_model(path, _read(path, module, plan, stack), module, plan)
-        bits = _bits(path, plan, weights, phase)
+        bits, saved = _bits(path, plan, weights, phase)
         folder = stack.enter_context(replacing_folder(out))
         if model is not None:
             copy_config(model, folder, dtype, type(module).__name__)
         kept = {} if module is None else {name: buffer.dtype for name, buffer in buffers(module)}
-        tensors = LazyTensors(weights, lambda name: _pruned(name, weights[name], bits, dtype, kept.get(name)))
+        tensors = LazyTensors(weights, lambda name: _pruned(name, weights[name], bits, saved, dtype, kept.get(name)))
         counts = write_weights(folder, tensors, progress, [entry.name for entry in plan.entries])
         parameters = list(tensors) if module is None else [name for name, _ in module.named_parameters()]
         plan = replace(plan, total=sum(counts[name].numel for name in parameters))
@@ -152,12 +152,18 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _pruned(
-    name: str, weight: Tensor, bits: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype, buffer: torch.dtype | None
+    name: str,
+    weight: Tensor,
+    bits: Mapping[str, Mapping[str, Tensor]],
+    saved: Container[str],
+    dtype: torch.dtype,
+    buffer: torch.dtype | None,
 ) -> Tensor:
     """A weight with its mask applied, in the dtype to write.
 
     Args:
         bits: packed masks of the entries of each parameter.
+        saved: entries whose masks are those of the checkpoint: what they prune must be 0 already.
         buffer: dtype of a buffer of the model, which it keeps; DeepSpeed's consolidation makes all of them fp32.
     """
     weight = weight.clone(memory_format=torch.contiguous_format)
@@ -166,7 +172,13 @@ def _pruned(
     if weight.numel():
         whole = _whole(name, weight.shape, lambda: weight)
         for entry, of_entry in bits.get(name, {}).items():
-            bitmask.zero_pruned_(whole.part(entry, weight.view(-1)), of_entry)
+            part = whole.part(entry, weight.view(-1))
+            if entry in saved and (revived := bitmask.count_revived(part, of_entry)):
+                raise ValueError(
+                    f"{printable(entry)}: {revived:,} of its weights are not 0 and its mask prunes them: the weights "
+                    "are not those that the masks were saved with. Use another checkpoint."
+                )
+            bitmask.zero_pruned_(part, of_entry)
     if not weight.is_floating_point():
         return weight
     cast = weight.to(dtype)
@@ -182,19 +194,26 @@ def _whole(name: str, shape: Sequence[int], owner: Callable[[], Tensor]) -> Shar
     return Shard.of_range(name, tuple(shape), 0, math.prod(shape), 0, owner)
 
 
-def _bits(path: Path, plan: Plan, weights: Mapping[str, Tensor], phase: Phase) -> dict[str, dict[str, Tensor]]:
-    """The masks of the entries of each parameter: of the checkpoint, or new ones if they are dense before this step."""
+def _bits(
+    path: Path, plan: Plan, weights: Mapping[str, Tensor], phase: Phase
+) -> tuple[dict[str, dict[str, Tensor]], set[str]]:
+    """The masks of the entries of each parameter, and the entries whose masks are those of the checkpoint.
+
+    The others are dense before this step, or on their way, and get new masks.
+    """
     file = path / "gap" / "masks.safetensors"
     whole = [_whole(n, shape, partial(weights.__getitem__, n)) for n, shape in plan.parameters().items()]
     shards = of_entries([entry.name for entry in plan.entries], whole)
     bits = checkpoint.read_masks(file, plan, set(checkpoint.kept_weights(file)), shards, Comm(single=True))
+    saved = set(bits)
     dense = [e for e in plan.entries if not phase.at_target(e.partition) and e.keep < e.numel]
     groups: dict[int | str, list[Entry]] = {}
     for entry in dense:
         groups.setdefault(entry.partition if plan.shared_budget else entry.name, []).append(entry)
     for group in groups.values():
         bits |= _select(plan, group, shards)
-    return {parameter: {n: bits[n] for n in names} for parameter, names in by_parameter(bits).items()}
+    saved -= {entry.name for entry in dense}
+    return {parameter: {n: bits[n] for n in names} for parameter, names in by_parameter(bits).items()}, saved
 
 
 def _select(plan: Plan, group: list[Entry], shards: Mapping[str, Shard]) -> dict[str, Tensor]:

@@ -167,6 +167,11 @@ def is_export(folder: Path) -> bool:
     return True
 
 
+def is_as_recorded(path: Path, digests: Mapping[str, str]) -> bool:
+    """False if a file of weights has another SHA-256 than its folder's gap.json has of it."""
+    return path.name not in digests or sha256(path) == digests[path.name]
+
+
 def renew_digests(folder: Path) -> None:
     """Writes the digests of a folder's weights to its gap.json."""
     digests = {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from gap_ds.export import compact_file
-from gap_ds.export.info import INFO, EntryInfo, ExportInfo
+from gap_ds.export.info import INFO, EntryInfo, ExportInfo, is_as_recorded
 from gap_ds.export.weights import StoredTensor, files_of_any_form, opened
 from gap_ds.masks.legality import Legality, multiple
 from gap_ds.method import pattern
 from gap_ds.method.names import by_parameter, rows_of
 from gap_ds.method.pattern import Pattern, Unstructured
-from gap_ds.storage.atomic import sha256
 from gap_ds.storage.errors import printable
 from gap_ds.storage.json import Record, read_json
 from gap_ds.storage.safetensors import Progress
@@ -41,7 +40,7 @@ def inspect(folder: Path, progress: Progress) -> dict[str, Any]:
     hashed = [path for path in paths if path.name in info.sha256 and path.is_file()]
     count, of_tensor = _Count(progress, total + _size(hashed)), by_parameter(info.entries)
     for path in hashed:
-        if sha256(path) != info.sha256[path.name]:
+        if not is_as_recorded(path, info.sha256):
             count.problems.append(f"{path.name}: was changed: {INFO} has another SHA-256 of it")
         count.advance(path.name, path.stat().st_size)
     for path, expected in paths.items():

@@ -7,8 +7,9 @@
     merged.model.save_pretrained("merged")
 
 A pruned weight of the base is one that is exactly 0 beside others that are not. A base without zeros, one that is 0
-everywhere, and embeddings are dense: their updates are merged whole. peft is not imported: its layers are used as they
-are given (tested with peft 0.21).
+everywhere, and embeddings are dense: their updates are merged whole. A copy that was trained whole in the place of a
+module (modules_to_save) counts as its update. peft is not imported: its layers are used as they are given (tested with
+peft 0.21).
 
 Shapes: W and BA (out, in), or (in, out) in GPT-2's Conv1D.
 """
@@ -17,13 +18,16 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn import functional
 
 log = logging.getLogger("gap_ds")
+
+#: Values of `init_lora_weights` that write another matrix into the base, by how they begin.
+_REWRITING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class Merged(NamedTuple):
@@ -51,15 +55,26 @@ def mask_adapters(model: nn.Module) -> list[str]:
         The names of the layers that are masked now. Those over dense weights stay as they are.
     Raises:
         ValueError: there are no LoRA adapters, a layer has another variant of them (DoRA), is no linear layer, or its
-            base is quantized or spread over ranks at this moment.
+            base is quantized or spread over ranks at this moment; a sparse module is trained whole (modules_to_save),
+            or the adapters were initialized from the base (PiSSA), which has lost its zeros by that.
 
     """
     found = [(name, layer, kept(layer, name)) for name, layer in _adapted(model)]
+    if copies := [name for name, *_ in _copies(model)]:
+        raise ValueError(
+            f"{copies[0]}: is sparse in the base and is trained whole (modules_to_save), so its zeros would be lost. "
+            "List it in target_modules instead, or leave it frozen."
+        )
     sparse = [(name, layer) for name, layer, mask in found if mask is not None]
     for name, layer in sparse:
         adapters = getattr(layer, "lora_A", None)
-        if not adapters or not hasattr(layer, "lora_variant"):
-            raise ValueError(f"{name}: has no LoRA adapter that can be masked. Use LoraConfig, and peft 0.17 or later.")
+        # Those of AdaLoRA are no modules, and those of target_parameters have no forward pass of their own.
+        is_lora = isinstance(adapters, nn.ModuleDict) and not hasattr(layer, "get_param")
+        if not (adapters and is_lora and hasattr(layer, "lora_variant")):
+            raise ValueError(
+                f"{name}: has no LoRA adapter that can be masked. Use LoraConfig with target_modules, and peft 0.17 or "
+                "later."
+            )
         others = [layer.lora_variant[a] for a in adapters if a in layer.lora_variant]
         if other := [each for each in others if not isinstance(each, MaskedProduct)]:
             raise ValueError(
@@ -82,7 +97,9 @@ def merge(model: nn.Module) -> Merged:
     how much of the update that loses. Any kind of adapter that peft merges into a weight works.
 
     Raises:
-        ValueError: there are no adapters, they are merged already, or their base is quantized or spread over ranks.
+        ValueError: there are no adapters, they are merged already or cannot be merged, or their base is quantized,
+            spread over ranks, used twice (tied weights) or rewritten by their initialization (PiSSA). Nothing was
+            changed.
     """
     unload = getattr(model, "unload", None)
     if not callable(unload):
@@ -90,20 +107,22 @@ def merge(model: nn.Module) -> Merged:
             f"{type(model).__name__}: is no model with adapters of peft. Pass what get_peft_model returned."
         )
     found = [(name, layer, kept(layer, name)) for name, layer in _adapted(model)]
-    for name, layer, _ in found:
-        if layer.merged:
-            raise ValueError(f"{name}: is merged already. Call model.unmerge_adapter() first.")
+    _check_mergeable(model, found)
     lost, whole = dict[str, float](), dict[str, float]()
-    for name, layer, mask in found:
-        weight = layer.get_base_layer().weight.data
-        before = weight.clone()
-        layer.merge()
-        weight = layer.get_base_layer().weight.data
+
+    def keep_zeros(name: str, before: Tensor, weight: Tensor, mask: Tensor | None) -> None:
         update = (weight - before).float()
         whole[name] = float(update.norm())
         lost[name] = 0.0 if mask is None else float(update.masked_fill_(mask, 0.0).norm())
         if mask is not None:
             weight.masked_fill_(~mask, 0.0)
+
+    for name, layer, mask in reversed(found):  # the layers inside of others first
+        before = _base_weight(layer).data.clone()
+        layer.merge()
+        keep_zeros(name, before, _base_weight(layer).data, mask)
+    for name, before, weight, mask in _copies(model):
+        keep_zeros(name, before, weight, mask)
     of_all = _relative(math.hypot(*lost.values()), math.hypot(*whole.values()))
     if of_all:
         log.warning(
@@ -173,10 +192,14 @@ def kept(layer: Any, name: str) -> Tensor | None:
     Raises:
         ValueError: the weight is quantized, or not whole on this rank.
     """
-    base = layer.get_base_layer()
-    weight = getattr(base, "weight", None)
-    if weight is None or isinstance(base, nn.Embedding):
+    base, weight = layer.get_base_layer(), _base_weight(layer)
+    if isinstance(base, nn.Embedding):
         return None
+    if weight is None:
+        raise ValueError(
+            f"{name}: its base, of class {type(base).__name__}, has no weight to look at. Set target_modules to linear "
+            "layers in a float dtype."
+        )
     if hasattr(weight, "ds_id") or hasattr(weight, "to_local"):
         raise ValueError(
             f"{name}: its base weight is spread over ranks. Mask the adapters before the model is wrapped; to merge, "
@@ -188,8 +211,60 @@ def kept(layer: Any, name: str) -> Tensor | None:
     return mask if 0 < int(mask.sum()) < mask.numel() else None
 
 
+def _base_weight(layer: Any) -> Any:
+    """Return the tensor that an adapter is merged into; None if it is not one tensor."""
+    # Adapters of target_parameters name it, as that of all experts of a mixture.
+    return layer.get_param() if hasattr(layer, "get_param") else getattr(layer.get_base_layer(), "weight", None)
+
+
+def _copies(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+    """Yield the sparse weights of which a copy is trained whole (modules_to_save): name, base, copy and mask."""
+    for name, wrapper in model.named_modules():
+        if not hasattr(wrapper, "modules_to_save") or not hasattr(wrapper, "original_module"):
+            continue
+        for adapter in wrapper.active_adapters:
+            for key, weight in wrapper.modules_to_save[adapter].named_parameters():
+                base = wrapper.original_module.get_parameter(key).data
+                mask = base != 0
+                # A row without any weight is padding, as a table of words has it.
+                is_sparse = mask.dim() > 1 and bool((mask.any(-1) & ~mask.all(-1)).any())
+                owner = wrapper.original_module.get_submodule(key.rpartition(".")[0])
+                if is_sparse and not isinstance(owner, nn.Embedding):
+                    yield f"{name}.{key}", base, weight.data, mask
+
+
+def _check_mergeable(model: nn.Module, found: Sequence[tuple[str, Any, Tensor | None]]) -> None:
+    """Raise ValueError if a merge of any of these layers would fail, or change another one."""
+    users: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        users.setdefault(id(parameter), []).append(name)
+    for name, layer, _ in found:
+        if layer.merged:
+            raise ValueError(f"{name}: is merged already. Call model.unmerge_adapter() first.")
+        names = users.get(id(_base_weight(layer)), [])
+        if len(names) > 1 and not hasattr(layer, "trainable_tokens_delta"):  # peft ties those itself
+            raise ValueError(
+                f"{name}: its base weight is that of {' and '.join(names)}, so merging would change each of them. Load "
+                "the base with tie_word_embeddings=False, or leave it out of target_modules."
+            )
+        biases = getattr(layer, "lora_bias", None) or {}
+        if any(biases.get(a) for a in layer.active_adapters) and getattr(layer.get_base_layer(), "bias", None) is None:
+            raise ValueError(f"{name}: its adapter has a bias and its base has none. Set lora_bias=False.")
+
+
 def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield the layers that peft has put around others, with their names. ValueError if there are none."""
+    """Yield the layers that peft has put around others, with their names.
+
+    Raises:
+        ValueError: there are none, or their initialization has changed the base.
+    """
+    for config in getattr(model, "peft_config", {}).values():
+        init = getattr(config, "init_lora_weights", None)
+        if isinstance(init, str) and init.lower().startswith(_REWRITING):
+            raise ValueError(
+                f'init_lora_weights="{init}": writes another matrix into the base when adapters are added, and its '
+                'zeros are lost by that. Set it to True, "gaussian" or "orthogonal".'
+            )
     parts = ("get_base_layer", "merge", "merged", "active_adapters")
     found = [(name, layer) for name, layer in model.named_modules() if all(hasattr(layer, part) for part in parts)]
     if not found:

@@ -81,11 +81,14 @@ def merged(changes: Iterable[Change]) -> dict[nn.Module, nn.Module]:
 
 
 def all_in(layout: Layout, groups: Sequence[Group], usage: Usage) -> dict[nn.Module, nn.Module]:
-    """Replacements that give every layer this layout if it can have it. Nothing is measured."""
+    """Replacements that give every layer this layout if it can have it. Nothing is measured.
+
+    A layer that the run never called stays: its weight may be read by other code (Mamba), which takes a dense one.
+    """
     wanted: Layout = "csr" if layout == "joined" else layout
     found: dict[nn.Module, nn.Module] = {}
     for group in groups:
-        if wanted != "dense" and (made := candidates(group, wanted).get(wanted)):
+        if wanted != "dense" and group.loads and (made := candidates(group, wanted).get(wanted)):
             found |= zip(group.layers.values(), made, strict=True)
     if layout == "joined":
         linears = _linears(groups)

@@ -89,7 +89,8 @@ def sparsify_for_inference(
             rows that they see in this run, and whole runs with and without the new layouts are timed in turns: unless
             the gain is certain, the model keeps its modules. Or a number of rows that each layer will see at once.
             Then layers are measured alone, and nothing is guaranteed about the model as a whole.
-        layout: `auto` to measure. Any other is given unmeasured to all layers that can have it. `joined` is `csr` with
+        layout: `auto` to measure. Any other is given unmeasured to all layers that the run calls and that can have it.
+            `joined` is `csr` with
             one product for layers that are called with the same input; it requires a function as `batch`.
         min_sparsity: in [0, 1].
         margin: speed-up, at least 1, that each group of layers and the whole run must reach. Default: 1.05, or 1.2 if
@@ -110,7 +111,8 @@ def sparsify_for_inference(
     if layout != "auto":
         wanted = Decision(all_in(layout, groups, usage), None, "requested", "cannot have the requested layout")
         _replace(model, wanted.replacements)
-        return list(_table(groups, {}, {}, wanted))
+        never = {group: "never called" for group in groups if not group.loads}
+        return list(_table(groups, {}, never, wanted))
     with usage.mode():
         begin = time.perf_counter()
         goal = Goal(margin, timing.seconds(run, model, _device(model)) if run else math.inf)

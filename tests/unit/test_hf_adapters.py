@@ -16,6 +16,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Trainer,
     TrainingArguments,
 )
@@ -34,10 +36,14 @@ def base(kind: str = "llama", sparsity: float = 0.8) -> Any:
     if kind == "llama":
         sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
         model: nn.Module = LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes))
+    elif kind == "mixtral":
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+        config = MixtralConfig(vocab_size=50, num_key_value_heads=2, num_local_experts=4, **sizes)
+        model = MixtralForCausalLM(config)
     else:  # whose Conv1D has the inputs first
         model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=2, n_positions=16))
     for name, weight in model.named_parameters():
-        if weight.dim() == 2 and ("layers" in name or ".h." in name):
+        if weight.dim() >= 2 and ("layers" in name or ".h." in name):
             threshold = weight.detach().abs().flatten().kthvalue(int(sparsity * weight.numel())).values
             weight.data[weight.abs() <= threshold] = 0.0
     return model.eval()
@@ -183,6 +189,79 @@ def test_what_cannot_be_merged_or_masked() -> None:
     for call in (merge, mask_adapters):
         with pytest.raises(ValueError, match=r"q_proj: its base weight is spread over ranks"):
             call(model)
+
+
+def kept_zeros(model: nn.Module, wanted: dict[str, Tensor]) -> bool:
+    return not any(model.get_parameter(name)[mask].any() for name, mask in wanted.items())
+
+
+def test_a_copy_that_was_trained_whole_keeps_the_zeros(caplog: pytest.LogCaptureFixture) -> None:
+    """modules_to_save puts a trained copy in the place of a module."""
+    sparse = base()
+    nn.init.zeros_(sparse.lm_head.weight[7])  # padding, which a copy may fill
+    wanted = zeros(sparse)
+    model = adapted(sparse, modules_to_save=["up_proj", "lm_head"])
+    with pytest.raises(ValueError, match=r"up_proj\.weight: is sparse in the base and is trained whole"):
+        mask_adapters(model)
+    train(model, 3)
+    with caplog.at_level(logging.WARNING, "gap_ds"):
+        merged = merge(model)
+    assert "of the norm of their update, where the base is 0." in caplog.text
+    lost = {name: value for name, value in merged.layers.items() if "up_proj" in name}
+    assert len(lost) == 2 and min(lost.values()) > 0.5 and merged.lost > 0
+    assert kept_zeros(merged.model, wanted) and merged.model.get_parameter("lm_head.weight")[7].all()
+
+
+def test_experts_in_one_tensor_keep_their_zeros() -> None:
+    """target_parameters adapts a parameter, and several of one module by layers inside of each other."""
+    sparse = base("mixtral")
+    wanted = {name: mask for name, mask in zeros(sparse).items() if "experts" in name}
+    assert len(wanted) == 4
+    names = ["experts.gate_up_proj", "experts.down_proj"]
+    model = adapted(sparse, target_modules=["q_proj"], target_parameters=names)
+    with pytest.raises(ValueError, match=r"experts: has no LoRA adapter that can be masked"):
+        mask_adapters(model)
+    train(model, 3)
+    merged = merge(model)
+    assert merged.lost > 0.5 and kept_zeros(merged.model, wanted)
+    assert sum("experts" in name for name in merged.layers) == 4
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora"])
+def test_an_initialization_that_rewrites_the_base_is_refused(init: str) -> None:
+    model = adapted(base(), init_lora_weights=init)
+    for call in (merge, mask_adapters):
+        with pytest.raises(ValueError, match=rf'init_lora_weights="{init}": writes another matrix into the base'):
+            call(model)
+
+
+def test_adapters_with_a_forward_pass_of_their_own_are_not_masked() -> None:
+    settings: dict[str, Any] = {"init_r": 4, "target_r": 2, "total_step": 20, "target_modules": ["q_proj"]}
+    model = peft.get_peft_model(base(), peft.AdaLoraConfig(task_type="CAUSAL_LM", **settings))
+    with pytest.raises(ValueError, match=r"q_proj: has no LoRA adapter that can be masked"):
+        mask_adapters(model)
+
+
+def test_what_a_merge_would_change_elsewhere_is_refused_before_anything_is_merged() -> None:
+    tied = base()
+    tied.lm_head.weight = tied.model.embed_tokens.weight
+    twice = adapted(base(), layer_replication=[[0, 2], [0, 2]])
+    with_bias = adapted(base(), lora_bias=True)
+    attention = peft.get_peft_model(
+        nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2)}), peft.LoraConfig(target_modules=["attn"])
+    )
+    for model, message in (
+        (adapted(tied, target_modules=["q_proj", "lm_head"]), r"lm_head: its base weight is that of .*embed_tokens"),
+        (twice, r"layers\.0\.self_attn\.q_proj: its base weight is that of .*layers\.2\."),
+        (with_bias, r"q_proj: its adapter has a bias and its base has none"),
+        (attention, r"attn: its base, of class MultiheadAttention, has no weight to look at"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            merge(model)
+        assert not any(getattr(layer, "merged", False) for layer in model.modules())
+    new_tokens = adapted(base(), trainable_token_indices=[1, 2])
+    train(new_tokens, 2)
+    assert merge(new_tokens).lost > 0
 
 
 def test_an_engine_holds_the_base() -> None:

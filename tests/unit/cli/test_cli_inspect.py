@@ -308,12 +308,47 @@ def test_masks_beside_the_weights_of_a_trainer(run: Run, make: Make) -> None:
     figures = json.loads(out)
     assert code == 1 and figures["problems"] == [f"{FC}: has 25 weights that are not zero, its mask keeps 24"]
     assert figures["notes"][-1].startswith("layers.1.fc.weight has another name in the files of weights")
+    edit_weights(Path("out/checkpoint-9/model.safetensors"), revive)
+    code, _, err = run("export", "out/checkpoint-9", "revived")
+    assert code == 2 and f"{FC}: 1 of its weights are not 0 and its mask prunes them" in err
+    assert not Path("revived").exists()
     for folder in (Path("out/checkpoint-9"), Path("out/checkpoint-10")):
         shutil.rmtree(folder / "gap")
     assert run("inspect", "out")[2] == (
         "gap-ds: out: holds checkpoints of a Trainer, and none has masks: it was trained without GaPCallback.\n"
     )
     assert "is a checkpoint of a Trainer without masks" in run("inspect", "out/checkpoint-9")[2]
+
+
+def test_the_newest_of_masks_alone_is_that_of_the_last_step(run: Run) -> None:
+    """Accelerate's checkpoint_10 and a loop's epoch_0, step_900 and step_1000 are in no order of their names."""
+    module = model()
+    trained = GaPEngine(module, CYCLIC, optimizer=torch.optim.SGD(module.parameters(), lr=0.1))
+    for i, name in enumerate(["step_900", "epoch_0", "step_1000"], 1):
+        sum(parameter.square().sum() for parameter in module.parameters()).backward()
+        trained.optimizer.step()
+        assert trained.after_step()
+        trained.save_masks(Path("out", name, "gap"))
+        trained.save_masks(Path("numbered", f"checkpoint_{7 + i}", "gap"))
+        for folder, newest in (("out", name), ("numbered", f"checkpoint_{7 + i}")):
+            figures = json.loads(run("inspect", folder, "--json")[1])
+            assert (figures["path"], figures["applied_steps"]) == (f"{folder}/{newest}", i)
+    Path("out/epoch_0/gap/state.json").write_text("{")
+    assert "epoch_0/gap/state.json: is damaged" in run("inspect", "out")[2]
+
+
+@pytest.mark.parametrize("name", ["cyclic", "global", "ramp", "2of4"])
+def test_nothing_is_wrong_with_a_schedule_that_was_ended_early(run: Run, make: Make, name: str) -> None:
+    make(name, steps=4)
+    module = model()
+    trained = GaPEngine(module, CONFIGS[name], optimizer=torch.optim.Adam(module.parameters()))
+    trained.load_checkpoint("checkpoints")
+    assert trained.finish()
+    trained.save_checkpoint("ended")
+    code, out, _ = run("inspect", "ended", "--json")
+    figures = json.loads(out)
+    assert (code, figures["problems"], figures["phase"]["dense"]) == (0, [], [])
+    assert figures["notes"][-1] == "the schedule was ended early, at step 4"
 
 
 def test_a_config_with_another_dtype_is_found(run: Run, make: Make) -> None:

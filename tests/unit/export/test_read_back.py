@@ -285,6 +285,16 @@ def test_a_conversion_is_held_against_gap_json(tmp_path: Path, form: str) -> Non
     assert not list(tmp_path.glob("out*"))
 
 
+def test_weights_that_were_changed_are_not_converted(tmp_path: Path) -> None:
+    """The new gap.json would have the digests of what was changed."""
+    source = train(Net(), 4).export(tmp_path / "model")
+    weights = load_file(source / "model.safetensors")
+    save_file({**weights, "layers.2.fc.bias": weights["layers.2.fc.bias"] + 1}, source / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.safetensors: was changed: gap\.json has another SHA-256 of it"):
+        compact(source, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
 # -- how far the schedule was trained ----------------------------------------------------------------------------------
 
 

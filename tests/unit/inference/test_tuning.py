@@ -294,3 +294,22 @@ def test_a_layer_in_two_places_stays_one() -> None:
     model = nn.Sequential(layer, nn.ReLU(), layer)
     assert [choice.names for choice in sparsify_for_inference(model, layout="csr")] == [("0",)]
     assert isinstance(model[0], CSRLinear) and model[0] is model[2]
+
+
+def test_a_layer_whose_weight_others_read_stays() -> None:
+    """Mamba multiplies by the weight of its dt_proj, and never calls it."""
+
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.called, self.read = linear(8, 8, 0.1), linear(8, 8, 0.1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.read.weight @ self.called(x).transpose(1, 2)
+
+    model, x = Reads(), torch.ones(2, 3, 8)
+    wanted = model(x)
+    choices = {choice.names: choice for choice in sparsify_for_inference(model, lambda model: model(x), layout="csr")}
+    assert choices[("called",)].layout == "csr"
+    assert (choices[("read",)].layout, choices[("read",)].reason) == ("dense", "never called")
+    torch.testing.assert_close(model(x), wanted)
