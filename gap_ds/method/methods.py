@@ -46,12 +46,12 @@ from gap_ds.method.rules import (
     DropAndGrow,
     Keep,
     Method,
-    PruneByMagnitude,
     Settings,
     Update,
     drop_count,
     first_mask,
     grow_and_prune,
+    prune_and_grow,
 )
 
 # -- dense partitions, one exploring phase after the other -------------------------------------------------------------
@@ -102,7 +102,7 @@ def _prune_and_regrow(config: Settings, entry: Budget, before: Phase | None, aft
         return grow_and_prune(config, entry, before, after, step)
     keep = after.budget(entry, step)
     drop = drop_count(config, entry, after, step, keep)
-    return DropAndGrow(keep, drop, by_gradient=True) if drop else PruneByMagnitude(keep)
+    return prune_and_grow(config, keep, drop, by_gradient=True)
 
 
 #: Of all methods that prune.

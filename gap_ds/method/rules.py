@@ -77,6 +77,8 @@ class Settings(Protocol):
     @property
     def partition_order(self) -> str: ...
     @property
+    def distribution(self) -> str | dict[str, float]: ...
+    @property
     def mask_init(self) -> str: ...
     @property
     def drop_fraction(self) -> float: ...
@@ -223,11 +225,20 @@ def grow_and_prune(config: Settings, entry: Budget, before: Phase | None, after:
         return PruneByMagnitude(keep)
     if k in after.dense:
         rest = replace(after, dense=after.dense - {k}).budget(entry, step)
-        return DropAndGrow(keep, keep - rest, config.grow == "gradient") if keep > rest else PruneByMagnitude(keep)
+        return prune_and_grow(config, keep, keep - rest, config.grow == "gradient")
     # The second stage of a boundary of parallel GaP: the first one has pruned it.
     if before.index == after.index or (before.rise is None and after.rise is None):
         return Keep()
     return PruneByMagnitude(keep)
+
+
+def prune_and_grow(config: Settings, keep: int, grown: int, by_gradient: bool) -> Update:
+    """Return the update that prunes an entry to `keep` weights, of which `grown` are grown; at times that is none.
+
+    With distribution="global" an entry that grows none still shares the threshold of those of its partition that do.
+    """
+    shared = config.distribution == "global"
+    return DropAndGrow(keep, grown, by_gradient) if grown or shared else PruneByMagnitude(keep)
 
 
 def drop_count(config: Settings, entry: Budget, phase: Phase, step: int, keep: int | None = None) -> int:

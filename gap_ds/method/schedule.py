@@ -72,8 +72,7 @@ def build(config: GaPConfig, steps_per_epoch: int | None = None, worker: int = 0
         for phase, (start, end) in zip(phases, itertools.pairwise(starts), strict=True)
     ]
     _check(config, unit, phases[:-1])
-    warmup = _exact(config, "regrow_warmup")
-    return Schedule(tuple(phases), max(1, _round(unit * warmup)) if warmup else 0)
+    return Schedule(tuple(phases), _warmup(config, unit))
 
 
 def _segments(config: GaPConfig, worker: int) -> list[Segment]:
@@ -139,12 +138,41 @@ def _check(config: GaPConfig, unit: int, phases: Sequence[Phase]) -> None:
         raise ValueError(
             f'{name}={getattr(config, name)}: with {unit} steps in an epoch a phase has no step. Raise "{name}".'
         )
+    name = f"update_{'epochs' if config.in_epochs else 'steps'}"
     if config.updates and phases and not any(phase.updates for phase in phases):
-        name = f"update_{'epochs' if config.in_epochs else 'steps'}"
         raise ValueError(
             f"{name}={getattr(config, name)}: no update falls inside a phase, so masks would change at boundaries "
             f'alone. Lower "{name}", or lengthen what is updated.'
         )
+    if config.prune_ramp and phases and not any(phase.updates[-1:] > (phase.update_from,) for phase in phases):
+        raise ValueError(
+            f"prune_ramp={config.prune_ramp}: no update falls inside it, so that it has no effect. Raise it, or lower "
+            f'"{name}".'
+        )
+    if config.grow != "dense" and not any(_grows(phase) for phase in phases):
+        raise ValueError(
+            f'grow="{config.grow}" with grow_share={config.grow_share}, rounds={config.rounds} and '
+            f'pattern="{config.pattern}": no phase grows a weight (with N:M it is a whole one of each group, or none). '
+            'Raise "grow_share" or "rounds", or set "grow" to "dense".'
+        )
+
+
+def _grows(phase: Phase) -> bool:
+    """True if a dense partition has more weights in the first step of a phase than a sparse one."""
+    sparse, step = replace(phase, dense=frozenset()), phase.first_step
+    return phase.growth < 1 and any(phase.pruned(k, step) < sparse.pruned(k, step) for k in phase.dense)
+
+
+def _warmup(config: GaPConfig, unit: int) -> int:
+    """Return the steps over which the steps of grown weights rise; 0: they do not."""
+    steps = _round(unit * (length := _exact(config, "regrow_warmup")))
+    if length and steps < 2:
+        name = f"regrow_warmup_{'epochs' if config.in_epochs else 'steps'}"
+        raise ValueError(
+            f"{name}={getattr(config, name)}: is less than 2 steps, and the last of them has its full size, so that it "
+            "has no effect. Raise or remove it."
+        )
+    return steps
 
 
 def _check_size(config: GaPConfig) -> None:

@@ -6,7 +6,7 @@ import copy
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +55,7 @@ class Optimizers(Sequence[torch.optim.Optimizer]):
         )
         #: True while a step is none of the training's: hooks ignore it.
         self.quiet = False
-        self._first_counters = [{k: group[k] for k in _COUNTERS if k in group} for group in self.groups()]
+        self._first_counters = [[_counters(optimizer, group) for group in optimizer.param_groups] for optimizer in self]
         #: Of each member, the state that it made when it was built, as a few do, and that its step relies on.
         self._built = [{} if optimizer in _USED else _first_state(optimizer) for optimizer in self]
 
@@ -227,9 +227,15 @@ class Optimizers(Sequence[torch.optim.Optimizer]):
 
     # -- all state -------------------------------------------------------------------------------------------------
 
-    def reset(self) -> None:
-        """Makes all state, step counts included, what it is before the first step."""
-        for optimizer, built in zip(self, self._built, strict=True):
+    def reset(self, among: Container[int] | None = None) -> None:
+        """Makes all state, step counts included, what it is before the first step.
+
+        Args:
+            among: numbers of the members to reset; None: all.
+        """
+        for i, (optimizer, built, counters) in enumerate(zip(self, self._built, self._first_counters, strict=True)):
+            if among is not None and i not in among:
+                continue
             if type(optimizer) is torch.optim.Adagrad:  # whatever it held when this object was made
                 for owner, state in optimizer.state.items():
                     state["step"] = torch.zeros_like(state["step"])
@@ -246,10 +252,10 @@ class Optimizers(Sequence[torch.optim.Optimizer]):
                             state[name] = copy.copy(value)
             else:
                 optimizer.state.clear()
-        for group, first in zip(self.groups(), self._first_counters, strict=False):
-            for key in _COUNTERS:
-                group.pop(key, None)  # some make it in their first step, and their state with it
-            group.update(first)
+            for group, first in zip(optimizer.param_groups, counters, strict=False):
+                for key in _COUNTERS:
+                    group.pop(key, None)  # some make it in their first step, and their state with it
+                group.update(first)
 
     def clear(self) -> None:
         """Clears the state that an optimizer makes anew in its next step; what was made when it was built stays."""
@@ -359,6 +365,12 @@ def of_user(given: Any, meanings: Mapping[str, Meaning] | None = None) -> Optimi
 def _has_stepped(state: Mapping[str, Any]) -> bool:
     steps = state.get("step")
     return bool(state) if steps is None else float(steps) > 0
+
+
+def _counters(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
+    """What an optimizer counts in a group before its first step, also if it has stepped."""
+    first = optimizer.defaults if optimizer.state else group
+    return {key: first[key] for key in _COUNTERS if key in first}
 
 
 def _first_state(optimizer: torch.optim.Optimizer) -> dict[Tensor, dict[str, Any]]:

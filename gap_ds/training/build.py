@@ -97,6 +97,7 @@ def build(
         observers=[],
     )
     raise_on_all_ranks(world, lambda: _check_held(state, backend))
+    _warn_of_rounding(config, state, world)
     run.observers.extend(_observers(run, options.history))
     return run
 
@@ -130,6 +131,18 @@ def _check_moments(config: GaPConfig, backend: Backend) -> None:
         raise ValueError(
             f'regrow_moments="keep_second": optimizer={names} of gap_ds.optim holds no moments of pruned weights that '
             'could be kept. Set it to "mean_second" or "zero", or use the optimizer of torch.optim.'
+        )
+
+
+def _warn_of_rounding(config: GaPConfig, state: MaskState, world: Comm) -> None:
+    """Warns where steps are rounded to 16 bits, many of them to none, before they are made longer."""
+    trained = (shard for shard in state.shards.values() if shard.trainable and shard.numel)
+    rounded = next((s for s in trained if s.owner().element_size() < 4), None) if config.lr_density_power else None
+    if rounded is not None and world.rank == 0:
+        log.warning(
+            f"lr_density_power={config.lr_density_power}: {rounded.name} is updated in {rounded.owner().dtype}, where "
+            "a step is rounded before it is made longer: small ones are lost, as they are not with a larger learning "
+            "rate. Keep the weights in fp32 (autocast), or set it to 0."
         )
 
 

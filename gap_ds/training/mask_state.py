@@ -109,11 +109,13 @@ class MaskState:
         return [name for name, shard in own.items() if id(shard.owner()) not in held]
 
     def copy_gradients(self, optimizer: torch.optim.Optimizer) -> None:
-        """Copies the gradients of that step, because libraries free or overwrite them before the boundary."""
+        """Copies the gradients of an optimizer's step, because it or a library frees or overwrites them."""
         owners = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for name, shard in self.shards.items():
-            if shard.numel and id(owner := shard.owner()) in owners and owner.grad is not None:
-                self._gradients[name] = shard.of(owner.grad).clone()
+            if shard.numel and id(owner := shard.owner()) in owners:
+                self._gradients.pop(name, None)  # of a step that was skipped
+                if owner.grad is not None:
+                    self._gradients[name] = shard.of(owner.grad).clone()
 
     def tensors(self) -> list[Tensor]:
         """All tensors on this rank that hold weights of an entry, or that weights can come back from; each once."""

@@ -96,7 +96,10 @@ class Young:
             if (before := self._before.pop(shard.name, None)) is not None:
                 bits, since = self.grown[shard.name]
                 young, scale = bitmask.unpack(bits, shard.numel), (step - since + 1) / self.length
-                for piece, old in zip(self._pieces(shard), before, strict=True):
+                pieces = self._pieces(shard)
+                # A sequence that the optimizer has made in this step, after a reset, began as the weights.
+                before += before[:1] * (len(pieces) - len(before))
+                for piece, old in zip(pieces, before, strict=True):
                     piece[young] = old + (piece[young] - old) * scale
 
     def _pieces(self, shard: Shard) -> list[Tensor]:

@@ -161,11 +161,12 @@ class Run:
         consistency.check_masks(self.plan, state.bits, state.shards, backend.comm, self.world, backend.replicated)
 
     def to_prune(self, phase: Phase) -> Mapping[Entry, rules.PruneByMagnitude]:
-        """Updates that prune for the final model what is above its target in this phase."""
+        """Updates that give the masks of the final model to what is above its target in this phase."""
+        final = self.schedule.phases[-1]
         return {
             entry: rules.PruneByMagnitude(entry.keep)
             for entry in self.plan.entries
-            if not phase.at_target(entry.partition) and entry.keep < entry.numel
+            if final.at_target(entry.partition) and not phase.at_target(entry.partition)
         }
 
     def state(self, place: Place, client_state: Any = None) -> State:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -128,12 +128,20 @@ class Updates:
     def _before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         _out_of_graph(self._look_first, optimizer)
 
-    def _after(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def _after(self, optimizer: torch.optim.Optimizer, arguments: Sequence[Any], named: Mapping[str, Any]) -> None:
         _out_of_graph(self._mask, optimizer)
+        if any(map(callable, (*arguments[1:], *named.values()))):  # a closure has made the gradients in the step
+            _out_of_graph(self._copy_gradients, optimizer)
+
+    def _copy_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        place = self._place()
+        if rules.needs_gradient(self._run.config, place.phase(self._run.schedule), place.step + 1):
+            self._run.mask_state.copy_gradients(optimizer)
 
     def _look_first(self, optimizer: torch.optim.Optimizer) -> None:
         if not self._run.backend.optimizers.quiet:
             self._run.mask_state.before_update(optimizer, self._place().step)
+            self._copy_gradients(optimizer)  # now: some optimizers use their memory for other values
         # `is_available` would look for devices each time.
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
             raise ValueError(
@@ -168,9 +176,6 @@ class Updates:
         self._stepped[id(optimizer)] += 1
         if not self._run.backend.optimizers.used:
             self._run.backend.optimizers.used = True
-        place = self._place()
-        if rules.needs_gradient(self._run.config, place.phase(self._run.schedule), place.step + 1):
-            self._run.mask_state.copy_gradients(optimizer)
 
     def _say_uncounted(self) -> None:
         """Warns, once until `complete` is called, if updates follow each other without it."""

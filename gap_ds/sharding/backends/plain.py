@@ -239,9 +239,11 @@ def _overflow_together(scaler: torch.amp.GradScaler, optimizers: Optimizers) -> 
 def save_state(module: nn.Module, optimizers: Optimizers, folder: Path, world: Comm) -> None:
     """Weights and optimizer state by torch.distributed.checkpoint, which also reshards them."""
     with optimizers.aside():
+        # Without state as after a reset: torch saves what it makes by a step, and the next step must not go on from it.
+        fresh = [i for i, optimizer in enumerate(optimizers) if not optimizer.state]
         stepped = optimizers.stepped
         model, optimizer = _state_dict(module, optimizers)
-        state = {"model": model, "optimizer": optimizer, "stepped": stepped}
+        state = {"model": model, "optimizer": optimizer, "stepped": stepped, "fresh": fresh}
         try:
             save_distributed(state, checkpoint_id=folder / "state", **_among(world))
         except CheckpointException as error:
@@ -276,10 +278,10 @@ def load_state(module: nn.Module, optimizers: Optimizers, folder: Path, world: C
         by_name = cast(dict[str, dict[str, Any]], optimizer_state["state"])
         made = {name: set(state) for name, state in by_name.items()}
         state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
-        facts: dict[str, Any] = {"stepped": True}
+        facts: dict[str, Any] = {"stepped": True, "fresh": []}
         partly = DefaultLoadPlanner(allow_partial_load=True)  # settings of a group, and parameters without a gradient
         try:
-            load_distributed(facts, checkpoint_id=path, **ranks)
+            load_distributed(facts, checkpoint_id=path, **ranks, planner=partly)  # earlier versions saved no "fresh"
             saved = _saved_state(path, made)
             _check_groups(path, optimizer_state["param_groups"], ranks)
             frozen = {clean_name(name) for name, p in module.named_parameters() if not p.requires_grad}
@@ -293,8 +295,7 @@ def load_state(module: nn.Module, optimizers: Optimizers, folder: Path, world: C
             if clean_name(name) in made.keys() - saved.keys():
                 optimizers.holder(parameter).state.pop(parameter, None)
         optimizers.used = facts["stepped"]
-        if not optimizers.used:
-            optimizers.reset()
+        optimizers.reset(facts["fresh"] if optimizers.used else None)
         aside.keep()
 
 

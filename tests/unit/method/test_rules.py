@@ -351,3 +351,16 @@ def test_granet_by_hand() -> None:
     assert rule(settings)(entry, None, explore, 0) == Grow()
     assert rule(settings)(entry, explore, explore, 5) == DropAndGrow(344, 51, by_gradient=True)
     assert rule(settings)(entry, explore, finetune, 10) == PruneByMagnitude(250)
+
+
+def test_entries_that_share_a_threshold_take_part_where_they_grow_none() -> None:
+    """By itself such an entry would be pruned to its uniform budget, which it does not have."""
+    small = Entry("w", (2, 5), 0, keep=2)
+    for distribution, update in (("global", DropAndGrow(3, 0, by_gradient=True)), ("uniform", PruneByMagnitude(3))):
+        settings = config(method="granet", **ALONE, update_steps=5, distribution=distribution)
+        explore, _ = build(settings).phases
+        assert rule(settings)(small, explore, explore, 5) == update
+        settings = config(partitions=2, rounds=1, grow="gradient", grow_share=0.001, distribution=distribution)
+        first, second, _ = build(settings).phases
+        entry = Entry("w", (2, 5), 1, keep=3)
+        assert rule(settings)(entry, first, second, 10) == replace(update, keep=3)

@@ -508,3 +508,37 @@ def test_schedule_free_weights_are_sparse_in_both_modes_and_saved_in_either(tmp_
         resumed.optimizer.eval()  # type: ignore[attr-defined]
     resumed.optimizer.train()  # type: ignore[attr-defined]
     assert equal(engine, resumed)
+
+
+@pytest.mark.parametrize("name", ["Adam", "NAdam", "Rprop", "Adagrad", "SGD dampened"])
+def test_a_run_goes_on_from_a_boundary_that_has_reset_the_optimizer(name: str, tmp_path: Path) -> None:
+    """There is no state then, and torch saves what it makes by a step: the next step must still be a first one."""
+    config = {**CYCLIC, "optimizer_state": "reset"}
+    make = over(torch.optim.SGD, lr=0.1, momentum=0.9, dampening=0.5) if "dampened" in name else TABLE[name][0]
+
+    def engine() -> GaPEngine:
+        torch.manual_seed(0)
+        model = Model()
+        return GaPEngine(model, config, optimizer=make(model))
+
+    straight = engine()
+    train(straight, 3)
+    straight.save_checkpoint(tmp_path)
+    train(straight, 3)
+    second = engine()
+    second.load_checkpoint(tmp_path)
+    train(second, 3)
+    assert equal(straight, second)
+
+
+def test_a_reset_counts_from_the_beginning_where_the_optimizer_had_stepped_before() -> None:
+    schedulefree = pytest.importorskip("schedulefree")
+    model = Model()
+    optimizer = schedulefree.AdamWScheduleFree(model.parameters(), lr=0.01)
+    optimizer.train()
+    model(torch.randn(8, 6)).square().mean().backward()
+    optimizer.step()
+    assert optimizer.param_groups[0]["k"] == 1
+    engine = GaPEngine(model, {**CYCLIC, "optimizer_state": "reset"}, optimizer=optimizer, fresh=True)
+    train(engine, 3)
+    assert optimizer.param_groups[0]["k"] == 0 and optimizer.param_groups[0]["weight_sum"] == 0

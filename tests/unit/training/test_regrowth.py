@@ -62,3 +62,30 @@ def test_an_optimizer_without_second_moments_is_refused(which: str) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     with pytest.raises(ValueError, match=rf'regrow_moments="{which}": has no effect with optimizer=SGD, which has no'):
         GaPEngine(model, {**config, "regrow_moments": which}, optimizer=optimizer)
+
+
+def test_a_sequence_that_is_made_in_a_warm_up_began_as_the_weights() -> None:
+    """After a reset a schedule-free optimizer makes z in its next step, in which grown weights are young."""
+    schedulefree = pytest.importorskip("schedulefree")
+    torch.manual_seed(0)
+    model = nn.ModuleList(nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)) for _ in range(2))
+    optimizer = schedulefree.SGDScheduleFree(model.parameters(), lr=0.1)
+    optimizer.train()
+    config: dict[str, Any] = {"sparsity": 0.75, "partitions": 2, "rounds": 1, "phase_steps": 2, "finetune_steps": 2}
+    config |= {"optimizer_state": "reset", "regrow_warmup_steps": 4}
+    engine = GaPEngine(model, config, optimizer=optimizer)
+    weight, grown = model[1][0].weight, torch.zeros(64, dtype=torch.bool)
+    for step in range(3):
+        before = weight.detach().flatten().clone()
+        if (mask := engine.mask("1.0.weight")) is not None:
+            grown = ~mask
+        x = torch.randn(4, 8, generator=torch.Generator().manual_seed(step))
+        for block in model:
+            x = x + block(x)
+        engine.backward(x.square().mean())
+        assert weight.grad is not None
+        gradient = weight.grad.flatten().clone()
+        engine.step()
+    z = optimizer.state[weight]["z"].flatten()
+    assert grown.any() and engine.mask("1.0.weight") is None
+    torch.testing.assert_close((z - before)[grown], -0.1 * gradient[grown] / 4)

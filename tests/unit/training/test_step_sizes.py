@@ -103,3 +103,11 @@ def test_where_it_has_no_meaning_it_is_refused() -> None:
     optimizer.train()
     with pytest.raises(ValueError, match="which averages its weights"):
         GaPEngine(module, {**CYCLIC, "lr_density_power": 0.5}, optimizer=optimizer)
+
+
+def test_weights_in_16_bits_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    """Their steps are rounded before they are made longer."""
+    for dtype in (torch.float32, torch.bfloat16):
+        module = model().to(dtype)
+        GaPEngine(module, {**CYCLIC, "lr_density_power": 1.0}, optimizer=adamw(module.parameters()))
+        assert ("a step is rounded before it is made longer" in caplog.text) == (dtype == torch.bfloat16)

@@ -205,3 +205,68 @@ def test_updates_that_nobody_counts_are_told_once(caplog: pytest.LogCaptureFixtu
         engine(torch.randn(8, 6)).square().mean().backward()
         engine.optimizer.step()
     assert caplog.text.count("updates were made without engine.step() or engine.after_step()") == 1
+
+
+class Descent(torch.optim.SGD):
+    """Plain descent."""
+
+    reuses = False
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        if closure is not None:
+            with torch.enable_grad():
+                closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.sub_(parameter.grad, alpha=group["lr"])
+                if self.reuses:
+                    parameter.grad.copy_(parameter)
+
+
+class Reusing(Descent):
+    """Leaves other values in the memory of the gradients, as Muon and schedule-free optimizers do."""
+
+    reuses = True
+
+
+def test_growth_is_by_the_gradient_that_the_optimizer_was_given() -> None:
+    """Also where its step uses the gradient's memory for something else, or makes the gradient by a closure."""
+
+    def run(kind: type[Descent], by_closure: bool = False) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = Model()
+        optimizer = kind(model.parameters(), lr=0.1)
+        engine = GaPEngine(model, {"method": "rigl", **MOVING}, optimizer=optimizer)
+
+        def gradients() -> None:
+            optimizer.zero_grad()
+            x = torch.randn(8, 6, generator=torch.Generator().manual_seed(engine.applied_steps))
+            engine(x).square().mean().backward()
+
+        found = list[Tensor]()
+        while not engine.finished:
+            if not by_closure:
+                gradients()
+            optimizer.step(gradients if by_closure else None)
+            engine.after_step()
+            found += masks(engine).values()
+        return found
+
+    plain = run(Descent)
+    assert not torch.equal(plain[0], plain[-4])
+    assert all(map(torch.equal, plain, run(Reusing)))
+    assert all(map(torch.equal, plain, run(Descent, by_closure=True)))
+
+
+def test_a_run_that_was_ended_early_goes_on_where_a_budget_is_the_whole_entry(tmp_path: Path) -> None:
+    config = {**CYCLIC, "distribution": {"layers.0": 0.0}}
+    engine = build(config)
+    train(engine, 1)
+    assert engine.finish()
+    engine.save_checkpoint(tmp_path)
+    again = build(config)
+    again.load_checkpoint(tmp_path)
+    assert again.stats()["kept"] == engine.stats()["kept"] == engine.plan.keep
+    dense = build({"method": "dense", "phase_steps": 4, "rounds": 1, "finetune_steps": 1})
+    assert not dense.finish() and dense.density == 1.0
