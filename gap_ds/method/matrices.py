@@ -66,6 +66,11 @@ class Experts(NamedTuple):
     number: int
     expert: str
 
+    @property
+    def in_one_tensor(self) -> int:
+        """How many of them the matrix's tensor holds."""
+        return self.number if not self.expert or ":" in self.expert else 1
+
     def of_rows(self, rows: tuple[int, int] | None, height: int) -> Experts:
         """Those that some rows of a matrix of all of them, of this height, are of."""
         if rows is None or self.expert:

@@ -236,7 +236,7 @@ def budgeted(plan: Plan, config: GaPConfig, kept: Mapping[str, int] | None = Non
         ValueError: a name pattern of the distribution matches nothing, or `kept` does not go with the plan.
     """
     shapes = {entry.name: entry.shape for entry in plan.entries}
-    keep = _inherited(shapes, config, kept) if config.reuses_masks else _budgets(plan.parameters(), config)
+    keep = _inherited(shapes, config, kept) if config.reuses_masks else _budgets(plan, config)
     if not config.reuses_masks:
         keep = {name: n for of_one in by_parameter(shapes).values() for name, n in _shared(keep, of_one).items()}
     entries = (replace(e, keep=plan.pattern.budget(e.shape, keep[e.name], e.dims)) for e in plan.entries)
@@ -292,10 +292,16 @@ def _shared(keep: Mapping[str, int], names: Sequence[str]) -> dict[str, int]:
     return {name: max(1, hi - lo) for name, lo, hi in zip(names, [0, *ends], ends, strict=False)}
 
 
-def _budgets(shapes: Mapping[str, tuple[int, ...]], config: GaPConfig) -> dict[str, int]:
+def _budgets(plan: Plan, config: GaPConfig) -> dict[str, int]:
     """Weights that each parameter keeps."""
+    shapes = plan.parameters()
     if isinstance(config.distribution, str):
-        keep = DISTRIBUTIONS[config.distribution](list(shapes.values()), config.sparsity)
+        numbers = {entry.parameter: entry.experts.in_one_tensor if entry.experts else 1 for entry in plan.entries}
+        each = [
+            shape if n == 1 else shape[1:] if shape[0] == n else (shape[0] // n, *shape[1:])
+            for shape, n in ((shape, numbers[name]) for name, shape in shapes.items())
+        ]
+        keep = DISTRIBUTIONS[config.distribution](each, config.sparsity, [numbers[name] for name in shapes])
         return dict(zip(shapes, keep, strict=True))
     sparsity, matched = dict.fromkeys(shapes, config.sparsity), dict[str, str]()
     for pattern, ratio in config.distribution.items():

@@ -193,6 +193,23 @@ def test_erk_is_the_erdos_renyi_kernel(shapes: list[tuple[int, ...]], sparsity: 
         assert all(abs(k - x) < 1 + 1e-6 for k, x in zip(keep, expected, strict=True))
 
 
+@PROPERTY
+@given(
+    st.lists(st.tuples(st.tuples(st.integers(1, 30), st.integers(1, 30)), st.integers(1, 5)), min_size=1, max_size=6),
+    sparsities,
+)
+def test_experts_in_one_tensor_have_the_budget_of_experts_as_modules(
+    stacks: list[tuple[tuple[int, int], int]], sparsity: float
+) -> None:
+    shapes, numbers = zip(*stacks, strict=True)
+    keep = erk(shapes, sparsity, numbers)
+    modules = [e for e, number in enumerate(numbers) for _ in range(number)]
+    expected = erdos_renyi_kernel([shapes[e] for e in modules], sum(keep))
+    together = [sum(x for x, of in zip(expected, modules, strict=True) if of == e) for e in range(len(shapes))]
+    if min(together) >= 1:
+        assert all(abs(k - x) < 1 + 1e-6 for k, x in zip(keep, together, strict=True))
+
+
 def test_global_shares_the_sum_of_the_uniform_budgets() -> None:
     assert DISTRIBUTIONS["global"]([(10, 10), (4, 5)], 0.8) == [20, 4]
     assert set(DISTRIBUTIONS) == {"uniform", "erk", "global"}
