@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from gap_ds.method.names import ancestors
+from gap_ds.method.names import ancestors, inside
 
 #: Share of a member's matrix weights that its inner lists hold where the member is no more than a shell around them.
 _SHELL = 0.8
@@ -60,6 +60,7 @@ class _Search:
         self, modules: Mapping[str, nn.Module], matrices: Sequence[str], shapes: Mapping[str, tuple[int, ...]]
     ) -> None:
         self._modules = modules
+        self._outputs = {name: shape[0] for name, shape in shapes.items() if len(shape) == 2}
         self._weights, self._matrices = Counter[str](), Counter[str]()
         for matrix in matrices:
             for prefix in ancestors(matrix):
@@ -92,7 +93,10 @@ class _Search:
         return nested[places[0] : places[-1] + 1] if places else []
 
     def refine(self, members: list[str]) -> list[str]:
-        """The inner blocks of members that are shells around one list of modules of one class; else the members."""
+        """The inner blocks of members that are shells around one list of modules of one class; else the members.
+
+        A list beside a matrix with an output for each of its modules is no such list: they are experts with a router.
+        """
         inner = [self._lists(member) for member in members]
         blocks = [block for lists in inner for name in lists for block in self.nested(name)]
         is_staged = all(len(lists) == 1 for lists in inner) and len(blocks) > len(members)
@@ -103,7 +107,12 @@ class _Search:
         """The lists of modules of one class that are this member or its children."""
         if self._is_list(member):
             return [member]
-        return [child for child in self._children(member) if self._is_list(child)]
+        lists = [child for child in self._children(member) if self._is_list(child)]
+        return [child for child in lists if not self._is_routed(child, member)]
+
+    def _is_routed(self, child: str, member: str) -> bool:
+        beside = (name for name in self._outputs if inside(name, member) and not inside(name, child))
+        return len(self.nested(child)) in {self._outputs[name] for name in beside}
 
     def _is_list(self, name: str) -> bool:
         children = [self._modules[child] for child in self._children(name)]

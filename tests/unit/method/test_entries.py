@@ -166,6 +166,16 @@ def test_a_matrix_with_an_output_for_each_expert_is_a_router(kind: str, gate: st
     assert sum(name.startswith("mlp.experts.") for name in first(found)) == (2 if kind == "one tensor" else 8)
 
 
+def test_a_layer_whose_experts_hold_nearly_all_weights_is_a_block() -> None:
+    def make() -> nn.Module:
+        experts = nn.ModuleList(Block() for _ in range(8))
+        return model(attention=nn.Linear(WIDTH, WIDTH), router=nn.Linear(WIDTH, 8), experts=experts)
+
+    found = plan(layers(make))
+    assert list(found.blocks) == names("layers", (0, 1)) and reasons(found) == {"router.weight": "router"}
+    assert "attention.weight" in first(found)
+
+
 def test_as_many_outputs_without_experts_is_no_router() -> None:
     assert "gate.weight" in first(plan(layers(lambda: Block(gate=nn.Linear(WIDTH, 8)))))
 
