@@ -74,7 +74,9 @@ def logit_distance(
         raise ValueError(f"temperature={temperature}: must be above 0. Set another temperature.")
     _check("logits", logits, wanted, kept, 1)
     chosen = (_chosen(x, kept, 1).float() for x in (logits, wanted.detach()))
-    student, teacher = ((x if temperature == 1 else x / temperature).log_softmax(-1) for x in chosen)
+    # Finite: a token that is ruled out by a logit of -inf adds nothing, which 0 x inf would not be.
+    least = torch.finfo(torch.float32).min
+    student, teacher = ((x if temperature == 1 else x / temperature).log_softmax(-1).clamp_min(least) for x in chosen)
     total = functional.kl_div(student, teacher, reduction="sum", log_target=True)
     return temperature**2 * total / (max(1, len(student)) if denominator is None else denominator)
 

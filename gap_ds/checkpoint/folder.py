@@ -153,7 +153,7 @@ def _share(sizes: Mapping[str, int], world: Comm) -> list[str]:
 def _prune(folder: Path, keep: int) -> None:
     """Deletes all but the newest checkpoints that have all their files, and leftovers of killed saves."""
     found = candidates(folder)
-    whole = [path for path in found if _listed(path)[1] is None]
+    whole = [path for path in found if listed(path)[1] is None]
     leftovers = [path for path in folder.glob(f"*{PARTIAL}") if (path / "new").is_dir() or (path / "gap").is_dir()]
     for path in [*whole[keep:], *(path for path in leftovers if path / "old" not in found)]:
         with contextlib.suppress(OSError):
@@ -266,7 +266,7 @@ def damage(path: Path, world: Comm) -> str | None:
 
     Each rank reads some of the files; all return the same. All ranks must call this.
     """
-    files, reason = world.broadcast_object(_listed(path) if world.rank == 0 else None)
+    files, reason = world.broadcast_object(listed(path) if world.rank == 0 else None)
     if reason is not None:
         return str(reason)
     names = sorted(files)
@@ -280,7 +280,7 @@ def damage(path: Path, world: Comm) -> str | None:
     return f"{path / names[int(first[0, 0])]}: does not have the checksum it was saved with" if len(first) else None
 
 
-def _listed(path: Path) -> tuple[dict[str, tuple[int, str]], str | None]:
+def listed(path: Path) -> tuple[dict[str, tuple[int, str]], str | None]:
     """Size and SHA-256 of each file in the manifest; a sentence if it is damaged, or a file has another size."""
     try:
         files = read_json(path / MANIFEST, Manifest).files

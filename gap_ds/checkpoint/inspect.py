@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from gap_ds.checkpoint.folder import is_masks_alone
+from gap_ds.checkpoint.folder import is_masks_alone, listed
 from gap_ds.checkpoint.masks_file import FORMAT, FORMAT_VALUES, VERSION, counts_of
 from gap_ds.checkpoint.run_state import State
 from gap_ds.masks import bitmask
@@ -64,6 +64,8 @@ def inspect(folder: Path, progress: Progress) -> dict[str, Any]:
             for rank in range(min(state.ranks, 100_000))
             if not (gap / f"rng_{rank}.json").is_file()
         ]
+        if not problems and (damaged := listed(folder)[1]):
+            problems.append(damaged)
     if state.ended_at is not None:
         notes.append(f"the schedule was ended early, at step {state.ended_at:,}")
     rows = _rows(plan, found)

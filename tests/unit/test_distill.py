@@ -101,6 +101,17 @@ def test_padding_is_ignored(nothing: float) -> None:
     assert clean.grad is not None and dirty.grad is not None and torch.equal(clean.grad, dirty.grad)
 
 
+def test_tokens_that_are_ruled_out_add_nothing() -> None:
+    student, teacher = pair(2, 3, 5)
+    out = torch.tensor([False, False, True, False, True])
+    for ruled in (teacher.masked_fill(out, -torch.inf), student.detach().masked_fill(out, -torch.inf)):
+        loss = distill.logit_distance(student.masked_fill(out, -torch.inf), ruled)
+        wanted = distill.logit_distance(student[..., ~out], ruled[..., ~out])
+        assert loss.item() == pytest.approx(wanted.item(), abs=1e-6)
+        (gradient,) = torch.autograd.grad(loss, student)
+        assert gradient.isfinite().all() and not gradient[..., out].any()
+
+
 def test_a_batch_without_a_kept_position_is_0() -> None:
     student, teacher = pair(2, 3, 4)
     nothing = torch.zeros(2, 3, dtype=torch.bool)

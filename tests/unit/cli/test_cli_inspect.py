@@ -280,6 +280,16 @@ def test_what_is_wrong_is_found(
     assert message in out and "wrong" in out, out
 
 
+def test_a_library_file_that_is_missing_or_cut_short_is_found(run: Run, make: Make) -> None:
+    make()
+    state = next(Path("checkpoints/step_7/state").glob("*.distcp"))
+    state.write_bytes(state.read_bytes()[:-1])
+    assert f"{state.name}: has {state.stat().st_size} bytes, and was saved with" in run("inspect", "checkpoints")[1]
+    state.unlink()
+    code, out, _ = run("inspect", "checkpoints")
+    assert code == 1 and f"{state.name}: cannot be read" in out
+
+
 def test_masks_beside_the_weights_of_a_trainer(run: Run, make: Make) -> None:
     """Its folder, the folder of its checkpoints, and the masks themselves."""
     make(steps=4)  # partition 1 is dense, which no count can contradict
