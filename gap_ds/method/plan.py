@@ -320,7 +320,7 @@ def _inherited(
     shapes: Mapping[str, tuple[int, ...]], config: GaPConfig, kept: Mapping[str, int] | None
 ) -> dict[str, int]:
     """Weights that each entry keeps by the masks that are taken over."""
-    where = f'init="{config.mask_init}"'
+    where = f'mask_init="{config.mask_init}"'
     if kept is None:
         raise ValueError(f"{where}: how many weights an entry keeps is known in training alone, from the weights.")
     if missing := next((name for name in shapes if name not in kept), None):

@@ -111,7 +111,9 @@ def of_tensors(items: Sequence[Item]) -> str:
 
 
 def of_weights(shards: Iterable[Shard], comm: Comm) -> str:
-    """Return a fingerprint of the trained weights in fp32, for any sharding and device. All ranks must call this.
+    """Return a fingerprint of all weights in fp32, for any sharding and device. All ranks must call this.
+
+    Frozen ones are not exchanged, so they must be equal from the beginning.
 
     For each parameter it takes the sum of (2 i + 1) times the bit pattern of weight i, modulo 2^64, so the order of the
     pieces does not matter. The cost is one pass over the weights, and a sum of one number per parameter over the ranks.
@@ -122,8 +124,8 @@ def of_weights(shards: Iterable[Shard], comm: Comm) -> str:
     >>> of_weights([shard(0, torch.arange(4.0))], alone) == of_weights([shard(0, torch.arange(4.0).flip(0))], alone)
     False
     """
-    trained = [shard for shard in shards if shard.trainable]
-    rows = zip(trained, sum_of(trained, [_sum(shard) for shard in trained], comm), strict=True)
+    shards = list(shards)
+    rows = zip(shards, sum_of(shards, [_sum(shard) for shard in shards], comm), strict=True)
     return _digest(sorted((shard.name, shard.shape, total) for shard, total in rows))
 
 

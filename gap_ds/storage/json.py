@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import from_json
 
 from gap_ds.storage.atomic import replacing
 from gap_ds.storage.errors import printable
@@ -74,6 +75,7 @@ def write_json(path: Path, value: Any) -> None:
     plain = value.model_dump(exclude_unset=True) if isinstance(value, BaseModel) else value
     try:
         text = json.dumps(plain, indent=1)
+        from_json(text)  # not all that Python writes can be read: halves of surrogate pairs, lists in hundreds of lists
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path.name}: holds what JSON cannot express: {error}") from None
     with replacing(path) as aside:

@@ -122,6 +122,11 @@ def _check_moments(config: GaPConfig, backend: Backend) -> None:
             f"lr_density_power={config.lr_density_power}: is not supported with optimizer={backend.optimizers.names}, "
             "which averages its weights. Set it to 0, or use another optimizer."
         )
+    if config.record.has_workers and backend.optimizers.has_sequences:
+        raise ValueError(
+            f'method="{config.method}": is not supported with optimizer={backend.optimizers.names}, which averages its '
+            "weights: an exchange would not reach the average. Use another optimizer."
+        )
     if config.regrow_moments != "zero" and not set(SECOND_MOMENTS) & backend.optimizers.moment_names:
         raise ValueError(
             f'regrow_moments="{config.regrow_moments}": has no effect with optimizer={backend.optimizers.names}, which '

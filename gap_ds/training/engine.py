@@ -105,6 +105,8 @@ class GaPEngine:
         self.config, self.schedule, self.plan = self.run.config, self.run.schedule, self.run.plan
         self.mask_state = self.run.mask_state
         self._place, self.last_boundary_seconds = Place(), 0.0
+        #: The step of a boundary that has begun and is not over, as when it ended in an error.
+        self._crossing: int | None = None
         self.closed = False  #: True once `close` has taken the hooks off: masks are no longer applied.
         self._updates = Updates(self.run, lambda: self._place)
         self.run.say(f"{self.signature}\n{self.plan.summary()}")
@@ -143,6 +145,7 @@ class GaPEngine:
 
     def step(self) -> None:
         """Ends a micro-batch. If that completes an update: optimizer step, masks, and at a boundary prune and grow."""
+        self._require_whole()
         if self.run.guard.skipping:
             return
         self.run.backend.step()
@@ -154,6 +157,7 @@ class GaPEngine:
         `step` calls this. Call it yourself only where something else steps the optimizer. Returns whether there was an
         update: micro-batches that only accumulate, and steps skipped for an fp16 overflow, are none.
         """
+        self._require_whole()
         if not self._updates.complete():
             return False
         for observer in self.run.observers:
@@ -200,13 +204,23 @@ class GaPEngine:
     def _enter(self, before: Phase | None, after: Phase) -> None:
         """Crosses the boundary between two phases, or does an update inside one (`before is after`)."""
         started = time.perf_counter()
+        self._crossing = self.applied_steps
         done = boundary.cross(self.run, before, after, self.applied_steps)
+        self._crossing = None
         self._updates.watch()
         self.last_boundary_seconds = seconds = time.perf_counter() - started
         self.run.say(
             f"step {self.applied_steps}: {after}, density {self.density:.4f}, {done}, {seconds:.3f} s",
             logging.DEBUG if before is after else logging.INFO,
         )
+
+    def _require_whole(self) -> None:
+        """Raises ValueError after a boundary that ended in an error: masks are not those that the schedule has."""
+        if self._crossing is not None:
+            raise ValueError(
+                f"the boundary at step {self._crossing} ended in an error, so the masks are not those of the schedule, "
+                "and nothing can be trained or saved from them. Call load_checkpoint, or start again from a checkpoint."
+            )
 
     def finish(self) -> bool:
         """Ends the schedule now: prunes what is dense, as the last boundary would. Returns True if anything was dense.
@@ -215,6 +229,7 @@ class GaPEngine:
         parallel GaP prunes only its own partition, without an exchange: what the others have trained since the last
         round stays with them.
         """
+        self._require_whole()
         pruned = boundary.finish(self.run, self.phase, self.applied_steps)
         self._place = Place(self.applied_steps, ended=self.applied_steps)
         if pruned:
@@ -275,6 +290,7 @@ class GaPEngine:
 
     def save_masks(self, folder: str | Path) -> None:
         """Saves only the masks and the place in the schedule; all ranks must call this, between two updates."""
+        self._require_whole()
         saving.save_masks(self.run, Path(folder), self._place)
 
     def load_masks(self, folder: str | Path) -> None:
@@ -306,7 +322,14 @@ class GaPEngine:
             ValueError: something could not be written, for example on a full disk. On all ranks alike; older
                 checkpoints are as they were.
         """
+        self._require_whole()
         tag = tag or f"step_{self.applied_steps}"
+        if self._updates.open:
+            self.run.say(
+                f"{tag}: is saved in the middle of an update, and no checkpoint holds gradients: a resumed run begins "
+                "that update again, with other micro-batches. Save after the step that completes it.",
+                logging.WARNING,
+            )
         with operation(f"the checkpoint at step {self.applied_steps}"):
             return saving.save_checkpoint(self.run, Path(folder), tag, self._place, client_state, portable, keep)
 
@@ -328,7 +351,7 @@ class GaPEngine:
         return client_state
 
     def _go_on(self, place: Place, what: str) -> None:
-        self._place = place
+        self._place, self._crossing = place, None
         self._updates.forget()
         self.run.say(f"{what} at step {place.step}: {self.phase}")
 
@@ -347,6 +370,7 @@ class GaPEngine:
             ValueError: the folder holds something already and `overwrite` is not set, or it is no exported model; or
                 something could not be written. On all ranks alike; what was there is as it was.
         """
+        self._require_whole()
         with operation(f"the export at step {self.applied_steps}"):
             return saving.export(self.run, Path(folder), self._place, tokenizer, dtype, overwrite)
 
@@ -359,6 +383,7 @@ class GaPEngine:
         Raises:
             ValueError: a partition is dense now, or the files hold other weights or names; nothing was written.
         """
+        self._require_whole()
         saving.describe(self.run, Path(folder), self._place)
 
     def close(self) -> None:

@@ -14,6 +14,7 @@ recorded last, and one for each weight of a dense partition (its last mask). It 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
 from pathlib import Path
@@ -147,11 +148,12 @@ class History(Observer):
 
     def _earlier(self, step: int) -> list[str]:
         """The lines of the file up to a step, if it is this run's."""
-        try:
-            header, *lines = self._path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= step] if header == self._header else []
-        except (OSError, ValueError, KeyError, TypeError):
-            kept = []
+        kept: list[str] = []
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a kill can cut the last line short
+            header, *lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
+            for line in lines if header == self._header else ():
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
         if not kept:
             warnings.warn(f"{self._path}: is not of this run or damaged: a history begins at step {step}", stacklevel=2)
         return kept

@@ -147,6 +147,12 @@ class Run:
         if self.world.size == 1 and not wait:
             self.raise_doubts()
 
+    def forget(self) -> None:
+        """Forgets losses, doubts, gradients and micro-batches that other weights have left. Call it before a load."""
+        self.guard.take()
+        self.doubts.clear()
+        self.backend.discard()
+
     def raise_doubts(self) -> None:
         """Raises ValueError with the first doubt of this rank, if there is any."""
         if self.doubts:

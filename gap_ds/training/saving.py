@@ -122,10 +122,18 @@ def load_checkpoint(run: Run, folder: Path, tag: str | None) -> tuple[Place, Any
     state, random = raise_on_all_ranks(run.world, read)
     place = Place(state.applied_steps, state.ended_at)
     masks = _read_masks(run, path / "gap", place)
+    run.forget()
     _restore_weights(run, path, state)
     masks.restore(run)
     run.agree_on_weights(f"loading {path}")
     run.learning_rate.load(state.lr_scheduler)
+    if bool(state.lr_scheduler) != bool(run.learning_rate.schedulers):
+        had, has = ("a", "none") if state.lr_scheduler else ("no", "one")
+        warnings.warn(
+            f"saved with {had} learning-rate scheduler, and this run has {has}: learning rates do not go on as they "
+            "would have. Build what the saving run had.",
+            stacklevel=4,
+        )
     if state.grad_scaler is not None and run.grad_scaler is not None:
         run.grad_scaler.load_state_dict(state.grad_scaler)
     if random is not None:

@@ -95,6 +95,11 @@ class Updates:
         self._watched = Watched(self._run.mask_state.tensors())
         self._parts = Parts(self._run.mask_state.masked_weights())
 
+    @property
+    def open(self) -> bool:
+        """True if micro-batches of an update were propagated, and others of it were not."""
+        return self._calls % self._run.backend.micro_batches > 0
+
     def complete(self) -> bool:
         """True if an update was applied since the last call. All ranks must call this after the same steps.
 

@@ -44,6 +44,7 @@ class Backend:
     micro_batches: how many micro-batches an update has.
     save, load: the library's own checkpoint of weights and optimizer, in a folder that exists on every rank.
     reshards: names of the backends whose checkpoints `load` reads, also those of another number of ranks.
+    discard: forgets the gradients and micro-batches since the last update.
     counters: what the library counts besides, as plain numbers; `recount`: sets them, from those of any backend, after
         weights and optimizer state were restored without `load`.
     """
@@ -59,6 +60,7 @@ class Backend:
     step: Callable[[], None]
     save: Callable[[Path], None]
     load: Callable[[Path], None]
+    discard: Callable[[], None]
     micro_batches: int = 1
     skips_overflow: bool = False
     reshards: Collection[str] = ()

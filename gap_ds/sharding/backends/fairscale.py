@@ -118,6 +118,7 @@ def _oss(model: Any, training: Training) -> Backend:
         step=loop.step,
         save=lambda folder: _save(folder, model, shards(), inner, comm),
         load=load,
+        discard=loop.discard,
         recount=spread,
         skips_overflow=training.grad_scaler is not None,
     )
@@ -171,6 +172,7 @@ def _fsdp(root: Any, training: Training) -> Backend:
         step=loop.step,
         save=lambda folder: _save(folder, root, shards(), optimizers, comm),
         load=load,
+        discard=loop.discard,
         skips_overflow=training.grad_scaler is not None,
     )
 

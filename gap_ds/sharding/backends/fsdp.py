@@ -114,6 +114,14 @@ def _fsdp2(model: nn.Module, root: FSDPModule, training: Training) -> Backend:
     reshard()
     layout = Layout.of(root, shards, training.world)
     loop = Loop(training, optimizers, sync=root.set_requires_gradient_sync)
+
+    def discard() -> None:
+        loop.discard()
+        for held in _held(root):  # whole gradients of micro-batches that were not reduced
+            held.unsharded_accumulated_grad = None
+            if hasattr(held, "_unsharded_param"):
+                held._unsharded_param.grad = None
+
     return _backend(
         "fsdp2",
         model,
@@ -125,7 +133,17 @@ def _fsdp2(model: nn.Module, root: FSDPModule, training: Training) -> Backend:
         shards=layout.shards,
         replicated=layout.replicated,
         publish=reshard,
+        discard=discard,
     )
+
+
+def _held(root: nn.Module) -> Iterator[Any]:
+    """FSDP2's record of each parameter."""
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            state: Any = module._get_fsdp_state()
+            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # of earlier torch
+            yield from (held for group in groups if group is not None for held in group.fsdp_params)
 
 
 def _shard(name: str, parameter: nn.Parameter) -> Shard:
@@ -171,6 +189,7 @@ def _fsdp1(model: nn.Module, root: FullyShardedDataParallel, training: Training)
         comm=comm,
         shards=shards,
         publish=reshard,
+        discard=loop.discard,
     )
 
 

@@ -80,6 +80,7 @@ def build(model: nn.Module, training: Training) -> Backend:
         micro_batches=training.gradient_accumulation_steps,
         save=lambda folder: save_state(module, optimizers, folder, training.world),
         load=lambda folder: load_state(module, optimizers, folder, training.world),
+        discard=loop.discard,
         skips_overflow=training.grad_scaler is not None,
         reshards=DISTRIBUTED,
     )
@@ -198,6 +199,11 @@ class Loop:
         if self.training.gradient_accumulation_steps > 1:
             loss = loss / self.training.gradient_accumulation_steps
         (self.training.grad_scaler.scale(loss) if self.training.grad_scaler else loss).backward()
+
+    def discard(self) -> None:
+        self.clear()
+        self.micro_step = 0
+        self._announce()
 
     def step(self) -> None:
         self.micro_step += 1

@@ -94,6 +94,7 @@ def build(engine: Any, training: Training) -> Backend:
         step=engine.step,
         save=lambda folder: _save(engine, folder),
         load=lambda folder: _load(engine, folder),
+        discard=lambda: _discard(engine),
         counters=lambda: _counters(engine),
         recount=lambda applied, counters: _recount(engine, applied, counters),
         skips_overflow=engine.fp16_enabled(),
@@ -246,6 +247,17 @@ def _load(engine: Any, folder: Path) -> None:
     path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if path is None:
         raise ValueError(f"{folder}: DeepSpeed found none of its checkpoints in it")
+
+
+def _discard(engine: Any) -> None:
+    optimizer = engine.optimizer
+    engine.micro_steps = 0
+    engine.zero_grad()
+    optimizer.zero_grad()
+    for name in ("averaged_gradients", "all_grad_tensors"):  # of ZeRO-1 and -2
+        getattr(optimizer, name, {}).clear()
+    if hasattr(optimizer, "micro_step_id"):
+        optimizer.micro_step_id = 0 if engine.zero_optimization_stage() == 3 else -1
 
 
 #: Of the loss scaler, if it has them.

@@ -84,10 +84,9 @@ def test_the_tensors_fingerprint_knows_what_the_plan_does_not() -> None:
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=3), st.integers(1, 3), st.randoms(use_true_random=False))
 def test_the_weights_fingerprint_is_that_of_any_cut(sizes: list[int], ranks: int, random: Any) -> None:
     full = {f"w{i}": torch.randn(n) for i, n in enumerate(sizes)}
-    frozen = Shard.of_range("frozen", (1,), 0, 1, 0, lambda: torch.rand(1), trainable=False)
 
     def shards(rank: int, tensors: dict[str, Tensor]) -> list[Shard]:
-        found = [frozen]
+        found = [Shard.of_frozen("frozen", torch.ones(1), rank)]
         for name, tensor in tensors.items():
             lo, n = cut(tensor, edges[name], rank) if ranks > 1 else (0, tensor.numel())
             found.append(
@@ -98,7 +97,9 @@ def test_the_weights_fingerprint_is_that_of_any_cut(sizes: list[int], ranks: int
     edges = {n: sorted(random.randint(0, t.numel()) for _ in range(ranks - 1)) for n, t in full.items()}
     found = Ranks(ranks).run(lambda rank: identity.of_weights(shards(rank.rank, full), rank))
     whole = [Shard.of_range(n, tuple(t.shape), 0, t.numel(), 0, lambda t=t: t) for n, t in full.items()]
+    whole.append(Shard.of_frozen("frozen", torch.ones(1), 0))
     assert found == [identity.of_weights(whole, ALONE)] * ranks
+    assert identity.of_weights(whole[:-1], ALONE) != found[0]
     name = random.choice(sorted(full))
     place = random.randrange(full[name].numel())
     other = full[name].clone()

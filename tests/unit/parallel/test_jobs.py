@@ -47,7 +47,7 @@ def engine(folder: Path, worker: int, seed: int = 0, resume: bool = False, **bui
 def train(job: GaPEngine, last: int | None = None) -> GaPEngine:
     """To the step before `last`, or to the end."""
     while not job.finished and job.applied_steps != last:
-        random = torch.Generator().manual_seed(10 * job.applied_steps + job.worker.index)
+        random = torch.Generator().manual_seed(10 * job.applied_steps + job.run.worker.index)
         job.backward(job(torch.randint(5, (4,), generator=random)))
         job.step()
     return job
@@ -132,6 +132,27 @@ def test_a_model_that_differs_beside_its_entries_is_refused_at_the_start(tmp_pat
     engine(tmp_path, 0)
     with pytest.raises(ValueError, match=r"another run: tensors \w+ \(here \w+\), so a vocabulary, a norm, a bias or"):
         engine(tmp_path, 1, **built)
+
+
+def test_frozen_weights_must_be_equal_too(tmp_path: Path) -> None:
+    jobs = []
+    for worker in (0, 1):
+        torch.manual_seed(0)
+        model = Layers()
+        model.embedding.requires_grad_(False).weight.add_(worker)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        me = ParallelWorker(worker, str(tmp_path))
+        jobs.append(GaPEngine(model, PARALLEL, optimizer=optimizer, worker=me))
+    train(jobs[0], 1)
+    with pytest.raises(ValueError, match="with other weights than worker 1 now"):
+        train(jobs[1], 1)
+
+
+def test_an_optimizer_that_averages_its_weights_is_refused(tmp_path: Path) -> None:
+    model = Layers()
+    optimizer = torch.optim.ASGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match='method="parallel": is not supported with optimizer=ASGD, which averages'):
+        GaPEngine(model, PARALLEL, optimizer=optimizer, worker=ParallelWorker(0, str(tmp_path)))
 
 
 @pytest.mark.parametrize("started", ["3", "1", "two"])

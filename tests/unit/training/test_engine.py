@@ -376,3 +376,52 @@ def test_a_client_state_may_hold_numbers_that_are_not_finite(tmp_path: Path) -> 
     engine = build()
     engine.save_checkpoint(tmp_path, "t", {"best": float("inf")})
     assert build().load_checkpoint(tmp_path, "t") == {"best": float("inf")}
+
+
+def test_a_client_state_that_could_not_be_read_again_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"was not saved, .* holds what JSON cannot express: .*surrogate"):
+        build().save_checkpoint(tmp_path, "t", {"file": "\udce4"})
+
+
+def test_a_load_forgets_what_the_weights_before_it_have_left(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    straight, engine = build(gradient_accumulation_steps=2), build(gradient_accumulation_steps=2)
+    for run in (straight, engine):
+        train(run, 4)
+    engine.save_checkpoint(tmp_path)
+    assert "in the middle of an update" not in caplog.text
+    train(engine, 1)
+    engine.save_checkpoint(tmp_path / "late")
+    assert "step_2: is saved in the middle of an update" in caplog.text
+    engine.backward(engine(torch.ones(1, 6)).sum() * float("nan"))
+    engine.load_checkpoint(tmp_path)
+    for run in (straight, engine):
+        train(run, 8)
+    assert all(torch.equal(weight, weights(straight)[name]) for name, weight in weights(engine).items())
+
+
+def test_after_a_boundary_that_failed_nothing_is_trained_or_saved(tmp_path: Path) -> None:
+    engine = build()
+    train(engine, 2)
+    engine.save_checkpoint(tmp_path)
+    engine.watch(torch.tensor(float("nan")))
+    with pytest.raises(ValueError, match="a loss before the boundary at step 3 was NaN"):
+        train(engine, 1)
+    for call in (engine.step, engine.finish, lambda: engine.save_checkpoint(tmp_path), lambda: engine.export("model")):
+        with pytest.raises(ValueError, match="the boundary at step 3 ended in an error, so the masks are not those"):
+            call()
+    engine.load_checkpoint(tmp_path)
+    train(engine, 12)
+    straight = build()
+    train(straight, 14)
+    assert engine.finished
+    assert all(torch.equal(weight, weights(straight)[name]) for name, weight in weights(engine).items())
+
+
+def test_a_scheduler_too_many_or_too_few_is_told(tmp_path: Path) -> None:
+    decay: Any = lambda step: 1 / (1 + step)  # noqa: E731
+    for lr, other, said in ((decay, None, "saved with a learning-rate sch"), (None, decay, "saved with no learning-r")):
+        engine = build(lr=lr)
+        train(engine, 1)
+        engine.save_checkpoint(tmp_path, "t")
+        with pytest.warns(UserWarning, match=said):
+            build(lr=other).load_checkpoint(tmp_path, "t")

@@ -102,6 +102,20 @@ def test_a_resumed_run_has_the_history_of_one_that_never_stopped(tmp_path: Path,
         assert path.read_text() == (tmp_path / "whole.jsonl").read_text()
 
 
+def test_a_line_that_a_kill_has_cut_short_costs_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    first = build(CYCLIC, path)
+    train(first, 7)
+    first.save_checkpoint(tmp_path / "run")
+    with path.open("a") as file:
+        file.write('{"step": 9, "pha')
+    second = build(CYCLIC, path)
+    second.load_checkpoint(tmp_path / "run")
+    train(second, 7)
+    second.close()
+    assert [row["step"] for row in lines(path)[1:]] == [0, 3, 6, 9, 12]
+
+
 def test_a_history_begins_where_none_was_recorded(tmp_path: Path) -> None:
     first = build(CYCLIC, None)
     train(first, 4)

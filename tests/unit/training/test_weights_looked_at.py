@@ -6,15 +6,19 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from fake_ranks import Ranks
 from test_engine import CYCLIC, Model, build, train, weights
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from gap_ds import GaPEngine
+from gap_ds.sharding.shard import Shard
+from gap_ds.training import copies
 
 SPARSE, DENSE = "layers.2.fc.weight", "layers.0.fc.weight"  # in phase 0 of CYCLIC
 
@@ -448,3 +452,40 @@ def test_a_copy_of_another_model_is_refused() -> None:
         ValueError, match=r"layers.3.fc.weight: the copy has 30 weights of it on this rank, and the mod"
     ):
         engine.apply_to(other)
+
+
+def test_a_copy_in_another_memory_format() -> None:
+    blocks = [nn.Sequential(nn.Conv2d(4, 4, 3)) for _ in range(4)]
+    model = nn.Sequential(*blocks)
+    engine = GaPEngine(model, CYCLIC, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    copied = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    for parameter in copied.parameters():
+        nn.init.ones_(parameter)
+    engine.apply_to(copied)
+    for entry in engine.plan.entries:
+        mask = engine.mask(entry.name)
+        wanted = torch.ones(entry.numel) if mask is None else mask.float()
+        assert torch.equal(copied.get_parameter(entry.name).detach().flatten(), wanted)
+
+
+def test_a_sharded_copy_of_which_a_rank_holds_a_tensor_whole() -> None:
+    """As FSDP1 cuts a flat parameter between two weights."""
+    engine = build()
+    train(engine, CYCLIC["phase_steps"] * 4)
+    run, shards = engine.run, engine.mask_state.shards
+
+    def apply(rank: Any) -> dict[str, torch.Tensor]:
+        model, own = Model(), {}
+        for i, (name, shard) in enumerate(shards.items()):
+            n = shard.numel if i % 2 == rank.rank else 0
+            own[name] = Shard.of_range(name, shard.shape, 0 if n else shard.numel, n, 0, shard.owner)
+            model.get_parameter(name).data = torch.ones(shard.shape) if n else torch.empty(0)
+        bits = {name: run.mask_state.bits[name][: None if own[name].numel else 0] for name in own}
+        backend = replace(run.backend, comm=rank, shards=lambda: list(own.values()))
+        state: Any = SimpleNamespace(bits=bits, shards=own)
+        copies.apply(replace(run, backend=backend, world=rank, mask_state=state), model)
+        return {name: model.get_parameter(name).detach().flatten() for name in own if own[name].numel}
+
+    for found in Ranks(2).run(apply):
+        assert len(found) == 2
+        assert all(torch.equal(weight.bool(), engine.mask(name)) for name, weight in found.items())
