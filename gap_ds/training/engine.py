@@ -103,7 +103,7 @@ class GaPEngine:
         options = Options(steps_per_epoch, batches_per_epoch, worker, nonfinite_loss, masks_from, history, fresh, whole)
         self.run = build(model, config, training, options)
         self.config, self.schedule, self.plan = self.run.config, self.run.schedule, self.run.plan
-        self.mask_state = self.run.mask_state
+        self.worker, self.mask_state = worker, self.run.mask_state
         self._place, self.last_boundary_seconds = Place(), 0.0
         #: The step of a boundary that has begun and is not over, as when it ended in an error.
         self._crossing: int | None = None

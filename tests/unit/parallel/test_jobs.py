@@ -47,7 +47,7 @@ def engine(folder: Path, worker: int, seed: int = 0, resume: bool = False, **bui
 def train(job: GaPEngine, last: int | None = None) -> GaPEngine:
     """To the step before `last`, or to the end."""
     while not job.finished and job.applied_steps != last:
-        random = torch.Generator().manual_seed(10 * job.applied_steps + job.run.worker.index)
+        random = torch.Generator().manual_seed(10 * job.applied_steps + job.worker.index)
         job.backward(job(torch.randint(5, (4,), generator=random)))
         job.step()
     return job
