@@ -281,6 +281,8 @@ def notes(name: str, results: Results) -> list[str]:
         "Minutes are those of training, summed over workers, on a machine with other load. They do not compare "
         "methods.",
     ]
+    if any(BY_NAME[record["row"]].pretrained for record in kept if record["row"] in BY_NAME):
+        lines.append("Rows from the dense model have had its epochs before. Compare them with that of a dense model.")
     if any(record["workers"] > 1 for record in kept):
         lines.append("Epochs and density of a method on several workers are those of worker 0.")
     if results.left_out:

@@ -1,7 +1,7 @@
 """Train a decoder-only language model sparse by grow-and-prune, export it, and report its perplexity.
 
-    torchrun --nproc-per-node 8 examples/language/train.py --gap-config language_80 --backend fsdp2 --bf16 \\
-        --dataset FOLDER --preset llama_100m --output-dir runs/language_80
+    torchrun --nproc-per-node 8 examples/language/train.py --gap-config cyclic_80 --backend fsdp2 --bf16 \\
+        --dataset FOLDER --preset llama_100m --output-dir runs/cyclic_80
 
 The deepspeed launcher and plain python start it as well. `main` is the recipe, from top to bottom. Signals act as in
 the translation example: a checkpoint after the step, status 130 or 143.

@@ -65,6 +65,10 @@ SHIPPED = {
     "parallel_90": "parallel_3",
     "rigl_90": "rigl",
     "rigl_90_erk": "rigl_erk",
+    "cyclic_2of4": "cyclic_2_rising_scaled_2of4",
+    "language_pretrained_80": "cyclic_2_rising_scaled_pretrained",
+    "language_pretrained_90": "cyclic_2_rising_scaled_pretrained",
+    "language_pretrained_2of4": "cyclic_2_rising_scaled_2of4_pretrained",
     "set_90": "set",
     "static_90": "static",
 }
@@ -73,7 +77,8 @@ SHIPPED = {
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_config_is_the_row_that_was_measured(name: str) -> None:
     shipped = GaPConfig.load(ROOT / "configs" / "gap" / f"{name}.json")
-    config = rows.BY_NAME[SHIPPED[name]].make(presets.CPU.epochs)  # lengths before they are chosen for equal FLOPs
+    epochs = 3 if "pretrained" in name else presets.CPU.epochs
+    config = rows.BY_NAME[SHIPPED[name]].make(epochs)  # lengths before they are chosen for equal FLOPs
     assert shipped == GaPConfig.load({**config, "sparsity": shipped.sparsity, "seed": shipped.seed})
 
 
