@@ -353,7 +353,8 @@ class PackedLinear(nn.Module):
     """A linear layer with a second copy of its weight, in the blocked layout that oneDNN multiplies fastest.
 
     The weight itself stays, for the state dict and for tied weights; when it changes, it is packed again. Changes that
-    torch does not count, by `.data` or NumPy, go unseen. Under autocast the layer acts as the given one.
+    torch does not count, by `.data` or NumPy, go unseen. Under autocast, and where a gradient of the input is wanted,
+    the layer acts as the given one.
 
     Args:
         rows: rows of activations that it usually gets at once. Others give correct results, too.
@@ -372,7 +373,8 @@ class PackedLinear(nn.Module):
         return self.weight.t() if self._inputs_first else self.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():  # it cannot lower the packed product, and packs frozen weights itself
+        # A compiler cannot lower the packed product, and packs frozen weights itself; autograd has no formula for it.
+        if _is_traced(x):
             return nn.functional.linear(x, self._matrix, self.bias)
         source, version = self._source
         if self.weight is not source or _version(self.weight) != version:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -128,7 +129,7 @@ class _Recorder:
     def _record(self, name: str, x: Tensor) -> None:
         self._inference = torch.is_inference_mode_enabled()
         self._calls[name] += 1
-        if rows := x.numel() // x.shape[-1]:
+        if rows := math.prod(x.shape[:-1]):
             self._rows[name][rows] += 1
         parent = name.rpartition(".")[0]
         last, names = self._current.get(parent, (None, []))

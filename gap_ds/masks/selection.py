@@ -119,7 +119,7 @@ def magnitude_keys(weights: Tensor) -> Keys:
     """Return keys that order the weights of a piece (N,) by magnitude.
 
     The bit pattern of a non-negative fp32 number, read as an integer, has the order of the number; fp16 and bf16
-    convert exactly.
+    convert exactly, and fp64 is rounded: weights that are equal in fp32 have equal keys.
 
     >>> magnitude_keys(torch.tensor([0.0, -1.0, 1.0, float("nan")]))(0, 4).tolist()
     [0, 1065353216, 1065353216, -1]

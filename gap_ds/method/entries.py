@@ -71,7 +71,7 @@ def find_entries(
     if holds and _over_frozen(chosen, inner, matrices, shapes, frozen):
         chosen = {name for name in inner if name in frozen}  # the adapters are none: what is held is their base
     blocks = {matrices.block_of[name] for name in chosen}
-    trainable = [name for name, shape in shapes.items() if len(shape) > 1 and name not in frozen]
+    trainable = [name for name, shape in shapes.items() if len(shape) > 1 and 0 not in shape and name not in frozen]
     for pattern in config.include:
         if not (found := matching(pattern, trainable)):
             raise ValueError(no_match("include", pattern, trainable))

@@ -193,10 +193,11 @@ class SparseState(torch.optim.Optimizer):
         assert gradient is not None
         if gradient.is_sparse:
             raise ValueError(f"{type(self).__name__} takes no sparse gradients. Use torch.optim.SparseAdam for them.")
-        state, pieces = self.state[owner], self._pieces.get(owner)
-        if not state:
-            state.update(self._first_state(owner, group))
-        for name, zeros in self._first_moments(group).items():
+        state, pieces = self.state.get(owner) or self._first_state(owner, group), self._pieces.get(owner)
+        moments = self._first_moments(group)
+        if state or moments:  # torch's optimizers have no empty state: loading takes it for another's
+            self.state[owner] = state
+        for name, zeros in moments.items():
             if name not in state and pieces is not None:
                 like = local(owner)
                 state[name] = Packed(like.new_zeros(piece.held) if zeros else None for piece in pieces)

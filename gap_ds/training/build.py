@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import torch
 from torch import nn
 
 from gap_ds import checkpoint
@@ -30,6 +31,8 @@ from gap_ds.training.observer import Observer
 from gap_ds.training.regrowth import SECOND_MOMENTS
 from gap_ds.training.run import Run
 
+#: Dtypes of weights whose magnitudes are ordered, and whose words are masked.
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 #: Share of the weights of an entry that are not 0 unless a sparse run or a special initialization made them so.
 _FULL = 0.95
 
@@ -78,6 +81,7 @@ def build(
     config, backend, steps, phases = _on_all_ranks(world, begin)
     check_model(world, backend.shards())
     of_model = _plan(config, backend, options, world)
+    raise_on_all_ranks(world, lambda: _check_dtypes(of_model, backend))
     if config.mask_init == "auto" and config.begins_sparse:
         config = config.model_copy(update={"mask_init": _first_masks(of_model, backend, options, world)})
     state = MaskState(of_model, config, backend, phases.regrow_warmup)
@@ -221,6 +225,16 @@ def _first_masks(of_model: plan.Plan, backend: Backend, options: Options, world:
             "with that run, use load_checkpoint or masks_from; to begin a new one, set mask_init."
         )
     return "magnitude" if sparse else "random"
+
+
+def _check_dtypes(of_model: plan.Plan, backend: Backend) -> None:
+    """Checks that this rank's pieces of all entries are of a dtype that can be pruned; ValueError if one is not."""
+    for shard in of_entries([entry.name for entry in of_model.entries], backend.shards()).values():
+        if shard.numel and (dtype := shard.owner().dtype) not in _DTYPES:
+            raise ValueError(
+                f"{shard.name}: its weights are {dtype}, and only those of 16, 32 or 64 bits that are real can be "
+                'pruned by magnitude. List it in "exclude".'
+            )
 
 
 def _check_held(state: MaskState, backend: Backend) -> None:

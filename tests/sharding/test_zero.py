@@ -55,6 +55,7 @@ ROWS += [row(f"zero{stage}_bf16_packed", stage, "bf16", "adamw", packed=True) fo
 ROWS += [row(f"zero{stage}_fp32_packed_offload", stage, "fp32", "adamw", packed=True, offload=True) for stage in (2, 3)]
 ROWS += [row("zero3_fp32_packed_sgd", 3, "fp32", "sgd", packed=True)]
 ROWS += [row("zero3_fp32_hpz", 3, "fp32", "adamw", hpz=2)]
+ROWS += [row("zero3_fp32_beside_hpz", 3, "fp32", "adamw", beside_hpz=True)]
 
 FP16 = [row(f"zero{stage}_fp16", stage, "fp16", "adamw") for stage in (0, 1, 2, 3)]
 

@@ -59,6 +59,8 @@ OPTIMIZERS = {**toy.OPTIMIZERS, "cpu_adam": cpu_adam}
 
 
 def build(row: dict[str, Any], **options: Any) -> GaPEngine:
+    if row.get("beside_hpz"):  # whose groups of ranks DeepSpeed keeps for all engines of a process
+        build({**row, "beside_hpz": False, "hpz": 2}).close()
     model, gap = toy.build(), row.get("gap", toy.GAP)
     optimizer = (observe.PACKED if row.get("packed") else OPTIMIZERS)[row["optimizer"]](toy.groups(model))
     if row["stage"] is None:

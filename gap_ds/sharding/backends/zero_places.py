@@ -159,8 +159,9 @@ def _publish_stage3(optimizer: Any) -> None:
     optimizer._partition_all_parameters()
     for group in range(len(optimizer.fp16_groups)):
         optimizer._reassign_or_swap_out_partitioned_parameters(group)
-    if optimizer.zero_hpz_partition_size > 1:
-        optimizer.invalidate_secondary_tensor()  # else the next forward pass gathers the weights from before
+    # Else the next forward pass gathers the weights from before. An engine without hpz has such copies, too, once
+    # another engine of the process has it: DeepSpeed keeps the group for all.
+    optimizer.invalidate_secondary_tensor()
     if optimizer.persistent_parameters:
         optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 

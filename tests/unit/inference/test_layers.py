@@ -337,6 +337,13 @@ def test_packed_follows_its_weight() -> None:
     check()
 
 
+def test_packed_gives_the_gradient_of_its_input() -> None:
+    layer, x = linear(48, 32, 1.0).requires_grad_(False), torch.randn(4, 32, requires_grad=True)
+    (wanted,) = torch.autograd.grad(layer(x).square().sum(), x)
+    (found,) = torch.autograd.grad(packed(layer)(x).square().sum(), x)
+    torch.testing.assert_close(found, wanted)
+
+
 def test_packed_where_the_product_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """As by a CPU without products in bf16, to which a packed fp32 layer is cast, or on which it is unpickled."""
     made, x = packed(linear(48, 32, 1.0)), torch.randn(4, 32)

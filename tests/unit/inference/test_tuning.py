@@ -296,6 +296,13 @@ def test_a_layer_in_two_places_stays_one() -> None:
     assert isinstance(model[0], CSRLinear) and model[0] is model[2]
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_layer_without_inputs_stays() -> None:
+    model, x = nn.Sequential(nn.Linear(0, 8), linear(8, 8, 0.1)), torch.ones(3, 0)
+    layouts = {choice.names: choice.layout for choice in sparsify_for_inference(model, lambda m: m(x), layout="csr")}
+    assert layouts == {("0",): "dense", ("1",): "csr"}
+
+
 def test_a_layer_whose_weight_others_read_stays() -> None:
     """Mamba multiplies by the weight of its dt_proj, and never calls it."""
 

@@ -143,7 +143,7 @@ def test_state_is_as_large_as_what_is_kept(kind: Any, moments: int) -> None:
 
 
 #: Before the first step, at a boundary, in the middle of a phase.
-STOPS = [("adamw", 0), ("adamw", 3), ("sgd-momentum", 7)]
+STOPS = [("adamw", 0), ("adamw", 3), ("sgd-momentum", 7), ("sgd", 3)]
 STOPS_FULL = [("adamw", 2), ("adamw", 7), ("sgd-momentum", 0), ("sgd-momentum", 3)]
 
 
@@ -162,9 +162,8 @@ def test_resume_equals_never_having_stopped(tmp_path: Path, pair: str, stop: int
         train(resumed, 5)
         resumed.load_checkpoint(tmp_path / folder)
         if other is kind and stop > 1:
-            assert resumed.stats()["optimizer_bytes"] == expected_bytes(
-                resumed, 2 if pair == "adamw" else 1, pair == "adamw"
-            )
+            moments = {"adamw": 2, "sgd-momentum": 1, "sgd": 0}[pair]
+            assert resumed.stats()["optimizer_bytes"] == expected_bytes(resumed, moments, pair == "adamw")
         train(resumed, 14 - stop)
         assert_equal(resumed, straight)
 
@@ -199,12 +198,14 @@ def test_masks_that_are_saved_apart_from_the_state(tmp_path: Path) -> None:
         assert_equal(resumed, straight)
 
 
-def test_state_dicts_are_torchs() -> None:
-    ours, theirs = build(optim.AdamW), build(torch.optim.AdamW)
+@pytest.mark.parametrize("pair", ["adamw", "sgd", "sgd-momentum"])
+def test_state_dicts_are_torchs(pair: str) -> None:
+    kind, torchs, settings = PAIRS[pair]
+    ours, theirs = build(kind, **settings), build(torchs, **settings)
     train(ours, 5)
     train(theirs, 5)
     found, wanted = ours.optimizer.state_dict(), theirs.optimizer.state_dict()
-    assert found.keys() == wanted.keys()
+    assert found.keys() == wanted.keys() and found["state"].keys() == wanted["state"].keys()
     for key, row in wanted["state"].items():
         assert row.keys() == found["state"][key].keys()
         assert all(found["state"][key][name].shape == value.shape for name, value in row.items())

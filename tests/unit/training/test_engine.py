@@ -371,6 +371,20 @@ def test_weights_in_another_memory_format_are_refused() -> None:
         GaPEngine(model, CYCLIC, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn])
+def test_weights_without_an_order_are_refused(dtype: torch.dtype) -> None:
+    model = Model().to(dtype)
+    with pytest.raises(ValueError, match=rf"layers\.0\.fc\.weight: its weights are {dtype}, and only"):
+        GaPEngine(model, CYCLIC, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_what_has_no_weights_is_no_entry() -> None:
+    model = nn.ModuleList(nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 0)]) for _ in range(2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine = GaPEngine(model, {**CYCLIC, "include": [".*weight"]}, optimizer=optimizer)
+    assert [entry.name for entry in engine.plan.entries] == ["0.0.weight", "1.0.weight"]
+
+
 def test_a_client_state_may_hold_numbers_that_are_not_finite(tmp_path: Path) -> None:
     """Such as the best loss before there was any."""
     engine = build()
