@@ -125,7 +125,7 @@ bench-guard: env  ## time the hot paths; fails above limits, or ALLOWED=25% abov
 	    echo "$(GUARD): no baseline to compare with. Make one of the code before the change: make bench-guard-baseline" >&2; exit 1; }
 	$(GUARDED) --benchmark-compare --benchmark-compare-fail=min:$(ALLOWED)
 
-test-times: env  ## run all tests and write how long each part took, into benchmarks/results
+test-times: env  ## run the tests of `make test` and write how long each part took, into benchmarks/results
 	$(RUN) benchmarks/suite.py --jobs $(JOBS)
 
 clean:  ## remove caches and build products (the environment and runs/ stay)

@@ -4,7 +4,7 @@
     OMP_NUM_THREADS=1 python benchmarks/kept_state.py --only memory --models base --backends zero2 --sparsities 0.9
 
 Memory: C-GaP in 3 partitions, one round and fine-tuning, two steps for each phase, in fresh processes for every row.
-`bytes` are those of all optimizer state for each weight of the model, summed over the ranks, after the last step of a
+`bytes` are those of all optimizer state for each weight of the model, summed over the ranks, before the last step of a
 phase; `run` is the mean over a schedule whose fine-tuning is as long as a phase times `--finetune`. `RSS` is the
 resident memory of both ranks without mapped files in the fine-tuning, and its peak over the whole run, boundaries
 included. `plan` and `plan, fine-tuning` are what `gap-ds plan` predicts; if it is off by more than 5 % in a row, the

@@ -29,7 +29,7 @@ def main() -> int:
     spread = ["-n", str(args.jobs), "--dist", "loadfile", "--no-loadscope-reorder"]
     parts = {
         "tests of one process, doctests": [*spread, "--ignore", "tests/sharding"],
-        "tests of sharded runs": ["tests/sharding"],
+        "tests of sharded runs": [*spread, "tests/sharding"],
     }
     rows = [timed(name, words) for name, words in ({"some": args.only} if args.only else parts).items()]
     measure.write("test_times", rows, args.out, f"`make test` without lint, {args.jobs} jobs")

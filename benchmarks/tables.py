@@ -77,7 +77,7 @@ def collect(runs: list[Path], note: str) -> None:
         found |= {"name": run.name, "command": command(found), "note": note, "cores": len(os.sched_getaffinity(0))}
         found["machine"] = f"{platform.machine()} {found['device']}"
         found["validation_loss"] = [round(row["loss"], 4) for row in losses if row["kind"] == "validation"]
-        found["arguments"]["dataset"] = Path(found["arguments"]["dataset"]).name
+        found["arguments"]["dataset"] = Path(found["arguments"]["dataset"] or "generated").name
         found["arguments"].pop("output_dir")
         rows = [row for row in rows if row["name"] != run.name] + [found]
     (figures.RESULTS / TRANSLATION).write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -88,14 +88,16 @@ def command(result: dict[str, Any]) -> str:
     sys.path.insert(0, str(ROOT / "examples" / "translation"))
     from train import Arguments
 
-    arguments = {**result["arguments"], "dataset": f"DATA/{Path(result['arguments']['dataset']).name}"}
+    arguments = result["arguments"]
+    arguments = arguments | {"dataset": arguments["dataset"] and f"DATA/{Path(arguments['dataset']).name}"}
     words = ["deepspeed", "--num_accelerators", str(result["ranks"]), "examples/translation/train.py"]
     for field in dataclasses.fields(Arguments):
-        value = arguments.get(field.name, field.default)
-        if field.name in ("local_rank", "output_dir", "resume", "overwrite") or value == field.default:
+        usual = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        value = arguments.get(field.name, usual)
+        if field.name in ("local_rank", "output_dir", "resume", "overwrite") or value == usual:
             continue
         flag = "--deepspeed_config" if field.name == "deepspeed_config" else "--" + field.name.replace("_", "-")
-        words += [flag] if value is True else [flag, str(value)]
+        words += [flag] if value is True else [flag, *map(str, value if isinstance(value, list) else [value])]
     return shlex.join([*words, "--output-dir", "OUT"])
 
 

@@ -63,7 +63,7 @@ class Distillation:
 
 def load(
     args: RunArguments,
-    load_pretrained: Callable[[str], nn.Module],
+    load_pretrained: Callable[..., nn.Module],
     device: torch.device,
     deepspeed: Mapping[str, Any] | None,
 ) -> Distillation | None:
@@ -73,7 +73,7 @@ def load(
     """
     if args.teacher is None:
         return None
-    model = load_pretrained(args.teacher).to(device)
+    model = load_pretrained(args.teacher, trust_remote_code=args.trust_remote_code).to(device)
     if args.backend in ("fsdp1", "fsdp2", "fairscale"):
         model = sharding.wrap(model, args.backend, device)
     if deepspeed is not None and deepspeed.get("zero_optimization", {}).get("stage") == 3:

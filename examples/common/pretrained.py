@@ -40,4 +40,4 @@ def tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizer
         )
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"model {name!r}: has no tokenizer ({reason}). Set --model-name.") from error
+        raise ValueError(f"model {name!r}: has no tokenizer ({reason}). Set --model-name or --model-dir.") from error

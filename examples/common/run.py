@@ -324,8 +324,12 @@ def learning_rate(
 
 
 def inverse_sqrt(step: int, warmup: int, length: int) -> float:
-    """Learning rate that falls with the square root of the step."""
-    return float((warmup / (step + 1)) ** 0.5)
+    """Learning rate that falls with the square root of the step.
+
+    >>> inverse_sqrt(4, 4, 20), inverse_sqrt(15, 4, 20), inverse_sqrt(0, 0, 20)
+    (0.8944271909999159, 0.5, 1.0)
+    """
+    return float((max(1, warmup) / (step + 1)) ** 0.5)
 
 
 def linear(step: int, warmup: int, length: int) -> float:

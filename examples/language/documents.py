@@ -76,7 +76,7 @@ def _part(rows: datasets.Dataset, split: str) -> datasets.Dataset:
 
 def _column(rows: datasets.Dataset, column: str, where: str) -> datasets.Dataset:
     """Return the rows with the column of the documents alone, called `text`."""
-    if "." in column:
+    if column not in rows.column_names and "." in column:
         rows = rows.select_columns([outer] if (outer := column.split(".")[0]) in rows.column_names else []).flatten()
     if column not in rows.column_names:
         names = ", ".join(rows.column_names) or "none of that name"

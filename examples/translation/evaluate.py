@@ -25,11 +25,10 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from metrics import METRICS, Scorer, count_zeros, score
-from model import load_pretrained
+from model import load_pretrained, pretrained
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import (
-    AutoTokenizer,
     HfArgumentParser,
     LogitsProcessor,
     LogitsProcessorList,
@@ -294,7 +293,7 @@ def score_model(arguments: Arguments, device: torch.device) -> dict[str, Any]:
     sources, references = list(rows["source"]), list(rows["target"])
     scorer = Scorer(references, arguments.metrics)
     code = arguments.trust_remote_code
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model_dir, local_files_only=True, trust_remote_code=code)
+    tokenizer = pretrained.tokenizer(arguments.model_dir, code)
     dtype = getattr(torch, arguments.dtype)
     model = load_pretrained(arguments.model_dir, trust_remote_code=code, dtype=dtype).to(device)
 
@@ -330,11 +329,30 @@ def score_model(arguments: Arguments, device: torch.device) -> dict[str, Any]:
     }
 
 
+def find_device(name: str | None) -> torch.device:
+    """Return the device of this name; ValueError if it is not available."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device={name!r}: is not available here ({first_line(error)}).") from None
+    if device.type == "meta":
+        raise ValueError(f"--device={name!r}: holds no weights. Set cpu or cuda.")
+    return device
+
+
+def first_line(error: BaseException) -> str:
+    lines = str(error).strip().split("\n")
+    return (lines[0] or type(error).__name__).rstrip(".:")
+
+
 @contextlib.contextmanager
 def _processes(wanted: str | None) -> Iterator[torch.device]:
     """Set up the launcher's process group, if there is one, and yield this process's device."""
     kind = wanted or ("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
+    device = find_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" else kind)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
@@ -363,8 +381,11 @@ def _rank_and_world_size() -> tuple[int, int]:
 
 def _read_lines(path: str) -> list[str]:
     # Not str.splitlines: news text has characters such as U+2028 inside sentences, which end no line for sacreBLEU.
-    with open(path, encoding="utf-8", newline="\n") as file:
-        return [line.rstrip() for line in file]
+    try:
+        with open(path, encoding="utf-8", newline="\n") as file:
+            return [line.rstrip() for line in file]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8 (byte {error.start}). Set another file.") from None
 
 
 def _write_json(path: Path, results: dict[str, Any]) -> None:

@@ -140,7 +140,7 @@ def main(args: Arguments) -> int:
     figures = run.figures(args, engine, seconds, first_step)
     figures |= {"tokens_per_second": round(tokens / seconds, 1), "density_at_end": engine.stats()["density"]}
     del engine, optimizer, model
-    exported = models.load_pretrained(str(folder / "model")).to(device)
+    exported = models.load_pretrained(str(folder / "model"), trust_remote_code=args.trust_remote_code).to(device)
     scored = time.perf_counter()
     hypotheses = {
         split: evaluate.translate(

@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
     check(arguments)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    device = find_device(arguments.device)
+    device = evaluate.find_device(arguments.device)
     disable_progress_bar()  # of loading
     console = Console(stderr=True, highlight=False, markup=False)
     model, tokenizer = load(arguments.model_dir, getattr(torch, arguments.dtype))
@@ -117,20 +117,6 @@ def check(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--output={str(output)!r}: must be a file in a folder that exists and may be written to.")
 
 
-def find_device(name: str | None) -> torch.device:
-    """Return the device of this name; ValueError if it is not available."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device={name!r}: is not available here ({first_line(error)}).") from None
-    if device.type == "meta":
-        raise ValueError(f"--device={name!r}: holds no weights. Set cpu or cuda.")
-    return device
-
-
 def load(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return model and tokenizer of an exported folder, dense or compact.
 
@@ -149,21 +135,20 @@ def load(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedT
         else:
             model = load_pretrained(str(folder), dtype=dtype, trust_remote_code=False)
     except SafetensorError as error:
-        raise ValueError(f"model_dir={str(folder)!r}: the weights are damaged ({first_line(error)}).") from None
+        raise ValueError(
+            f"model_dir={str(folder)!r}: the weights are damaged ({evaluate.first_line(error)})."
+        ) from None
     if not isinstance(model, PreTrainedModel) or not model.config.is_encoder_decoder:
         raise ValueError(f"model_dir={str(folder)!r}: holds no model that translates. Set MODEL_DIR.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises many kinds, some from Rust
-        raise ValueError(f"model_dir={str(folder)!r}: its tokenizer cannot be loaded ({first_line(error)}).") from None
+        raise ValueError(
+            f"model_dir={str(folder)!r}: its tokenizer cannot be loaded ({evaluate.first_line(error)})."
+        ) from None
     if not tokenizer or not len(tokenizer):
         raise ValueError(f"model_dir={str(folder)!r}: holds no tokenizer. Copy the one used in training into it.")
     return model, tokenizer
-
-
-def first_line(error: BaseException) -> str:
-    lines = str(error).strip().split("\n")
-    return (lines[0] or type(error).__name__).rstrip(".:")
 
 
 def sparsify(
@@ -232,7 +217,7 @@ def read_lines(path: Path | None) -> list[str]:
     # Not str.splitlines: sentences may contain U+2028 and similar characters.
     data = sys.stdin.buffer.read() if path is None else path.read_bytes()
     try:
-        lines = data.decode("utf-8").split("\n")
+        lines = data.decode("utf-8-sig").split("\n")  # without a mark of the byte order
     except UnicodeDecodeError as error:
         raise ValueError(f"{path or 'stdin'}: is not UTF-8 (byte {error.start}). Set --input.") from None
     if lines[-1] == "":

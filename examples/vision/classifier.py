@@ -69,7 +69,7 @@ class BatchNorm(nn.BatchNorm2d):
 
     Attributes:
         everywhere: compute the statistics of a batch over all ranks, like torch's SyncBatchNorm, which has no kernel
-            for CPUs. All ranks must have the same number of pictures in a batch.
+            for CPUs. Ranks may have unequal numbers of pictures, as with --skip-damaged.
     """
 
     everywhere = False
@@ -84,9 +84,10 @@ class BatchNorm(nn.BatchNorm2d):
             return functional.batch_norm(
                 x, self.running_mean, self.running_var, weight, bias, self.training, self.momentum, self.eps
             )
-        ranks, values = dist.get_world_size(), x.to(dtype)
-        count = values.numel() // values.shape[1] * ranks
-        mean = _sum(values.sum((0, 2, 3))) / count
+        values = x.to(dtype)
+        own = values.new_tensor([values.numel() // values.shape[1]])
+        total = _sum(torch.cat([values.sum((0, 2, 3)), own]))
+        mean, count = total[:-1] / total[-1], total[-1].detach()
         centred = values - mean.view(1, -1, 1, 1)
         variance = _sum(centred.square().sum((0, 2, 3))) / count
         with torch.no_grad():

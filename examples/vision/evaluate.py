@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import classifier
 import images
+import numpy as np
 import scoring
-from common import arguments, runtime, sampling
+from common import arguments, runtime, sampling, sources
 from transformers import AutoImageProcessor
 
 
@@ -60,14 +61,18 @@ def main(args: Arguments) -> int:
     columns = {"image_column": args.image_column, "label_column": args.label_column}
     source = images.load(args.dataset, args.split, config=args.dataset_config, limit=args.limit, **columns)
     model = classifier.load_pretrained(args.model_dir, trust_remote_code=args.trust_remote_code).to(device).eval()
+    source = numbered_as(source, model.config.id2label)
     images.check_labels(source, model.config.num_labels)
     try:
         processor = AutoImageProcessor.from_pretrained(args.model_dir, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model {args.model_dir!r}: has no image processor ({str(error).splitlines()[0]}).") from error
-    size = args.image_size or _side(processor.size)
+        size = args.image_size or _side(processor.size)
+        mean, deviation = (torch.tensor(v, device=device) for v in (processor.image_mean, processor.image_std))
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"model {args.model_dir!r}: has no image processor with a size, mean and deviation "
+            f"({sources.first_line(error)}). Set --model-dir."
+        ) from error
     change = images.Evaluation(size, args.crop_part or getattr(processor, "crop_pct", None) or 0.875)
-    mean, deviation = (torch.tensor(v, device=device) for v in (processor.image_mean, processor.image_std))
 
     def forward(pictures: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16) if args.bf16 else nullcontext():
@@ -86,9 +91,23 @@ def main(args: Arguments) -> int:
     return 0
 
 
+def numbered_as(source: images.Source, names: Mapping[int, str]) -> images.Source:
+    """Return a split with the model's numbers of its classes; as it is if the model does not have all of their names.
+
+    A split that lacks a class has other numbers for those after it.
+    """
+    numbers = {name: int(number) for number, name in names.items()}
+    if not set(source.classes) <= set(numbers):
+        return source
+    return replace(source, labels=np.array([numbers[name] for name in source.classes])[source.labels])
+
+
 def _side(size: dict[str, int]) -> int:
     """Return the pixels of a side. Image processors store them under different keys."""
-    return size.get("shortest_edge") or size["height"]
+    side = size.get("shortest_edge") or size.get("height")
+    if side is None:
+        raise ValueError(f"its size has neither shortest_edge nor height: {size}")
+    return side
 
 
 def parse(argv: Sequence[str] | None = None) -> Arguments:

@@ -125,20 +125,15 @@ def _folder(folder: Path) -> Source:
 
 def _read(dataset: str, split: str, config: str | None) -> datasets.Dataset:
     path = Path(dataset).expanduser()
-    if path.is_dir():
-        inside = path / config if config else path
-        files = sorted(file for file in inside.glob("*.parquet") if file.stem.split("-")[0] == split)
-        if not files:
-            splits = {file.stem.split("-")[0] for file in inside.glob("*.parquet")}
-            splits |= {entry.name for entry in path.iterdir() if entry.is_dir()}
+    if path.is_dir() and config is None:
+        stems = [file.stem for file in path.glob("*.parquet")]
+        if not any(stem == split or stem.startswith(f"{split}-") for stem in stems):
+            splits = {stem.split("-")[0] for stem in stems} | {entry.name for entry in path.iterdir() if entry.is_dir()}
             raise ValueError(
                 f"--dataset {dataset}: has no split {split!r}, neither as a folder of classes nor as {split}.parquet "
                 f"({'only ' + ', '.join(sorted(splits)) if splits else 'it is empty'}). Set --dataset or the split."
             )
-        return sources.from_files(files, "parquet", dataset)
-    if path.is_file():
-        return sources.from_files([path], "parquet", dataset)
-    return sources.from_hub(dataset, split, config, endings=(".parquet",))
+    return sources.load(dataset, split, config, {".parquet": "parquet"})
 
 
 def _rows(rows: datasets.Dataset, where: str, image_column: str, label_column: str) -> Source:
@@ -149,15 +144,26 @@ def _rows(rows: datasets.Dataset, where: str, image_column: str, label_column: s
     labels = np.asarray(rows.data.column(label_column).to_numpy())
     if labels.dtype.kind not in "iu":  # text, or integers with gaps, which Arrow returns as floats
         raise ValueError(f"{where}: column {label_column!r} holds {feature}, must hold an integer in every row.")
-    # Read bytes here, so that `decode`, which knows the file's name, meets a damaged file.
-    rows = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+    kind = rows.features[image_column]
+    try:
+        # Read bytes here, so that `decode`, which knows the file's name, meets a damaged file.
+        rows = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+    except Exception as error:  # pyarrow and datasets raise different errors
+        raise ValueError(
+            f"{where}: column {image_column!r} holds {kind} instead of pictures. Set --image-column."
+        ) from error
 
     def name(row: int) -> str:
-        return f"row {row} of {where} ({rows[row][image_column]['path'] or 'no file name'})"
+        return f"row {row} of {where} ({found(row)['path'] or 'no file name'})"
 
     def read(row: int) -> Image.Image:
-        found = rows[row][image_column]
-        return Image.open(io.BytesIO(found["bytes"]) if found["bytes"] is not None else found["path"])
+        content, path = (one := found(row))["bytes"], one["path"]
+        if content is None and path is None:
+            raise ValueError("the row has no picture")
+        return Image.open(path if content is None else io.BytesIO(content))
+
+    def found(row: int) -> dict[str, Any]:
+        return rows[row][image_column] or {"bytes": None, "path": None}
 
     known = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
     classes = known or tuple(str(i) for i in range(int(labels.max()) + 1 if len(labels) else 0))
@@ -184,15 +190,27 @@ class Damaged(ValueError):
 
 
 def decode(source: Source, row: int) -> Image.Image:
-    """Return a row's picture in RGB, from any mode. Transparency is dropped.
+    """Return a row's picture in RGB, from any mode. Transparency is dropped, and so is the low byte of 16 bits.
 
     Raises:
-        Damaged: the file is cut short, is not a picture, or exceeds Pillow's limit of pixels.
+        Damaged: the file is cut short, is not a picture, exceeds Pillow's limit of pixels, or has values of 32 bits
+            outside of 0 to 255.
     """
     try:
-        return source.read(row).convert("RGB")
+        return _eight_bits(source.read(row)).convert("RGB")
     except (OSError, ValueError, SyntaxError, KeyError, TypeError, Image.DecompressionBombError) as error:
         raise Damaged(f"{source.name(row)}: cannot be decoded ({sources.first_line(error)}).") from error
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Return a picture in a mode that Pillow converts: of grey in 16 or 32 bits it makes all above 255 white."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        lowest, highest = image.getextrema()
+        if not 0 <= lowest <= highest <= 255:
+            raise ValueError(f"grey values from {lowest:g} to {highest:g}, must lie in 0 to 255")
+    return image
 
 
 @dataclass(frozen=True)
@@ -320,6 +338,8 @@ class Loader:
             num_workers=self._workers,
             collate_fn=_collate,
             worker_init_fn=_start_worker,
+            multiprocessing_context="fork" if self._workers else None,  # the default until Python 3.13
+            generator=torch.Generator(),  # without one it draws from torch's global state, which dropout uses
             pin_memory=torch.cuda.is_available(),
             prefetch_factor=4 if self._workers else None,
         )

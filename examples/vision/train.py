@@ -173,7 +173,7 @@ def main(args: Arguments) -> int:
         engine.export(folder / "model", tokenizer=processor, overwrite=True)
     figures |= {"pictures_per_second": round(pictures / seconds, 1), "density_at_end": engine.stats()["density"]}
     del engine, optimizer, model, averages
-    exported = classifier.load_pretrained(str(folder / "model")).to(device)
+    exported = classifier.load_pretrained(str(folder / "model"), trust_remote_code=args.trust_remote_code).to(device)
     if args.ema and args.statistics_batches:  # the exported statistics belong to the weights, not to their averages
         task.recompute_statistics(exported, lambda pixels: exported(pixel_values=pixels).logits, epoch=0)
         if runtime.rank() == 0:
@@ -234,11 +234,14 @@ class Vision:
         """Yield steps with their pictures. The workers read ahead, also across epochs."""
         if self._stream is None:
             self._stream = self._loader(self._batches.micro_batches(epoch, start))
+        alpha, ranks = self._args.mixup, runtime.world_size()
         for number in range(start, self.steps_per_epoch):
-            random = np.random.default_rng((self._args.seed, 2, epoch, number))
             micro_batches = list(itertools.islice(self._stream, self._args.accumulation))
-            for batch in micro_batches:
-                batch["mix"] = random.beta(self._args.mixup, self._args.mixup) if self._args.mixup else 1.0
+            shares = np.ones(ranks * len(micro_batches))  # of the step's micro-batches, however the ranks share them
+            if alpha:
+                shares = np.random.default_rng((self._args.seed, 2, epoch, number)).beta(alpha, alpha, len(shares))
+            for batch, share in zip(micro_batches, shares[runtime.rank() :: ranks], strict=True):
+                batch["mix"] = float(share)
             yield self._args.batch_size, micro_batches
 
     def loss(self, engine: GaPEngine, batch: dict[str, Any], units: int, phase: Phase) -> torch.Tensor:
@@ -374,7 +377,7 @@ def build_model(args: Arguments, classes: Sequence[str]) -> tuple[nn.Module, Any
         model = classifier.load_pretrained(args.model_name, classes, trust_remote_code=args.trust_remote_code)
         try:
             known = AutoImageProcessor.from_pretrained(args.model_name, trust_remote_code=args.trust_remote_code)
-            mean, deviation = known.image_mean, known.image_std
+            mean, deviation = known.image_mean or mean, known.image_std or deviation
         except (OSError, ValueError, AttributeError) as error:
             log.info("%s: has no mean and deviation; using those of ImageNet (%s)", args.model_name, error)
     else:
@@ -411,7 +414,7 @@ def flops(engine: GaPEngine, uses: dict[str, int], dense: int) -> dict[str, floa
 def workers(device: torch.device) -> int:
     """Return the number of decoding processes of a rank: its share of the cores less one, at most 8."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-    return min(8, len(os.sched_getaffinity(0)) // here - 1) if device.type == "cuda" else 0
+    return max(0, min(8, len(os.sched_getaffinity(0)) // here - 1)) if device.type == "cuda" else 0
 
 
 def parse(argv: Sequence[str] | None = None) -> Arguments:

@@ -63,7 +63,8 @@ folder, results = sys.argv[1:]
 sys.path.insert(0, folder)
 import figures, tables
 figures.RESULTS = Path(results)
-for name in sorted(tables.SECTIONS.keys() - {"backends", "quality", "quality-short", "vision", "language", "rates"}):
+of_quality = {"quality", "quality-short", "vision", "tatoeba", "language", "rates"}
+for name in sorted(tables.SECTIONS.keys() - {"backends"} - of_quality):
     print(tables.SECTIONS[name]())
 """
 
@@ -147,6 +148,16 @@ def test_adapters(tmp_path: Path) -> None:
     plain, masked = result["rows"]
     assert plain["zeros revived"] == masked["zeros revived"] == 0 and plain["update lost"] > masked["update lost"] == 0
     assert masked["loss after the merge"] == pytest.approx(masked["loss of the adapters"], abs=1e-4)
+
+
+def test_a_collected_run_is_repeated_by_its_command() -> None:
+    code = "import json, sys; sys.path.insert(0, sys.argv[1]); import tables; "
+    code += "print(tables.command(json.loads(sys.argv[2])))"
+    arguments = {"gap_config": "g", "dataset": "/data/multi30k", "also_score": ["a", "b"], "output_dir": "x"}
+    same = {"teacher_phases": ["finetune"], "lr": 2e-3, "dense": False}
+    printed = python("-c", code, str(BENCHMARKS), json.dumps({"ranks": 2, "arguments": arguments | same}))
+    wanted = "train.py --gap-config g --dataset DATA/multi30k --also-score a b --output-dir OUT\n"
+    assert printed.endswith(wanted)
 
 
 def test_tables_of_no_results_at_all(tmp_path: Path) -> None:

@@ -67,6 +67,8 @@ def test_every_kind_of_file(tmp_path: Path) -> None:
     datasets.Dataset.from_list(pairs).to_parquet(tmp_path / "pairs.parquet")
     found = documents.load(str(tmp_path), "pairs", column="translation.en")
     assert found["text"] == TEXTS and found.column_names == ["text"]
+    datasets.Dataset.from_dict({"a.b": TEXTS}).to_parquet(tmp_path / "dotted.parquet")
+    assert documents.load(str(tmp_path), "dotted", column="a.b")["text"] == TEXTS
 
 
 def test_documents_that_cannot_be(tmp_path: Path) -> None:

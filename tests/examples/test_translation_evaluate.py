@@ -341,6 +341,9 @@ def test_files_with_different_line_counts(tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "r").write_text("a\nb\nc\n", encoding="utf-8")
     message = fails(capsys, "--hypotheses", tmp_path / "h", "--references", tmp_path / "h", tmp_path / "r")
     assert "r has 3 lines: must be 2" in message and "--references" in message
+    (tmp_path / "r").write_bytes(b"a\n\xe4\n")
+    assert "r: is not UTF-8 (byte 2)" in fails(capsys, "--hypotheses", tmp_path / "h", "--references", tmp_path / "r")
+    assert "has no tokenizer" in fails(capsys, "--model-dir", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -351,6 +354,7 @@ def test_files_with_different_line_counts(tmp_path: Path, capsys: pytest.Capture
         (["--dataset", "d"], "--dataset: must be"),
         (["--model-dir", "m", "--hypotheses", "h", "--references", "r"], "--references: must be"),
         (["--model-dir", "nowhere", "--dataset", "d"], "model_dir='nowhere'"),
+        (["--model-dir", "nowhere", "--device", "foo"], "--device='foo': is not available here"),
         (["--hypotheses", "nowhere", "--references", "nowhere"], "nowhere"),
     ],
 )

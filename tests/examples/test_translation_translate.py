@@ -101,7 +101,9 @@ def test_standard_input_and_output(folders, monkeypatch: pytest.MonkeyPatch) -> 
             self.flush = lambda: None
 
     out = Stream(b"")
-    monkeypatch.setattr(sys, "stdin", Stream("the dog\n\na cat\u2028sees".encode()))
+    monkeypatch.setattr(sys, "stdin", Stream("\ufeffthe dog\n\na cat\u2028sees".encode()))
+    assert translate.read_lines(None) == ["the dog", "", "a cat\u2028sees"]
+    sys.stdin.buffer.seek(0)
     monkeypatch.setattr(sys, "stdout", out)
     assert translate.main([str(folders["compact"]), "--beams", "1", "--dtype", "bfloat16"]) == 0
     lines = out.buffer.getvalue().decode().split("\n")

@@ -112,6 +112,18 @@ def test_any_mode_becomes_rgb(mode: str) -> None:
         assert np.abs(np.asarray(found).astype(int) - grey[..., None]).max() <= 2
 
 
+@pytest.mark.parametrize("dtype", ["uint16", ">u2", "int32", "float32"])
+def test_grey_of_more_than_8_bits_is_not_clipped(dtype: str, tmp_path: Path) -> None:
+    grey = np.arange(256).reshape(16, 16)
+    wide = np.dtype(dtype).itemsize == 2
+    Image.fromarray((grey * 256 + 255 if wide else grey).astype(dtype)).save(tmp_path / "grey.tiff")
+    found = images.decode(source_of(Image.open(tmp_path / "grey.tiff")), 0)
+    assert np.array_equal(np.asarray(found), np.stack([grey] * 3, 2))
+    if not wide:
+        with pytest.raises(images.Damaged, match="grey values from 1 to 256, must lie in 0 to 255"):
+            images.decode(source_of(Image.fromarray((grey + 1).astype(dtype))), 0)
+
+
 def jpeg(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG")
@@ -180,6 +192,11 @@ def test_parquet_files(tmp_path: Path) -> None:
     rows = datasets.Dataset.from_dict({"image": [{"bytes": jpeg(picture(9, 9)), "path": None}], "label": [1]})
     rows.cast_column("label", names).to_parquet(tmp_path / "train.parquet")
     assert images.load(str(tmp_path / "train.parquet"), "train").classes == ("cat", "dog")
+    empty = [{"bytes": jpeg(picture(9, 9)), "path": None}, None, {"bytes": None, "path": None}]
+    source = images.load(parquet(tmp_path / "b", [0, 0, 0], image=empty), "train")
+    for row in (1, 2):
+        with pytest.raises(images.Damaged, match=rf"row {row} .*\(no file name\): .*the row has no picture"):
+            images.decode(source, row)
 
 
 BAD: dict[str, tuple[Callable[[Path], str], str]] = {
@@ -187,6 +204,11 @@ BAD: dict[str, tuple[Callable[[Path], str], str]] = {
     "text label": (lambda p: parquet(p / "d", ["a", "b"]), "column 'label' holds .* must hold an integer"),
     "missing label": (lambda p: parquet(p / "d", [0, None]), "column 'label' holds .* must hold an integer"),
     "no folder": (lambda p: str(p / "nowhere"), "no such file or folder"),
+    "numbers": (lambda p: parquet(p / "d", [0], image=[7]), "column 'image' holds .* instead of pictures"),
+    "missing shard": (
+        lambda p: str(Path(_write(p / "train-00000-of-00002.parquet", b"PAR1")).parent),
+        "split 'train' has 1 of 2 shards",
+    ),
     "not parquet": (lambda p: _write(p / "train.parquet", b"PAR1oh no"), "train.parquet cannot be read as parquet"),
     "no classes": (lambda p: str(_folder(p / "t" / "train").parent), "train: has no folders"),
     "empty": (lambda p: str(_folder(p / "t")), "has no split 'train', neither .*it is empty"),
@@ -270,7 +292,9 @@ def test_a_picture_depends_on_seed_epoch_and_row_alone() -> None:
 
     first, second = pictures(0, 0, keys)
     assert not torch.equal(first, second)
+    state = torch.get_rng_state()
     other, same = pictures(0, 2, [keys[1], keys[0][::-1]])
+    assert torch.equal(torch.get_rng_state(), state)  # of dropout: a resumed run makes its loader anew
     assert torch.equal(other, second) and torch.equal(same.flip(0), first)
     assert not torch.equal(pictures(1, 0, keys)[0], first)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,14 @@ from common import run as common
 from common import runtime
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from gap_ds.export import compact, load_compact
 
@@ -176,6 +184,30 @@ def test_a_pretrained_vit_gets_a_head_of_its_own(here: Path, run: Callable[[list
         assert torch.equal(model.state_dict()[name], weight), name
 
 
+def test_code_that_comes_with_a_model_is_run_to_the_end(
+    here: Path, run: Callable[[list[str]], int], tmp_path: Path
+) -> None:
+    """As the student and as the teacher, with the flag; the exported model has the code, too."""
+    torch.manual_seed(0)
+    folder, flag = tmp_path / "own", "--trust-remote-code"
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[2, 2], layer_type="basic", num_labels=10)
+    ResNetForImageClassification(config).save_pretrained(folder)
+    (folder / "own_resnet.py").write_text(
+        "from transformers import ResNetConfig, ResNetForImageClassification\n"
+        "class OwnConfig(ResNetConfig):\n    model_type = 'own_resnet'\n"
+        "class OwnResNet(ResNetForImageClassification):\n    config_class = OwnConfig\n"
+    )
+    classes = {"AutoConfig": "OwnConfig", "AutoModelForImageClassification": "OwnResNet"}
+    auto_map = {name: f"own_resnet.{own}" for name, own in classes.items()}
+    saved = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**saved, "model_type": "own_resnet", "auto_map": auto_map}))
+    gap = here / "one_shot.json"
+    gap.write_text(json.dumps({"method": "one_shot", "sparsity": 0.5, "phase_steps": 1, "finetune_steps": 1}))
+    own = ["--model-name", str(folder), "--teacher", str(folder), flag]
+    assert run(arguments(tmp_path / "run", str(gap), *own)) == 0
+    assert (tmp_path / "run" / "model" / "own_resnet.py").exists()
+
+
 @pytest.mark.full
 def test_a_teacher_teaches_the_phases_that_are_given(
     plain: Path, here: Path, run: Callable[[list[str]], int], tmp_path: Path
@@ -271,7 +303,7 @@ def test_a_run_moves_to_another_number_of_ranks(
     pair: Path, here: Path, run: Callable[[list[str]], int], tmp_path: Path
 ) -> None:
     """Two ranks go on as one with two micro-batches: the same pictures in the same micro-batches."""
-    gap, more = str(here / "gap.json"), ["--portable", "--mixup", "0"]
+    gap, more = str(here / "gap.json"), ["--portable"]
     with pytest.raises(ValueError, match=r"was written with accumulation x ranks=2 \(now 1\)"):
         run(arguments(pair / "moved", gap, *more, "--resume"))
     with pytest.warns(UserWarning, match="saved by 2 ranks: the random state is not restored"):
@@ -335,6 +367,24 @@ def test_classes_of_the_splits_must_agree(tmp_path: Path, here: Path, run: Calla
             Image.new("RGB", (8, 8)).save(tmp_path / split / name / "0.png")
     with pytest.raises(ValueError, match=r"validation/a/0.png: its split has a class 'c' that the training split does"):
         run(arguments(here / "classes", str(here / "gap.json"), "--dataset", str(tmp_path), "--batch-size", "2"))
+
+
+def test_a_model_without_a_size_is_refused_in_a_line(plain: Path, tmp_path: Path, alone: None) -> None:
+    shutil.copytree(plain / "model", tmp_path / "model")
+    file = tmp_path / "model" / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"size": {"longest_edge": 16}}))
+    with pytest.raises(ValueError, match=r"has no image processor with a size, mean and deviation \(.*\). Set --model"):
+        evaluate.main(evaluate.parse(["--model-dir", str(tmp_path / "model"), "--limit", "8", "--threads", "1"]))
+
+
+def test_classes_are_scored_under_the_models_numbers(tmp_path: Path) -> None:
+    """Also in a split that lacks one of them; names that the model does not have are taken in order."""
+    for name in "ac":
+        (tmp_path / "test" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "test" / name / "0.png")
+    source = evaluate.images.load(str(tmp_path), "test")
+    assert evaluate.numbered_as(source, {0: "a", 1: "b", 2: "c"}).labels.tolist() == [0, 2]
+    assert evaluate.numbered_as(source, {0: "tench", 1: "a"}).labels.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("module", [train, common], ids=lambda module: module.__name__)
