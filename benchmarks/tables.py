@@ -213,13 +213,20 @@ def _overhead(rows: list[Row]) -> str:
             {key: row[key] for key in ("preset", "backend", "ranks", "tokens")}
             | {"bare step, ms": f"{row['bare_ms']:.0f}", "with the engine": f"{row['engine_ms']:.0f}"}
             | {"ratio": f"{row['ratio']:.3f}", "95 %": span(row.get("interval")), "quartiles": span(row["quartiles"])}
-            | {"of CPU time": f"{row['cpu_ratio']:.3f}" if row.get("cpu_ratio") else None}
+            | {"of CPU time": _of_cpu_time(row)}
             | {"in the engine's own calls": f"{row['own_share']:.2%}" if row.get("own_share") else None}
             | {"a boundary, steps": row.get("boundary_steps")}
             | {"made": row["made"].get("date", "")[:10], "gap_ds": row["made"]["gap_ds"], "torch": row["made"]["torch"]}
             for row in rows
         ]
     )
+
+
+def _of_cpu_time(row: Row) -> str | None:
+    """Return the ratio, and its interval where it is one over builds of the models."""
+    if not row.get("cpu_ratio"):
+        return None
+    return f"{row['cpu_ratio']:.3f}" + (f" ({span(row['cpu_interval'])})" if row.get("builds") else "")
 
 
 def performance() -> str:

@@ -46,8 +46,8 @@ FAULTS = {
         (SHARDING + "distill_sharding.py::test_losses_and_weights_are_those_of_one_process",),
     ),
     "early_end_kept": Fault(
-        "        self._place = place\n",
-        "        self._place = Place(place.step, place.ended or self._place.ended)\n",
+        "        self._place, self._crossing = place, None\n",
+        "        self._place, self._crossing = Place(place.step, place.ended or self._place.ended), None\n",
         (UPDATES + "test_a_checkpoint_undoes_an_early_end",),
     ),
     "epoch_rounded_down": Fault(

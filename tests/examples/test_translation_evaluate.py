@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers import models as tokenizer_models
 from tokenizers.trainers import BpeTrainer
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parents[2]
 SYSTEMS = ROOT.parent / "shared" / "data" / "wmt_systems_en_de"
@@ -201,7 +201,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def fitted(folder: Path) -> tuple[PreTrainedModel, Any]:
-    return models.load_pretrained(str(folder)), evaluate.AutoTokenizer.from_pretrained(folder)
+    return models.load_pretrained(str(folder)), AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("beams", [1, 4])
