@@ -86,8 +86,8 @@ FAULTS = {
         (UPDATES + "test_a_moving_mask_changes_at_its_updates_alone_and_what_comes_is_new",),
     ),
     "ramp_exported": Fault(
-        "if not phase.at_target(entry.partition) and entry.keep < entry.numel",
-        "if not (phase.at_target(entry.partition) or entry.name in self.mask_state.bits) and entry.keep < entry.numel",
+        "if final.at_target(entry.partition) and not phase.at_target(entry.partition)",
+        "if not (phase.at_target(entry.partition) or entry.name in self.mask_state.bits)",
         (UPDATES + "test_an_export_in_a_ramp_has_the_final_budget",),
     ),
     "last_values_forgotten": Fault(
