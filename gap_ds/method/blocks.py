@@ -60,7 +60,7 @@ class _Search:
         self, modules: Mapping[str, nn.Module], matrices: Sequence[str], shapes: Mapping[str, tuple[int, ...]]
     ) -> None:
         self._modules = modules
-        self._outputs = {name: shape[0] for name, shape in shapes.items() if len(shape) == 2}
+        self._outputs = {n: shape[0] for n, shape in shapes.items() if len(shape) == 2 and n.endswith("weight")}
         self._weights, self._matrices = Counter[str](), Counter[str]()
         for matrix in matrices:
             for prefix in ancestors(matrix):
@@ -95,7 +95,7 @@ class _Search:
     def refine(self, members: list[str]) -> list[str]:
         """The inner blocks of members that are shells around one list of modules of one class; else the members.
 
-        A list beside a matrix with an output for each of its modules is no such list: they are experts with a router.
+        A ModuleList beside a matrix with an output for each of its modules is none: they are experts with a router.
         """
         inner = [self._lists(member) for member in members]
         blocks = [block for lists in inner for name in lists for block in self.nested(name)]
@@ -111,6 +111,8 @@ class _Search:
         return [child for child in lists if not self._is_routed(child, member)]
 
     def _is_routed(self, child: str, member: str) -> bool:
+        if isinstance(self._modules[child], nn.Sequential):  # which calls its modules one after the other
+            return False
         beside = (name for name in self._outputs if inside(name, member) and not inside(name, child))
         return len(self.nested(child)) in {self._outputs[name] for name in beside}
 
