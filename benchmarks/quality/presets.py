@@ -268,7 +268,7 @@ VISION_CPU = Preset(
     seeds=(0, 1, 2),
 )
 
-# Estimated from 1.1 s a step on a core with bf16 instructions: 8 minutes a run, and the 19 of a seed over 2 hours.
+# On a core with bf16 instructions a run takes 7 to 11 minutes, and the 19 of a seed 3 hours.
 LANGUAGE_CPU = Preset(
     "language_cpu",
     about="English sentences of Tatoeba (100,000, each a document), a GPT-2 of 10.0 M weights (2.6 M of them the "

@@ -90,8 +90,8 @@ def sparsify_for_inference(
             the gain is certain, the model keeps its modules. Or a number of rows that each layer will see at once.
             Then layers are measured alone, and nothing is guaranteed about the model as a whole.
         layout: `auto` to measure. Any other is given unmeasured to all layers that the run calls and that can have it.
-            `joined` is `csr` with
-            one product for layers that are called with the same input; it requires a function as `batch`.
+            `joined` is `csr` with one product for layers that are called with the same input; it requires a function
+            as `batch`.
         min_sparsity: in [0, 1].
         margin: speed-up, at least 1, that each group of layers and the whole run must reach. Default: 1.05, or 1.2 if
             `batch` is a number.

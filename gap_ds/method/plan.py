@@ -297,10 +297,7 @@ def _budgets(plan: Plan, config: GaPConfig) -> dict[str, int]:
     shapes = plan.parameters()
     if isinstance(config.distribution, str):
         numbers = {entry.parameter: entry.experts.in_one_tensor if entry.experts else 1 for entry in plan.entries}
-        each = [
-            shape if n == 1 else shape[1:] if shape[0] == n else (shape[0] // n, *shape[1:])
-            for shape, n in ((shape, numbers[name]) for name, shape in shapes.items())
-        ]
+        each = [_of_one(shape, numbers[name]) for name, shape in shapes.items()]
         keep = DISTRIBUTIONS[config.distribution](each, config.sparsity, [numbers[name] for name in shapes])
         return dict(zip(shapes, keep, strict=True))
     sparsity, matched = dict.fromkeys(shapes, config.sparsity), dict[str, str]()
@@ -314,6 +311,13 @@ def _budgets(plan: Plan, config: GaPConfig) -> dict[str, int]:
         sparsity |= dict.fromkeys(found, ratio)
         matched |= dict.fromkeys(found, pattern)
     return {name: keep_count(math.prod(shape), sparsity[name]) for name, shape in shapes.items()}
+
+
+def _of_one(shape: tuple[int, ...], experts: int) -> tuple[int, ...]:
+    """Shape of the matrix of one expert in a tensor that stacks them, (E, ...), or has them in its rows, (E * F, H)."""
+    if experts == 1:
+        return shape
+    return shape[1:] if shape[0] == experts else (shape[0] // experts, *shape[1:])
 
 
 def _inherited(
