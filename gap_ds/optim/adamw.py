@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from gap_ds.masks.local import local
-from gap_ds.optim.kept import Kept, Steps
+from gap_ds.optim.kept import AdamWSettings, Kept, Steps, of_group
 from gap_ds.optim.sparse_state import Part, SparseState
 
 
@@ -63,7 +63,7 @@ class AdamW(SparseState, torch.optim.AdamW):
             assert part.step is not None
             part.step.add_(1)
             pieces.append((part.kept(names), part.step.item()))
-        steps.adamw(pieces, **{key: group[key] for key in ("lr", "betas", "eps", "weight_decay", "maximize")})
+        steps.adamw(pieces, of_group(AdamWSettings, group))
 
 
 _SETTINGS = ("lr", "weight_decay", "eps", "maximize", "foreach", "capturable", "differentiable", "fused")

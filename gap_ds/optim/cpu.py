@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gap_ds.masks import cpu
-from gap_ds.optim.kept import Kept, check
+from gap_ds.optim.kept import AdamWSettings, Kept, SGDSettings, check
 
 SOURCE = Path(__file__).with_name("kept.c")
 
@@ -58,19 +58,11 @@ class Loops:
         self._scratch = threading.local()
         self._sgd = loop("sgd", *[pointer] * 3, number, pointer, number, *[real] * 4, number, real)
 
-    def adamw(
-        self,
-        pieces: Sequence[tuple[Kept, float]],
-        *,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-        maximize: bool,
-    ) -> None:
+    def adamw(self, pieces: Sequence[tuple[Kept, float]], settings: AdamWSettings) -> None:
         """See `Steps`."""
-        beta1, beta2 = betas
-        numbers = -1.0 if maximize else 1.0, 1 - beta1, beta2, 1 - beta2
+        lr, (beta1, beta2) = settings.lr, settings.betas
+        numbers = -1.0 if settings.maximize else 1.0, 1 - beta1, beta2, 1 - beta2
+        decay, eps = 1 - lr * settings.weight_decay, settings.eps
 
         def work(item: tuple[Kept, float, tuple[list[int], int, int, int]]) -> None:
             piece, step, ((weight, gradient, bits, *packed), numel, first, kept) = item
@@ -81,9 +73,7 @@ class Loops:
                 torch.maximum(second, piece.moments[1][first : first + kept], out=second)
             root = torch.sqrt(second, out=room[:kept])
             size, correction = -(lr / (1 - beta1**step)), (1 - beta2**step) ** 0.5
-            self._weights(
-                weight, at.data_ptr(), kept, packed[0], root.data_ptr(), 1 - lr * weight_decay, size, correction, eps
-            )
+            self._weights(weight, at.data_ptr(), kept, packed[0], root.data_ptr(), decay, size, correction, eps)
 
         items = [(piece, step, part) for piece, step in pieces for part in parts(piece)]
         cpu.in_threads(work, items, sum(piece.weight.numel() for piece, _ in pieces))
@@ -96,19 +86,10 @@ class Loops:
             found = self._scratch.room = at, torch.empty(kept, dtype=torch.float32, device="cpu")
         return found
 
-    def sgd(
-        self,
-        pieces: Sequence[tuple[Kept, bool]],
-        *,
-        lr: float,
-        momentum: float,
-        dampening: float,
-        weight_decay: float,
-        nesterov: bool,
-        maximize: bool,
-    ) -> None:
+    def sgd(self, pieces: Sequence[tuple[Kept, bool]], settings: SGDSettings) -> None:
         """See `Steps`."""
-        factors = -1.0 if maximize else 1.0, weight_decay, momentum, 1 - dampening, nesterov, -lr
+        sign, rest = -1.0 if settings.maximize else 1.0, 1 - settings.dampening
+        factors = sign, settings.weight_decay, settings.momentum, rest, settings.nesterov, -settings.lr
 
         def work(item: tuple[bool, tuple[list[int], int, int, int]]) -> None:
             made, ((weight, gradient, bits, *packed), numel, _, _) = item

@@ -6,9 +6,9 @@ Both are `Steps`, and `check` compares either with torch.optim before its first 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -77,36 +77,48 @@ class Kept:
     moments: tuple[Tensor, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class AdamWSettings:
+    """The settings of torch.optim.AdamW that a step reads."""
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    maximize: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGDSettings:
+    """The settings of torch.optim.SGD that a step reads."""
+
+    lr: float
+    momentum: float
+    dampening: float
+    weight_decay: float
+    nesterov: bool
+    maximize: bool
+
+
+Settings = TypeVar("Settings", AdamWSettings, SGDSettings)
+
+
+def of_group(settings: type[Settings], group: Mapping[str, Any]) -> Settings:
+    """The settings that a step reads, from a parameter group."""
+    return settings(**{field.name: group[field.name] for field in fields(settings)})
+
+
 class Steps(Protocol):
     """Optimizer steps over pieces in fp32, contiguous and on one device. Nothing is checked."""
 
-    def adamw(
-        self,
-        pieces: Sequence[tuple[Kept, float]],
-        *,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-        maximize: bool,
-    ) -> None:
+    def adamw(self, pieces: Sequence[tuple[Kept, float]], settings: AdamWSettings) -> None:
         """One step of AdamW. Moments of a piece are both moments, and with amsgrad the largest second one.
 
         Args:
             pieces: with the step that this one is, from 1 on.
         """
 
-    def sgd(
-        self,
-        pieces: Sequence[tuple[Kept, bool]],
-        *,
-        lr: float,
-        momentum: float,
-        dampening: float,
-        weight_decay: float,
-        nesterov: bool,
-        maximize: bool,
-    ) -> None:
+    def sgd(self, pieces: Sequence[tuple[Kept, bool]], settings: SGDSettings) -> None:
         """One step of SGD. A piece's one moment is its momentum buffer; without momentum there is none.
 
         Args:
@@ -147,7 +159,7 @@ def check(steps: Steps, device: torch.device, same: Callable[[Tensor, Tensor], b
         made = replace(piece, weight=weight.clone(), moments=tuple(moment.clone() for moment in moments))
         optimizer.state[wanted] = {"step": torch.tensor(4.0), **dict(zip(names, moments, strict=True))}
         optimizer.step()
-        steps.adamw([(made, 5.0)], betas=betas, eps=1e-6, **rest)
+        steps.adamw([(made, 5.0)], AdamWSettings(betas=betas, eps=1e-6, **rest))
         compare("adamw", made, wanted, moments)
     for nesterov in (False, True):
         wanted = torch.nn.Parameter(weight[kept])
@@ -158,5 +170,5 @@ def check(steps: Steps, device: torch.device, same: Callable[[Tensor, Tensor], b
         descent.state[wanted] = {"momentum_buffer": (buffer := first[kept])}
         descent.step()
         made = replace(piece, weight=weight.clone(), moments=(first[kept],))
-        steps.sgd([(made, True)], **settings)
+        steps.sgd([(made, True)], of_group(SGDSettings, settings))
         compare("sgd", made, wanted, (buffer,))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
-from gap_ds.optim.kept import Kept, Steps
+from gap_ds.optim.kept import Kept, SGDSettings, Steps, of_group
 from gap_ds.optim.sparse_state import Part, SparseState
 
 
@@ -57,8 +57,7 @@ class SGD(SparseState, torch.optim.SGD):
             for name in names if not made else ():
                 part.set_moment(name, part.weight.new_empty(part.mask.kept))
             pieces.append((part.kept(names), made))
-        keys = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
-        steps.sgd(pieces, **{key: group[key] for key in keys})
+        steps.sgd(pieces, of_group(SGDSettings, group))
 
 
 _SETTINGS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "foreach", "fused")

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gap_ds.masks.triton import row_of, sent
-from gap_ds.optim.kept import PROGRAM, Kept
+from gap_ds.optim.kept import PROGRAM, AdamWSettings, Kept, SGDSettings
 
 #: Columns of a table: addresses of weight and gradient, weights, first program, addresses of bits, starts and moments.
 _COLUMNS = tl.constexpr(9)
@@ -117,40 +117,23 @@ class Kernels:
         #: The last table sent for each kernel, with what it was made of: addresses seldom change between steps.
         self._tables: dict[Any, tuple[list[tuple[int, ...]], Tensor]] = {}
 
-    def adamw(
-        self,
-        pieces: Sequence[tuple[Kept, float]],
-        *,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-        maximize: bool,
-    ) -> None:
+    def adamw(self, pieces: Sequence[tuple[Kept, float]], settings: AdamWSettings) -> None:
         """See `Steps`."""
-        beta1, beta2 = betas
+        lr, (beta1, beta2) = settings.lr, settings.betas
+        sign, decay = -1.0 if settings.maximize else 1.0, 1 - lr * settings.weight_decay
         for step in dict.fromkeys(step for _, step in pieces):
             alike = [piece for piece, own in pieces if own == step]
             size, correction = -(lr / (1 - beta1**step)), (1 - beta2**step) ** 0.5
-            numbers = -1.0 if maximize else 1.0, 1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2
-            self._launch(_adamw, alike, *numbers, size, correction, eps, largest=len(alike[0].moments) > 2)
+            numbers = sign, decay, 1 - beta1, beta2, 1 - beta2, size, correction, settings.eps
+            self._launch(_adamw, alike, *numbers, largest=len(alike[0].moments) > 2)
 
-    def sgd(
-        self,
-        pieces: Sequence[tuple[Kept, bool]],
-        *,
-        lr: float,
-        momentum: float,
-        dampening: float,
-        weight_decay: float,
-        nesterov: bool,
-        maximize: bool,
-    ) -> None:
+    def sgd(self, pieces: Sequence[tuple[Kept, bool]], settings: SGDSettings) -> None:
         """See `Steps`."""
-        numbers = -1.0 if maximize else 1.0, weight_decay, momentum, 1 - dampening, -lr
+        sign, rest = -1.0 if settings.maximize else 1.0, 1 - settings.dampening
+        numbers = sign, settings.weight_decay, settings.momentum, rest, -settings.lr
         for made in dict.fromkeys(made for _, made in pieces):
             alike = [piece for piece, own in pieces if own == made]
-            self._launch(_sgd, alike, *numbers, buffered=bool(momentum), made=made, nesterov=nesterov)
+            self._launch(_sgd, alike, *numbers, buffered=bool(settings.momentum), made=made, nesterov=settings.nesterov)
 
     def _launch(self, kernel: Any, pieces: Sequence[Kept], *numbers: float, **kinds: bool) -> None:
         """Launches a kernel over pieces of which all have the same moments."""
