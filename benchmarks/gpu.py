@@ -11,8 +11,10 @@ of them at their size for tests: the same scripts, on the device that there is.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -80,14 +82,29 @@ def one(script: str, words: list[str], out: Path, seconds: float) -> str:
     if seconds <= 1:
         return "no time was left"
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
+        process = subprocess.Popen(command, env=os.environ | OFFLINE, stderr=errors, start_new_session=True)
         try:
-            subprocess.run(command, check=True, timeout=seconds, env=os.environ | OFFLINE, stderr=errors)
+            if status := process.wait(seconds):
+                raise subprocess.CalledProcessError(status, command)
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
             errors.seek(0)
             tail = errors.read()[-2000:]
             print(tail, file=sys.stderr)
             return f"{type(error).__name__}: {tail.strip().splitlines()[-1] if tail.strip() else error}"
+        finally:
+            end(process)
     return ""
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End what is left of a benchmark. Its ranks would be measured along with the next one."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+            for _ in range(100):  # a launcher has 10 seconds to end its ranks, which are no part of the group
+                process.poll()
+                os.killpg(process.pid, 0)
+                time.sleep(0.1)
 
 
 if __name__ == "__main__":
