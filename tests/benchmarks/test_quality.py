@@ -168,7 +168,7 @@ def test_language_models_begin_with_and_learn_from_the_dense_run_of_their_seed(t
     preset = presets.LANGUAGE_CPU
     args = runner.parser().parse_args(["--preset", "language_cpu"])
     runs = runner.plan(preset, args)
-    assert runs[0].row.dense and len(runs) == 2 * 19 == len({run.key for run in runs})
+    assert runs[0].row.dense and len(runs) == 2 * 21 == len({run.key for run in runs})
     assert {run.sparsity for run in runs if "2of4" in run.name} == {0.5}
     assert {run.sparsity for run in runs if run.row.name == "cyclic_2_rising_scaled_taught"} == {0.8, 0.9}
     for flag, wants in {"--teacher": "taught", "--model-name": "pretrained"}.items():
