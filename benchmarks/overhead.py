@@ -4,19 +4,21 @@
     OMP_NUM_THREADS=1 python benchmarks/overhead.py --presets base --backends zero2 zero3
     OMP_NUM_THREADS=1 python benchmarks/overhead.py --presets tiny --decide --seconds 120
 
-Every row has fresh processes. Two copies of a model take turns on the same batches, A bare and B inside a GaPEngine, in
-the order A B B A. `ratio` is the median ratio of neighbouring steps, `interval` its 95 % confidence interval,
-`cpu_ratio` the same for CPU time. On a CPU, `own_ms` is the time inside the engine's calls of a step (masks, loss
-guard, counting). It scatters far less than whole steps, but excludes the effect of these calls on the caches. These
-steps have no boundary. Six boundaries are timed separately, from the end of a step until the next one can begin
-(`boundary_ms`), also in steps with the engine (`boundary_steps`). fairscale uses CUDA streams; without a GPU the tests'
-stand-in replaces them. `--quick` is a size for tests.
+Every row has fresh processes. One model takes steps A past its GaPEngine, whose hooks then do nothing, and steps B
+through it, in the order A B B A, on the same batch. Where a model lies in memory changes its times by 1 to 2 %, so two
+copies of it would differ without any engine. The learning rate is 0: the steps past the engine leave pruned weights 0.
+`ratio` is the median ratio of neighbouring steps, `interval` its 95 % confidence interval, `cpu_ratio` the same for CPU
+time. On a CPU, `own_ms` is the time inside the engine's calls of a step (masks, loss guard, counting). It scatters far
+less than whole steps, but excludes the effect of these calls on the caches. These steps have no boundary. Six
+boundaries are timed separately, from the end of a step until the next one can begin (`boundary_ms`), also in steps with
+the engine (`boundary_steps`). fairscale uses CUDA streams; without a GPU the tests' stand-in replaces them. `--quick`
+is a size for tests.
 
 With `--decide` steps are timed until the CPU time of rank 0 decides if the ratio is at most 1.01: until its interval
-lies on one side, or --seconds have passed. Where a model lies in memory changes its times, for as long as it lies
-there: so both models are built anew after every few pairs, in the other order, and the interval is that of the builds'
-means, by Student's t. It is looked at three times at most, after ever twice as many builds, and holds at 99 % each
-time, so that a wrong decision is below 3 %.
+lies on one side, or --seconds have passed. Where the masks lie in memory may change it, for as long as they lie there:
+so the model is built anew after every few pairs, and the interval is that of the builds' means, by Student's t. It is
+looked at three times at most, after ever twice as many builds, and holds at 99 % each time, so that a wrong decision is
+below 3 %.
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ AIM, LOOKS, LEVEL = 1.01, 3, 0.99
 #: Pairs of a build, and the fewest builds, with `--decide`.
 PAIRS, LEAST = 16, 6
 KEY = ("preset", "backend", "ranks", "tokens", "dtype")
-NOTE = "ratio: of neighbouring steps with the engine and without, median; interval: of that median, at 95 %"
+NOTE = "ratio: of neighbouring steps through the engine and past it, median; interval: of that median, at 95 %"
 VOCABULARY = 6000
 
 
@@ -143,7 +145,7 @@ class Times:
     bare: list[tuple[float, float]] = field(default_factory=list)
     engine: list[tuple[float, float]] = field(default_factory=list)
     own: list[float] = field(default_factory=list)
-    #: Trimmed mean of the logarithms of the ratios of CPU times, for each build of the two models.
+    #: Trimmed mean of the logarithms of the ratios of CPU times, for each build of the model.
     builds: list[float] = field(default_factory=list)
 
     def ratios(self, clock: int) -> list[float]:
@@ -162,18 +164,20 @@ def timed(
     batch: dict[str, Any],
     barrier: Callable[[], Any],
     pairs: int | None = None,
-    names: Sequence[str] = ("bare", "engine"),
 ) -> Times:
-    """Build both models, in the order of `names`, and time pairs of steps. pairs: None for as many as fit the time."""
-    works, own = {}, []
-    for name in names:
-        step, engine = build(args, device, sparse=name == "engine")
-        if name == "engine" and device.type == "cpu":
-            own = own_seconds(engine)
-        works[name] = lambda step=step: step(batch)
-    warm = measure.in_turns(works, min(4, args.pairs[0]), barrier)
+    """Build a model and time pairs of steps. pairs: None for as many as fit the time."""
+    step, engine = build(args, device, sparse=True, lr=0.0)
+    own = own_seconds(engine) if device.type == "cpu" else []
+    bare = past(engine, args, device)
+    works = {"bare": lambda: bare(batch), "engine": lambda: step(batch)}
+
+    def before() -> None:
+        engine._updates._watched.mark()  # a step past the engine is no change that it has missed
+        barrier()
+
+    warm = measure.in_turns(works, min(4, args.pairs[0]), before)
     pairs = pairs or agreed_pairs(args, sum(map(statistics.median, warm.values())), device)
-    times = Times(**measure.in_turns(works, pairs, barrier, measure.both_seconds), own=own[-pairs - 1 : -1])
+    times = Times(**measure.in_turns(works, pairs, before, measure.both_seconds), own=own[-pairs - 1 : -1])
     logarithms, cut = sorted(map(math.log, times.ratios(1))), pairs // 5
     times.builds.append(statistics.mean(logarithms[cut : pairs - cut]))  # without a fifth at either end: other load
     return times
@@ -186,8 +190,7 @@ def until_decided(
     times, most = Times(), LEAST
     started = time.perf_counter()
     while True:
-        names = ("bare", "engine") if len(times.builds) % 2 else ("engine", "bare")
-        times.add(timed(args, device, batch, barrier, PAIRS, names))
+        times.add(timed(args, device, batch, barrier, PAIRS))
         gc.collect()
         done = len(times.builds)
         if done == 2:
@@ -280,7 +283,12 @@ def start(backend: str) -> torch.device:
 
 
 def build(
-    args: argparse.Namespace, device: torch.device, sparse: bool, phase_steps: int = 10**9, rounds: int = 1
+    args: argparse.Namespace,
+    device: torch.device,
+    sparse: bool,
+    phase_steps: int = 10**9,
+    rounds: int = 1,
+    lr: float = 1e-4,
 ) -> tuple[Callable[[dict[str, Any]], None], Any]:
     """Return one training step of a fresh model, bare or inside the engine, and the object that trains it."""
     torch.manual_seed(0)
@@ -288,7 +296,7 @@ def build(
     models.choose_attention(model, device)
     if not args.backend.startswith("zero"):
         model = wrap(model, args.backend, device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     # The default is one endless phase with two of three partitions sparse, as in most of a cyclic run.
     gap = {"sparsity": args.sparsity, "partitions": 3, "phase_steps": phase_steps, "rounds": rounds}
     gap["finetune_steps"] = 1
@@ -310,6 +318,25 @@ def build(
             trained = GaPEngine(trained, gap)
     else:
         trained = GaPEngine(model, gap, optimizer=optimizer) if sparse else Bare(model, optimizer)
+    return step_of(trained, args, device), trained
+
+
+def past(engine: GaPEngine, args: argparse.Namespace, device: torch.device) -> Callable[[dict[str, Any]], None]:
+    """Return one training step past an engine, whose hooks do nothing in it."""
+    model, optimizers = engine.run.backend.forward, engine.run.backend.optimizers
+    bare: Any = model if args.backend.startswith("zero") else Bare(model, engine.optimizer)
+    step = step_of(bare, args, device)
+
+    def quiet(batch: dict[str, Any]) -> None:
+        optimizers.quiet = True
+        step(batch)
+        optimizers.quiet = False
+
+    return quiet
+
+
+def step_of(trained: Any, args: argparse.Namespace, device: torch.device) -> Callable[[dict[str, Any]], None]:
+    """Return one training step of a model, bare or inside an engine."""
     autocast = args.dtype == "bf16" and not args.backend.startswith("zero")
 
     def step(batch: dict[str, Any]) -> None:
@@ -319,7 +346,7 @@ def build(
         trained.backward(loss)
         trained.step()
 
-    return step, trained
+    return step
 
 
 def wrap(model: nn.Module, backend: str, device: torch.device) -> nn.Module:
