@@ -98,14 +98,18 @@ class CSRLinear(nn.Module):
         if torch.is_autocast_enabled(x.device.type):  # it would cast to a dtype that has no CSR product
             with torch.autocast(x.device.type, enabled=False):
                 return self.forward(x)
-        (y,) = _product(self._matrix, self._bias, x, [self.out_features])
+        (y,) = _product(self._matrix, self._cast_bias(), x, [self.out_features])
         return _shaped(y, x)
 
     def _build(self) -> None:
-        # No CSR product takes a dtype smaller than fp32. For fp32 and fp64 these are no copies.
+        # No CSR product takes a dtype smaller than fp32. For fp32 and fp64 this is no copy.
         dtype = torch.float64 if self.values.dtype == torch.float64 else torch.float32
         self._matrix = self._csr(self.values.to(dtype))
-        self._bias = None if self.bias is None else self.bias.detach().to(dtype).contiguous()
+
+    def _cast_bias(self) -> Tensor | None:
+        """The bias in the dtype of the product; cast at every call, as a kept copy would miss changes of the bias."""
+        bias = self.bias
+        return None if bias is None else bias.detach().to(self._matrix.dtype).contiguous()
 
     def _csr(self, values: Tensor) -> Tensor:
         with _no_beta_warning():
@@ -118,7 +122,7 @@ class CSRLinear(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_matrix", "_bias")}
+        return {name: value for name, value in self.__dict__.items() if name != "_matrix"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -253,15 +257,17 @@ class _Join:
 
     def reset(self) -> None:
         """Drops the stacked matrix; the next product builds it again."""
-        self._stack: tuple[Tensor, Tensor | None] | None = None
+        self._stack: Tensor | None = None
         self._held: _Held | None = None
 
     def multiply(self, x: Tensor) -> Tensor | None:
         """Returns the first layer's part and holds the others. None if dtypes, devices or biases no longer agree."""
-        stack = self._stack or self._build()
-        if stack is None:
+        stack = self._build() if self._stack is None else self._stack
+        biases = [bias for layer in self.layers if (bias := layer._cast_bias()) is not None]
+        if stack is None or len(biases) not in (0, len(self.layers)):
             return None
-        first, *others = _product(*stack, x, [layer.out_features for layer in self.layers])
+        bias = torch.cat(biases) if biases else None
+        first, *others = _product(stack, bias, x, [layer.out_features for layer in self.layers])
         held, version = (x.clone(), None) if x.is_inference() else (x, x._version)
         self._held = _Held(held, version, torch.is_inference_mode_enabled(), dict(enumerate(others, start=1)))
         return first
@@ -276,10 +282,10 @@ class _Join:
             self._held = None
         return y
 
-    def _build(self) -> tuple[Tensor, Tensor | None] | None:
-        """Stacks the layers' rows and biases; None if dtypes, devices or biases no longer agree."""
+    def _build(self) -> Tensor | None:
+        """Stacks the layers' rows; None if dtypes or devices no longer agree."""
         layers = self.layers
-        if len({(layer._matrix.dtype, layer.values.device, layer._bias is None) for layer in layers}) > 1:
+        if len({(layer._matrix.dtype, layer.values.device) for layer in layers}) > 1:
             return None
         with _BUILDING:
             kept = [layer.values.numel() for layer in layers]
@@ -289,14 +295,13 @@ class _Join:
             values = torch.cat([layer._matrix.values() for layer in layers])
             size = (sum(layer.out_features for layer in layers), layers[0].in_features)
             with _no_beta_warning():
-                matrix = torch.sparse_csr_tensor(torch.cat(crows), col, values, size, check_invariants=False)
+                stack = torch.sparse_csr_tensor(torch.cat(crows), col, values, size, check_invariants=False)
             for layer, own_col, own in zip(layers, torch.split(col, kept), torch.split(values, kept), strict=True):
                 layer.col = own_col  # a view, so that no weight is stored twice
                 layer.values = own if layer.values.dtype == own.dtype else layer.values
                 layer._matrix = layer._csr(own)
-            biases = [layer._bias for layer in layers if layer._bias is not None]
-            self._stack = matrix, torch.cat(biases) if biases else None
-            return self._stack
+            self._stack = stack
+            return stack
 
     def __getstate__(self) -> dict[str, Any]:
         return {"layers": self.layers}

@@ -207,6 +207,40 @@ def test_joined_layers_are_moved_copied_pickled_and_saved_like_any_module() -> N
     assert saved.keys() == state.keys() and all(torch.equal(saved[name].float(), state[name]) for name in state)
 
 
+@pytest.mark.parametrize("layout", ["csr", "joined"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_csr_follows_its_bias(layout: str, dtype: torch.dtype) -> None:
+    """Changed in place, also where torch does not count it, replaced, and taken away from one layer or all."""
+    dense, model = joined(dtype=dtype)
+    if layout == "csr":
+        model = nn.ModuleDict({name: CSRLinear(layer) for name, layer in dense.named_children()})
+    x = torch.randn(3, 16).to(dtype)
+
+    def check() -> None:
+        with torch.no_grad():
+            for name in "qkv":
+                found, wanted = (twin.get_submodule(name)(x).float() for twin in (model, dense))
+                torch.testing.assert_close(found, wanted, atol=0.05, rtol=0.02)
+
+    check()
+    for twin in (dense, model):
+        torch.manual_seed(0)
+        for name in "qkv":
+            part = twin.get_submodule(name)
+            part.bias = nn.Parameter(torch.randn(part.out_features, dtype=dtype), requires_grad=False)
+    check()
+    for twin in (dense, model):
+        twin.k.bias.mul_(3)
+    check()
+    for twin in (dense, model):
+        twin.v.bias.data.fill_(5)
+    check()
+    for name in ("k", "q", "v"):
+        for twin in (dense, model):
+            twin.get_submodule(name).bias = None
+        check()
+
+
 def test_layers_that_cannot_be_joined() -> None:
     layer = CSRLinear(linear(8, 16, 0.2))
     for other in (linear(8, 12, 0.2), linear(8, 16, 0.2, bias=False), linear(8, 16, 0.2).double()):
