@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from gap_ds.masks import cpu
 
@@ -189,7 +190,10 @@ def _product(matrix: Tensor, bias: Tensor | None, x: Tensor, outputs: Sequence[i
 
 def _is_traced(x: Tensor) -> bool:
     """True if the product needs autograd or a compiler to see it, or is not on a CPU: the loops in C offer neither."""
-    return (x.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling() or x.device.type != "cpu"
+    if (x.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling() or x.device.type != "cpu":
+        return True
+    # Forward-mode autograd does not set requires_grad.
+    return forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def _shaped(y: Tensor, x: Tensor) -> Tensor:

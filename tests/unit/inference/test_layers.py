@@ -13,6 +13,7 @@ import pytest
 import torch
 from sparse_layers import Attention, layouts, linear, network
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from gap_ds import sparsify_for_inference
 from gap_ds.inference import layers as linears
@@ -376,6 +377,16 @@ def test_packed_gives_the_gradient_of_its_input() -> None:
     (wanted,) = torch.autograd.grad(layer(x).square().sum(), x)
     (found,) = torch.autograd.grad(packed(layer)(x).square().sum(), x)
     torch.testing.assert_close(found, wanted)
+
+
+def test_forward_mode_derivatives_are_right_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTORCH_JIT", "0")  # saves torch a second of compiling rules that are not used here
+    layer, x, direction = linear(48, 32, 0.2).requires_grad_(False), torch.randn(4, 32), torch.randn(4, 32)
+    with forward_ad.dual_level():
+        y = packed(layer)(forward_ad.make_dual(x, direction))
+        torch.testing.assert_close(forward_ad.unpack_dual(y).tangent, direction @ layer.weight.t())
+        with pytest.raises(RuntimeError, match="SparseCsr"):  # torch has none of its own CSR product
+            CSRLinear(layer)(forward_ad.make_dual(x, direction))
 
 
 def test_packed_where_the_product_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
