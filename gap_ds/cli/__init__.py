@@ -14,6 +14,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from gap_ds.storage.errors import printable, summarize_error
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command and exit: status 0 after success; 2 after a mistake of the user, with one sentence on stderr.
@@ -32,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         code = app.app(argv, prog_name="gap-ds", standalone_mode=False)
     except ValueError as error:  # gap_ds raises it for mistakes of the user
         _fail(str(error))
+    except OSError as error:  # a path that is too long or may not be looked at, output to a disk that is full
+        where = "" if error.filename is None else f"{printable(str(error.filename))}: "
+        _fail(f"{where}{error.strerror or summarize_error(error)}.")
     except Exception as error:
         # Wrong options raise errors of click, which versions of typer keep in different places.
         if not hasattr(error, "format_message"):

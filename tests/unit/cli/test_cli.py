@@ -384,6 +384,7 @@ def test_code_of_a_model_is_never_run(run: Run) -> None:
         ("plan -m tiny -g steps.json --world-size 0", "Invalid value for '--world-size': "),
         ("plan --modle tiny", "No such option: --modle"),
         ("plam", "No such command 'plam'."),
+        (f"inspect {'x' * 300}", f"{'x' * 200}: File name too long."),
     ],
 )
 def test_mistakes_are_one_sentence(run: Run, argv: str, message: str) -> None:
