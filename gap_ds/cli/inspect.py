@@ -24,6 +24,8 @@ def inspect(folder: Path, progress: Progress) -> dict[str, Any]:
         ValueError: it is none of these, or so damaged that it cannot be looked at.
     """
     is_masks = (folder / "state.json").is_file() and (folder / "masks.safetensors").is_file()
+    if is_masks and not checkpoint.is_masks_alone(folder) and (whole := folder.resolve()).name == "gap":
+        folder = whole.parent  # a checkpoint, whose other files are around this folder
     if is_masks or (folder / "gap" / "state.json").is_file():
         return _checkpoint(folder, progress)
     if found := checkpoint.newest(folder):

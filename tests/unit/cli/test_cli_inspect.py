@@ -159,7 +159,8 @@ def test_golden_of_export(run: Run, golden: Golden, make: Make, name: str, argv:
 def test_what_the_engine_writes_is_right(run: Run, make: Make, name: str, steps: int) -> None:
     """In dense phases, inside a ramp, at a boundary, and after the end."""
     make(name, steps)
-    for folder in "model", "checkpoints":
+    (gap,) = Path("checkpoints").glob("*/gap")
+    for folder in "model", "checkpoints", str(gap):
         code, out, _ = run("inspect", folder, "--json")
         assert (code, json.loads(out)["problems"]) == (0, [])
 
