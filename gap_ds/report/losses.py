@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +15,8 @@ METRICS, TRAINER = "metrics.jsonl", "trainer_state.json"
 #: A line longer than this is damage.
 _LONGEST_LINE = 64 * 2**20
 
-#: A number that may be NaN or infinite in a log, which then counts as missing.
-_Logged = Annotated[
-    float | None, AfterValidator(lambda value: None if value is None or not math.isfinite(value) else value)
-]
+#: A number that may be NaN, infinite or too large for an axis in a log, which then counts as missing.
+_Logged = Annotated[float | None, AfterValidator(lambda value: value if value is None or abs(value) < 1e300 else None)]
 
 
 class Point(Record):
@@ -95,9 +92,10 @@ class _TrainerRow(Record):
     density: _Logged = Field(None, alias="gap/density")
 
     def points(self) -> Iterator[Point]:
-        if self.loss is not None or self.density is not None:
+        # By the keys that are there: a loss of NaN is a gap in the curve, and not the step before it.
+        if not self.model_fields_set.isdisjoint(("loss", "density")):
             yield Point(kind="train", step=self.step, loss=self.loss, density=self.density)
-        if self.eval_loss is not None or self.eval_bleu is not None:
+        if not self.model_fields_set.isdisjoint(("eval_loss", "eval_bleu")):
             yield Point(kind="validation", step=self.step, loss=self.eval_loss, bleu=self.eval_bleu)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -318,6 +319,15 @@ def test_a_loss_that_is_not_finite_is_a_gap(run: Run) -> None:
     append("metrics.jsonl", '{"kind": "validation", "step": 70, "epoch": 6, "loss": Infinity}\n')(Path("a"))
     code, out, _ = run("report", "a", "--json")
     assert code == 0 and "NaN" not in out
+
+
+@pytest.mark.parametrize("last", [math.nan, -1e308])  # a difference of numbers like the latter is infinite
+def test_the_last_loss_of_a_trainer_is_not_an_earlier_one(tmp_path: Path, last: float) -> None:
+    rows = [{"step": 1, "loss": 2.0}, {"step": 2, "eval_loss": 1.5}, {"step": 3, "loss": last}]
+    log = {"global_step": 4, "log_history": [*rows, {"step": 4, "eval_loss": math.inf}]}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(log))
+    figures = report_runs.load(tmp_path, "a").figures()
+    assert (figures["steps"], figures["training_loss"], figures["validation_loss"]) == (4, None, None)
 
 
 def test_hostile_names_stay_text(run: Run) -> None:
