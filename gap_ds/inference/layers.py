@@ -95,12 +95,12 @@ class CSRLinear(nn.Module):
         """(O, I) as a CSR tensor, for code that reads its dtype or device."""
         return self._csr(self.values)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):  # it would cast to a dtype that has no CSR product
-            with torch.autocast(x.device.type, enabled=False):
-                return self.forward(x)
-        (y,) = _product(self._matrix, self._cast_bias(), x, [self.out_features])
-        return _shaped(y, x)
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(input.device.type):  # it would cast to a dtype that has no CSR product
+            with torch.autocast(input.device.type, enabled=False):
+                return self.forward(input)
+        (y,) = _product(self._matrix, self._cast_bias(), input, [self.out_features])
+        return _shaped(y, input)
 
     def _build(self) -> None:
         # No CSR product takes a dtype smaller than fp32. For fp32 and fp64 this is no copy.
@@ -237,15 +237,15 @@ class JoinedLinear(CSRLinear):
         self._join, self._place = join, place
         self._build()
 
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            with torch.autocast(x.device.type, enabled=False):
-                return self.forward(x)
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(input.device.type):
+            with torch.autocast(input.device.type, enabled=False):
+                return self.forward(input)
         # A held product has no autograd history, and a compiler would treat it as a constant.
-        if _is_traced(x):
-            return super().forward(x)
-        y = self._join.fetch(self._place, x) if self._place else self._join.multiply(x)
-        return super().forward(x) if y is None else _shaped(y, x)
+        if _is_traced(input):
+            return super().forward(input)
+        y = self._join.fetch(self._place, input) if self._place else self._join.multiply(input)
+        return super().forward(input) if y is None else _shaped(y, input)
 
     def _build(self) -> None:
         super()._build()
@@ -381,19 +381,19 @@ class PackedLinear(nn.Module):
     def _matrix(self) -> Tensor:
         return self.weight.t() if self._inputs_first else self.weight
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         # A compiler cannot lower the packed product, and packs frozen weights itself; autograd has no formula for it.
-        if _is_traced(x):
-            return nn.functional.linear(x, self._matrix, self.bias)
+        if _is_traced(input):
+            return nn.functional.linear(input, self._matrix, self.bias)
         source, version = self._source
         if self.weight is not source or _version(self.weight) != version:
             self._build()
-        packed = self._packed
-        if packed is None or x.dtype != packed.dtype or x.numel() == 0 or torch.is_autocast_enabled(x.device.type):
-            return nn.functional.linear(x, self._matrix, self.bias)
-        rows = x.reshape(-1, self.in_features)
+        packed, is_cast = self._packed, torch.is_autocast_enabled(input.device.type)
+        if packed is None or is_cast or input.dtype != packed.dtype or input.numel() == 0:
+            return nn.functional.linear(input, self._matrix, self.bias)
+        rows = input.reshape(-1, self.in_features)
         y: Tensor = torch.ops.mkldnn._linear_pointwise(rows, packed, self.bias, "none", [], "")
-        return y.view(*x.shape[:-1], self.out_features)
+        return y.view(*input.shape[:-1], self.out_features)
 
     def _build(self) -> None:
         self._packed: Tensor | None = None

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from sparse_layers import Attention, clock, layouts, linear, network, times
-from torch import nn
+from torch import Tensor, nn
 
 from gap_ds import sparsify_for_inference
 from gap_ds.inference import measure as measurement
@@ -172,8 +172,7 @@ def test_the_group_that_saves_least_goes_back_first(monkeypatch: pytest.MonkeyPa
 
 def test_groups_that_save_too_little_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     def measure(layers: Mapping[Layout, Sequence[nn.Module]], rows: int) -> dict[Layout, float]:
-        small = layers["dense"][0].in_features == 8
-        return {"dense": 0.5, "csr": 0.1, "packed": 9.0} if small else {"dense": 50.0, "csr": 10.0, "packed": 90.0}
+            return {"dense": 0.5, "csr": 0.1, "packed": 9.0} if small else {"dense": 50.0, "csr": 10.0, "packed": 90.0}
 
     costs = clock(lambda m: {CSRLinear: 10.0, nn.Linear: 50.0}.get(type(m), 0.0))
     table = chosen(model := chain(2), monkeypatch, costs, measure)
@@ -287,6 +286,24 @@ def test_modules_that_may_compute_something_else_stay() -> None:
     model = nn.ModuleList([hooked, patched, mine, block])
     assert [choice.names for choice in sparsify_for_inference(model, layout="csr")] == []
     assert not block.training and block(torch.zeros(1, 3, 8)).shape == (1, 3, 8)
+
+
+@pytest.mark.parametrize("layout", ["csr", "joined", "packed"])
+def test_layers_are_called_by_keyword(layout: Any) -> None:
+    class ByKeyword(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = linear(8, 8, 0.2), linear(8, 8, 0.2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.q(input=x) + self.k(input=x)
+            return y
+
+    dense, x = ByKeyword(), torch.ones(2, 8)
+    model = copy.deepcopy(dense)
+    sparsify_for_inference(model, lambda model: model(x), layout=layout)
+    assert layouts(model) == [layout] * 2
+    torch.testing.assert_close(model(x), dense(x))
 
 
 def test_a_layer_in_two_places_stays_one() -> None:
