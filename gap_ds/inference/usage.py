@@ -90,9 +90,18 @@ def replaceable(model: nn.Module) -> dict[str, nn.Linear]:
         for name, child in parent._modules.items():
             # A subclass, a hook or a patched forward may compute something else.
             is_known = type(child) is nn.Linear or (child is not None and has_inputs_first(child))
-            if is_known and not (child._forward_hooks or child._forward_pre_hooks or "forward" in child.__dict__):
+            if not is_known or child._forward_hooks or child._forward_pre_hooks or "forward" in child.__dict__:
+                continue
+            if _is_plain(child.weight):
                 found.setdefault(cast("nn.Linear", child), f"{prefix}.{name}" if prefix else name)
     return {name: layer for layer, name in found.items()}
+
+
+def _is_plain(weight: object) -> bool:
+    """False for quantized, 8-bit and sharded weights: they lack operations, and other code knows what they mean."""
+    if not isinstance(weight, Tensor) or type(weight) not in (Tensor, nn.Parameter):
+        return False
+    return weight.is_floating_point() and weight.itemsize > 1
 
 
 def observe(model: nn.Module, layers: Mapping[str, nn.Linear], run: Callable[[nn.Module], object]) -> Usage:
