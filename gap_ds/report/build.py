@@ -42,6 +42,8 @@ def report(folders: Sequence[Path], page: Path, progress: Progress) -> dict[str,
     Raises:
         ValueError: a folder holds no run, a file in it is damaged, or the page cannot be written.
     """
+    if page.name in ("", "..") or page.is_dir():
+        raise ValueError(f"--output {page}: is a folder. Give the page a name, such as {page / 'report.html'}.")
     folders = report_runs.find(folders)
     names = [printable(name) for name in report_runs.names_of(folders)]
     runs = [report_runs.load(folder, name) for folder, name in zip(folders, names, strict=True)]

@@ -357,6 +357,8 @@ def test_hostile_names_stay_text(run: Run) -> None:
         ),
         ("bad", "bad/results.json: is damaged or of another kind ("),
         ("a -o a/results.json/x.html", "--output a/results.json/x.html: cannot be written ("),
+        ("a -o .", "--output .: is a folder. Give the page a name, such as report.html."),
+        ("a -o empty", "--output empty: is a folder. Give the page a name, such as empty/report.html."),
         ("", "Missing argument"),
     ],
 )
