@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ from gap_ds.export import folder as folders
 from gap_ds.export.card import fit_card
 from gap_ds.export.folder import place
 from gap_ds.export.info import INFO, ExportKeys, is_as_recorded, is_export, renew_digests
-from gap_ds.export.weights import is_weights, read_back, weight_files, write_weights
+from gap_ds.export.weights import read_back, weight_files, write_weights
 from gap_ds.method.names import by_parameter
 from gap_ds.storage.atomic import replacing_folder
 from gap_ds.storage.errors import printable
@@ -29,7 +28,8 @@ def compact(
     """Converts an exported model folder into a compact one; `out` is whole or absent. Returns figures, for JSON.
 
     The weights are model.safetensors or the files in model.safetensors.index.json; gap.json lists the entries. All
-    other files at the top of the folder are copied; the card and gap.json then describe the new files.
+    other files of the folder are copied, of folders in it chat templates alone; the card and gap.json then describe
+    the new files.
 
     Raises:
         ValueError: `source` is no exported model or is damaged; `out` holds something and `overwrite` is not set, or it
@@ -83,9 +83,7 @@ def _folder(source: Path, out: Path, overwrite: bool) -> Iterator[tuple[Path, li
     names: list[str] = []
     with replacing_folder(out) as aside:
         yield aside, names
-        for path in sorted(source.iterdir()):
-            if path.is_file() and not is_weights(path):
-                shutil.copyfile(path, aside / path.name)
+        folders.copy_others(source, aside)
         if is_export(aside):
             renew_digests(aside)
             read_back(aside, out, dict.fromkeys(names))

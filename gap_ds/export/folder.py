@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +29,8 @@ from gap_ds.storage.safetensors import name_of
 T = TypeVar("T")
 #: Files in a Trainer's checkpoint that describe the training and not the model.
 _OF_TRAINING = ("trainer_state.json", "latest", "zero_to_fp32.py")
+#: Where transformers puts a tokenizer's chat templates but for the first: its only files in a folder below.
+_TEMPLATES = "additional_chat_templates/*.jinja"
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------
@@ -194,15 +196,22 @@ def describe_saved(folder: Path, entries: Sequence[str], about: Callable[[Mappin
     renew_digests(folder)
 
 
+def copy_others(source: Path, folder: Path, but: Container[str] = ()) -> None:
+    """Copies the files of a model's folder but for weights; of the folders in it, chat templates alone."""
+    for path in sorted((*source.iterdir(), *source.glob(_TEMPLATES))):
+        if path.is_file() and not is_weights(path) and path.name not in but:
+            target = folder / path.relative_to(source)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
+
+
 def copy_config(source: Path, folder: Path, dtype: torch.dtype, architecture: str) -> None:
     """Copies the files of a Hugging Face folder (configs, tokenizer and others) but for weights and a training's files.
 
     Args:
         architecture: class of the model, for a config that names none.
     """
-    for path in sorted(source.iterdir()):
-        if path.is_file() and not is_weights(path) and path.name not in (INFO, CARD, *_OF_TRAINING):
-            shutil.copyfile(path, folder / path.name)
+    copy_others(source, folder, (INFO, CARD, *_OF_TRAINING))
     complete_config(folder / "config.json", dtype, architecture)
 
 

@@ -253,13 +253,18 @@ def test_the_card_of_a_hugging_face_model(translator: GaPEngine) -> None:
     assert json.loads((folder / "gap.json").read_text())["scores"][0]["value"] == 34.567
 
 
+CHATS = {"default": "{{ messages }}", "tools": "{{ tools }}"}  # the second is a file in a folder of the folder
+
+
 def tokenizer() -> Any:
     transformers = pytest.importorskip("transformers")
     tokenizers = pytest.importorskip("tokenizers")
     words = {word: i for i, word in enumerate(["<s>", "<pad>", "</s>", "<unk>", "A", "sentence", "like", "those"])}
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=model, unk_token="<unk>", pad_token="<pad>")
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=model, unk_token="<unk>", pad_token="<pad>")
+    made.chat_template = CHATS
+    return made
 
 
 @pytest.mark.parametrize("folder", ["model", "compact", "again", "offline", "bare"])
@@ -284,6 +289,8 @@ def test_the_snippet_of_the_card_runs(
     names: dict[str, Any] = {}
     exec(snippet, names)
     assert names["model"].generate(torch.tensor([[5, 6, 2]]), max_new_tokens=3).shape[0] == 1
+    if folder != "bare":
+        assert names["tokenizer"].chat_template == CHATS
 
 
 def test_a_card_without_a_hugging_face_model(command_line: Run) -> None:
