@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from gap_ds.export.convert import check_out
 from gap_ds.export.folder import place
 from gap_ds.export.from_checkpoint import export_checkpoint, find_whole
 from gap_ds.export.info import has_model_config
+from gap_ds.storage.atomic import scratch_folder
 from gap_ds.storage.safetensors import Progress
 
 
@@ -47,10 +47,9 @@ def export(
         write(out)
         return {"path": str(out), "checkpoint": str(path)}
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.") as dense:
-            write(Path(dense) / "dense")
-            return _convert(Path(dense) / "dense", out, form, overwrite, progress) | {"checkpoint": str(path)}
+        with scratch_folder(out) as scratch:
+            write(scratch / "dense")
+            return _convert(scratch / "dense", out, form, overwrite, progress) | {"checkpoint": str(path)}
     except OSError as error:
         raise ValueError(f"{out}: cannot be written ({error}).") from error
 

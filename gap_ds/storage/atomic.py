@@ -93,6 +93,26 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         raise ValueError(f"{folder}: cannot be written ({error}).") from error
 
 
+@contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """Yields an empty folder beside `path` for work on it, which is deleted when the block ends.
+
+    Its name depends on `path` alone, so that the next work deletes what a killed process has left there.
+
+    Raises:
+        ValueError: another process is working there now.
+        OSError: the disk refuses it.
+    """
+    scratch = path.with_name(f"{path.name}.work{PARTIAL}")
+    with _alone_in(scratch):
+        try:
+            for left in scratch.iterdir():
+                _delete(left)
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
 def delete_folder(path: Path) -> None:
     """Deletes a folder, so that a kill in the middle leaves no half of it under its name."""
     if not path.name.endswith(PARTIAL):

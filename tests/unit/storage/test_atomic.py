@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from gap_ds.storage import atomic
-from gap_ds.storage.atomic import aside_of, delete_folder, old_of, replacing, replacing_folder, sha256
+from gap_ds.storage.atomic import aside_of, delete_folder, old_of, replacing, replacing_folder, scratch_folder, sha256
 
 
 class Killed(BaseException):
@@ -123,9 +123,9 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new(
 WRITER = """
 import sys
 from pathlib import Path
-from gap_ds.storage.atomic import replacing, replacing_folder
-with replacing(Path("file")) as file, replacing_folder(Path("folder")) as folder:
-    for path in file, folder / "file":
+from gap_ds.storage.atomic import replacing, replacing_folder, scratch_folder
+with replacing(Path("file")) as file, replacing_folder(Path("folder")) as folder, scratch_folder(Path("a")) as scratch:
+    for path in file, folder / "file", scratch / "file":
         path.write_text("half of the n")
     print("now", flush=True)
     sys.stdin.read()
@@ -139,14 +139,17 @@ def test_a_process_that_is_killed_leaves_the_old_contents(tmp_path: Path) -> Non
         [sys.executable, "-c", WRITER], cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None and process.stdout.readline() == "now\n"
-    with pytest.raises(ValueError, match="another process is writing there"), replacing_folder(tmp_path / "folder"):
-        pass
+    for taken in replacing_folder(tmp_path / "folder"), scratch_folder(tmp_path / "a"):
+        with pytest.raises(ValueError, match="another process is writing there"), taken:
+            pass
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
     assert (tmp_path / "file").read_text() == "old" and contents(tmp_path / "folder") == {"file": "old"}
     with replacing(tmp_path / "file") as file, replacing_folder(tmp_path / "folder") as folder:
         file.write_text("new"), (folder / "file").write_text("new")
-    assert contents(tmp_path) == {"file": "new", "folder/file": "new"}
+    with scratch_folder(tmp_path / "a") as scratch:
+        assert scratch.parent == tmp_path and not os.listdir(scratch)
+    assert contents(tmp_path) == {"file": "new", "folder/file": "new"} and not scratch.exists()
 
 
 def test_a_folder_is_deleted(tmp_path: Path) -> None:
