@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -68,13 +69,18 @@ def fit_card(folder: Path) -> None:
         path.write_text(_LOADING.sub(lambda _: loading, path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
-def add_scores(folder: Path, scores: Mapping[str, float], dataset: str, how: str = "") -> None:
+def add_scores(folder: str | Path, scores: Mapping[str, float], dataset: str, how: str = "") -> None:
     """Adds scores such as {"bleu": 34.5} to an exported model's gap.json and card, in place of earlier ones.
 
     Args:
         dataset: what the model was scored on, for people.
         how: the metric's own signature or settings.
+    Raises:
+        ValueError: the folder holds no exported model, or a score is NaN or infinite.
     """
+    folder = Path(folder)
+    if wrong := [metric for metric, value in scores.items() if not math.isfinite(value)]:
+        raise ValueError(f"{wrong[0]}={scores[wrong[0]]}: must be a finite number, as JSON has no other. Leave it out.")
     info = read_json(folder / INFO, ExportInfo)
     kept = [row for row in info.scores if row.dataset != dataset]
     rows = [Score(metric=metric, value=float(value), dataset=dataset, how=how) for metric, value in scores.items()]

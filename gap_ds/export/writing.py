@@ -183,7 +183,7 @@ def _holding(model: Any, weights: Mapping[str, Tensor]) -> Iterator[None]:
             vars(part).pop("state_dict", None)
 
 
-def save_pretrained(model: Any, folder: Path, **options: Any) -> None:
+def save_pretrained(model: Any, folder: str | Path, **options: Any) -> None:
     """`model.save_pretrained(folder, **options)`, with weights under the names and in the shapes that the model has.
 
     By default transformers 5 goes back to the names of earlier versions for some models, and splits or joins weights.
@@ -206,8 +206,8 @@ def save_pretrained(model: Any, folder: Path, **options: Any) -> None:
     finally:
         for key, value in before.items():
             setattr(config, key, value)
-    if (folder / INFO).is_file():
-        renew_digests(folder)
+    if (Path(folder) / INFO).is_file():
+        renew_digests(Path(folder))
 
 
 def complete_config(path: Path, dtype: torch.dtype, architecture: str | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -246,7 +247,9 @@ def test_the_card_of_a_hugging_face_model(translator: GaPEngine) -> None:
     }
     assert translator.signature in text and "75.00% of them are exactly zero" in text
     assert text.count("layers.N.fc1.weight | 2 |") == 2 and "M2M100ForConditionalGeneration.from_pretrained" in text
-    export.add_scores(folder, {"bleu": 34.567}, dataset="test | of nothing\n", how="nrefs:1|case:mixed")
+    export.add_scores(str(folder), {"bleu": 34.567}, dataset="test | of nothing\n", how="nrefs:1|case:mixed")
+    with pytest.raises(ValueError, match="chrf=nan: must be a finite number"):
+        export.add_scores(folder, {"bleu": 1.0, "chrf": math.nan}, dataset="test")
     export.add_scores(folder, {"bleu": 34.567}, dataset="test | of nothing\n", how="nrefs:1|case:mixed")
     text = (folder / "README.md").read_text()
     assert text.count("34.57") == 1 and "| bleu | 34.57 | test \\| of nothing | `nrefs:1\\|case:mixed` |" in text
@@ -331,7 +334,7 @@ def test_weights_that_are_saved_again_get_their_digest(translator: GaPEngine, co
         translator.module.get_parameter("model.encoder.layers.0.fc1.bias").add_(1)
     translator.module.save_pretrained("model")
     assert "model.safetensors: was changed" in " ".join(command_line("inspect", "model")[1].split())
-    export.save_pretrained(translator.module, Path("model"))
+    export.save_pretrained(translator.module, "model")
     assert "was changed" not in command_line("inspect", "model")[1]
 
 
