@@ -15,6 +15,9 @@ from gap_ds.export.compact_file import CompactTensor, read, read_contents
 from gap_ds.export.info import has_model_config
 from gap_ds.storage.errors import printable, summarize_error
 
+#: Options of `from_pretrained` that say where config and weights are.
+_WITHOUT_EFFECT = ("config", "state_dict", "subfolder", "variant", "gguf_file")
+
 
 def load_compact(folder: str | Path, **options: Any) -> Any:
     """The model of a compact folder, equal bit for bit to the dense export's, in evaluation mode, on the CPU.
@@ -24,11 +27,13 @@ def load_compact(folder: str | Path, **options: Any) -> Any:
     that of the model and one of them.
 
     Args:
-        options: for `from_pretrained`, such as `dtype`.
+        options: for `from_pretrained`, such as `dtype`. Those that name other files have no effect and are refused.
     Raises:
         ValueError: the file is truncated, damaged, or does not fit the config; one sentence.
     """
     folder = Path(folder)
+    if without := [name for name in options if name in _WITHOUT_EFFECT]:
+        raise ValueError(f"{without[0]}: has no effect here, config and weights are those of {folder}. Leave it out.")
     if not has_model_config(folder):
         if options:
             raise ValueError(

@@ -326,6 +326,8 @@ def test_a_hugging_face_model_equals_its_dense_export(tmp_path: Path, dtype: tor
     assert wanted.keys() == found.keys() and all(same(wanted[name], found[name]) for name in wanted)
     assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
     assert load_compact(tmp_path / "out", dtype=torch.float64).dtype == torch.float64
+    with pytest.raises(ValueError, match=r"subfolder: has no effect here"):
+        load_compact(tmp_path / "out", subfolder="other")
     again = transformers.AutoModelForSeq2SeqLM.from_pretrained(expand(tmp_path / "out", tmp_path / "again"))
     assert all(same(wanted[name], value) for name, value in again.state_dict().items())
 
