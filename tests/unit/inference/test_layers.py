@@ -379,6 +379,7 @@ def test_packed_gives_the_gradient_of_its_input() -> None:
     torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.full  # torch loads its rules for 1.5 s
 def test_forward_mode_derivatives_are_right_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTORCH_JIT", "0")  # saves torch a second of compiling rules that are not used here
     layer, x, direction = linear(48, 32, 0.2).requires_grad_(False), torch.randn(4, 32), torch.randn(4, 32)
