@@ -54,7 +54,9 @@ def shard_of(name: str, parameter: DTensor, owner: Callable[[], Tensor] | None =
             "parameter from piece.contiguous()."
         )
     size, offset = compute_local_shape_and_global_offset(shape, parameter.device_mesh, parameter.placements)
-    box = Box.of(shape, offset, size) if offset else Box.span(0, 0, parameter.numel())
+    # Outside of the mesh torch gives no offset; a scalar has none either.
+    held = parameter.device_mesh.get_coordinate() is not None
+    box = Box.of(shape, offset, size) if held else Box.span(0, 0, parameter.numel())
     return Shard(name, shape, box, 0, owner or Fixed(parameter), trainable=parameter.requires_grad)
 
 

@@ -343,7 +343,7 @@ def pipeline(row: dict[str, Any], out: Path) -> dict[str, Any]:
 def boxes(row: dict[str, Any], out: Path) -> dict[str, Any]:
     """The boxes of DTensors of all placements on a mesh, compared with the numbers that this rank holds."""
     mesh, wrong = init_device_mesh("cpu", (2, 2)), []
-    for shape in [(5,), (1, 4), (5, 3), (7, 9), (4, 6, 2), (3, 1, 5)]:
+    for shape in [(), (5,), (1, 4), (5, 3), (7, 9), (4, 6, 2), (3, 1, 5)]:
         numbers = torch.arange(math.prod(shape)).view(shape)
         ways = [Replicate(), *(Shard(dim) for dim in range(len(shape)))]
         for placements in itertools.product(ways, ways):
