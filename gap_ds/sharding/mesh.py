@@ -25,7 +25,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from gap_ds.masks.box import Box, covers
 from gap_ds.method.plan import clean_name
-from gap_ds.sharding.comm import Apart, Comm, boxes_of
+from gap_ds.sharding.comm import Apart, Comm, boxes_of, raise_on_all_ranks
 from gap_ds.sharding.shard import Fixed, Shard
 
 #: Groups made here, by their ranks: libraries free none, and a run may build several engines.
@@ -39,8 +39,10 @@ def shard_of(name: str, parameter: DTensor, owner: Callable[[], Tensor] | None =
         owner: by default the parameter object itself: FSDP2 keeps it for life, the optimizer holds it, and the local
             tensor is taken from it afresh at every use.
     Raises:
-        ValueError: the piece is no box of the parameter, or does not lie in memory in the order of its indices.
+        ValueError: the piece is no box of the parameter, or does not lie in memory in the order of its indices, or the
+            mesh has its ranks in an order in which torch does not tell whose piece is whose.
     """
+    mesh = parameter.device_mesh
     for placement in parameter.placements:
         if not isinstance(placement, Replicate | ShardPlacement | _StridedShard):
             raise ValueError(
@@ -53,10 +55,22 @@ def shard_of(name: str, parameter: DTensor, owner: Callable[[], Tensor] | None =
             f"{name}: this rank's piece of it is not contiguous in memory (strides {piece.stride()}). Build the "
             "parameter from piece.contiguous()."
         )
-    size, offset = compute_local_shape_and_global_offset(shape, parameter.device_mesh, parameter.placements)
     # Outside of the mesh torch gives no offset; a scalar has none either.
-    held = parameter.device_mesh.get_coordinate() is not None
-    box = Box.of(shape, offset, size) if held else Box.span(0, 0, parameter.numel())
+    place = mesh.get_coordinate()
+    cut = [dim for dim, placement in enumerate(parameter.placements) if not isinstance(placement, Replicate)]
+    if place is not None and any(place[dim] != dist.get_rank(mesh.get_group(dim)) for dim in cut):
+        # Collectives give out pieces by the rank in the group, which is sorted; offsets go by the place in the mesh.
+        raise ValueError(
+            f"{name}: lies on a mesh of the ranks {mesh.mesh.tolist()}, which do not ascend along each dimension, so "
+            "that torch places its pieces in two orders. Build the mesh from ascending ranks."
+        )
+    size, offset = compute_local_shape_and_global_offset(shape, mesh, parameter.placements)
+    if tuple(piece.shape) != tuple(size):
+        raise ValueError(
+            f"{name}: this rank's piece of it has the shape {tuple(piece.shape)}, and {parameter.placements} gives it "
+            f"{tuple(size)} of {shape}. Cut the parameter by torch (distribute_tensor), or as it does."
+        )
+    box = Box.of(shape, offset, size) if place is not None else Box.span(0, 0, parameter.numel())
     return Shard(name, shape, box, 0, owner or Fixed(parameter), trainable=parameter.requires_grad)
 
 
@@ -167,10 +181,12 @@ class Layout:
             find: the shard of every parameter, by `shard_of` where it is a DTensor.
             world: all ranks that train the model.
         Raises:
-            ValueError: as `group_of` and `uncounted` do.
+            ValueError: as `find`, `group_of` and `uncounted` do.
         """
         if not any(isinstance(parameter, DTensor) for parameter in module.parameters()):
             return Layout(Comm(single=True, within=world), find, False)
+        # A piece may be refused on one rank alone; the others must hear of it before they compare their boxes.
+        raise_on_all_ranks(world, find)
         return Layout.over(find, group_of({clean_name(name): p for name, p in module.named_parameters()}, world))
 
     @staticmethod

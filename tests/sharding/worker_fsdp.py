@@ -341,6 +341,21 @@ def refused() -> dict[str, Any]:
         linear.weight = nn.Parameter(cut)
         return GaPEngine(model, toy.GAP, optimizer=sgd(model))
 
+    def mesh_out_of_order() -> GaPEngine:
+        """On a mesh of ranks that do not ascend, the rank in a group of torch is not the place in the mesh."""
+        model = fully_shard(toy.build(), mesh=DeviceMesh("cpu", torch.tensor([1, 0])))
+        return GaPEngine(model, toy.GAP, optimizer=sgd(model))
+
+    def uneven_otherwise() -> GaPEngine:
+        """37 rows as 18 and 19, of which torch makes 19 and 18."""
+        model, rank = toy.build(), dist.get_rank()
+        mesh, linear = init_device_mesh("cpu", (dist.get_world_size(),)), model.layers[0].fc1
+        whole = linear.weight.detach()
+        piece = whole.tensor_split([18])[rank].contiguous()
+        cut = DTensor.from_local(piece, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride())
+        linear.weight = nn.Parameter(cut)
+        return GaPEngine(model, toy.GAP, optimizer=sgd(model))
+
     def ignored_experts() -> GaPEngine:
         model = toy.build()
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["layers.0.fc1.weight"])
@@ -417,6 +432,8 @@ def refused() -> dict[str, Any]:
         "partial_sums": partial_sums,
         "strided": strided,
         "overlapping": overlapping,
+        "mesh_out_of_order": mesh_out_of_order,
+        "uneven_otherwise": uneven_otherwise,
         "ignored_experts": ignored_experts,
         "flat_compiled": flat_compiled,
         "meta": meta,
