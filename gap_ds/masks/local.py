@@ -18,6 +18,19 @@ def local(tensor: Tensor) -> Tensor:
     return shard
 
 
+def gradient_of(tensor: Any) -> Tensor | None:
+    """The gradient of a tensor, laid out as the tensor is. All ranks of a DTensor's mesh must call this.
+
+    Where each rank computes with another part of the batch or of a sequence, torch leaves the gradient of a replicated
+    DTensor as one summand on each rank.
+    """
+    gradient = tensor.grad
+    if gradient is not None and _is_dtensor(gradient) and gradient.placements != tensor.placements:
+        gradient = gradient.redistribute(placements=tensor.placements)
+    found: Tensor | None = gradient
+    return found
+
+
 def locals_of(tensors: Iterable[Tensor]) -> Callable[[], list[Tensor]]:
     """Return a call that looks up the `local` tensor of each, as it is then; those of DTensors come last."""
     listed = list(tensors)

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from gap_ds.masks import bitmask, packing
-from gap_ds.masks.local import local
+from gap_ds.masks.local import gradient_of, local
 from gap_ds.optim import cpu
 from gap_ds.optim.kept import Kept, Mask, Steps, check
 
@@ -189,7 +189,7 @@ class SparseState(torch.optim.Optimizer):
 
     def _parts(self, owner: Tensor, group: Mapping[str, Any]) -> Iterator[Part]:
         """All parts of an owner, whose state is made if there is none."""
-        gradient = owner.grad
+        gradient = gradient_of(owner)
         assert gradient is not None
         if gradient.is_sparse:
             raise ValueError(f"{type(self).__name__} takes no sparse gradients. Use torch.optim.SparseAdam for them.")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gap_ds import checkpoint
 from gap_ds.masks import bitmask
+from gap_ds.masks.local import gradient_of
 from gap_ds.method import rules
 from gap_ds.method.config import GaPConfig
 from gap_ds.method.plan import Entry, Plan
@@ -110,12 +111,13 @@ class MaskState:
 
     def copy_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         """Copies the gradients of an optimizer's step, because it or a library frees or overwrites them."""
-        owners = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        # Of all, also of those that this rank has nothing of: ranks may have to sum them together.
+        gradients = {id(p): gradient_of(p) for group in optimizer.param_groups for p in group["params"]}
         for name, shard in self.shards.items():
-            if shard.numel and id(owner := shard.owner()) in owners:
+            if shard.numel and (key := id(shard.owner())) in gradients:
                 self._gradients.pop(name, None)  # of a step that was skipped
-                if owner.grad is not None:
-                    self._gradients[name] = shard.of(owner.grad).clone()
+                if (gradient := gradients[key]) is not None:
+                    self._gradients[name] = shard.of(gradient).clone()
 
     def tensors(self) -> list[Tensor]:
         """All tensors on this rank that hold weights of an entry, or that weights can come back from; each once."""

@@ -66,8 +66,9 @@ CHAINS: list[Row] = [
 ]
 PIPELINE: Row = {"name": "pipeline", "what": "pipeline"}
 BOXES: Row = {"name": "boxes", "what": "boxes"}
-#: A pattern on FSDP2 x TP, experts, a pipeline, and all placements; each mesh of 4 processes takes 10 s.
-SHORT = ["fsdp_tp_2_4", "boxes"]
+SUMMANDS: Row = {"name": "summands", "what": "summands"}
+#: A pattern on FSDP2 x TP, all placements, and gradients that are sums; each mesh of 4 processes takes 10 s.
+SHORT = ["fsdp_tp_2_4", "boxes", "summands"]
 
 
 def table(rows: list[Row]) -> list[Any]:
@@ -147,3 +148,12 @@ def test_stages_of_a_pipeline_have_the_budgets_and_masks_of_the_whole_model(trai
 @pytest.mark.parametrize("row", table([BOXES]))
 def test_boxes_of_all_placements_hold_what_this_rank_has(trained: Path, row: Row) -> None:
     assert [parity.result(trained, row["name"], rank)["wrong"] for rank in range(4)] == [[]] * 4
+
+
+@pytest.mark.parametrize("row", table([SUMMANDS]))
+def test_gradients_that_are_summands_are_summed_for_our_optimizers_and_for_growth(trained: Path, row: Row) -> None:
+    for rank in range(4):
+        found = parity.result(trained, row["name"], rank)
+        for name, weight in found["alone"].items():
+            assert torch.equal(found["parts"][name] != 0, weight != 0), name
+            torch.testing.assert_close(found["parts"][name], weight, rtol=0, atol=1e-5)

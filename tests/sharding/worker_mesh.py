@@ -23,13 +23,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from worker_pattern import legal_mask
 
-from gap_ds import GaPEngine
+from gap_ds import GaPEngine, optim
+from gap_ds.masks.local import local
 from gap_ds.method.names import rows_of
 from gap_ds.method.plan import clean_name
 from gap_ds.sharding.comm import Comm
@@ -360,6 +361,38 @@ def boxes(row: dict[str, Any], out: Path) -> dict[str, Any]:
     return {"wrong": wrong}
 
 
+class Parts(nn.Module):
+    """Layers that are the same on every rank, each of which has other rows of the batch: gradients are summands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        loss = x.pow(4).mean()
+        return loss.full_tensor() if isinstance(loss, DTensor) else loss
+
+
+def summands(row: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Replicated DTensors by an optimizer that holds state for kept weights alone, and with growth by gradient."""
+    mesh, found = init_device_mesh("cpu", (4,)), dict[str, dict[str, Tensor]]()
+    gap = {"method": "rigl", "sparsity": 0.5, "phase_steps": 6, "update_steps": 2, "finetune_steps": 1}
+    for kind, group in (("alone", GROUPS[dist.get_rank(),]), ("parts", None)):
+        torch.manual_seed(1)
+        model = Parts() if kind == "alone" else distribute_module(Parts(), mesh)
+        optimizer = optim.AdamW(model.parameters(), lr=1e-2)
+        engine = GaPEngine(model, gap, optimizer=optimizer, group=group)
+        for _ in range(6):
+            x = torch.randn(8, 8)
+            engine.backward(engine(x if kind == "alone" else distribute_tensor(x, mesh, [Shard(0)])))
+            engine.step()
+        found[kind] = {name: local(p).detach().clone() for name, p in model.named_parameters()}
+        engine.close()
+    return found
+
+
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
     # One tensor at a time: torch's grouped updates do not take tensors of several meshes.
     return torch.optim.AdamW(trained(model), lr=1e-2, foreach=False)
@@ -394,7 +427,7 @@ def main(out: Path) -> None:
     for ranks in [(0, 1), (2, 3), (0, 2), (1, 3), (0,), (1,), (2,), (3,)]:
         GROUPS[ranks] = dist.new_group(list(ranks))
     rows = json.loads((out / "rows.json").read_text())
-    kinds = {"chain": chain, "pipeline": pipeline, "boxes": boxes}
+    kinds = {"chain": chain, "pipeline": pipeline, "boxes": boxes, "summands": summands}
     works = {row["name"]: partial(kinds.get(row.get("what", ""), run), row, out) for row in rows}
     observe.work_through(out, works)
 
