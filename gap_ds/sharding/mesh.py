@@ -12,6 +12,8 @@ alike.
 
 from __future__ import annotations
 
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -80,7 +82,7 @@ def _local(parameter: DTensor) -> Tensor:
 
 
 def group_of(parameters: Mapping[str, Tensor], world: Comm) -> Comm:
-    """The ranks among which all parameters are spread.
+    """The ranks among which all parameters are spread. All ranks of `world` must call this.
 
     Args:
         world: all ranks that train the model.
@@ -101,13 +103,25 @@ def group_of(parameters: Mapping[str, Tensor], world: Comm) -> Comm:
             "stage of a pipeline, a second model), or build the mesh over all ranks."
         )
     widest = max(spread, key=len, default=())
-    if not all(set(ranks) <= set(widest) for ranks in spread):
+    nested = all(set(ranks) <= set(widest) for ranks in spread)
+    if not _agreed(widest if nested else world.ranks, world):
         return world
     if len(widest) <= 1:
         return Comm(single=True, within=world)
     if widest == world.ranks:
         return world
     return Comm(spread[widest] or _made_group(widest), within=world)
+
+
+def _agreed(ranks: tuple[int, ...], world: Comm) -> bool:
+    """True if each rank is in the set of ranks that it found, and all members of a set have found the same one.
+
+    Ranks outside of the mesh of some parameter find another set than those inside, which would wait for them in vain.
+    """
+    inside = world.ranks[world.rank] in ranks
+    row = torch.tensor([zlib.crc32(repr(ranks).encode()), len(ranks) if inside else 0])
+    found = Counter(tuple(each) for each in world.all_gather(row).tolist())
+    return all(size == count for (_, size), count in found.items())
 
 
 def _first_outside(parameters: Mapping[str, Tensor], world: Comm) -> str:
@@ -125,8 +139,8 @@ def _ranks(parameter: DTensor, whole: bool = False) -> tuple[int, ...]:
 
 
 def _known_group(parameter: DTensor, ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
-    """The group of one of the mesh's dimensions, if its ranks are these."""
-    for dim in range(parameter.device_mesh.ndim):
+    """The group of one of the mesh's dimensions, if its ranks are these; a rank outside of the mesh has none."""
+    for dim in range(parameter.device_mesh.ndim if parameter.device_mesh.get_coordinate() else 0):
         group = parameter.device_mesh.get_group(dim)
         if tuple(sorted(dist.get_process_group_ranks(group))) == ranks:
             return group

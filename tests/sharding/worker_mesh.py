@@ -358,6 +358,18 @@ def boxes(row: dict[str, Any], out: Path) -> dict[str, Any]:
             dist.all_reduce(total)
             if int(total) != math.prod(shape) * 4 // comm.size:
                 wrong.append(f"{shape} {placements}: {int(total)} weights are counted in groups of {comm.size}")
+    # A weight that half of the ranks do not hold, beside one that is spread among others.
+    numbers, half = torch.arange(35.0).view(7, 5), DeviceMesh("cpu", [0, 1])
+    pieces = {
+        "half": nn.Parameter(distribute_tensor(numbers, half, [Shard(0)])),
+        "all": nn.Parameter(distribute_tensor(numbers, mesh, [Replicate(), Shard(0)])),
+    }
+    comm = group_of(pieces, Comm())
+    for name, found in ((name, shard_of(name, parameter)) for name, parameter in pieces.items()):
+        total = torch.tensor(found.numel * (name not in uncounted([found], comm)))
+        dist.all_reduce(total)
+        if comm.size != 4 or int(total) != 35:
+            wrong.append(f"{name}: {int(total)} weights are counted among {comm.size} ranks")
     return {"wrong": wrong}
 
 
