@@ -122,6 +122,7 @@ class Box:
 
         >>> Box.span(12, 12, 24).sides((4, 6)), Box.span(3, 12, 24).sides((4, 6))
         (((2, 0), (2, 6)), None)
+        >>> Box.of((2, 12), (0, 3), (2, 3)).sides((4, 6))  # a part of two rows in four
         """
         if not self.numel:
             return (0,) * len(shape), (0,) * len(shape)
@@ -131,7 +132,9 @@ class Box:
         for of, at, n in zip(self.view, self.offset, self.size, strict=True):
             left = of
             while dims and (left > 1 or not offset):
-                left //= (own := dims.pop(0))
+                if left % (own := dims.pop(0)):
+                    return None
+                left //= own
                 first, count = at // left, max(n // left, 1)
                 if count > 1 and (at % left or n % left):
                     return None

@@ -12,18 +12,20 @@ alike.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.distributed.tensor.placement_types import Shard as ShardPlacement
-from torch.distributed.tensor.placement_types import _StridedShard
 
 from gap_ds.masks.box import Box, covers
 from gap_ds.method.plan import clean_name
@@ -72,8 +74,97 @@ def shard_of(name: str, parameter: DTensor, owner: Callable[[], Tensor] | None =
             f"{name}: this rank's piece of it has the shape {tuple(piece.shape)}, and {parameter.placements} gives it "
             f"{tuple(size)} of {shape}. Cut the parameter by torch (distribute_tensor), or as it does."
         )
-    box = Box.of(shape, offset, size) if place is not None else Box.span(0, 0, parameter.numel())
+    if place is None:
+        box = Box.span(0, 0, parameter.numel())
+    else:
+        sides = [_side(name, parameter, dim, place, (offset[dim], size[dim])) for dim in range(len(shape))]
+        box = Box.of(*([one[i] for side in sides for one in side] for i in range(3)))
     return Shard(name, shape, box, 0, owner or Fixed(parameter), trainable=parameter.requires_grad)
+
+
+def _side(
+    name: str, parameter: DTensor, dim: int, place: Sequence[int], run: tuple[int, int]
+) -> list[tuple[int, int, int]]:
+    """The view, offset and size of a piece along a dimension, where it may lie in several runs: a row for each run.
+
+        rows of the gates, then those of the ups, on 2 ranks:   | 0 0 1 1 | 0 0 1 1 |   the view (2, 4)
+
+    Args:
+        run: offset and size if it is one run.
+    Raises:
+        ValueError: the runs are not equally long, or not at equal distances.
+    """
+    of, mesh = parameter.shape[dim], parameter.device_mesh
+    cuts = [
+        (placement, int(size), at)
+        for placement, size, at in zip(parameter.placements, mesh.shape, place, strict=True)
+        if isinstance(placement, ShardPlacement | _StridedShard) and placement.dim % parameter.ndim == dim
+    ]
+    if not any(isinstance(placement, _StridedShard) for placement, _, _ in cuts):
+        return [(of, *run)]
+    own = torch.arange(of)
+    for placement, size, at in cuts:
+        parts = int(placement.split_factor) if isinstance(placement, _StridedShard) else 1
+        own = torch.cat([_chunk(part, size, at) for part in (_chunk(own, parts, i) for i in range(parts))])
+    starts = [0, *((own.diff() != 1).nonzero().flatten() + 1).tolist()]
+    if len(starts) == 1:
+        return [(of, int(own[0]) if len(own) else 0, len(own))]
+    first, length = int(own[0]), len(own) // len(starts)
+    period = int(own[starts[1]]) - first
+    runs = first + torch.arange(len(starts))[:, None] * period + torch.arange(length)
+    if not torch.equal(runs.flatten(), own) or of % period or first % period + length > period:
+        raise ValueError(
+            f"{name}: {parameter.placements} gives this rank indices of dimension {dim} in {len(starts)} runs that are "
+            "not equally long or not at equal distances, which is no box. Cut it by a split factor that divides its "
+            "size evenly."
+        )
+    return [(of // period, first // period, len(starts)), (period, first % period, length)]
+
+
+def _chunk(tensor: Tensor, parts: int, index: int) -> Tensor:
+    """One of `parts` parts of a vector, as long as torch.chunk makes them, but maybe empty."""
+    length = -(-len(tensor) // parts)
+    return tensor[index * length : (index + 1) * length]
+
+
+@torch.no_grad()
+def in_ranges(tree: Any) -> Any:
+    """A tree of dicts and lists, in which DTensors that are cut into several runs along a dimension are cut into one.
+
+    torch.distributed.checkpoint takes the piece of each rank for one box of the whole. All ranks must call this.
+    """
+    return _mapped(lambda tensor: tensor.redistribute(placements=_ranges(tensor)), tree)
+
+
+@torch.no_grad()
+def in_runs(tree: Any, like: Any) -> Any:
+    """A tree that `in_ranges` has made of the tree `like`, with its DTensors cut as they were. All ranks call this."""
+    return _mapped(lambda tensor, before: tensor.redistribute(placements=before.placements), tree, like)
+
+
+def _mapped(change: Callable[..., Any], *trees: Any) -> Any:
+    """The first tree with all tensors changed whose placements in the last tree are not ranges."""
+    first, last = trees[0], trees[-1]
+    if isinstance(first, dict):
+        return {key: _mapped(change, *(tree[key] for tree in trees)) for key in first}
+    if isinstance(first, list):
+        return [_mapped(change, *each) for each in zip(*trees, strict=True)]
+    return change(*trees) if isinstance(last, DTensor) and last.placements != _ranges(last) else first
+
+
+def _ranges(tensor: DTensor) -> tuple[Placement, ...]:
+    """Placements of which each gives a rank one range of a dimension.
+
+    A strided placement is one if its groups are those of the placements after it, as FSDP2 makes them over tensor
+    parallelism.
+    """
+    found: list[Placement] = list(tensor.placements)
+    for i, own in enumerate(found):
+        if isinstance(own, _StridedShard):
+            rest = zip(tensor.placements[i + 1 :], tensor.device_mesh.shape[i + 1 :], strict=True)
+            groups = math.prod(size for one, size in rest if isinstance(one, ShardPlacement) and one.dim == own.dim)
+            found[i] = own if own.split_factor == groups else ShardPlacement(own.dim)
+    return tuple(found)
 
 
 @torch.no_grad()

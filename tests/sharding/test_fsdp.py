@@ -183,6 +183,7 @@ def test_the_code_for_torchtitan_trains_resumes_and_exports(trained: Path, row: 
         ("overlapping", "layers.0.fc1.weight: the pieces of 2 ranks do not make up its 592 weights, each once"),
         ("mesh_out_of_order", "lies on a mesh of the ranks [1, 0], which do not ascend along each dimension"),
         ("uneven_otherwise", "layers.0.fc1.weight: this rank's piece of it has the shape (1"),
+        ("uneven_runs", "runs that are not equally long or not at equal distances, which is no box"),
         ("ignored_experts", "was told to ignore it, as experts are"),
         ("flat_compiled", "use_orig_params=True"),
         ("meta", "is on the meta device"),

@@ -37,6 +37,7 @@ MIXTURES: list[Row] = [
     {"name": "ep_groups", "mesh": "ep_groups", "experts": True, "same_as": "mixture_alone"},
     {"name": "fsdp_ep", "mesh": "fsdp_ep", "experts": True, "same_as": "mixture_ddp"},
     {"name": "fsdp_ep_1", "mesh": "fsdp_ep_1", "experts": True, "same_as": "mixture_ddp"},
+    {"name": "fsdp_packed", "mesh": "fsdp_packed", "experts": True, "same_as": "mixture_ddp"},
     {
         "name": "rigl_fsdp_ep",
         "mesh": "fsdp_ep",

@@ -36,6 +36,7 @@ from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.fsdp.wrap import CustomPolicy
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parallel import DistributedDataParallel
 
 from gap_ds import GaPEngine
@@ -356,6 +357,16 @@ def refused() -> dict[str, Any]:
         linear.weight = nn.Parameter(cut)
         return GaPEngine(model, toy.GAP, optimizer=sgd(model))
 
+    def uneven_runs() -> GaPEngine:
+        """37 rows in two groups of 19 and 18, of each of which a rank has a part."""
+        model, rank = toy.build(), dist.get_rank()
+        mesh, linear = init_device_mesh("cpu", (dist.get_world_size(),)), model.layers[0].fc1
+        whole, cut = linear.weight.detach(), _StridedShard(0, split_factor=2)
+        piece = torch.cat([group.chunk(2)[rank] for group in whole.chunk(2)])
+        held = DTensor.from_local(piece, mesh, [cut], run_check=False, shape=whole.shape, stride=whole.stride())
+        linear.weight = nn.Parameter(held)
+        return GaPEngine(model, toy.GAP, optimizer=sgd(model))
+
     def ignored_experts() -> GaPEngine:
         model = toy.build()
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["layers.0.fc1.weight"])
@@ -434,6 +445,7 @@ def refused() -> dict[str, Any]:
         "overlapping": overlapping,
         "mesh_out_of_order": mesh_out_of_order,
         "uneven_otherwise": uneven_otherwise,
+        "uneven_runs": uneven_runs,
         "ignored_experts": ignored_experts,
         "flat_compiled": flat_compiled,
         "meta": meta,

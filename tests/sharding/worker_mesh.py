@@ -25,6 +25,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from worker_pattern import legal_mask
@@ -53,6 +54,8 @@ class Experts(nn.Module):
     """
 
     ep: DeviceMesh | None = None
+    #: Each rank has a part of all experts, as of gates and ups in one tensor: some of its first half, some of its last.
+    packed = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +76,7 @@ class Experts(nn.Module):
         return weight.to_local() if isinstance(weight, DTensor) else weight
 
     def _first(self, count: int) -> int:
-        return 0 if self.ep is None else self.ep.get_local_rank() * count
+        return 0 if self.ep is None or self.packed else self.ep.get_local_rank() * count
 
     def _same(self, x: Tensor) -> Tensor:
         """Equal on all ranks of `ep`; its gradient is their sum."""
@@ -177,11 +180,12 @@ def tensor_parallel(model: nn.Module, mesh: DeviceMesh, sequence: bool = False) 
         layer.norm.register_forward_pre_hook(cut, prepend=True)
 
 
-def expert_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
+def expert_parallel(model: nn.Module, mesh: DeviceMesh, packed: bool = False) -> None:
     for layer in model.layers:
-        for name in ("up", "down"):
-            setattr(layer, name, nn.Parameter(distribute_tensor(getattr(layer, name).detach(), mesh, [Shard(0)])))
-        layer.ep = mesh
+        for dim, name in enumerate(("up", "down"), 1):
+            cut = _StridedShard(dim, split_factor=2) if packed else Shard(0)
+            setattr(layer, name, nn.Parameter(distribute_tensor(getattr(layer, name).detach(), mesh, [cut])))
+        layer.ep, layer.packed = mesh, packed
 
 
 def sharded(model: nn.Module, mesh: DeviceMesh, place: Callable[[nn.Parameter], Any] | None = None) -> nn.Module:
@@ -232,9 +236,9 @@ def wrap(row: dict[str, Any]) -> nn.Module:
         case "fsdp_tp" | "fsdp_sp":
             mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
             tensor_parallel(model, mesh["tp"], sequence=row["mesh"] == "fsdp_sp")
-        case "fsdp_ep" | "fsdp_ep_1":
+        case "fsdp_ep" | "fsdp_ep_1" | "fsdp_packed":
             mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
-            expert_parallel(model, mesh["ep"])
+            expert_parallel(model, mesh["ep"], packed=row["mesh"] == "fsdp_packed")
         case other:
             raise AssertionError(other)
     toy.Job.data_rank = mesh.get_local_rank("dp")
@@ -358,6 +362,17 @@ def boxes(row: dict[str, Any], out: Path) -> dict[str, Any]:
             dist.all_reduce(total)
             if int(total) != math.prod(shape) * 4 // comm.size:
                 wrong.append(f"{shape} {placements}: {int(total)} weights are counted in groups of {comm.size}")
+    line = init_device_mesh("cpu", (4,))
+    for shape, on, placements in [
+        ((16, 3), line, [_StridedShard(0, split_factor=2)]),
+        ((3, 24), line, [_StridedShard(1, split_factor=3)]),
+        ((3, 8, 2), mesh, [Shard(0), _StridedShard(1, split_factor=2)]),
+        ((8, 5), mesh, [_StridedShard(0, split_factor=2), Shard(0)]),
+    ]:
+        numbers = torch.arange(math.prod(shape)).view(shape)
+        found = shard_of("w", parameter := nn.Parameter(distribute_tensor(numbers.float(), on, placements)))
+        if found.box.indices().tolist() != parameter.to_local().flatten().long().tolist() or uncounted([found], Comm()):
+            wrong.append(f"{shape} {placements}: {found.box}")
     # A weight that half of the ranks do not hold, beside one that is spread among others.
     numbers, half = torch.arange(35.0).view(7, 5), DeviceMesh("cpu", [0, 1])
     pieces = {

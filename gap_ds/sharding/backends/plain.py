@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from gap_ds.method.plan import clean_name
 from gap_ds.sharding.backends import Backend, OtherOptimizerError, Training, uncompiled
 from gap_ds.sharding.comm import Apart, Comm
-from gap_ds.sharding.mesh import Layout, clip, shard_of
+from gap_ds.sharding.mesh import Layout, clip, in_ranges, in_runs, shard_of
 from gap_ds.sharding.optimizers import Optimizers
 from gap_ds.sharding.shard import Shard, Slot
 from gap_ds.storage.errors import summarize_error
@@ -249,7 +249,7 @@ def save_state(module: nn.Module, optimizers: Optimizers, folder: Path, world: C
         fresh = [i for i, optimizer in enumerate(optimizers) if not optimizer.state]
         stepped = optimizers.stepped
         model, optimizer = _state_dict(module, optimizers)
-        state = {"model": model, "optimizer": optimizer, "stepped": stepped, "fresh": fresh}
+        state = in_ranges({"model": model, "optimizer": optimizer}) | {"stepped": stepped, "fresh": fresh}
         try:
             save_distributed(state, checkpoint_id=folder / "state", **_among(world))
         except CheckpointException as error:
@@ -280,10 +280,11 @@ def load_state(module: nn.Module, optimizers: Optimizers, folder: Path, world: C
     path, ranks = folder / "state", _among(world)
     with optimizers.aside() as aside:  # torch makes the state that is filled by a step, which must not count
         optimizers.clear()
-        model_state, optimizer_state = _state_dict(module, optimizers)
+        like = dict(zip(("model", "optimizer"), _state_dict(module, optimizers), strict=True))
+        state: dict[str, Any] = in_ranges(like)
+        model_state, optimizer_state = state["model"], state["optimizer"]
         by_name = cast(dict[str, dict[str, Any]], optimizer_state["state"])
         made = {name: set(state) for name, state in by_name.items()}
-        state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
         facts: dict[str, Any] = {"stepped": True, "fresh": []}
         partly = DefaultLoadPlanner(allow_partial_load=True)  # settings of a group, and parameters without a gradient
         try:
@@ -296,6 +297,7 @@ def load_state(module: nn.Module, optimizers: Optimizers, folder: Path, world: C
             load_distributed(state, checkpoint_id=path, **ranks, planner=partly)
         except CheckpointException as error:
             raise _first_failure(path, error) from error
+        state = in_runs(state, like)
         set_state_dict(module, list(optimizers), model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         for name, parameter in module.named_parameters():
             if clean_name(name) in made.keys() - saved.keys():
