@@ -210,6 +210,15 @@ def figures(args: RunArguments, engine: GaPEngine, seconds: float, first_step: i
     }
 
 
+def end_worker(index: int, engine: GaPEngine, folder: Path, figures: dict[str, Any]) -> int:
+    """End the run of a worker that only explores. Returns the exit status."""
+    if runtime.rank() == 0:
+        print(f"worker {index}: done after {engine.applied_steps} steps.")
+        write_results(folder, {"worker": index, **figures})
+    runtime.end_processes()
+    return 0
+
+
 # -- checkpoints -------------------------------------------------------------------------------------------------------
 
 

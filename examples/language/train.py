@@ -122,16 +122,12 @@ def main(args: Arguments) -> int:
         return training.say_stopped(engine, stopped)
     seconds = time.perf_counter() - started
 
+    figures = run.figures(args, engine, seconds, first_step)
     if worker is not None and worker.index > 0:  # worker 0 fine-tunes the merged model and scores it
-        if runtime.rank() == 0:
-            print(f"worker {worker.index}: done after {engine.applied_steps} steps.")
-            run.write_results(folder, {"worker": worker.index, **run.figures(args, engine, seconds, first_step)})
-        runtime.end_processes()
-        return 0
+        return run.end_worker(worker.index, engine, folder, figures)
 
     # The final sparse model, scored as exported; the ranks share the rows.
     engine.export(folder / "model", tokenizer=tokenizer, overwrite=True)
-    figures = run.figures(args, engine, seconds, first_step)
     figures |= {"tokens_per_second": round(tokens / seconds, 1), "density_at_end": engine.stats()["density"]}
     del engine, optimizer, model
     exported = decoder.load_pretrained(str(folder / "model"), trust_remote_code=args.trust_remote_code).to(device)

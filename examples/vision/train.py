@@ -162,11 +162,7 @@ def main(args: Arguments) -> int:
 
     figures = run.figures(args, engine, seconds, first_step) | flops(engine, uses, dense)
     if worker is not None and worker.index > 0:  # worker 0 fine-tunes the merged model and scores it
-        if runtime.rank() == 0:
-            print(f"worker {worker.index}: done after {engine.applied_steps} steps.")
-            run.write_results(folder, {"worker": worker.index, **figures})
-        runtime.end_processes()
-        return 0
+        return run.end_worker(worker.index, engine, folder, figures)
 
     # The final sparse model, scored as exported; the ranks share the pictures.
     with averages.in_place_of_weights() if averages else nullcontext():
