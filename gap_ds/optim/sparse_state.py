@@ -273,17 +273,22 @@ class SparseState(torch.optim.Optimizer):
         return None if found is None else found.bits
 
     def values(self, owner: Tensor, start: int, numel: int) -> Iterator[tuple[str, Tensor]]:
-        """Name and values (numel,) of each moment in a part of one range, sorted by name; 0 where weights are pruned.
+        """Name and values (numel,) of each moment in a part of an owner, sorted by name; 0 where weights are pruned.
 
-        They are views, or copies if the range is masked. Of an owner that is not divided there are none.
+        They are views, or copies if a part of them is masked or they lie in several ranges: a parameter does whose rows
+        are several entries. Of an owner that is not divided there are none.
         """
-        pieces = self._pieces.get(owner, [])
+        pieces, end = self._pieces.get(owner, []), start + numel
         self._settle(owner)
+        first, last = (bisect.bisect(pieces, at, key=lambda piece: piece.start) for at in (start, end - 1))
         for name, value in self._moments_of(owner) if pieces else []:
-            index = bisect.bisect_right(pieces, start, key=lambda piece: piece.start) - 1
-            first = start - pieces[index].start
-            if value[index] is not None:
-                yield name, pieces[index].unpack(value[index])[first : first + numel]
+            parts = [
+                piece.unpack(held)[max(start - piece.start, 0) : end - piece.start]
+                for piece, held in zip(pieces[first - 1 : last], value[first - 1 : last], strict=True)
+                if held is not None
+            ]
+            if parts:
+                yield name, parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _moments_of(self, owner: Tensor) -> list[tuple[str, Any]]:
         """Name and value, whole or a list of what is held of each piece, of the moments of an owner that has any."""

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gap_ds import GaPEngine, load_compact
+from gap_ds import GaPEngine, load_compact, optim
+from gap_ds.checkpoint import portable
 from gap_ds.checkpoint.inspect import inspect as inspect_checkpoint
 from gap_ds.export import compact, expand
 from gap_ds.export.from_checkpoint import export_checkpoint
@@ -121,6 +122,17 @@ def test_a_group_of_experts_is_dense_while_the_others_are_sparse(tmp_path: Path,
     export_checkpoint(tmp_path / "run" / "middle", tmp_path / "again", module=Mixture(), progress=lambda *_: None)
     a, b = (load_file(tmp_path / which / "model.safetensors") for which in ("early", "again"))
     assert same(a, b)
+
+
+def test_portable_files_of_packed_state(tmp_path: Path) -> None:
+    """A parameter has its moments in several ranges of the optimizer's, one for each group of experts."""
+    model = Mixture()
+    engine = GaPEngine(model, CUT, optimizer=optim.AdamW(model.parameters(), lr=0.02))
+    train(engine, 3)
+    portable.write(tmp_path, engine.run.backend, {}, engine.run.world)
+    found, whole = load_file(tmp_path / "portable_0.safetensors"), engine.optimizer.state_dict()["state"]
+    for i, (name, _) in enumerate(model.named_parameters()):
+        assert all(torch.equal(found[f"{key}:{name}"], whole[i][key].flatten()) for key in ("exp_avg", "exp_avg_sq"))
 
 
 def test_an_export_has_the_parameters_and_its_record_the_entries(tmp_path: Path) -> None:
