@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import replace
@@ -16,7 +17,12 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 from torch.distributed.tensor import DTensor
@@ -298,13 +304,42 @@ def load_state(module: nn.Module, optimizers: Optimizers, folder: Path, world: C
         except CheckpointException as error:
             raise _first_failure(path, error) from error
         state = in_runs(state, like)
-        set_state_dict(module, list(optimizers), model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        set_model_state_dict(module, state["model"])
+        groups = iter(state["optimizer"]["param_groups"])
+        for optimizer in optimizers:
+            own = list(itertools.islice(groups, len(optimizer.param_groups)))
+            _set_optimizer_state(module, optimizer, own, state["optimizer"]["state"])
         for name, parameter in module.named_parameters():
             if clean_name(name) in made.keys() - saved.keys():
                 optimizers.holder(parameter).state.pop(parameter, None)
         optimizers.used = facts["stepped"]
         optimizers.reset(facts["fresh"] if optimizers.used else None)
         aside.keep()
+
+
+def _set_optimizer_state(
+    module: nn.Module, optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]], states: Mapping[str, Any]
+) -> None:
+    """Loads what was saved of one optimizer: its groups, and of the state of all parameters by name that of its own.
+
+    Given several optimizers at once, torch mixes up those without state, and it refuses a second group without
+    parameters. Strictly it wants state of all parameters if any has some, which `momentum` set in some groups has not;
+    what must be there was checked before.
+    """
+    before, names = optimizer.param_groups, {name for group in groups for name in group["params"]}
+    state: dict[str, Any] = {
+        "state": {name: of_one for name, of_one in states.items() if name in names},
+        "param_groups": [group for group in groups if group["params"]],
+    }
+    optimizer.param_groups = [group for group in before if group["params"]]
+    try:
+        set_optimizer_state_dict(module, optimizer, state, options=StateDictOptions(strict=False))
+    finally:
+        filled = iter(optimizer.param_groups)
+        optimizer.param_groups = [next(filled) if group["params"] else group for group in before]
+    for group, saved in zip(optimizer.param_groups, groups, strict=True):
+        if not group["params"]:
+            group.update({**saved, "params": []})
 
 
 def _saved_state(path: Path, known: Iterable[str]) -> dict[str, set[str]]:

@@ -206,6 +206,43 @@ def test_masks_hold_in_every_sequence_of_the_weights(name: str) -> None:
     assert engine.stats()["kept"] == 36
 
 
+def stateless(model: nn.Module) -> list[torch.optim.Optimizer]:
+    matrices, rest = split(model)
+    return [torch.optim.SGD(rest, lr=0.05), torch.optim.SGD(matrices, lr=0.05)]
+
+
+def one_without_state(model: nn.Module) -> list[torch.optim.Optimizer]:
+    matrices, rest = split(model)
+    return [torch.optim.SGD(rest, lr=0.05), torch.optim.AdamW(matrices, lr=0.01)]
+
+
+def groups_without_state(model: nn.Module) -> torch.optim.Optimizer:
+    matrices, rest = split(model)
+    return torch.optim.SGD([{"params": matrices, "momentum": 0.9}, {"params": rest}], lr=0.05)
+
+
+def empty_groups(model: nn.Module) -> list[torch.optim.Optimizer]:
+    matrices, rest = split(model)
+    empty: list[dict[str, Any]] = [{"params": [], "lr": lr} for lr in (0.1, 0.2)]
+    return [torch.optim.AdamW([empty[0], {"params": rest}, empty[1]], lr=0.01), torch.optim.SGD(matrices, lr=0.05)]
+
+
+@pytest.mark.parametrize("make", [stateless, one_without_state, groups_without_state, empty_groups])
+def test_parameters_without_state_and_groups_without_parameters_resume(tmp_path: Path, make: Make) -> None:
+    torch.manual_seed(0)
+    first, second = (GaPEngine(m, CYCLIC, optimizer=make(m)) for m in (Model(), Model()))
+    train(first, 3)
+    for group in first.run.backend.optimizers.groups():
+        group["lr"] /= 2
+    first.save_checkpoint(tmp_path)
+    second.load_checkpoint(tmp_path)
+    rates = [[group["lr"] for group in engine.run.backend.optimizers.groups()] for engine in (first, second)]
+    assert rates[0] == rates[1]
+    train(first, 3)
+    train(second, 3)
+    assert equal(first, second)
+
+
 # -- a list of optimizers ----------------------------------------------------------------------------------------------
 
 
