@@ -134,8 +134,12 @@ def load_checkpoint(run: Run, folder: Path, tag: str | None) -> tuple[Place, Any
             "would have. Build what the saving run had.",
             stacklevel=4,
         )
-    if state.grad_scaler is not None and run.grad_scaler is not None:
+    # A scaler that is switched off has no state, and one that is on refuses to load none.
+    scales = run.grad_scaler is not None and bool(run.grad_scaler.state_dict())
+    if state.grad_scaler and scales:
         run.grad_scaler.load_state_dict(state.grad_scaler)
+    elif scales:
+        warnings.warn("saved without a gradient scaler that is on: the loss scale begins anew", stacklevel=4)
     if random is not None:
         random.restore()
     else:

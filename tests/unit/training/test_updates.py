@@ -172,8 +172,8 @@ def test_a_checkpoint_undoes_an_early_end(tmp_path: Path) -> None:
     assert all(torch.equal(weight, wanted[name]) for name, weight in weights(engine).items())
 
 
-def scaled(lr: Callable[[int], float]) -> tuple[GaPEngine, Any]:
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+def scaled(lr: Callable[[int], float], enabled: bool = True) -> tuple[GaPEngine, Any]:
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, enabled=enabled)
     return build(lr=lr, grad_scaler=scaler), scaler
 
 
@@ -195,6 +195,12 @@ def test_a_step_that_the_gradient_scaler_skips_is_none_for_the_learning_rate(tmp
     again, fresh = scaled(lambda step: 1 / (1 + step))
     again.load_checkpoint(tmp_path)
     assert fresh.get_scale() == 2.0 and again.optimizer.param_groups[0]["lr"] == pytest.approx(0.01 / 3)
+    off, _ = scaled(lambda step: 1 / (1 + step), enabled=False)
+    off.load_checkpoint(tmp_path)
+    off.save_checkpoint(tmp_path, "off")
+    with pytest.warns(UserWarning, match="the loss scale begins anew"):
+        again.load_checkpoint(tmp_path, "off")
+    assert again.applied_steps == 2
 
 
 def test_updates_that_nobody_counts_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
