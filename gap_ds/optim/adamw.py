@@ -53,6 +53,7 @@ class AdamW(SparseState, torch.optim.AdamW):
             beta1=beta1,
             beta2=beta2,
             **{key: group[key] for key in _SETTINGS},
+            has_complex=any(part.weight.is_complex() for part in parts),
             grad_scale=getattr(self, "grad_scale", None),
             found_inf=getattr(self, "found_inf", None),
         )

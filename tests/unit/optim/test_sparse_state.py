@@ -113,6 +113,19 @@ def test_equals_torch_with_masked_weights(pair: str) -> None:
     assert first.stats()["kept"] == second.stats()["kept"]
 
 
+def test_complex_weights_step_as_torchs() -> None:
+    """They cannot be pruned, and may lie beside what is."""
+    found = []
+    for kind in (optim.AdamW, torch.optim.AdamW):
+        weight = nn.Parameter(torch.tensor([1 + 2j, 3 - 1j]))
+        optimizer = kind([weight], lr=0.1, foreach=True)
+        for _ in range(2):
+            weight.grad = torch.tensor([0.5 - 3j, 1j])
+            optimizer.step()
+        found.append(weight.detach())
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("method", OTHER_METHODS)
 def test_every_change_of_masks_equals_torch(method: str) -> None:
     config = OTHER_METHODS[method]
