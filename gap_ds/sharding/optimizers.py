@@ -394,8 +394,11 @@ def _is_constant(value: Tensor) -> bool:
 
 
 def _as_large(value: Any, owner: Tensor) -> bool:
-    """True if a state value has as many elements as the tensor it belongs to, or a part of it as large."""
-    if not isinstance(value, Tensor) or not value.dim():
+    """True if a state value has as many elements as the tensor it belongs to, or a part of it as large.
+
+    A count has no dimensions, as the moments of a tensor without any: these are told apart by their names alone.
+    """
+    if not isinstance(value, Tensor) or (owner.dim() and not value.dim()):
         return False
     return local(value).numel() == local(owner).numel()
 

@@ -84,11 +84,12 @@ class Small(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList([nn.Linear(3, 4), nn.Linear(4, 2)])
+        self.scale = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))  # no dimensions, another dtype
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
         self.register_buffer("mean", torch.zeros(2, 2, dtype=torch.bfloat16))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers[1](self.layers[0](x).relu())
+        return self.layers[1](self.layers[0](x).relu()) * self.scale
 
 
 def build(optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW, **arguments: Any) -> GaPEngine:
@@ -163,7 +164,8 @@ def test_the_portable_file_and_the_header_of_the_masks(tmp_path: Path) -> None:
     found = load_file(path / "portable_0.safetensors")
     weights = {f"weight:{n}": p.detach().flatten() for n, p in engine.module.named_parameters()}
     assert all(torch.equal(found[key], weight) for key, weight in weights.items())
-    assert sum(tensor.numel() for key, tensor in found.items() if not key.startswith("buffer:")) == 3 * (12 + 4 + 8 + 2)
+    total = sum(tensor.numel() for key, tensor in found.items() if not key.startswith("buffer:"))
+    assert total == 3 * (12 + 4 + 8 + 2 + 1)
     assert found["buffer:mean"].dtype == torch.bfloat16 and found["buffer:count"].dtype == torch.int64
     with safe_open(path / "masks.safetensors", framework="pt") as file:
         metadata = file.metadata()
