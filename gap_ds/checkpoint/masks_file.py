@@ -100,15 +100,25 @@ def write_values(
     names: Container[str],
     values: Callable[[str], Tensor],
     comm: Comm,
+    wide: Container[str] = (),
 ) -> None:
     """Writes a value in fp32 for every weight of the named entries, as `write_masks` writes its bits.
 
     Args:
         values: from the name of an entry to the values (numel,) of this rank's piece; asked for one at a time.
+        wide: names of the entries of which this rank has a piece in fp64; they are written in fp64.
     """
     metadata = {"format": FORMAT_VALUES, "version": str(VERSION), "plan": plan.fingerprint}
-    layout = {entry.name: (torch.float32, (shards[entry.name].full_numel,)) for entry in _entries(plan, names)}
-    _write_pieces(path, metadata, layout, lambda name: values(name).float(), shards, comm, lambda whole: whole)
+    own = {entry.name: shards[entry.name] for entry in _entries(plan, names)}
+    # A rank without a piece does not know the dtype of the others, and may be the one that writes.
+    rows = comm.all_gather(torch.tensor([int(name in wide) for name in own], dtype=torch.int64))
+    dtypes = [torch.float64 if is_wide else torch.float32 for is_wide in rows.amax(0).tolist()]
+    layout = {name: (dtype, (own[name].full_numel,)) for name, dtype in zip(own, dtypes, strict=True)}
+
+    def piece(name: str) -> Tensor:
+        return values(name).to(layout[name][0])
+
+    _write_pieces(path, metadata, layout, piece, shards, comm, lambda whole: whole)
 
 
 def read_values(path: Path, plan: Plan, sparse: set[str], shards: Mapping[str, Shard]) -> Iterator[tuple[str, Tensor]]:
@@ -121,7 +131,7 @@ def read_values(path: Path, plan: Plan, sparse: set[str], shards: Mapping[str, S
         _check_names(path, file.keys(), sparse)
         for entry in _entries(plan, sparse):
             shard, piece = shards[entry.name], file.get_slice(entry.name)
-            if piece.get_shape() != [entry.numel] or piece.get_dtype() != "F32":
+            if piece.get_shape() != [entry.numel] or piece.get_dtype() not in ("F32", "F64"):
                 raise ValueError(f"{path}: the values of {entry.name} do not have the size of their entry")
             lo, hi = shard.box.start, shard.box.end
             covering = piece[lo:hi]

@@ -57,8 +57,9 @@ class LastValues:
         return packed.to("cpu", torch.bfloat16) if self._rounded else packed.to(weight)
 
     def whole(self, shard: Shard, bits: Tensor) -> Tensor:
-        """Values (numel,) in fp32 of all weights of a piece; 0 for those that the mask keeps."""
-        packed = self.packed[shard.name].to(bits.device, torch.float32)
+        """Values (numel,) of all weights of a piece, in fp32 or fp64; 0 for those that the mask keeps."""
+        packed = self.packed[shard.name].to(bits.device)
+        packed = packed.to(torch.promote_types(packed.dtype, torch.float32))
         return packing.spread(packed, ~bits, shard.numel)
 
     def _over(self, values: Tensor, name: str, bits: Tensor) -> Tensor:

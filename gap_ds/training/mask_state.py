@@ -286,7 +286,8 @@ class MaskState:
         checkpoint.write_masks(folder / "masks.safetensors", self._plan, self.shards, self.bits, comm, about)
         if self._config.regrow == "last_value":
             path, names = folder / "pruned.safetensors", self.last.packed.keys()
-            checkpoint.write_values(path, self._plan, self.shards, names, self._last_values, comm)
+            wide = {name for name, values in self.last.packed.items() if values.dtype == torch.float64}
+            checkpoint.write_values(path, self._plan, self.shards, names, self._last_values, comm, wide)
         if self.young.length:
             grown = {name: bits for name, (bits, _) in self.young.grown.items()}
             checkpoint.write_masks(folder / "young.safetensors", self._plan, self.shards, grown, comm)
