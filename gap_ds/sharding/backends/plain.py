@@ -340,6 +340,13 @@ def _set_optimizer_state(
     for group, saved in zip(optimizer.param_groups, groups, strict=True):
         if not group["params"]:
             group.update({**saved, "params": []})
+    # torch has cast all state but step counts to the dtype of the weights.
+    for name, parameter in module.named_parameters():
+        own = optimizer.state.get(parameter, {})
+        for key, value in state["state"].get(clean_name(name), {}).items() if own else ():
+            cast = own.get(key)
+            if isinstance(value, Tensor) and isinstance(cast, Tensor) and value.shape == cast.shape:
+                own[key] = cast if value.dtype == cast.dtype else value
 
 
 def _saved_state(path: Path, known: Iterable[str]) -> dict[str, set[str]]:

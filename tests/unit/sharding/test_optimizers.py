@@ -243,6 +243,31 @@ def test_parameters_without_state_and_groups_without_parameters_resume(tmp_path:
     assert equal(first, second)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_run_in_another_dtype_resumes(tmp_path: Path, dtype: torch.dtype) -> None:
+    """State that is in fp32 beside such weights, and values that pruned weights had, are not rounded."""
+
+    def go_on(engine: GaPEngine, until: int) -> None:
+        while engine.applied_steps < until:
+            x = torch.randn(8, 6, generator=torch.Generator().manual_seed(engine.applied_steps))
+            engine.backward(engine(x.to(dtype)).square().mean())
+            engine.step()
+
+    config = CYCLIC | {"regrow": "last_value"}
+    first, second = (
+        GaPEngine(model, config, optimizer=torch.optim.NAdam(model.parameters(), lr=0.01))
+        for model in (Model().to(dtype), Model().to(dtype))
+    )
+    go_on(first, 3)
+    first.save_checkpoint(tmp_path)
+    go_on(first, 9)
+    second.load_checkpoint(tmp_path)
+    go_on(second, 9)
+    assert equal(first, second)
+    for parameter, wanted in state(first).items():
+        assert all(torch.equal(value, state(second)[parameter][kind]) for kind, value in wanted.items())
+
+
 # -- a list of optimizers ----------------------------------------------------------------------------------------------
 
 
