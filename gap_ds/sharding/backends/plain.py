@@ -345,7 +345,8 @@ def _set_optimizer_state(
         own = optimizer.state.get(parameter, {})
         for key, value in state["state"].get(clean_name(name), {}).items() if own else ():
             cast = own.get(key)
-            if isinstance(value, Tensor) and isinstance(cast, Tensor) and value.shape == cast.shape:
+            # FSDP1 gives pieces of its flat parameters as other tensors than the optimizer has.
+            if isinstance(value, Tensor) and type(value) is type(cast) and value.shape == cast.shape:
                 own[key] = cast if value.dtype == cast.dtype else value
 
 
