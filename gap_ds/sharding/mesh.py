@@ -12,20 +12,18 @@ alike.
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.distributed.tensor.placement_types import Shard as ShardPlacement
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from gap_ds.masks.box import Box, covers
 from gap_ds.method.plan import clean_name
@@ -125,46 +123,6 @@ def _chunk(tensor: Tensor, parts: int, index: int) -> Tensor:
     """One of `parts` parts of a vector, as long as torch.chunk makes them, but maybe empty."""
     length = -(-len(tensor) // parts)
     return tensor[index * length : (index + 1) * length]
-
-
-@torch.no_grad()
-def in_ranges(tree: Any) -> Any:
-    """A tree of dicts and lists, in which DTensors that are cut into several runs along a dimension are cut into one.
-
-    torch.distributed.checkpoint takes the piece of each rank for one box of the whole. All ranks must call this.
-    """
-    return _mapped(lambda tensor: tensor.redistribute(placements=_ranges(tensor)), tree)
-
-
-@torch.no_grad()
-def in_runs(tree: Any, like: Any) -> Any:
-    """A tree that `in_ranges` has made of the tree `like`, with its DTensors cut as they were. All ranks call this."""
-    return _mapped(lambda tensor, before: tensor.redistribute(placements=before.placements), tree, like)
-
-
-def _mapped(change: Callable[..., Any], *trees: Any) -> Any:
-    """The first tree with all tensors changed whose placements in the last tree are not ranges."""
-    first, last = trees[0], trees[-1]
-    if isinstance(first, dict):
-        return {key: _mapped(change, *(tree[key] for tree in trees)) for key in first}
-    if isinstance(first, list):
-        return [_mapped(change, *each) for each in zip(*trees, strict=True)]
-    return change(*trees) if isinstance(last, DTensor) and last.placements != _ranges(last) else first
-
-
-def _ranges(tensor: DTensor) -> tuple[Placement, ...]:
-    """Placements of which each gives a rank one range of a dimension.
-
-    A strided placement is one if its groups are those of the placements after it, as FSDP2 makes them over tensor
-    parallelism.
-    """
-    found: list[Placement] = list(tensor.placements)
-    for i, own in enumerate(found):
-        if isinstance(own, _StridedShard):
-            rest = zip(tensor.placements[i + 1 :], tensor.device_mesh.shape[i + 1 :], strict=True)
-            groups = math.prod(size for one, size in rest if isinstance(one, ShardPlacement) and one.dim == own.dim)
-            found[i] = own if own.split_factor == groups else ShardPlacement(own.dim)
-    return tuple(found)
 
 
 @torch.no_grad()

@@ -20,7 +20,8 @@ from torch.distributed.tensor import DTensor
 
 from gap_ds.method.plan import clean_name
 from gap_ds.sharding.backends import Backend, Training, uncompiled
-from gap_ds.sharding.backends.plain import DISTRIBUTED, Loop, NoSync, load_state, require_world, save_state
+from gap_ds.sharding.backends.plain import Loop, NoSync, require_world
+from gap_ds.sharding.backends.torch_state import DISTRIBUTED, load_state, save_state
 from gap_ds.sharding.comm import Comm
 from gap_ds.sharding.mesh import Layout, shard_of
 from gap_ds.sharding.shard import Fixed, Shard
