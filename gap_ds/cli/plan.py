@@ -66,7 +66,7 @@ def forecast(
         "mean_density": mean_density,
         "training_flops": plan.training_flops(mean_density),
         "training_flops_counted": COUNTED,
-        "optimizer_state": _optimizer_state(plan, schedule),
+        "optimizer_state": _optimizer_state(plan, schedule, _trained(model)),
         **({} if config.regrow == "zero" else {"last_values": _last_values(plan, config, schedule)}),
         **({"longest_steps": _longest_steps(plan, config)} if config.lr_density_power else {}),
         "partitions": _partitions(plan),
@@ -88,28 +88,35 @@ def forecast(
 _ADAMW_BYTES = 8
 
 
-def _optimizer_state(plan: Plan, schedule: Schedule) -> dict[str, int]:
+def _trained(model: nn.Module) -> int:
+    """Return the number of weights that an optimizer has, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _optimizer_state(plan: Plan, schedule: Schedule, trained: int) -> dict[str, int]:
     """Return the bytes of AdamW's moments in fp32, over all ranks: whole, and held for kept weights alone.
 
-    The latter at its most, on average over the run, and in the last phase. Densities are those when a phase begins.
+    The latter at its most, on average over the run, and in the last phase. It is at its most when a phase begins:
+    pruning inside the phase frees what its first steps have made.
     """
-    density = schedule.density(*plan.per_partition())
+    first = max(phase.density(phase.first_step, *plan.per_partition()) for phase in schedule.phases)
+    last = schedule.density(*plan.per_partition())[-1]
 
     def held(of_entries: float) -> int:
-        return round(_ADAMW_BYTES * (plan.total - plan.numel + of_entries * plan.numel))
+        return round(_ADAMW_BYTES * (trained - plan.numel + of_entries * plan.numel))
 
     return {
-        "whole": _ADAMW_BYTES * plan.total,
-        "most": held(max(density)),
+        "whole": _ADAMW_BYTES * trained,
+        "most": held(first),
         "mean": held(schedule.mean_density(*plan.per_partition())),
-        "last": held(density[-1]),
+        "last": held(last),
     }
 
 
 def _last_values(plan: Plan, config: GaPConfig, schedule: Schedule) -> dict[str, int]:
     """Return the bytes of the values that pruned weights had, over all ranks: at their most, on average, and last.
 
-    "exact" values have 4 bytes each, those of fp32 weights. Densities are as in `_optimizer_state`.
+    "exact" values have 4 bytes each, those of fp32 weights. Densities are averages over a phase.
     """
     density = schedule.density(*plan.per_partition())
     each = {"exact": 4, "bf16_cpu": 2}[config.regrow_storage] * plan.numel

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from gap_ds import GaPEngine, optim
 from gap_ds.checkpoint import portable
+from gap_ds.cli.plan import forecast
 from gap_ds.masks import bitmask
 from gap_ds.masks import cpu as masks_cpu
+from gap_ds.method.config import GaPConfig
 from gap_ds.optim import cpu, kept
 from gap_ds.sharding import moments
 from gap_ds.sharding.optimizers import Optimizers
@@ -153,6 +155,22 @@ def test_state_is_as_large_as_what_is_kept(kind: Any, moments: int) -> None:
     while not engine.finished:
         assert engine.stats()["optimizer_bytes"] == expected_bytes(engine, moments, kind is optim.AdamW)
         train(engine)
+
+
+def test_the_plan_forecasts_the_most_state() -> None:
+    """Gradual pruning begins dense, so the first update makes whole state; frozen weights have none."""
+    config = {"method": "gradual", "sparsity": 0.8, "phase_steps": 6, "update_steps": 2, "finetune_steps": 1}
+    model = Model()
+    model.sometimes.requires_grad_(False)
+    engine = GaPEngine(model, config, optimizer=optim.AdamW([p for p in model.parameters() if p.requires_grad]))
+    held = []
+    while not engine.finished:
+        train(engine)
+        held.append(engine.stats()["optimizer_bytes"])
+    counts = 4 * sum(p.requires_grad for p in model.parameters())
+    figures = forecast(model, GaPConfig.load(config))["optimizer_state"]
+    assert (figures["most"], figures["last"]) == (max(held) - counts, held[-1] - counts)
+    assert figures["most"] == figures["whole"] == 8 * sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 #: Before the first step, at a boundary, in the middle of a phase.
