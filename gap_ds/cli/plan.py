@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -17,7 +17,7 @@ from gap_ds._version import __version__
 from gap_ds.masks import bitmask, selection
 from gap_ds.method import rules
 from gap_ds.method.config import GaPConfig
-from gap_ds.method.pattern import Block, Pattern, Unstructured
+from gap_ds.method.pattern import Block, NofM, Pattern, Unstructured
 from gap_ds.method.plan import Entry, Plan
 from gap_ds.method.plan import build as build_plan
 from gap_ds.method.schedule import Phase, Schedule
@@ -55,7 +55,7 @@ def forecast(
     schedule = build_schedule(config, ticks)
     unit, per_unit = ("epoch", ticks) if config.in_epochs and steps_per_epoch is None else ("step", 1)
     mean_density = schedule.mean_density(*plan.per_partition())
-    selected = _selected(plan, config, schedule)
+    changes = _changes(plan, config, schedule, world_size or 1)
     result: dict[str, Any] = {
         "signature": config.signature(__version__),
         "model": {"class": type(model).__name__, "weights": plan.total},
@@ -73,12 +73,12 @@ def forecast(
         "unit": unit,
         "length": _number(Fraction(schedule.total_steps, per_unit)),
         "steps_per_epoch": steps_per_epoch,
-        "phases": _phases(plan, schedule, selected, unit, per_unit),
+        "phases": _phases(plan, schedule, changes, unit, per_unit),
     }
     if config.record.has_workers:
         result["workers"] = _workers(plan, config, ticks)
     if world_size is not None:
-        result["ranks"] = _ranks(plan, schedule, selected, world_size)
+        result["ranks"] = _ranks(plan, schedule, changes, world_size)
     if with_entries:
         result["entries"] = [_entry(entry) for entry in plan.entries]
     return result
@@ -156,7 +156,7 @@ def _entry(entry: Entry) -> dict[str, Any]:
 
 
 def _phases(
-    plan: Plan, schedule: Schedule, selected: Sequence[Sequence[Entry]], unit: str, per_unit: int
+    plan: Plan, schedule: Schedule, changes: Sequence[Changes], unit: str, per_unit: int
 ) -> list[dict[str, Any]]:
     """Return a row for each phase; `per_unit` is the number of schedule steps in a unit."""
     return [
@@ -168,12 +168,12 @@ def _phases(
             f"{unit}s": _number(Fraction(phase.steps, per_unit)),
             "dense": sorted(phase.dense),
             "density": density,
-            "pruned_entries": len(pruned),
+            "pruned_entries": of_phase.selected,
             "updates": len(phase.updates),
             **_of_partitions(plan, phase),
         }
-        for phase, density, pruned in zip(
-            schedule.phases, schedule.density(*plan.per_partition()), selected, strict=True
+        for phase, density, of_phase in zip(
+            schedule.phases, schedule.density(*plan.per_partition()), changes, strict=True
         )
     ]
 
@@ -203,18 +203,32 @@ def _number(value: Fraction) -> int | float:
 _SELECTED = rules.PruneByMagnitude | rules.PruneRandomly | rules.DropAndGrow
 
 
-def _selected(plan: Plan, config: GaPConfig, schedule: Schedule) -> list[list[Entry]]:
-    """Return the entries that are pruned to their budgets before each phase."""
+class Changes(NamedTuple):
+    """The changes of masks of a phase: entries selected before its first step, and what a rank sends then; and the most
+    that it sends for an update inside the phase."""
+
+    selected: int
+    boundary_bytes: int
+    update_bytes: int
+
+
+def _changes(plan: Plan, config: GaPConfig, schedule: Schedule, ranks: int) -> list[Changes]:
     rule, before = rules.rule(config), (None, *schedule.phases)
-    return [
-        [
-            entry
-            for a, b in rules.stages(config, old, new)
-            for entry in plan.entries
-            if isinstance(rule(entry, a, b, b.first_step), _SELECTED)
-        ]
-        for old, new in zip(before, schedule.phases, strict=False)
-    ]
+
+    def at(a: Phase | None, b: Phase, step: int) -> tuple[int, int]:
+        """(entries selected, bytes sent)."""
+        updates = ((entry, rule(entry, a, b, step)) for entry in plan.entries)
+        chosen = [(entry, update) for entry, update in updates if isinstance(update, _SELECTED)]
+        return len(chosen), _sent(plan.pattern, chosen, ranks, inside=a is b)
+
+    found = []
+    for old, new in zip(before, schedule.phases, strict=False):
+        boundary = [at(a, b, b.first_step) for a, b in rules.stages(config, old, new)]
+        # The first update replaces the most weights, and the last one prunes all that leave the phase.
+        updates = [at(new, new, step) for step in {*new.updates[:1], *new.updates[-1:]}]
+        number, sent = (sum(column) for column in zip(*boundary, strict=True))
+        found.append(Changes(number, sent, max((n for _, n in updates), default=0)))
+    return found
 
 
 # -- partitions --------------------------------------------------------------------------------------------------------
@@ -269,7 +283,7 @@ def _workers(plan: Plan, config: GaPConfig, ticks: int) -> dict[str, Any]:
 # -- ranks -------------------------------------------------------------------------------------------------------------
 
 
-def _ranks(plan: Plan, schedule: Schedule, selected: Sequence[Sequence[Entry]], ranks: int) -> dict[str, Any]:
+def _ranks(plan: Plan, schedule: Schedule, changes: Sequence[Changes], ranks: int) -> dict[str, Any]:
     """Return the bytes that each of R ranks stores and sends for the method."""
 
     def most(mask_bytes: dict[Entry, int]) -> int:
@@ -286,22 +300,42 @@ def _ranks(plan: Plan, schedule: Schedule, selected: Sequence[Sequence[Entry]], 
     even = most({entry: bitmask.nbytes(-(-entry.numel // ranks)) for entry in plan.entries})
     # A rank that owns a stretch of one flat buffer may own nothing but entries, each with a partly used last byte.
     flat = min(whole, bitmask.nbytes(-(-plan.total // ranks)) + len(plan.entries))
-    counts = isinstance(plan.pattern, Unstructured)
-    sent = [_sent(plan.pattern, list(row), ranks) for row in selected]
-    sent = sent if ranks > 1 else [0] * len(sent)
+    counts, of_updates = isinstance(plan.pattern, Unstructured), any(phase.updates for phase in schedule.phases)
     return {
         "world_size": ranks,
         "mask_bytes": even,
         "mask_bytes_flat_buffer": flat,
         "mask_bytes_unsharded": whole,
         "sent": "counts" if counts else "counts, and scores of groups that are cut",
-        "start_bytes": sent[0],
-        "boundary_bytes": max(sent[1:], default=0),
+        "start_bytes": changes[0].boundary_bytes,
+        "boundary_bytes": max((row.boundary_bytes for row in changes[1:]), default=0),
+        **({"update_bytes": max(row.update_bytes for row in changes)} if of_updates else {}),
     }
 
 
-def _sent(pattern: Pattern, entries: Sequence[Entry], ranks: int) -> int:
-    """Return the most bytes that a rank contributes when the masks of some entries are selected."""
+def _sent(pattern: Pattern, updates: Sequence[tuple[Entry, rules.Update]], ranks: int, inside: bool) -> int:
+    """Return the most bytes that a rank contributes when masks are selected: `training.selector` has the selections.
+
+    inside: for any update of the phase that selects these, not only for these numbers.
+    """
+    if ranks == 1:
+        return 0
+    kinds: dict[type[rules.Update], list[Entry]] = {}
+    for entry, update in updates:
+        kinds.setdefault(type(update), []).append(entry)
+    # Entries that drop and grow are selected twice: what stays, and what is grown.
+    selections = [*kinds.values(), kinds.get(rules.DropAndGrow, [])]
+    sent = sum(_sent_by_selection(pattern, entries, ranks) for entries in selections)
+    if isinstance(pattern, NofM):
+        # Where groups do not drop equally many, those that drop one more are found by two selections more.
+        moved = [(e, u.drop) for e, u in updates if isinstance(u, rules.DropAndGrow)]
+        some = [e for e, drop in moved if inside or drop % (e.numel // pattern.m)]
+        sent += _sent_by_selection(pattern, some, ranks) + selection_bytes(len(some))
+    return sent
+
+
+def _sent_by_selection(pattern: Pattern, entries: Sequence[Entry], ranks: int) -> int:
+    """Return the most bytes that a rank contributes to one selection of masks of some entries."""
     if isinstance(pattern, Unstructured):
         return selection_bytes(len(entries))
     # Every rank's first group may be cut by the end of another rank's piece.
@@ -315,7 +349,7 @@ def selection_bytes(budgets: int, bits: int = 31) -> int:
     Keys have 31 bits, or 63 where blocks are selected.
 
     They are histograms (budgets × bins) of int64, one for each pass; the first pass has further rows that count the
-    invalid keys of each entry.
+    invalid keys of each entry. Weights that tie at a threshold take further passes, which are not counted.
 
     >>> selection_bytes(1) == 8 * (2 * 2048 + 1024 + 1024)
     True

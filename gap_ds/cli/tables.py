@@ -332,6 +332,8 @@ def _ranks(ranks: dict[str, Any]) -> Table:
     grid.add_row("", f"at most {size(ranks['mask_bytes_flat_buffer'])}, if a flat buffer is split (ZeRO-1, -2)")
     grid.add_row("", f"{size(ranks['mask_bytes_unsharded'])}, if each rank has all weights (DDP, ZeRO-0)")
     grid.add_row("sent at a boundary", f"at most {size(ranks['boundary_bytes'])} of {ranks['sent']}, all-reduced")
+    if "update_bytes" in ranks:
+        grid.add_row("sent at an update", f"at most {size(ranks['update_bytes'])} of {ranks['sent']}, all-reduced")
     grid.add_row("sent at the start", f"{size(ranks['start_bytes'])} of {ranks['sent']}, all-reduced")
     return grid
 

@@ -9,23 +9,28 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")
 transformers = pytest.importorskip("transformers")
 
-from gap_ds import GaPConfig, __version__  # noqa: E402
+from gap_ds import GaPConfig, GaPEngine, __version__  # noqa: E402
 from gap_ds.cli import doctor, plan  # noqa: E402
 from gap_ds.masks import selection  # noqa: E402
 from gap_ds.masks.box import Box  # noqa: E402
+from gap_ds.method import rules  # noqa: E402
+from gap_ds.method.plan import Entry  # noqa: E402
+from gap_ds.sharding.comm import Comm  # noqa: E402
+from gap_ds.training import mask_state  # noqa: E402
+from gap_ds.training.selector import Selector  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -322,6 +327,47 @@ def test_selection_bytes_are_those_that_travel(budgets: int) -> None:
     pieces = [selection.Piece(f"{g}", Box.span(0, 4, 4), keys, g) for g in range(budgets)]
     selection.select_largest(pieces, [2] * budgets, reduce)
     assert reduce.sent == plan.selection_bytes(budgets)
+
+
+@pytest.mark.parametrize(
+    ("method", "travels"),
+    [
+        ({"method": "set", "phase_steps": 6}, ["start", "update", "update"]),
+        ({"method": "gradual", "phase_steps": 6}, ["update", "update", "boundary"]),
+        (
+            {"partitions": 2, "rounds": 1, "phase_steps": 4, "target": "rising", "grow": "random", "grow_share": 0.9},
+            ["start", "update", "boundary", "update", "boundary"],
+        ),
+    ],
+)
+def test_what_travels_in_a_run_is_forecast(
+    method: dict[str, Any], travels: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One rank contributes as much as one of several does: what the all-reduces of a whole run are given is counted."""
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)) for _ in range(4)))
+    config = {"sparsity": 0.5, "update_steps": 2, "finetune_steps": 1, **method}
+    sent, found = [], []
+
+    class Counting(Comm):
+        def sum(self, counts: Tensor) -> Tensor:
+            sent.append(counts.nbytes)
+            return super().sum(counts)
+
+    class Counted(Selector):
+        def select(self, updates: Mapping[Entry, rules.Update]) -> dict[str, Tensor]:
+            sent.clear()
+            bits = Selector.select(replace(self, comm=Counting()), updates)
+            found.extend([sum(sent)] if sent else [])
+            return bits
+
+    monkeypatch.setattr(mask_state, "Selector", Counted)
+    engine = GaPEngine(model, config, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    ranks = plan.forecast(model, engine.config, world_size=2)["ranks"]
+    while not engine.finished:
+        engine.backward(engine(torch.randn(4, 8)).square().mean())
+        engine.step()
+    most = {at: max(n for n, other in zip(found, travels, strict=True) if other == at) for at in travels}
+    assert most == {at: ranks[f"{at}_bytes"] for at in most}
 
 
 def test_without_steps_per_epoch_fractions_of_epochs_are_exact(run: Run) -> None:
