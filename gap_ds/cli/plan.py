@@ -192,6 +192,8 @@ def _ticks_per_epoch(config: GaPConfig) -> int:
         )
     )
     ticks = math.lcm(*(x.denominator for x in (dense, phase, finetune, update, part * phase, part * dense)))
+    if config.regrow_warmup_epochs:  # which is refused below two ticks, for what it is with so many steps in an epoch
+        ticks *= math.ceil(2 / (ticks * Fraction(repr(config.regrow_warmup_epochs))))
     return ticks if ticks <= _MOST_TICKS else _MOST_TICKS
 
 

@@ -377,6 +377,20 @@ def test_without_steps_per_epoch_fractions_of_epochs_are_exact(run: Run) -> None
     assert figures["length"] == 0.75
 
 
+@pytest.mark.parametrize("warmup", [0.01, 0.5, 1])
+def test_a_warmup_in_epochs_needs_no_number_of_steps(warmup: float) -> None:
+    """It is refused where it is less than two steps, and how many it is nobody knows here."""
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)) for _ in range(3)))
+    plain, warmed = (
+        plan.forecast(model, GaPConfig.load({**CYCLIC, **more})) for more in ({}, {"regrow_warmup_epochs": warmup})
+    )
+    assert [p["first_epoch"] for p in warmed["phases"]] == [p["first_epoch"] for p in plain["phases"]]
+    assert (warmed["length"], warmed["mean_density"]) == (plain["length"], pytest.approx(plain["mean_density"]))
+    with pytest.raises(ValueError, match="is less than 2 steps"):
+        plan.forecast(model, GaPConfig.load({**CYCLIC, "regrow_warmup_epochs": warmup}), steps_per_epoch=1)
+
+
 # -- models ------------------------------------------------------------------------------------------------------------
 
 
