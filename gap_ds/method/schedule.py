@@ -71,7 +71,9 @@ def build(config: GaPConfig, steps_per_epoch: int | None = None, worker: int = 0
         _with_updates(config, unit, phase, start, end)
         for phase, (start, end) in zip(phases, itertools.pairwise(starts), strict=True)
     ]
-    _check(config, unit, phases[:-1])
+    # The last one may be empty if it is said to be, and not because it was rounded to nothing.
+    _check_steps(config, unit, phases if segments[-1].length else phases[:-1])
+    _check(config, phases[:-1])
     return Schedule(tuple(phases), _warmup(config, unit))
 
 
@@ -131,13 +133,16 @@ def _with_updates(config: GaPConfig, unit: int, phase: Phase, start: Fraction, e
     return replace(phase, update_from=first, updates=inside)
 
 
-def _check(config: GaPConfig, unit: int, phases: Sequence[Phase]) -> None:
-    """Refuse phases without a step, and a run whose updates fall inside no phase."""
+def _check_steps(config: GaPConfig, unit: int, phases: Sequence[Phase]) -> None:
     if empty := next((phase for phase in phases if phase.steps < 1), None):
-        name = "dense_epochs" if empty.kind == "dense" else "phase_epochs"
+        name = {"dense": "dense_epochs", "explore": "phase_epochs", "finetune": "finetune_epochs"}[empty.kind]
         raise ValueError(
             f'{name}={getattr(config, name)}: with {unit} steps in an epoch a phase has no step. Raise "{name}".'
         )
+
+
+def _check(config: GaPConfig, phases: Sequence[Phase]) -> None:
+    """Refuse a run whose updates fall inside no phase."""
     name = f"update_{'epochs' if config.in_epochs else 'steps'}"
     if config.updates and phases and not any(phase.updates for phase in phases):
         raise ValueError(

@@ -167,6 +167,14 @@ def test_a_phase_without_a_step() -> None:
         build(epochs(phase_epochs=0.1), steps_per_epoch=4)
 
 
+def test_finetuning_that_is_rounded_to_nothing() -> None:
+    """0.1 epochs of 4 steps. A worker of parallel GaP that does not fine-tune is not asked for it."""
+    with pytest.raises(ValueError, match=r'finetune_epochs=0\.1: with 4 steps in an epoch a phase .*"finetune_epochs"'):
+        build(epochs(finetune_epochs=0.1), steps_per_epoch=4)
+    assert build(epochs(finetune_epochs=0), steps_per_epoch=4).phases[-1].steps == 0
+    assert build(epochs(method="parallel", finetune_epochs=0.1), steps_per_epoch=4, worker=1).phases[-1].steps == 0
+
+
 @pytest.mark.parametrize("steps", [None, 0, -3])
 def test_epochs_need_their_length(steps: int | None) -> None:
     with pytest.raises(ValueError, match=rf"steps_per_epoch={steps}: must be the number of applied steps in an epoch"):
