@@ -23,7 +23,10 @@ from gap_ds.method.plan import build as build_plan
 from gap_ds.method.schedule import Phase, Schedule
 from gap_ds.method.schedule import build as build_schedule
 
-COUNTED = "products with weights, forward and backward alike; not attention scores, norms and the optimizer"
+COUNTED = (
+    "products with weights, each weight alike, forward and backward; not the positions of convolutions, the share of "
+    "tokens of experts, attention scores, norms and the optimizer"
+)
 
 
 def forecast(

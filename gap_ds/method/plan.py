@@ -114,7 +114,10 @@ class Plan:
     def training_flops(self, mean_density: float) -> float:
         """FLOPs of training relative to the dense model, given the entries' mean density over the run.
 
-        Counted are the products with weights, forward and backward alike; attention scores and norms are not.
+        Counted are the products with weights, forward and backward alike; attention scores and norms are not. Every
+        weight counts alike, which is exact where each is used once for a token. How many positions a convolution has,
+        and how many tokens an expert, is in no shape: a ResNet with ERK, whose early layers have the most positions and
+        stay the densest, may have several times these FLOPs.
         """
         return (mean_density * self.numel + self.dense_matmul) / (self.numel + self.dense_matmul)
 

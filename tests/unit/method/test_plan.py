@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from gap_ds.method.config import GaPConfig
 from gap_ds.method.entries import find_blocks
@@ -232,6 +233,36 @@ def test_transformer_big() -> None:
     written = build(model, config(partitions=pairs))
     assert written.per_partition()[1] == [25_165_824] * 3 + [33_554_432] * 3
     assert {len(names) for names in groups(written)} == {12, 20}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_flops_are_those_that_torch_counts(tied: bool) -> None:
+    """Six for each weight and token: products forward, and with the gradient, for weights and for activations."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(50, 16)
+            layers = (nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16)) for _ in range(2))
+            self.layers = nn.ModuleList(layers)
+            self.head = nn.Linear(16, 50, bias=False)
+            if tied:
+                self.head.weight = self.embedding.weight
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            x: torch.Tensor = self.embedding(tokens)
+            for layer in self.layers:
+                x = x + layer(x)
+            return self.head(x).square().mean()
+
+    with torch.device("meta"):
+        model, tokens = Model(), torch.zeros(3, 7, dtype=torch.int64)
+        with FlopCounterMode(display=False) as counter:
+            model(tokens).backward()
+    plan = build(model, config())
+    assert counter.get_total_flops() == 6 * 21 * (plan.numel + plan.dense_matmul)
+    dense = 50 * 16 / (50 * 16 + 4 * 16 * 32)
+    assert plan.training_flops(0.25) == pytest.approx(dense + 0.25 * (1 - dense))
 
 
 # -- a small model, by hand ----------------------------------------------------------------------------------------
