@@ -14,7 +14,7 @@ from torch import nn
 
 from gap_ds.method.config import GaPConfig
 from gap_ds.method.matrices import Matrices, Shapes, computed_from
-from gap_ds.method.names import matching, no_match, parent, rows_of
+from gap_ds.method.names import ancestors, matching, no_match, parent, rows_of
 from gap_ds.method.partitions import without_experts
 
 #: Groups of dense matrices that a summary names.
@@ -22,7 +22,7 @@ _NAMED = 6
 
 
 class Dense(NamedTuple):
-    """A matrix or table that is no entry, and why: frozen, excluded, outside the blocks, or its use."""
+    """A matrix or table that is no entry, and why: frozen, excluded, adapter, outside the blocks, or its use."""
 
     name: str
     numel: int
@@ -70,12 +70,14 @@ def find_entries(
     holds = config.mask_init == "from_weights" and not config.include
     if holds and _over_frozen(chosen, inner, matrices, shapes, frozen):
         chosen = {name for name in inner if name in frozen}  # the adapters are none: what is held is their base
+    beside = _beside_trained_bases(chosen, modules)
     blocks = {matrices.block_of[name] for name in chosen}
     trainable = [name for name, shape in shapes.items() if len(shape) > 1 and 0 not in shape and name not in frozen]
     for pattern in config.include:
         if not (found := matching(pattern, trainable)):
             raise ValueError(no_match("include", pattern, trainable))
         chosen.update(found)
+        beside.difference_update(found)
     if not isinstance(config.partitions, int) and not blocks:
         # Without repeated blocks the written partitions say what the entries are.
         free = [name for name in prunable if name not in frozen]
@@ -87,7 +89,7 @@ def find_entries(
             raise ValueError(no_match("exclude", pattern, sorted(chosen)))
         chosen.difference_update(found)
         excluded.update(found, matching(pattern, inner))
-    names = [name for name in shapes if name in chosen]
+    names = [name for name in shapes if name in chosen and name not in beside]
     _check_entries(names, inner, frozen, modules, matrices, shapes, config, [n for n in prunable if n not in frozen])
 
     def reason(name: str) -> str:
@@ -95,11 +97,13 @@ def find_entries(
             return "excluded"
         if name in tied:
             return "embedding"
+        if name in beside:
+            return "adapter"
         if matrices.use(name) not in ("matrix", "computed"):
             return matrices.use(name)
         return "frozen" if name in matrices.block_of else "outside the blocks"
 
-    left = [name for name, shape in shapes.items() if len(shape) > 1 and name not in chosen]
+    left = [name for name, shape in shapes.items() if len(shape) > 1 and (name not in chosen or name in beside)]
     left = [name for name in left if matrices.use(name) not in ("vector", "norm") and not name.endswith("bias")]
     dense = tuple(Dense(name, math.prod(shapes[name]), reason(name)) for name in left)
     return Found(names, [block for block in matrices.blocks if block in blocks], dense)
@@ -148,6 +152,17 @@ def _over_frozen(
         return bool(_adapters(sorted(chosen), inner, matrices, shapes))
     thin = any(matrices.use(name) == "thin" and name not in frozen for name in matrices.block_of)
     return thin and bool(inner)
+
+
+def _beside_trained_bases(chosen: Collection[str], modules: Mapping[str, nn.Module]) -> set[str]:
+    """The matrices of adapters whose base is chosen itself: all that a layer of peft has beside its `base_layer`.
+
+    They begin at 0, or nearly so, and their product is added to the base: a mask on them is none on the sum.
+    """
+    layers = {path for path, module in modules.items() if hasattr(module, "adapter_layer_names")}
+    bases = {f"{path}.base_layer" for path in layers}
+    trained = {parent(path) for name in chosen for path in ancestors(name) if path in bases}
+    return {n for n in chosen if bases.isdisjoint(ancestors(n)) and not trained.isdisjoint(ancestors(n))}
 
 
 def _example(free: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -341,6 +342,21 @@ def test_adapters_over_a_frozen_base() -> None:
     for block in root.layers:
         block.fc2.requires_grad_(False)
     assert first(plan(root)) == {"fc1.weight"}
+
+
+def test_adapters_beside_a_base_that_is_trained() -> None:
+    """As peft lays them out, and as the message for a frozen base advises: the base is pruned, not what is added."""
+
+    def lora() -> nn.Module:
+        pair = {"lora_A": nn.Linear(WIDTH, 8, bias=False), "lora_B": nn.Linear(8, WIDTH, bias=False)}
+        layers = [model(q=model(base_layer=nn.Linear(WIDTH, WIDTH), **copy.deepcopy(pair))) for _ in range(2)]
+        for layer in layers:
+            layer.q.adapter_layer_names = ("lora_A", "lora_B")
+        return model(layers=nn.ModuleList(layers))
+
+    assert first(plan(lora())) == first(plan(lora(), exclude=["lora_[AB]"])) == {"q.base_layer.weight"}
+    assert [row.reason for row in plan(lora()).dense] == ["adapter"] * 4
+    assert first(plan(lora(), include=["lora_A"])) == {"q.base_layer.weight", "q.lora_A.weight"}
 
 
 def test_a_sparse_base_under_adapters_is_held() -> None:
