@@ -26,7 +26,7 @@ from gap_ds.method.partitions import assign, shape_of
 from gap_ds.method.pattern import Pattern, Unstructured, parse
 
 #: Name components that wrappers insert: FSDP1 and fairscale, activation checkpointing, torch.compile.
-_WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module|_orig_mod)\.")
+_WRAPPERS = re.compile(r"(?<![^.])(_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module|_orig_mod)\.")
 
 
 def clean_name(name: str) -> str:
@@ -34,6 +34,8 @@ def clean_name(name: str) -> str:
 
     >>> clean_name("_orig_mod.layers.0._checkpoint_wrapped_module.fc1.weight")
     'layers.0.fc1.weight'
+    >>> clean_name("layers.0.my_orig_mod.weight")  # a name of the model's, which only ends like a wrapper's
+    'layers.0.my_orig_mod.weight'
     """
     return _WRAPPERS.sub("", name + ".").removesuffix(".")
 
