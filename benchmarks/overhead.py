@@ -8,11 +8,11 @@ Every row has fresh processes. One model takes steps A past its GaPEngine, whose
 through it, in the order A B B A, on the same batch. Where a model lies in memory changes its times by 1 to 2 %, so two
 copies of it would differ without any engine. The learning rate is 0: the steps past the engine leave pruned weights 0.
 `ratio` is the median ratio of neighbouring steps, `interval` its 95 % confidence interval, `cpu_ratio` the same for CPU
-time. On a CPU, `own_ms` is the time inside the engine's calls of a step (masks, loss guard, counting). It scatters far
-less than whole steps, but excludes the effect of these calls on the caches. These steps have no boundary. Six
-boundaries are timed separately, from the end of a step until the next one can begin (`boundary_ms`), also in steps with
-the engine (`boundary_steps`). fairscale uses CUDA streams; without a GPU the tests' stand-in replaces them. `--quick`
-is a size for tests.
+time. On a CPU, `own_ms` is the time inside the engine's calls of a step (looks at weights, masks, loss guard,
+counting). It scatters far less than whole steps, but excludes the effect of these calls on the caches. These steps have
+no boundary. Six boundaries are timed separately, from the end of a step until the next one can begin (`boundary_ms`),
+also in steps with the engine (`boundary_steps`). fairscale uses CUDA streams; without a GPU the tests' stand-in
+replaces them. `--quick` is a size for tests.
 
 With `--decide` steps are timed until the CPU time of rank 0 decides if the ratio is at most 1.01: until its interval
 lies on one side, or --seconds have passed. Where the masks lie in memory may change it, for as long as they lie there:
@@ -217,7 +217,8 @@ def own_seconds(engine: GaPEngine) -> list[float]:
 
         return wrapper
 
-    engine.mask_state.zero_pruned = timed(engine.mask_state.zero_pruned)
+    engine._updates._look_first = timed(engine._updates._look_first)
+    engine._updates._mask = timed(engine._updates._mask)
     engine.run.guard.accepts = timed(engine.run.guard.accepts)
     count = timed(engine.after_step)
 

@@ -66,17 +66,24 @@ class MaskState:
 
     # -- in every optimizer step -----------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def before_update(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Remembers what `after_update` needs of the weights, before an optimizer steps."""
-        self.young.before_update(self.held_by(optimizer, self.young.grown), step)
-        self._sizes.before_update(self.held_by(optimizer, self._sizes.factors))
+        if self._scales:
+            with torch.no_grad():
+                self.young.before_update(self.held_by(optimizer, self.young.grown), step)
+                self._sizes.before_update(self.held_by(optimizer, self._sizes.factors))
 
-    @torch.no_grad()
     def after_update(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Scales the step that an optimizer has just taken, where the config says so."""
-        self.young.after_update(self.held_by(optimizer, self.young.grown), step)
-        self._sizes.after_update(self.held_by(optimizer, self._sizes.factors))
+        if self._scales:
+            with torch.no_grad():
+                self.young.after_update(self.held_by(optimizer, self.young.grown), step)
+                self._sizes.after_update(self.held_by(optimizer, self._sizes.factors))
+
+    @property
+    def _scales(self) -> bool:
+        """Whether steps are scaled at all: most runs need not look for the entries."""
+        return bool(self.young.grown or self._sizes.factors)
 
     def zero_pruned(self, optimizer: torch.optim.Optimizer) -> Sequence[str]:
         """Zeroes the pruned weights that an optimizer step has just changed; returns the names of their entries.
