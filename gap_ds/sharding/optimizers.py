@@ -368,7 +368,7 @@ def _has_stepped(state: Mapping[str, Any]) -> bool:
 
 
 def _counters(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
-    """What an optimizer counts in a group before its first step, also if it has stepped."""
+    """The counts that an optimizer has in a group before its first step, also if it has stepped."""
     first = optimizer.defaults if optimizer.state else group
     return {key: first[key] for key in _COUNTERS if key in first}
 

@@ -82,7 +82,7 @@ class MaskState:
 
     @property
     def _scales(self) -> bool:
-        """Whether steps are scaled at all: most runs need not look for the entries."""
+        """True if any steps are scaled; most runs have none, and need not look for the entries."""
         return bool(self.young.grown or self._sizes.factors)
 
     def zero_pruned(self, optimizer: torch.optim.Optimizer) -> Sequence[str]:

@@ -52,7 +52,6 @@ class Updates:
         #: All tensors that hold weights, as the last update left them.
         self._watched = Watched()
         self._parts = Parts()
-        self._by_gradient = run.config.grow == "gradient" or run.config.record.needs_gradient
         self._handles: list[Any] = []
         for optimizer in run.backend.optimizers:
             if optimizer in _HOOKED:
@@ -140,8 +139,6 @@ class Updates:
             _out_of_graph(self._copy_gradients, optimizer)
 
     def _copy_gradients(self, optimizer: torch.optim.Optimizer) -> None:
-        if not self._by_gradient:
-            return
         place = self._place()
         if rules.needs_gradient(self._run.config, place.phase(self._run.schedule), place.step + 1):
             self._run.mask_state.copy_gradients(optimizer)
