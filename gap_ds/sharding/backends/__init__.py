@@ -2,8 +2,8 @@
 
 A backend is one value: where the pieces lie (`shards`), which optimizer updates them, and what the sharding library
 does its own way (publish, backward, step, save, load). `detect` builds it from the objects that a user already has:
-`zero` (with `zero_places`), `fairscale`, `fsdp` or `plain` (with `torch_state`). Outside this folder only the reading
-of a checkpoint, whose files are the library's, depends on which one it is.
+`zero` (with `zero_places` and `zero_limits`), `fairscale`, `fsdp` or `plain` (with `torch_state`). Outside this folder
+only the reading of a checkpoint, whose files are the library's, depends on which one it is.
 """
 
 from __future__ import annotations

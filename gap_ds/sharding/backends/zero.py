@@ -1,6 +1,6 @@
 """DeepSpeed: ZeRO stages 0, 1, 2 and 3, in fp32, bf16 and fp16, the optimizer offloaded to the CPU or not.
 
-Where a rank's pieces lie is in `zero_places.py`; what would train with wrong masks is refused here.
+Where a rank's pieces lie is in `zero_places.py`, and what is refused in `zero_limits.py`.
 """
 
 from __future__ import annotations
@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from pydantic import ValidationError
 from torch import nn
 
-from gap_ds.optim.sparse_state import SparseState
 from gap_ds.sharding.backends import Backend, Training
 from gap_ds.sharding.backends.plain import require_world
-from gap_ds.sharding.backends.zero_places import places, shard, version
+from gap_ds.sharding.backends.zero_limits import refuse_config, refuse_offload
+from gap_ds.sharding.backends.zero_places import places, shard
 from gap_ds.sharding.comm import raise_on_all_ranks
 from gap_ds.sharding.mesh import Layout
 from gap_ds.sharding.optimizers import Optimizers
@@ -47,7 +47,7 @@ def initialize(*, config: Any, **arguments: Any) -> Any:
     for part in ("offload_optimizer", "offload_param"):
         # Refused before DeepSpeed looks for libraries and optimizers that only these would need.
         if isinstance(zero, dict) and isinstance(zero.get(part), dict):
-            _refuse_parts(part, zero[part].get("device"), zero[part].get("ratio", 1.0))
+            refuse_offload(part, zero[part].get("device"), zero[part].get("ratio", 1.0))
     try:
         engine, *_ = deepspeed.initialize(config=config, **arguments)
     except ValidationError as error:
@@ -65,6 +65,7 @@ def build(engine: Any, training: Training) -> Backend:
         ValueError: a setting under which pieces lie elsewhere, or the optimizer is not called.
     """
     _refuse(engine, training)
+    refuse_config(engine, _innermost(engine.optimizer))
     require_world(engine.seq_data_parallel_group.size() * engine.mp_world_size, training.world)
     stage: int = engine.zero_optimization_stage()
     place, comm, publish = places(engine, stage, training.world)
@@ -102,9 +103,7 @@ def build(engine: Any, training: Training) -> Backend:
 
 
 def _refuse(engine: Any, training: Training) -> None:
-    """Refuses what would silently train with wrong masks."""
-    config = engine._config
-    zero = config.zero_config
+    """Refuses arguments that are the engine's own settings, and an engine that updates no weights."""
     given = {k for k, v in vars(training).items() if v != type(training).__dataclass_fields__[k].default}
     if given := given - {"optimizer_state", "world"}:
         raise ValueError(
@@ -115,86 +114,6 @@ def _refuse(engine: Any, training: Training) -> None:
         raise ValueError(
             "the DeepSpeed engine has no optimizer: pass one to deepspeed.initialize, or set it in its config"
         )
-
-    _refuse_offload(zero)
-    if zero.stage in (1, 2) and zero.round_robin_gradients:
-        _refuse_value(
-            "zero_optimization.round_robin_gradients",
-            True,
-            "DeepSpeed's record of which weights a rank owns can point at another parameter",
-            "Set it to false.",
-        )
-    if getattr(zero, "zenflow", None) is not None:
-        _refuse_value(
-            "zero_optimization.zenflow", "set", "it updates weights outside the optimizer's step", "Remove it."
-        )
-    if getattr(zero, "mics_shard_size", -1) not in (-1, 0, None):
-        _refuse_value(
-            "zero_optimization.mics_shard_size",
-            zero.mics_shard_size,
-            "MiCS shards within groups of ranks, which was not tested",
-            "Remove it.",
-        )
-    if getattr(engine, "has_moe_layers", False):
-        _refuse_value(
-            "MoE layers",
-            "AutoEP" if engine._config.expert_parallel_config.enabled else "deepspeed.moe",
-            f"DeepSpeed {version()} gives the experts of each rank the same names, so that they are no pieces of one "
-            "parameter",
-            "Use experts held on every rank, or FSDP2 with experts as DTensors.",
-        )
-    if engine.checkpoint_engine.is_decoupled():
-        _refuse_value(
-            "checkpoint engine",
-            type(engine.checkpoint_engine).__name__,
-            "it goes on writing after the checkpoint is listed as whole",
-            "Use the default one.",
-        )
-    inner = _innermost(engine.optimizer)
-    if isinstance(inner, SparseState) and engine.load_universal_checkpoint():
-        _refuse_value(
-            "checkpoint.load_universal",
-            True,
-            f"it restores whole state, and {type(inner).__name__} of gap_ds.optim holds that of kept weights alone",
-            "Set it to false, and go on from a checkpoint saved with portable=True.",
-        )
-    if engine.mp_world_size > 1 and not (engine.autotp_size() == engine.mp_world_size and zero.stage in (1, 2)):
-        _refuse_value(
-            "tensor parallelism",
-            engine.mp_world_size,
-            f"DeepSpeed {version()} records how weights are cut only for AutoTP, and only that with stage 1 or 2 was "
-            "tested",
-            'Set "tensor_parallel": {"autotp_size": N} with stage 1 or 2, or its size to 1.',
-        )
-
-
-def _refuse_offload(zero: Any) -> None:
-    for part in ("offload_optimizer", "offload_param"):
-        offload = getattr(zero, part)
-        if offload is not None:
-            _refuse_parts(part, str(getattr(offload.device, "value", offload.device)), getattr(offload, "ratio", 1.0))
-        if getattr(offload, "super_offload", False):
-            _refuse_value(
-                f"zero_optimization.{part}.super_offload",
-                True,
-                "its CPU workers update the weights without the optimizer's step",
-                "Set it to false.",
-            )
-
-
-def _refuse_parts(part: str, device: object, ratio: object) -> None:
-    """Refuses fp32 weights, or some of them, where the innermost optimizer does not update them."""
-    setting = f"zero_optimization.{part}"
-    if device == "nvme":
-        reason = "the fp32 weights are swapped out between steps, where masks cannot reach them"
-        _refuse_value(f"{setting}.device", device, reason, 'Set it to "cpu".')
-    if ratio != 1.0:
-        reason = "a part of the weights is then updated by a second optimizer that DeepSpeed keeps to itself"
-        _refuse_value(f"{setting}.ratio", ratio, reason, "Set it to 1.0.")
-
-
-def _refuse_value(setting: str, value: object, reason: str, change: str) -> NoReturn:
-    raise ValueError(f"DeepSpeed config: {setting}={value!r} is not supported: {reason}. {change}")
 
 
 def _optimizers(engine: Any, stage: int, training: Training) -> Optimizers:
