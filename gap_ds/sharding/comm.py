@@ -211,6 +211,12 @@ def sum_of(shards: Iterable[Shard], numbers: Sequence[int], comm: Comm) -> list[
     return sums
 
 
+def some_of(ranks: Iterable[int]) -> str:
+    """Ranks for a message, the lowest eight at most."""
+    shown = sorted(ranks)
+    return ", ".join(map(str, shown[:8])) + (" and others" if len(shown) > 8 else "")
+
+
 class Apart(ValueError):
     """An error of ranks that work for themselves: the others do not come along, so nobody waits for them."""
 

@@ -27,7 +27,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from gap_ds.masks.box import Box, covers
 from gap_ds.method.plan import clean_name
-from gap_ds.sharding.comm import Apart, Comm, boxes_of, raise_on_all_ranks
+from gap_ds.sharding.comm import Apart, Comm, boxes_of, raise_on_all_ranks, some_of
 from gap_ds.sharding.shard import Fixed, Shard
 
 #: Groups made here, by their ranks: libraries free none, and a run may build several engines.
@@ -147,9 +147,9 @@ def group_of(parameters: Mapping[str, Tensor], world: Comm) -> Comm:
                 spread[ranks] = _known_group(parameter, ranks)
     if reached and reached != set(world.ranks):
         raise Apart(
-            f"{_first_outside(parameters, world)}: lies on a mesh of the ranks {_some(reached)}, and the engine trains "
-            f"on {_some(world.ranks)}. Pass group= with the ranks of this model, where others train another one (a "
-            "stage of a pipeline, a second model), or build the mesh over all ranks."
+            f"{_first_outside(parameters, world)}: lies on a mesh of the ranks {some_of(reached)}, and the engine "
+            f"trains on {some_of(world.ranks)}. Pass group= with the ranks of this model, where others train another "
+            "one (a stage of a pipeline, a second model), or build the mesh over all ranks."
         )
     widest = max(spread, key=len, default=())
     nested = all(set(ranks) <= set(widest) for ranks in spread)
@@ -286,8 +286,3 @@ def clip(parameters: Iterable[Tensor], norm: float) -> None:
         total = torch.linalg.vector_norm(torch.stack([one.to(whole[0].device) for one in whole])) if many else whole[0]
         for group in alike.values():
             torch.nn.utils.clip_grads_with_norm_(group, norm, total)
-
-
-def _some(ranks: Iterable[int]) -> str:
-    shown = sorted(ranks)
-    return ", ".join(map(str, shown[:8])) + (" and others" if len(shown) > 8 else "")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gap_ds.masks.box import Box
 from gap_ds.method.plan import Plan, clean_name
-from gap_ds.sharding.comm import Comm, raise_on_all_ranks, sum_of
+from gap_ds.sharding.comm import Comm, raise_on_all_ranks, some_of, sum_of
 from gap_ds.sharding.shard import Shard
 
 _REDUCE = (
@@ -37,7 +37,7 @@ def check_model(world: Comm, shards: Sequence[Shard]) -> None:
     rows = world.all_gather(torch.tensor([_number("\n".join(names))], dtype=torch.int64)).view(-1)
     if others := (rows != rows[0]).nonzero().view(-1).tolist():
         raise ValueError(
-            f"ranks 0 and {_some(others)} have different models (this rank: {len(names)} parameters, "
+            f"ranks 0 and {some_of(others)} have different models (this rank: {len(names)} parameters, "
             f"{names[0] if names else 'none'} and others). All ranks must train the same model. Where groups of ranks "
             "train separate ones (stages of a pipeline, two models), pass group= with the ranks of this one; experts "
             "of different ranks must be DTensors of one parameter."
@@ -65,14 +65,14 @@ def check_position(world: Comm, step: int, signature: str, fingerprint: str, non
         if others:
             told = f": {rows[0, 0]} and {rows[others[0], 0]}" if column == 0 else f" (this rank: {own})"
             raise ValueError(
-                f"ranks 0 and {_some(others)} have different {what}{told}. Give every rank the same model, config and "
-                "checkpoint."
+                f"ranks 0 and {some_of(others)} have different {what}{told}. Give every rank the same model, config "
+                "and checkpoint."
             )
     if ranks := rows[:, 3].nonzero().view(-1).tolist():
         raise ValueError(
-            f"a loss before {place} was NaN or infinite on rank {_some(ranks)}: stopped, because masks and checkpoints "
-            "would come from ruined weights. Lower the learning rate, go on from the newest checkpoint, or leave such "
-            'micro-batches out (nonfinite_loss="skip").'
+            f"a loss before {place} was NaN or infinite on rank {some_of(ranks)}: stopped, because masks and "
+            "checkpoints would come from ruined weights. Lower the learning rate, go on from the newest checkpoint, or "
+            'leave such micro-batches out (nonfinite_loss="skip").'
         )
 
 
@@ -124,7 +124,7 @@ def drifted_weights(plan: Plan, shards: Mapping[str, Shard], comm: Comm, world: 
         return None
     first, others = found
     return (
-        f"{plan.entries[first].name}: its weights differ between ranks 0 and {_some(others)}: their copies of the "
+        f"{plan.entries[first].name}: its weights differ between ranks 0 and {some_of(others)}: their copies of the "
         f"model have drifted apart. {_REDUCE}"
     )
 
@@ -180,7 +180,7 @@ def _check_replicas(
 
 def _drifted(name: str, first: int, others: list[int]) -> ValueError:
     return ValueError(
-        f"{name}: its masks differ between ranks {first} and {_some(others)}, so their copies "
+        f"{name}: its masks differ between ranks {first} and {some_of(others)}, so their copies "
         f"of the weights have drifted apart. {_REDUCE}"
     )
 
@@ -223,10 +223,6 @@ def _digest(bits: Tensor, box: Box) -> int:
     if not bits.numel():
         return 0
     return zlib.crc32(bits.cpu().numpy().tobytes(), zlib.crc32(repr(box).encode())) >> 1
-
-
-def _some(ranks: list[int]) -> str:
-    return ", ".join(map(str, ranks[:4])) + (" and others" if len(ranks) > 4 else "")
 
 
 class LossGuard:
