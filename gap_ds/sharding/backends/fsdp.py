@@ -75,7 +75,7 @@ def _backend(name: str, model: nn.Module, root: nn.Module, training: Training, l
         step=loop.step,
         save=save,
         load=load,
-        skips_overflow=training.grad_scaler is not None,
+        skips_overflow=training.skips_overflow,
         reshards=DISTRIBUTED if name in DISTRIBUTED else (name,),
         **rest,
     )
