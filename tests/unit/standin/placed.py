@@ -201,6 +201,7 @@ ADAM: dict[str, Any] = {"lr": 0.01, "foreach": False}
 RUNS: dict[str, tuple[dict[str, Any], type[torch.optim.Optimizer]]] = {
     "cyclic": (CYCLIC, torch.optim.Adam),
     "last values": (CYCLIC | {"regrow": "last_value"}, torch.optim.Adam),
+    "warm-up": (CYCLIC | {"regrow_warmup_steps": 3}, torch.optim.Adam),
     "mean moments": (CYCLIC | {"regrow_moments": "mean_second"}, torch.optim.Adam),
     "2:4": (CYCLIC | {"sparsity": 0.5, "pattern": "2:4"}, torch.optim.Adam),
     "blocks": (CYCLIC | {"pattern": "block:2x2"}, torch.optim.Adam),
