@@ -73,7 +73,8 @@ def logit_distance(
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}: must be above 0. Set another temperature.")
     _check("logits", logits, wanted, kept, 1)
-    chosen = (_chosen(x, kept, 1).float() for x in (logits, wanted.detach()))
+    places = _places(kept)
+    chosen = (_chosen(x, places, 1).float() for x in (logits, wanted.detach()))
     # Finite: a token that is ruled out by a logit of -inf adds nothing, which 0 x inf would not be.
     least = torch.finfo(torch.float32).min
     student, teacher = ((x if temperature == 1 else x / temperature).log_softmax(-1).clamp_min(least) for x in chosen)
@@ -113,13 +114,14 @@ def hidden_distance(
             f"hidden states of {len(states)} layers, of the teacher {len(wanted)}: must be equal and at least 1. Set "
             "output_hidden_states=True for both, or pair their layers."
         )
-    norms, squares = [], []
+    norms, squares, places = [], [], _places(kept)
     for state, target in zip(states, wanted, strict=True):
         trailing = 1 if kept is None else state.dim() - kept.dim()
         _check("hidden states", state, target, kept, trailing)
-        student, teacher = (_chosen(x, kept, trailing).float() for x in (state, target.detach()))
-        norms.append(teacher.square().sum())
-        squares.append((student - teacher).square().sum())
+        student, teacher = (_chosen(x, places, trailing).float() for x in (state, target.detach()))
+        # Layers may be on several devices.
+        norms.append(teacher.square().sum().to(states[0].device))
+        squares.append((student - teacher).square().sum().to(states[0].device))
     norm = torch.stack(norms)
     if comm is not None:
         with operation("the norms of the teacher's hidden states"):
@@ -128,10 +130,15 @@ def hidden_distance(
     return (1 if comm is None else comm.size) * share.sum()
 
 
-def _chosen(values: Tensor, kept: Tensor | None, trailing: int) -> Tensor:
-    """Return the kept positions as rows, (N, ...) with the last `trailing` dimensions."""
+def _places(kept: Tensor | None) -> Tensor | None:
+    """Return the numbers (N,) of the kept positions, for which the host waits once; None: all are kept."""
+    return None if kept is None else kept.flatten().nonzero()[:, 0]
+
+
+def _chosen(values: Tensor, places: Tensor | None, trailing: int) -> Tensor:
+    """Return the positions at these places as rows, (N, ...) with the last `trailing` dimensions."""
     rows = values.flatten(0, -1 - trailing)
-    return rows if kept is None else rows[kept.flatten()]
+    return rows if places is None else rows[places.to(rows.device)]
 
 
 def _check(what: str, found: Tensor, wanted: Tensor, kept: Tensor | None, trailing: int) -> None:

@@ -60,6 +60,7 @@ def prepare(
         lr_scheduler=inner,
         steps_per_epoch=steps_per_epoch,
         fresh=fresh,
+        grad_scaler=accelerator.scaler,
     )
     others = _PREPARED.setdefault(accelerator, [])
     masks = _MasksOfState(engine, f"{FOLDER}_{len(others)}" if others else FOLDER)

@@ -96,6 +96,8 @@ class GaPCallback(TrainerCallback):  # type: ignore[misc]
             masks_from=None if checkpoint is None else Path(checkpoint, FOLDER),
             history=Path(args.output_dir, history.NAME) if self.history else None,
             fresh=self.fresh,
+            # Its steps are the Trainer's. The engine learns that some of them are left out.
+            grad_scaler=getattr(trainer.accelerator, "scaler", None),
         )
         if self.history or _text(args.save_strategy) != "no":
             saving.require_shared(self.engine.run, Path(args.output_dir))
@@ -157,11 +159,8 @@ class GaPCallback(TrainerCallback):  # type: ignore[misc]
     def _watch(self, trainer: Trainer, engine: GaPEngine) -> None:
         """Lets the engine see every micro-batch's loss, which a Trainer does not show to its callbacks.
 
-        What the Trainer logs will not do: it puts the running mean in the place of a loss that is not finite. With a
-        gradient scaler such a step changes no weight, so that there is nothing to watch.
+        What the Trainer logs will not do: it puts the running mean in the place of a loss that is not finite.
         """
-        if getattr(trainer.accelerator, "scaler", None) is not None:
-            return
         training_step = trainer.training_step
 
         def watched(*args: Any, **kwargs: Any) -> Tensor:

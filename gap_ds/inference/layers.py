@@ -451,6 +451,19 @@ def is_2_of_4(weight: Tensor) -> bool:
     return not bool(((weight != 0).reshape(-1, 4).sum(dim=1) > 2).any())
 
 
+class SemiStructuredLinear(nn.Linear):
+    """A linear layer whose weight is semi-structured (2:4).
+
+    torch's product of such weights takes the rows of its input for neighbours in memory, whatever its strides are, and
+    refuses an input that is no view of rows, such as a transposed one. It has no product of nothing.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.numel() == 0:
+            return input.new_empty(*input.shape[:-1], self.out_features, dtype=self.weight.dtype)
+        return super().forward(input.contiguous())
+
+
 def semi_structured(linear: nn.Linear) -> nn.Module | None:
     """The layer with a semi-structured weight; None if its pattern, dtype, sizes or device do not allow it."""
     weight = matrix(linear)
@@ -459,7 +472,7 @@ def semi_structured(linear: nn.Linear) -> nn.Module | None:
     if weight.dtype not in (torch.float16, torch.bfloat16) or not is_2_of_4(weight):
         return None
     try:
-        made = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        made = SemiStructuredLinear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         made.weight = nn.Parameter(torch.sparse.to_sparse_semi_structured(weight.contiguous()), requires_grad=False)
         made.bias = linear.bias
         made.eval()(weight.new_zeros(2, weight.shape[1]))

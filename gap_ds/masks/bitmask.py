@@ -151,7 +151,7 @@ def count_revived(piece: Tensor, bits: Tensor) -> int:
 
 
 def count_revived_all(pieces: Iterable[tuple[Tensor, Tensor]]) -> list[int]:
-    """Return `count_revived` of many pieces, each with its mask. The host waits once for the device."""
+    """Return `count_revived` of many pieces, each with its mask. The host waits once for each device."""
     listed = list(pieces)
     host = [e for e, (piece, _) in enumerate(listed) if _is_host(piece)]
     found: dict[int, int | Tensor] = {}
@@ -159,9 +159,18 @@ def count_revived_all(pieces: Iterable[tuple[Tensor, Tensor]]) -> list[int]:
         found.update(zip(host, count_all(), strict=True))
     counts = [found[e] if e in found else _count_revived(*piece) for e, piece in enumerate(listed)]
     if waiting := [count for count in counts if isinstance(count, Tensor)]:
-        read = iter(torch.stack(waiting).tolist())
+        read = iter(on_host(waiting).tolist())
         return [next(read) if isinstance(count, Tensor) else count for count in counts]
     return [int(count) for count in counts]
+
+
+def on_host(numbers: Sequence[Tensor]) -> Tensor:
+    """Return integers (), which may be on several devices, as one tensor. The host waits once for each device."""
+    found = torch.zeros(len(numbers), dtype=torch.int64)
+    for device in dict.fromkeys(number.device for number in numbers):
+        there = [i for i, number in enumerate(numbers) if number.device == device]
+        found[there] = torch.stack([numbers[i] for i in there]).cpu()
+    return found
 
 
 def count_revived_later(pieces: Sequence[tuple[Tensor, Tensor]]) -> Callable[[], int] | None:

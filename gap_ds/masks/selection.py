@@ -372,7 +372,7 @@ def _tie_ends(pieces: Sequence[Piece], threshold: Tensor, need: Tensor, reduce: 
     Returns:
         For each entry the flat index before which ties are kept: 0 keeps none, None keeps all.
     """
-    own = _on_host([_tied(piece, int(threshold[piece.budget])) for piece in pieces])
+    own = bitmask.on_host([_tied(piece, int(threshold[piece.budget])) for piece in pieces])
     total, left, wanted = reduce.sum(own), need.tolist(), torch.zeros_like(own)
     for e, (piece, n) in enumerate(zip(pieces, total.tolist(), strict=True)):
         wanted[e] = min(n, left[piece.budget])
@@ -409,15 +409,6 @@ def _tied(piece: Piece, threshold: int) -> Tensor:
     found = torch.zeros((), dtype=torch.int64, device=piece.device)
     for _, keys in piece.chunks() if piece.counted else ():
         found += (keys == threshold).count_nonzero()
-    return found
-
-
-def _on_host(numbers: Sequence[Tensor]) -> Tensor:
-    """Integers of several devices as one tensor; the host waits once for each device."""
-    found = torch.zeros(len(numbers), dtype=torch.int64)
-    for device in dict.fromkeys(number.device for number in numbers):
-        there = [i for i, number in enumerate(numbers) if number.device == device]
-        found[there] = torch.stack([numbers[i] for i in there]).cpu()
     return found
 
 

@@ -114,7 +114,8 @@ class Kernels:
     """The kernels as `Steps`, on one device. The host waits for nothing."""
 
     def __init__(self) -> None:
-        #: The last table sent for each kernel, with what it was made of: addresses seldom change between steps.
+        #: The last table sent for each kernel and first weight, with what it was made of: addresses seldom change
+        #: between steps, and a step has a launch for each parameter group and number of steps.
         self._tables: dict[Any, tuple[list[tuple[int, ...]], Tensor]] = {}
 
     def adamw(self, pieces: Sequence[tuple[Kept, float]], settings: AdamWSettings) -> None:
@@ -147,7 +148,7 @@ class Kernels:
                 programs += triton.cdiv(mask.numel, PROGRAM)
         if not rows:
             return
-        key = kernel, *kinds.items()
+        key = kernel, rows[0][0], *kinds.items()
         if key not in self._tables or self._tables[key][0] != rows:
             self._tables[key] = rows, sent(rows, pieces[0].weight.device)
         table = self._tables[key][1]

@@ -70,8 +70,10 @@ class Comm:
         #: True if the first rank that trains the model is in this group: where groups hold the same pieces, that one
         #: writes for all.
         self.writes = (within or self).ranks[0] in self.ranks
-        nccl = not self._alone and "nccl" in str(dist.get_backend(self._group))
-        self._device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+        self._device = torch.device("cpu")
+        if self._group is not None and "nccl" in str(dist.get_backend(self._group)):
+            # A group that is bound to a device refuses tensors of the current one, where that is another.
+            self._device = self._group.bound_device_id or torch.device("cuda", torch.cuda.current_device())
 
     def sum(self, counts: Tensor) -> Tensor:
         """Elementwise sum over the ranks, on the CPU."""

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from gap_ds.masks import bitmask
 from gap_ds.masks.box import Box
 from gap_ds.method.plan import Plan, clean_name
 from gap_ds.sharding.comm import Comm, raise_on_all_ranks, some_of, sum_of
@@ -117,8 +118,7 @@ def drifted_weights(plan: Plan, shards: Mapping[str, Shard], comm: Comm, world: 
     if comm.size == world.size:
         return None
     held = [shards[entry.name] for entry in plan.entries]
-    sums = [_sum_of_bits(shard.weight()) for shard in held if shard.numel]
-    own = iter(torch.stack(sums).tolist() if sums else ())
+    own = iter(bitmask.on_host([_sum_of_bits(shard.weight()) for shard in held if shard.numel]).tolist())
     found = _differing(plan, held, [next(own) if shard.numel else 0 for shard in held], comm, world)
     if found is None:
         return None

@@ -137,9 +137,13 @@ class MaskState:
                 found |= {id(piece): piece for piece in copies}
         return list(found.values())
 
-    def masked_weights(self) -> dict[str, Tensor]:
-        """This rank's piece (numel,) of every masked entry."""
-        return {name: shard.weight() for name, shard in self._masked()}
+    def masked_weights(self) -> dict[str, list[Tensor]]:
+        """This rank's piece (numel,) of every masked entry, and all that its weights could come back from."""
+        return {name: self._weights(shard) for name, shard in self._masked()}
+
+    def _weights(self, shard: Shard) -> list[Tensor]:
+        """The weights of a piece (numel,), the library's copies of them, and other sequences of the optimizer."""
+        return [shard.weight(), *shard.copies(), *self._backend.optimizers.sequences(shard)]
 
     def forget_lists(self) -> None:
         """Forgets what steps have listed, and the masks that it holds. Call it after masks changed."""
@@ -161,7 +165,7 @@ class MaskState:
         names: list[str] = []
         pieces: list[tuple[Tensor, Tensor]] = []
         for name, shard in self._masked() if among is None else ((name, self.shards[name]) for name in among):
-            for piece in (shard.weight(), *shard.copies(), *self._backend.optimizers.sequences(shard)):
+            for piece in self._weights(shard):
                 names.append(name)
                 pieces.append((piece, self.bits[name].to(piece.device)))
         found = bitmask.count_revived_all(pieces)

@@ -64,6 +64,9 @@ def mean_second_moments(
 class Young:
     """The weights of this rank that were grown last, and the steps that they have taken since.
 
+    While an optimizer steps, this takes 4 bytes for each weight of the entries that have some. The host waits for no
+    device: to hold young weights alone it would have to know how many there are.
+
     Args:
         length: steps of the warm-up; 0: there is none.
     """
@@ -81,14 +84,10 @@ class Young:
             self.grown[name] = (bits, step)
 
     def before_update(self, shards: Iterable[Shard], step: int) -> None:
-        """Remembers young weights as they are before the update of a step."""
+        """Remembers the weights of entries with young ones before the update of a step."""
         for shard in shards:
-            if shard.name in self.grown:
-                bits, since = self.grown[shard.name]
-                if step - since + 1 >= self.length:
-                    continue
-                young = bitmask.unpack(bits, shard.numel)
-                self._before[shard.name] = [piece[young] for piece in self._pieces(shard)]
+            if shard.name in self.grown and step - self.grown[shard.name][1] + 1 < self.length:
+                self._before[shard.name] = [piece.clone() for piece in self._pieces(shard)]
 
     def after_update(self, shards: Iterable[Shard], step: int) -> None:
         """Scales the step that young weights have just taken."""
@@ -100,7 +99,7 @@ class Young:
                 # A sequence that the optimizer has made in this step, after a reset, began as the weights.
                 before += before[:1] * (len(pieces) - len(before))
                 for piece, old in zip(pieces, before, strict=True):
-                    piece[young] = old + (piece[young] - old) * scale
+                    torch.where(young, (piece - old).mul_(scale).add_(old), piece, out=piece)
 
     def _pieces(self, shard: Shard) -> list[Tensor]:
         return [shard.weight(), *self._optimizers.sequences(shard)]

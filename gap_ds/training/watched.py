@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
 
 from torch import Tensor
@@ -40,17 +40,19 @@ class Watched:
 class Parts:
     """Parts of all pruned weights, to look at one before each update.
 
-    A round takes `_ROUND` updates, or fewer if weights are few. Entries on a device, where a look would make the host
-    wait, and those that a phase shorter than a round leaves, come before the update ahead of the next change of masks.
+    A round takes `_ROUND` updates, or fewer if weights are few. Entries of which anything is on a device, where a look
+    would make the host wait, and those that a phase shorter than a round leaves, come before the update ahead of the
+    next change of masks.
 
     Args:
-        pieces: this rank's pieces of the masked entries.
+        pieces: this rank's pieces of the masked entries, each with its copies: offloaded weights have some on a device.
     """
 
-    def __init__(self, pieces: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(self, pieces: Mapping[str, Sequence[Tensor]] | None = None) -> None:
         pieces = pieces or {}
         self._left = dict.fromkeys(pieces)  # not looked at since masks changed
-        turns = {name: piece.numel() for name, piece in pieces.items() if piece.device.type == "cpu"}
+        on_host = {name: all(piece.device.type == "cpu" for piece in held) for name, held in pieces.items()}
+        turns = {name: held[0].numel() for name, held in pieces.items() if on_host[name]}
         size = max(_PART, -(-sum(turns.values()) // _ROUND))
         self._parts: deque[list[str]] = deque()
         filled = size

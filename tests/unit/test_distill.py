@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gap_ds import distill
 
@@ -110,6 +111,27 @@ def test_tokens_that_are_ruled_out_add_nothing() -> None:
         assert loss.item() == pytest.approx(wanted.item(), abs=1e-6)
         (gradient,) = torch.autograd.grad(loss, student)
         assert gradient.isfinite().all() and not gradient[..., out].any()
+
+
+class Waiting(TorchDispatchMode):
+    """Counts operations whose results are as large as a device says, for which the host waits."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        flags = name == "index" and any(at is not None and at.dtype == torch.bool for at in args[1])
+        self.count += flags or name in ("nonzero", "_local_scalar_dense")
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_waits_once_for_the_number_of_kept_positions() -> None:
+    """However many layers there are."""
+    layers = [pair(2, 3, 4, seed=seed) for seed in range(3)]
+    with Waiting() as waiting:
+        distill.hidden_distance([s for s, _ in layers], [t for _, t in layers], KEPT)
+        distill.logit_distance(*layers[0], KEPT)
+    assert waiting.count == 2
 
 
 def test_a_batch_without_a_kept_position_is_0() -> None:

@@ -281,6 +281,24 @@ def test_a_loss_that_is_not_finite_ends_the_training(tmp_path: Path, options: di
     assert not any(tmp_path.rglob("state.json"))
 
 
+def test_updates_that_a_gradient_scaler_leaves_out_end_no_training(tmp_path: Path) -> None:
+    """Accelerate has a scaler under fp16 on a GPU, whose first scale may be too large for several steps."""
+    rough, calls = model(), iter(range(100))
+
+    def overflow(module: nn.Module, args: Any, output: Any) -> None:
+        if next(calls) < 10:  # of the first five steps
+            output["loss"] = output["loss"] * math.inf
+
+    rough.register_forward_hook(overflow)
+    callback = GaPCallback(GAP)
+    options = arguments(tmp_path, num_train_epochs=3, max_grad_norm=0.0)
+    trainer = Trainer(rough, options, train_dataset=data(), callbacks=[callback])
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000)
+    trainer.train()
+    assert callback.engine.applied_steps == 10 and callback.engine.finished
+    assert sparse(trainer.model, callback.engine)
+
+
 def test_a_second_training_begins_anew_only_where_asked_for(tmp_path: Path) -> None:
     trainer, callback, witness = train(tmp_path)
     first = callback.engine

@@ -158,6 +158,7 @@ import torch
 from gap_ds import GaPEngine, optim
 from gap_ds.masks import bitmask
 from gap_ds.optim import sparse_state
+from gap_ds.optim import triton as triton_steps
 from gap_ds.optim.kept import PROGRAM, check
 from gap_ds.optim.triton import Kernels
 
@@ -201,6 +202,24 @@ for kind, settings in KINDS:
         held = [value for owner in owners for _, value in optimizer._moments_of(owner)]
         found.append([*(o.detach() for o in owners), *itertools.chain(*held)])
     assert all(close(a, b) for a, b in zip(*found, strict=True)), (kind, settings)
+
+
+# Tables are sent once, also where the pieces of a step are in several groups, or have taken several numbers of steps.
+sparse_state._steps = lambda device: kernels
+parameters = [torch.nn.Parameter(torch.randn(20, generator=generator)) for _ in range(3)]
+groups = [{"params": parameters[:2]}, {"params": parameters[2:], "lr": 0.01}]
+optimizer, sent = optim.AdamW(groups, lr=0.1), []
+for parameter in parameters:
+    optimizer.divide(parameter, [(0, 20)])
+    optimizer.change_mask(parameter, 0, bitmask.pack(torch.arange(20) % 2 == 0))
+    parameter.grad = torch.ones(20)
+optimizer.state[parameters[0]] = optimizer._first_state(parameters[0], optimizer.param_groups[0])
+optimizer.state[parameters[0]]["step"] += 5
+send, triton_steps.sent = triton_steps.sent, lambda *given: sent.append(given) or send(*given)
+for step in range(4):
+    optimizer.step()
+    assert len(sent) == 3, (step, len(sent))
+triton_steps.sent = send
 
 
 # A run over boundaries with it: pruned weights are untouched zeros, the others equal PyTorch's up to rounding.

@@ -86,6 +86,11 @@ class Training:
         """The user's optimizers; ValueError if one cannot be used."""
         return of_user(self.optimizer, self.optimizer_state)
 
+    @property
+    def skips_overflow(self) -> bool:
+        """True if a gradient scaler leaves out updates whose gradients are not finite; one that is off does not."""
+        return self.grad_scaler is not None and self.grad_scaler.is_enabled()
+
     def schedulers(self) -> list[Any]:
         """The user's learning-rate schedulers; empty if there are none."""
         given = self.lr_scheduler

@@ -120,7 +120,7 @@ def _oss(model: Any, training: Training) -> Backend:
         load=load,
         discard=loop.discard,
         recount=spread,
-        skips_overflow=training.grad_scaler is not None,
+        skips_overflow=training.skips_overflow,
     )
 
 
@@ -173,7 +173,7 @@ def _fsdp(root: Any, training: Training) -> Backend:
         save=lambda folder: _save(folder, root, shards(), optimizers, comm),
         load=load,
         discard=loop.discard,
-        skips_overflow=training.grad_scaler is not None,
+        skips_overflow=training.skips_overflow,
     )
 
 

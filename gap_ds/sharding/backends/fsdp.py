@@ -75,7 +75,7 @@ def _backend(name: str, model: nn.Module, root: nn.Module, training: Training, l
         step=loop.step,
         save=save,
         load=load,
-        skips_overflow=training.grad_scaler is not None,
+        skips_overflow=training.skips_overflow,
         reshards=DISTRIBUTED if name in DISTRIBUTED else (name,),
         **rest,
     )
@@ -108,6 +108,12 @@ def _fsdp2(model: nn.Module, root: FSDPModule, training: Training) -> Backend:
             if isinstance(module, FSDPModule):
                 module.reshard()
 
+    def publish() -> None:
+        reshard()
+        # An event that a loop has set after the optimizer's step does not cover what has changed since: without one the
+        # next all-gather waits for all work before it.
+        root.set_post_optim_event(None)  # type: ignore[arg-type]
+
     def shards() -> list[Shard]:
         reshard()
         return [_shard(clean_name(name), parameter) for name, parameter in root.named_parameters()]
@@ -133,7 +139,7 @@ def _fsdp2(model: nn.Module, root: FSDPModule, training: Training) -> Backend:
         comm=layout.comm,
         shards=layout.shards,
         replicated=layout.replicated,
-        publish=reshard,
+        publish=publish,
         discard=discard,
     )
 

@@ -71,7 +71,7 @@ def build(model: nn.Module, training: Training) -> Backend:
         save=lambda folder: save_state(module, optimizers, folder, training.world),
         load=lambda folder: load_state(module, optimizers, folder, training.world),
         discard=loop.discard,
-        skips_overflow=training.grad_scaler is not None,
+        skips_overflow=training.skips_overflow,
         reshards=DISTRIBUTED,
     )
 

@@ -296,7 +296,27 @@ def test_two_of_four_on_a_gpu() -> None:
     x = torch.randn(64, 128, device="cuda", dtype=torch.float16)
     assert sparsify_for_inference(model, layout="2:4")[0].layout == "2:4"
     with torch.inference_mode():
-        torch.testing.assert_close(model(x), layer(x), rtol=1e-2, atol=1e-2)
+        for given in inputs(x):
+            torch.testing.assert_close(model(given), layer(given), rtol=1e-2, atol=1e-2)
+
+
+def inputs(x: Tensor) -> list[Tensor]:
+    """Inputs of a linear layer whose rows may not follow each other, and one without rows."""
+    rows = x.view(8, -1, x.shape[1])
+    return [x, rows, rows[:, 0], rows[:, 1:2], x.t().contiguous().t(), rows.transpose(0, 1), x[:0], x[0]]
+
+
+def test_two_of_four_gets_rows_that_follow_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's product of semi-structured weights takes others for such."""
+    made, product = linears.SemiStructuredLinear(6, 4), nn.functional.linear
+
+    def of_neighbours(x: Tensor, *rest: Tensor) -> Tensor:
+        assert x.is_contiguous() and x.numel()
+        return product(x, *rest)
+
+    monkeypatch.setattr(nn.functional, "linear", of_neighbours)
+    for given in inputs(torch.randn(16, 6)):
+        torch.testing.assert_close(made(given), product(given, made.weight, made.bias))
 
 
 def test_two_of_four() -> None:

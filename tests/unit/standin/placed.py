@@ -29,6 +29,8 @@ import gap_ds.optim
 from gap_ds import GaPEngine
 from gap_ds.masks import selection
 from gap_ds.masks.box import Box
+from gap_ds.sharding.comm import Comm
+from gap_ds.training.consistency import drifted_weights
 
 SIZE, PHASES = 8, {"sparsity": 0.75, "phase_steps": 3, "finetune_steps": 2}
 CYCLIC = PHASES | {"partitions": 2, "rounds": 1}
@@ -65,6 +67,15 @@ class Stream:
         pass
 
 
+class Copies:
+    """Two ranks, each with a copy of the model."""
+
+    size = 2
+
+    def all_gather(self, row: Tensor) -> Tensor:
+        return torch.stack([row, row])
+
+
 class Transfers(TorchDispatchMode):
     """Counts reads of the device by the host."""
 
@@ -90,7 +101,7 @@ def device() -> torch.device:
     module = ModuleType("torch.standin")
     vars(module).update(
         is_available=lambda: True,
-        device_count=lambda: 1,
+        device_count=lambda: 2,
         current_device=lambda: 0,
         is_initialized=lambda: True,
         _is_in_bad_fork=lambda: False,
@@ -135,6 +146,35 @@ def check_places(engine: GaPEngine, place: torch.device) -> None:
     assert state.revived() is None
 
 
+def several(place: torch.device) -> None:
+    """Parts of a model may be on several devices of one process."""
+
+    def ended(places: list[torch.device]) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = Model()
+        for layer, here in zip(model.layers, places, strict=True):
+            layer.to(here)
+        engine = GaPEngine(model, CYCLIC, optimizer=torch.optim.Adam(model.parameters(), **ADAM))
+        while not engine.finished:
+            generator = torch.Generator().manual_seed(engine.applied_steps)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.device)
+            engine.step()
+        assert engine.stats()["kept"] == sum(engine.mask_state.kept())
+        with tempfile.TemporaryDirectory() as folder:
+            engine.save_checkpoint(folder, portable=True)
+            engine.load_checkpoint(folder)
+            engine.export(f"{folder}/model")
+        copies: Any = Copies()
+        assert drifted_weights(engine.plan, engine.mask_state.shards, Comm(single=True), copies) is None
+        return [parameter.detach().cpu() for parameter in model.parameters()]
+
+    other, host = torch.device(place.type, 1), torch.device("cpu")
+    expected = ended([host] * 4)
+    for places in ([place, place, other, other], [host, place, other, place]):
+        assert all(map(torch.equal, ended(places), expected)), places
+
+
 def passes(place: torch.device) -> None:
     """A selection reads the device once a pass, however many pieces there are."""
     generator = torch.Generator().manual_seed(0)
@@ -161,6 +201,7 @@ ADAM: dict[str, Any] = {"lr": 0.01, "foreach": False}
 RUNS: dict[str, tuple[dict[str, Any], type[torch.optim.Optimizer]]] = {
     "cyclic": (CYCLIC, torch.optim.Adam),
     "last values": (CYCLIC | {"regrow": "last_value"}, torch.optim.Adam),
+    "warm-up": (CYCLIC | {"regrow_warmup_steps": 3}, torch.optim.Adam),
     "mean moments": (CYCLIC | {"regrow_moments": "mean_second"}, torch.optim.Adam),
     "2:4": (CYCLIC | {"sparsity": 0.5, "pattern": "2:4"}, torch.optim.Adam),
     "blocks": (CYCLIC | {"pattern": "block:2x2"}, torch.optim.Adam),
@@ -208,16 +249,19 @@ def run(name: str, place: torch.device) -> None:
     assert not different, f"{name}: {different} differ from those of the CPU"
 
 
+CASES = {"passes": passes, "several devices": several}
+
+
 def main() -> None:
     place = device()
-    if failed := [name for name in sys.argv[2:] or ["passes", *RUNS] if not works(name, place)]:
+    if failed := [name for name in sys.argv[2:] or [*CASES, *RUNS] if not works(name, place)]:
         sys.exit(f"failed: {', '.join(failed)}")
 
 
 def works(name: str, place: torch.device) -> bool:
     """Runs a case and prints its name, or its error."""
     try:
-        passes(place) if name == "passes" else run(name, place)
+        CASES[name](place) if name in CASES else run(name, place)
     except Exception:
         traceback.print_exc()
         return False

@@ -21,17 +21,25 @@ namespace {
 
 constexpr auto DEVICE = c10::DeviceType::PrivateUse1;
 
+/* There are two of the device. */
 struct Memory final : c10::Allocator {
+    const c10::Device device;
+    explicit Memory(c10::DeviceIndex index) : device(DEVICE, index) {}
     c10::DataPtr allocate(size_t bytes) override {
         void *place = bytes ? c10::alloc_cpu(bytes) : nullptr;
-        return {place, place, &c10::free_cpu, c10::Device(DEVICE, 0)};
+        return {place, place, &c10::free_cpu, device};
     }
     c10::DeleterFnPtr raw_deleter() const override { return &c10::free_cpu; }
     void copy_data(void *to, const void *from, size_t bytes) const override { default_copy_data(to, from, bytes); }
 };
 
-Memory memory;
-REGISTER_ALLOCATOR(DEVICE, &memory)
+Memory memories[] = {Memory(0), Memory(1)};
+REGISTER_ALLOCATOR(DEVICE, &memories[0])
+
+c10::Allocator *memory_of(std::optional<c10::Device> device) {
+    return &memories[device && device->index() > 0 ? device->index() : 0];
+}
+
 C10_REGISTER_GUARD_IMPL(PrivateUse1, c10::impl::NoOpDeviceGuardImpl<DEVICE>)
 
 struct Hooks final : at::PrivateUse1HooksInterface {
@@ -41,14 +49,15 @@ struct Hooks final : at::PrivateUse1HooksInterface {
 };
 
 at::Tensor empty(c10::SymIntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
-                 std::optional<at::Device>, std::optional<bool>, std::optional<at::MemoryFormat> format) {
-    return at::detail::empty_generic(C10_AS_INTARRAYREF_SLOW(size), &memory, c10::DispatchKeySet(c10::DispatchKey::PrivateUse1),
+                 std::optional<at::Device> device, std::optional<bool>,
+                 std::optional<at::MemoryFormat> format) {
+    return at::detail::empty_generic(C10_AS_INTARRAYREF_SLOW(size), memory_of(device), c10::DispatchKeySet(c10::DispatchKey::PrivateUse1),
                                      c10::dtype_or_default(dtype), format);
 }
 
 at::Tensor empty_strided(c10::SymIntArrayRef size, c10::SymIntArrayRef stride, std::optional<at::ScalarType> dtype,
-                         std::optional<at::Layout>, std::optional<at::Device>, std::optional<bool>) {
-    return at::detail::empty_strided_generic(C10_AS_INTARRAYREF_SLOW(size), C10_AS_INTARRAYREF_SLOW(stride), &memory,
+                         std::optional<at::Layout>, std::optional<at::Device> device, std::optional<bool>) {
+    return at::detail::empty_strided_generic(C10_AS_INTARRAYREF_SLOW(size), C10_AS_INTARRAYREF_SLOW(stride), memory_of(device),
                                              c10::DispatchKeySet(c10::DispatchKey::PrivateUse1),
                                              c10::dtype_or_default(dtype));
 }
@@ -78,21 +87,24 @@ at::Tensor &set_storage(at::Tensor &self, at::Storage source, c10::SymInt offset
 
 at::Scalar local_scalar_dense(const at::Tensor &self) { return on_cpu(self).item(); }
 
-void check(const c10::OperatorHandle &op, const at::Tensor &tensor) {
+void check(const c10::OperatorHandle &op, std::optional<c10::Device> &device, const at::Tensor &tensor) {
     // Numbers may be tensors of the CPU with no dimension, as for every device.
-    TORCH_CHECK(!tensor.defined() || tensor.device().type() == DEVICE || tensor.dim() == 0, op.schema().name(),
-                ": mixes devices: a tensor is on ", tensor.device());
+    if (!tensor.defined() || (tensor.is_cpu() && tensor.dim() == 0)) return;
+    if (!device) device = tensor.device();
+    TORCH_CHECK(!tensor.is_cpu() && tensor.device() == *device, op.schema().name(), ": mixes devices: tensors are on ",
+                *device, " and ", tensor.device());
 }
 
 void fallback(const c10::OperatorHandle &op, torch::jit::Stack *stack) {
+    std::optional<c10::Device> device;
     auto arguments = torch::jit::last(stack, op.schema().arguments().size());
     for (const auto &argument : arguments) {
-        if (argument.isTensor()) check(op, argument.toTensor());
+        if (argument.isTensor()) check(op, device, argument.toTensor());
         if (argument.isTensorList())
-            for (const at::Tensor &tensor : argument.toTensorVector()) check(op, tensor);
+            for (const at::Tensor &tensor : argument.toTensorVector()) check(op, device, tensor);
         if (argument.isOptionalTensorList())
             for (const std::optional<at::Tensor> &tensor : argument.toOptionalTensorVector())
-                if (tensor) check(op, *tensor);
+                if (tensor) check(op, device, *tensor);
     }
     at::native::cpu_fallback(op, stack);
 }

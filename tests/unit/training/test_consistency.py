@@ -188,6 +188,13 @@ def test_stop_ends_the_run_at_the_next_boundary(bad: float) -> None:
         train(gap, 1.0)
 
 
+def test_a_gradient_scaler_that_is_off_leaves_out_no_steps() -> None:
+    gap = engine(grad_scaler=torch.amp.GradScaler("cpu", enabled=False))
+    train(gap, float("nan"))
+    with pytest.raises(ValueError, match="a loss before the boundary at step 2 was NaN or infinite on rank 0"):
+        train(gap, 1.0)
+
+
 def test_stop_ends_the_run_before_a_checkpoint(tmp_path: Any) -> None:
     gap = engine()
     train(gap, float("nan"))

@@ -17,6 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gap_ds import GaPEngine
 from gap_ds.masks import bitmask, cpu
+from gap_ds.sharding.optimizers import Optimizers
+from gap_ds.sharding.shard import Fixed, Shard
+from gap_ds.training.regrowth import Young
 
 STEPS = 100
 #: What makes the host wait for a device, or moves data.
@@ -35,6 +38,8 @@ class Counting(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if (name := func.overloadpacket.__name__) in WAITING:
             self.waiting[name] += 1
+        if name.startswith("index") and any(t.dtype == torch.bool for t in flat(args[1:2])):
+            self.waiting["index by flags"] += 1  # the host waits for their number
         known = {place(t) for t in flat((args, kwargs or {}))}
         found = func(*args, **(kwargs or {}))
         self.allocated += sum(place(t) not in known for t in flat(found))
@@ -99,3 +104,16 @@ def test_a_step_neither_waits_nor_allocates(make: Callable[..., torch.optim.Opti
     assert engine.mask_state.bits and engine.applied_steps == STEPS + 10
     assert found.waiting == expected.waiting
     assert found.allocated == expected.allocated > STEPS
+
+
+def test_steps_of_grown_weights_are_scaled_without_waiting() -> None:
+    weight = nn.Parameter(torch.arange(10.0))
+    shard = Shard.of_range("w", (10,), 0, 10, 0, Fixed(weight))
+    young = Young(4, Optimizers([torch.optim.SGD([weight], lr=0.1)]))
+    young.grow("w", bitmask.pack(torch.arange(10) % 3 == 0), step=5)
+    with Counting() as counting, torch.no_grad():
+        young.before_update([shard], 6)
+        weight.add_(8.0)
+        young.after_update([shard], 6)
+    assert not counting.waiting
+    assert weight.tolist() == [i + (4.0 if i % 3 == 0 else 8.0) for i in range(10)]  # the second of four
