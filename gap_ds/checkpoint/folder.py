@@ -114,10 +114,10 @@ def _write_manifest(folder: Path, aside: Path, world: Comm) -> None:
         raise_on_all_ranks(world, lambda: _sizes(aside) if world.rank == 0 else {})
     )
     own = raise_on_all_ranks(world, lambda: {name: _flushed(aside / name) for name in _share(sizes, world)})
-    table = torch.zeros(len(sizes), 32, dtype=torch.int64)
+    table = torch.zeros(len(sizes), 32, dtype=torch.int64, device="cpu")
     for row, name in enumerate(sizes):
         if name in own:
-            table[row] = torch.tensor(list(bytes.fromhex(own[name])))
+            table[row] = torch.tensor(list(bytes.fromhex(own[name])), device="cpu")
     digests = [bytes(row).hex() for row in world.sum(table).tolist()]
 
     def write() -> None:
@@ -270,7 +270,7 @@ def damage(path: Path, world: Comm) -> str | None:
     if reason is not None:
         return str(reason)
     names = sorted(files)
-    wrong = torch.zeros(len(names), dtype=torch.int64)
+    wrong = torch.zeros(len(names), dtype=torch.int64, device="cpu")
     for name in _share({name: size for name, (size, _) in files.items()}, world):
         try:
             wrong[names.index(name)] = sha256(path / name) != files[name][1]

@@ -112,7 +112,7 @@ def _read_from(folder: Path, first: str, about: Mapping[str, tuple[str, TensorSt
         size += shape.numel() * dtype.itemsize
         if found and size > _AT_ONCE:
             break
-        found[name] = torch.empty(shape, dtype=dtype)
+        found[name] = torch.empty(shape, dtype=dtype, device="cpu")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it is: this is one process
         wanted = {about[name][0]: tensor for name, tensor in found.items()}

@@ -57,7 +57,9 @@ def read_inherited(path: Path, plan: Plan, shards: Mapping[str, Shard], comm: Co
         stored = _stored(path, file, plan)
         for entry in plan.entries:
             box = shards[entry.name].box
-            flags = torch.cat([torch.empty(0, dtype=torch.bool), *_flags(file, stored, entry, box.start, box.end)])
+            flags = torch.cat(
+                [torch.empty(0, dtype=torch.bool, device="cpu"), *_flags(file, stored, entry, box.start, box.end)]
+            )
             found[entry.name] = bitmask.pack(flags if box.is_range else flags[box.indices() - box.start])
     own = [bitmask.count(bits) for bits in found.values()]
     for entry, n in zip(plan.entries, sum_of([shards[name] for name in found], own, comm), strict=True):

@@ -111,7 +111,7 @@ def write_values(
     metadata = {"format": FORMAT_VALUES, "version": str(VERSION), "plan": plan.fingerprint}
     own = {entry.name: shards[entry.name] for entry in _entries(plan, names)}
     # A rank without a piece does not know the dtype of the others, and may be the one that writes.
-    rows = comm.all_gather(torch.tensor([int(name in wide) for name in own], dtype=torch.int64))
+    rows = comm.all_gather(torch.tensor([int(name in wide) for name in own], dtype=torch.int64, device="cpu"))
     dtypes = [torch.float64 if is_wide else torch.float32 for is_wide in rows.amax(0).tolist()]
     layout = {name: (dtype, (own[name].full_numel,)) for name, dtype in zip(own, dtypes, strict=True)}
 

@@ -272,8 +272,8 @@ def _put_together(files: Sequence[_File], name: str) -> Tensor:
     found = [(file, file.pieces[name]) for file in files if f"weight:{name}" in file.lengths]
     total = next((box.total for _, box in found), 0)
     if not covers([box for _, box in found], Box.span(0, total, total)):
-        return torch.empty(0)
-    whole = torch.empty(0)
+        return torch.empty(0, device="cpu")
+    whole = torch.empty(0, device="cpu")
     for file, box in found:
         piece: Tensor = file.tensors.get_tensor(f"weight:{name}")
         if len(found) == 1:

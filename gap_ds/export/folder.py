@@ -115,7 +115,7 @@ def save(
             check_out(folder, overwrite)
             if not dtype.is_floating_point:
                 raise ValueError(f"dtype={dtype}: must be one of floating-point numbers, such as torch.bfloat16.")
-            for name, tensor in [("dtype", torch.empty(0, dtype=dtype)), *buffers(module)]:
+            for name, tensor in [("dtype", torch.empty(0, dtype=dtype, device="cpu")), *buffers(module)]:
                 name_of(tensor.dtype, name)
             aside = stack.enter_context(replacing_folder(folder))
             if tokenizer is not None:

@@ -69,7 +69,9 @@ def load_compact(folder: str | Path, **options: Any) -> Any:
         return model
 
     # First with placeholders that take no memory: all elements of one are the same.
-    model = build({tensor.name: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape) for tensor in stored})
+    model = build(
+        {tensor.name: torch.zeros((), dtype=tensor.dtype, device="cpu").expand(tensor.shape) for tensor in stored}
+    )
     places = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     if _can_be_filled(places, stored):
         for key, tensor in read(folder):

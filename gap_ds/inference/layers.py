@@ -115,7 +115,9 @@ class CSRLinear(nn.Module):
     def _csr(self, values: Tensor) -> Tensor:
         with _no_beta_warning():
             size = (self.out_features, self.in_features)
-            return torch.sparse_csr_tensor(self.crow, self.col, values, size, check_invariants=False)
+            return torch.sparse_csr_tensor(
+                self.crow, self.col, values, size, check_invariants=False, device=values.device
+            )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CSRLinear:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -299,7 +301,9 @@ class _Join:
             values = torch.cat([layer._matrix.values() for layer in layers])
             size = (sum(layer.out_features for layer in layers), layers[0].in_features)
             with _no_beta_warning():
-                stack = torch.sparse_csr_tensor(torch.cat(crows), col, values, size, check_invariants=False)
+                stack = torch.sparse_csr_tensor(
+                    torch.cat(crows), col, values, size, check_invariants=False, device=values.device
+                )
             for layer, own_col, own in zip(layers, torch.split(col, kept), torch.split(values, kept), strict=True):
                 layer.col = own_col  # a view, so that no weight is stored twice
                 layer.values = own if layer.values.dtype == own.dtype else layer.values

@@ -145,7 +145,7 @@ def measure_layers(made: Mapping[Layout, Sequence[nn.Module]], rows: int) -> dic
     weight = layers.matrix(next(iter(made.values()))[0])
     # Not torch's global generator: a seeded run must not depend on what was measured before it.
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(rows, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
+    x = torch.randn(rows, weight.shape[1], generator=generator, device="cpu").to(weight.device, weight.dtype)
     seconds: dict[Layout, list[float]] = {layout: [] for layout in made}
     with torch.no_grad():
         for modules in made.values():

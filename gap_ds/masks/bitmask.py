@@ -128,9 +128,9 @@ def count_before(bits: Tensor, indices: Tensor) -> Tensor:
     [0, 1, 5, 6]
     """
     ones = torch.from_numpy(np.bitwise_count(bits.cpu().numpy())).to(torch.int64)
-    before = torch.cat([torch.zeros(1, dtype=torch.int64), ones.cumsum(0)])
+    before = torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), ones.cumsum(0)])
     byte, rest = indices >> 3, (indices & 7).to(torch.uint8)
-    part = torch.cat([bits.cpu(), torch.zeros(1, dtype=torch.uint8)])[byte] & ((1 << rest) - 1)
+    part = torch.cat([bits.cpu(), torch.zeros(1, dtype=torch.uint8, device="cpu")])[byte] & ((1 << rest) - 1)
     return before[byte] + torch.from_numpy(np.bitwise_count(part.numpy())).to(torch.int64)
 
 
@@ -166,7 +166,7 @@ def count_revived_all(pieces: Iterable[tuple[Tensor, Tensor]]) -> list[int]:
 
 def on_host(numbers: Sequence[Tensor]) -> Tensor:
     """Return integers (), which may be on several devices, as one tensor. The host waits once for each device."""
-    found = torch.zeros(len(numbers), dtype=torch.int64)
+    found = torch.zeros(len(numbers), dtype=torch.int64, device="cpu")
     for device in dict.fromkeys(number.device for number in numbers):
         there = [i for i, number in enumerate(numbers) if number.device == device]
         found[there] = torch.stack([numbers[i] for i in there]).cpu()
@@ -373,5 +373,5 @@ def _host_table(element_size: int) -> tuple[NDArray[Any], NDArray[Any]]:
 @functools.cache
 def _table(element_size: int, device: torch.device) -> Tensor:
     """(256, 8): for each mask byte a word per weight, -1 (all ones) if the weight is kept, else 0."""
-    kept = (torch.arange(256)[:, None] >> torch.arange(8)) & 1
+    kept = (torch.arange(256, device="cpu")[:, None] >> torch.arange(8, device="cpu")) & 1
     return (-kept).to(_WORD[element_size]).contiguous().to(device)

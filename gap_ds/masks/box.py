@@ -205,7 +205,7 @@ class Box:
         for begin in range(0, fewer.numel, _CHUNK):
             end = min(begin + _CHUNK, fewer.numel)
             there = more.positions(fewer.indices(begin, end))
-            here = torch.arange(begin, end)[there >= 0]
+            here = torch.arange(begin, end, device="cpu")[there >= 0]
             there = there[there >= 0]
             if len(here):
                 yield (here, there) if fewer is self else (there, here)
@@ -235,8 +235,8 @@ def _any_overlap(boxes: Sequence[Box]) -> bool:
         return any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
     if len(boxes) < 2:
         return False
-    lo = torch.tensor([box.offset for box in boxes])  # (boxes, dimensions)
-    hi = lo + torch.tensor([box.size for box in boxes])
+    lo = torch.tensor([box.offset for box in boxes], device="cpu")  # (boxes, dimensions)
+    hi = lo + torch.tensor([box.size for box in boxes], device="cpu")
     both = (torch.maximum(lo[:, None], lo) < torch.minimum(hi[:, None], hi)).all(-1)
     return int(both.sum()) > len(boxes)
 

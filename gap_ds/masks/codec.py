@@ -63,6 +63,6 @@ def spread(values: Tensor, bits: Tensor, numel: int) -> Tensor:
     >>> spread(torch.tensor([7.0, 8.0]), torch.tensor([0b1010], dtype=torch.uint8), 5).tolist()
     [0.0, 7.0, 0.0, 8.0, 0.0]
     """
-    found = torch.zeros(numel, dtype=_WORDS[values.dtype.itemsize])
+    found = torch.zeros(numel, dtype=_WORDS[values.dtype.itemsize], device="cpu")
     found.masked_scatter_(bitmask.unpack(bits, numel), words(values))
     return found.view(values.dtype)

@@ -63,7 +63,7 @@ def select_groups(pattern: NofM | Block, entries: Sequence[Grouped], reduce: sel
     Raises:
         ValueError: on all ranks, if a weight is NaN.
     """
-    invalid = reduce.sum(torch.tensor([_invalid(entry.piece) for entry in entries], dtype=torch.int64))
+    invalid = reduce.sum(torch.tensor([_invalid(entry.piece) for entry in entries], dtype=torch.int64, device="cpu"))
     if bool(invalid.any()):
         first = int(invalid.nonzero()[0, 0])
         raise selection.no_order(entries[first].piece.name, int(invalid[first]))
@@ -138,7 +138,7 @@ def _of_range(pattern: NofM | Block, entry: Grouped, reduce: selection.Reduce) -
     per_band = band // math.prod(pattern.cell(entry.shape, entry.dims))
     blocks = piece.box.total // band * per_band
     cut = sorted({box.start // band for box in entry.boxes if box.numel and box.start % band})
-    rows = torch.zeros(len(cut), band, dtype=torch.int64)
+    rows = torch.zeros(len(cut), band, dtype=torch.int64, device="cpu")
 
     def parts() -> list[tuple[int, int, int]]:
         """(band, first, last) of this rank's part of each cut band that it has weights of, as flat indices."""
@@ -186,7 +186,7 @@ def _of_range(pattern: NofM | Block, entry: Grouped, reduce: selection.Reduce) -
 def _of_whole(pattern: NofM | Block, entry: Grouped, reduce: selection.Reduce) -> list[_Stretch]:
     """All ranks assemble the entry and decide alike. The rank with its first weight counts the blocks."""
     piece, total = entry.piece, entry.piece.box.total
-    whole = torch.zeros(total, dtype=torch.int64)
+    whole = torch.zeros(total, dtype=torch.int64, device="cpu")
     if piece.counted:
         for lo, keys in piece.chunks():
             whole[piece.box.places(lo, lo + keys.numel())] = keys.cpu().to(torch.int64)

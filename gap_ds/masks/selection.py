@@ -260,9 +260,9 @@ class Decision:
 def decide(pieces: Sequence[Piece], keep: Sequence[int], reduce: Reduce) -> list[Decision]:
     """Return the decisions of `select_largest` for the E entries; the arguments are the same."""
     # Weights with a higher prefix are kept; `need` of those with this prefix are still to be chosen.
-    prefix = torch.zeros(len(keep), dtype=torch.int64)
-    need = torch.tensor(list(keep), dtype=torch.int64)
-    ties = torch.zeros(len(keep), dtype=torch.int64)
+    prefix = torch.zeros(len(keep), dtype=torch.int64, device="cpu")
+    need = torch.tensor(list(keep), dtype=torch.int64, device="cpu")
+    ties = torch.zeros(len(keep), dtype=torch.int64, device="cpu")
     candidates: list[_Candidates] = [partial(_all_keys, piece) for piece in pieces]
     bits = 63 if pieces and pieces[0].dtype == torch.int64 else 31
     for number, (shift, bins) in enumerate(PASSES[bits]):
@@ -301,7 +301,7 @@ def _histogram(
 
     The first pass appends the invalid keys of each entry as further rows, so that one reduction informs all ranks.
     """
-    rows = torch.zeros(budgets + (-(-len(pieces) // bins) if first else 0), bins, dtype=torch.int64)
+    rows = torch.zeros(budgets + (-(-len(pieces) // bins) if first else 0), bins, dtype=torch.int64, device="cpu")
     flat, invalid = rows.view(-1), budgets * bins
     tallies: dict[torch.device, Tally] = {}
     at_once: dict[torch.device, list[Part]] = {}
@@ -382,10 +382,10 @@ def _tie_ends(pieces: Sequence[Piece], threshold: Tensor, need: Tensor, reduce: 
     if not cut:
         return ends
     # Of the ties of a cut entry whose index has this prefix, `rest` are still to be kept.
-    rest, prefix, bins = wanted[cut], torch.zeros(len(cut), dtype=torch.int64), 1 << _INDEX_BITS
+    rest, prefix, bins = wanted[cut], torch.zeros(len(cut), dtype=torch.int64, device="cpu"), 1 << _INDEX_BITS
     bits = max((pieces[e].box.total - 1).bit_length() for e in cut)
     for shift in range((bits - 1) // _INDEX_BITS * _INDEX_BITS, -1, -_INDEX_BITS):
-        rows = torch.zeros(len(cut), bins, dtype=torch.int64)
+        rows = torch.zeros(len(cut), bins, dtype=torch.int64, device="cpu")
         tallies: dict[torch.device, Tally] = {}
         for row, (e, before) in enumerate(zip(cut, prefix.tolist(), strict=True)):
             for at, tied in _ties(pieces[e], int(threshold[pieces[e].budget])):

@@ -163,4 +163,6 @@ def count_keys(counts: Tensor, parts: Sequence[Part], shift: int, bins: int) -> 
 
 def sent(rows: Sequence[tuple[int, ...]], device: torch.device) -> Tensor:
     """A table int64 on the device. A copy from pinned memory does not wait for work queued there."""
-    return torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    return torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda", device="cpu").to(
+        device, non_blocking=True
+    )

@@ -64,7 +64,7 @@ class Mask:
 @functools.cache
 def _ones(device: torch.device) -> Tensor:
     """Number of ones (256,) in each byte."""
-    return ((torch.arange(256)[:, None] >> torch.arange(8)) & 1).sum(1).to(device)
+    return ((torch.arange(256, device="cpu")[:, None] >> torch.arange(8, device="cpu")) & 1).sum(1).to(device)
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def check(steps: Steps, device: torch.device, same: Callable[[Tensor, Tensor], b
         moments = first[kept], second[kept], *([second[kept].flip(0)] if amsgrad else [])
         names = "exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if amsgrad else [])
         made = replace(piece, weight=weight.clone(), moments=tuple(moment.clone() for moment in moments))
-        optimizer.state[wanted] = {"step": torch.tensor(4.0), **dict(zip(names, moments, strict=True))}
+        optimizer.state[wanted] = {"step": torch.tensor(4.0, device="cpu"), **dict(zip(names, moments, strict=True))}
         optimizer.step()
         steps.adamw([(made, 5.0)], AdamWSettings(betas=betas, eps=1e-6, **rest))
         compare("adamw", made, wanted, moments)

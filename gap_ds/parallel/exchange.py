@@ -179,7 +179,7 @@ class Exchange:
         It is empty in a group of ranks that does not write.
         """
         if not self._comm.writes:
-            return torch.empty(0)
+            return torch.empty(0, device="cpu")
         if part == "whole":
             return item.shard.weight().to(item.dtype)
         kept = bitmask.unpack(bits[item.name], item.box.numel)
@@ -255,7 +255,7 @@ class Exchange:
             else:
                 continue
             receive(Received(item.name, self._together(load), None))
-        self.bytes_read = int(self._world.sum(torch.tensor([reader.bytes], dtype=torch.int64)))
+        self.bytes_read = int(self._world.sum(torch.tensor([reader.bytes], dtype=torch.int64, device="cpu")))
 
     # -- both ------------------------------------------------------------------------------------------------------
 
@@ -315,7 +315,7 @@ def spread_over_ranks(items: Sequence[Item], bits: Mapping[str, Tensor], comm: C
     """
     own = [bitmask.count(bits[i.name]) if i.keep is not None and i.shard.counted else 0 for i in items]
     boxes = boxes_of([item.shard for item in items], comm)
-    kept = comm.all_gather(torch.tensor(own, dtype=torch.int64)).T.tolist()
+    kept = comm.all_gather(torch.tensor(own, dtype=torch.int64, device="cpu")).T.tolist()
     spreads = {}
     for item, places, counts in zip(items, boxes, kept, strict=True):
         # Of two pieces that begin at the same weight, one is empty and comes first.

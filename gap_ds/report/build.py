@@ -242,7 +242,7 @@ def _magnitudes(run: Run) -> bytes | None:
     if not info.entries or kappa > len(info.entries):
         return None
     bins = (_HIGHEST - _LOWEST) * _PER_OCTAVE
-    counts, zeros = torch.zeros(kappa, bins, dtype=torch.int64), [0] * kappa
+    counts, zeros = torch.zeros(kappa, bins, dtype=torch.int64, device="cpu"), [0] * kappa
     for path in weight_files(run.model):
         with open_tensors(path) as file:
             for name in file.keys():  # noqa: SIM118 - not a dict

@@ -111,7 +111,7 @@ class Comm:
         """
         if self.size == 1 or places[0].numel == total:
             return piece.cpu() if self.rank == 0 else None
-        whole = torch.empty(total, dtype=piece.dtype) if self.rank == 0 else None
+        whole = torch.empty(total, dtype=piece.dtype, device="cpu") if self.rank == 0 else None
         with _named(f"gathering of a tensor of {total} weights", self.size):
             for rank, there in enumerate(places):
                 if self.rank not in (0, rank):
@@ -166,7 +166,7 @@ class Comm:
     def barrier(self) -> None:
         """Waits for all ranks."""
         if self.size > 1:
-            self.sum(torch.zeros(1))
+            self.sum(torch.zeros(1, device="cpu"))
 
 
 class Place(Protocol):
@@ -189,11 +189,11 @@ def boxes_of(shards: Sequence[Shard], comm: Comm) -> list[list[Box]]:
     """
     if not shards:
         return []
-    rows = torch.zeros(len(shards), 3, _DIMS, dtype=torch.int64)
+    rows = torch.zeros(len(shards), 3, _DIMS, dtype=torch.int64, device="cpu")
     for row, shard in zip(rows, shards, strict=True):
         box = shard.box if shard.counted else Box.span(0, 0, shard.full_numel)
         assert len(box.view) <= _DIMS, f"{shard.name}: cut along more than {_DIMS} dimensions"
-        row[:, : len(box.view)] = torch.tensor([box.view, box.offset, box.size])
+        row[:, : len(box.view)] = torch.tensor([box.view, box.offset, box.size], device="cpu")
     by_rank: list[list[list[list[int]]]] = comm.all_gather(rows).transpose(0, 1).tolist()
     return [[_box(row, shard.full_numel) for row in ranks] for shard, ranks in zip(shards, by_rank, strict=True)]
 
@@ -209,7 +209,7 @@ def _box(row: list[list[int]], total: int) -> Box:
 def sum_of(shards: Iterable[Shard], numbers: Sequence[int], comm: Comm) -> list[int]:
     """The sum over the ranks of a number for each shard, such as of its kept weights, without what is not counted."""
     own = [number if shard.counted else 0 for shard, number in zip(shards, numbers, strict=True)]
-    sums: list[int] = own if comm.size == 1 else comm.sum(torch.tensor(own, dtype=torch.int64)).tolist()
+    sums: list[int] = own if comm.size == 1 else comm.sum(torch.tensor(own, dtype=torch.int64, device="cpu")).tolist()
     return sums
 
 
@@ -235,12 +235,12 @@ def raise_on_all_ranks(world: Comm, work: Callable[[], T]) -> T:
         raise
     except Exception as caught:  # whatever it is, the others must hear of it before they wait for this rank
         error = caught
-    failed = world.all_gather(torch.tensor([error is not None], dtype=torch.int64)).view(-1)
+    failed = world.all_gather(torch.tensor([error is not None], dtype=torch.int64, device="cpu")).view(-1)
     if not bool(failed.any()):
         return result
-    row = torch.zeros(2048, dtype=torch.uint8)
+    row = torch.zeros(2048, dtype=torch.uint8, device="cpu")
     text = b"" if error is None else error_text(error).encode(errors="replace")[: row.numel()]
-    row[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
+    row[: len(text)] = torch.tensor(list(text), dtype=torch.uint8, device="cpu")
     rows = world.all_gather(row)
     first = bytes(rows[int(failed.nonzero()[0, 0])].tolist()).rstrip(b"\0").decode(errors="replace")
     raise ValueError(first) from error

@@ -100,7 +100,7 @@ def _side(
     ]
     if not any(isinstance(placement, _StridedShard) for placement, _, _ in cuts):
         return [(of, *run)]
-    own = torch.arange(of)
+    own = torch.arange(of, device="cpu")
     for placement, size, at in cuts:
         parts = int(placement.split_factor) if isinstance(placement, _StridedShard) else 1
         own = torch.cat([_chunk(part, size, at) for part in (_chunk(own, parts, i) for i in range(parts))])
@@ -109,7 +109,7 @@ def _side(
         return [(of, int(own[0]) if len(own) else 0, len(own))]
     first, length = int(own[0]), len(own) // len(starts)
     period = int(own[starts[1]]) - first
-    runs = first + torch.arange(len(starts))[:, None] * period + torch.arange(length)
+    runs = first + torch.arange(len(starts), device="cpu")[:, None] * period + torch.arange(length, device="cpu")
     if not torch.equal(runs.flatten(), own) or of % period or first % period + length > period:
         raise ValueError(
             f"{name}: {parameter.placements} gives this rank indices of dimension {dim} in {len(starts)} runs that are "
@@ -168,7 +168,7 @@ def _agreed(ranks: tuple[int, ...], world: Comm) -> bool:
     Ranks outside of the mesh of some parameter find another set than those inside, which would wait for them in vain.
     """
     inside = world.ranks[world.rank] in ranks
-    row = torch.tensor([zlib.crc32(repr(ranks).encode()), len(ranks) if inside else 0])
+    row = torch.tensor([zlib.crc32(repr(ranks).encode()), len(ranks) if inside else 0], device="cpu")
     found = Counter(tuple(each) for each in world.all_gather(row).tolist())
     return all(size == count for (_, size), count in found.items())
 
@@ -261,7 +261,7 @@ class Layout:
         """
         first = find()
         elsewhere = uncounted(first, comm)
-        copies = torch.tensor([sum(shard.trainable for shard in first if shard.name in elsewhere)])
+        copies = torch.tensor([sum(shard.trainable for shard in first if shard.name in elsewhere)], device="cpu")
 
         def shards() -> list[Shard]:
             return [replace(shard, counted=shard.name not in elsewhere) for shard in find()]

@@ -113,7 +113,7 @@ class Shard:
 
     def weight(self) -> Tensor:
         """The weights (numel,), as the optimizer updates them; a view."""
-        return self.of(self.owner()) if self.numel else torch.empty(0)
+        return self.of(self.owner()) if self.numel else torch.empty(0, device="cpu")
 
     def rows(self, lo: int, hi: int) -> Shard:
         """The shard of rows lo to hi of the parameter's first dimension, as a parameter by itself; in the same owner.

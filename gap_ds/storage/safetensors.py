@@ -128,7 +128,7 @@ def encode(values: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 def decode(data: bytes, dtype: torch.dtype) -> Tensor:
     """The flat tensor that has these bytes; a copy."""
-    flat = torch.empty(len(data), dtype=torch.uint8)
+    flat = torch.empty(len(data), dtype=torch.uint8, device="cpu")
     flat.numpy()[:] = np.frombuffer(data, np.uint8)
     return flat.bool() if dtype == torch.bool else flat.view(dtype)
 
@@ -221,6 +221,33 @@ class LazyTensors(Mapping[str, Tensor]):
         return len(self._names)
 
 
+class _Slice:
+    """Rows of a stored tensor, on the host: those of `safe_open` go to torch's default device."""
+
+    def __init__(self, stored: Any) -> None:
+        self._stored = stored
+        self.get_shape: Callable[[], list[int]] = stored.get_shape
+        self.get_dtype: Callable[[], str] = stored.get_dtype
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        with torch.device("cpu"):
+            piece: Tensor = self._stored[rows]
+        return piece
+
+
+class _File:
+    """A file as `safe_open` has it, of which all is read to the host."""
+
+    def __init__(self, opened: Any) -> None:
+        self._opened = opened
+        self.keys: Callable[[], list[str]] = opened.keys
+        self.metadata: Callable[[], dict[str, str] | None] = opened.metadata
+        self.get_tensor: Callable[[str], Tensor] = opened.get_tensor
+
+    def get_slice(self, name: str) -> _Slice:
+        return _Slice(self._opened.get_slice(name))
+
+
 @contextmanager
 def open_tensors(path: Path, kind: tuple[str, int] | None = None) -> Iterator[Any]:
     """Opens an untrusted safetensors file with `safetensors.safe_open`.
@@ -234,7 +261,7 @@ def open_tensors(path: Path, kind: tuple[str, int] | None = None) -> Iterator[An
         raise ValueError(f"{path}: there is no such file.")
     with ExitStack() as stack:
         try:
-            file = stack.enter_context(safe_open(path, framework="pt"))
+            file = _File(stack.enter_context(safe_open(path, framework="pt")))
         except (SafetensorError, OSError) as error:
             raise _damaged(path, error) from None
         if kind is not None:

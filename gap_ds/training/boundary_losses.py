@@ -138,7 +138,8 @@ def _numbers(losses: Iterable[Tensor]) -> list[float | None]:
 
 
 def _tensors(losses: list[float | None]) -> list[Tensor]:
-    return [torch.tensor(float("nan") if loss is None else loss) for loss in losses]
+    numbers = (float("nan") if loss is None else loss for loss in losses)
+    return [torch.tensor(number, dtype=torch.float32, device="cpu") for number in numbers]
 
 
 def _step(line: str) -> int | None:

@@ -35,7 +35,7 @@ def check_model(world: Comm, shards: Sequence[Shard]) -> None:
         ValueError: on all ranks, naming the ranks and this rank's first parameter that others do not have.
     """
     names = [f"{shard.name} {shard.shape}" for shard in shards]
-    rows = world.all_gather(torch.tensor([_number("\n".join(names))], dtype=torch.int64)).view(-1)
+    rows = world.all_gather(torch.tensor([_number("\n".join(names))], dtype=torch.int64, device="cpu")).view(-1)
     if others := (rows != rows[0]).nonzero().view(-1).tolist():
         raise ValueError(
             f"ranks 0 and {some_of(others)} have different models (this rank: {len(names)} parameters, "
@@ -60,7 +60,7 @@ def check_position(world: Comm, step: int, signature: str, fingerprint: str, non
     """
     texts = (signature, fingerprint)
     digests = [_number(text) for text in texts]
-    rows = world.all_gather(torch.tensor([step, *digests, nonfinite], dtype=torch.int64))
+    rows = world.all_gather(torch.tensor([step, *digests, nonfinite], dtype=torch.int64, device="cpu"))
     for column, (what, own) in enumerate((("applied steps", str(step)), ("config", signature), ("plan", fingerprint))):
         others = (rows[:, column] != rows[0, column]).nonzero().view(-1).tolist()
         if others:
@@ -149,12 +149,12 @@ def _differing(
     Args:
         own: 31-bit numbers of this rank's pieces: sums of 2^32 ranks do not overflow.
     """
-    whole = torch.tensor(sum_of(shards, own, comm), dtype=torch.int64)
+    whole = torch.tensor(sum_of(shards, own, comm), dtype=torch.int64, device="cpu")
     total = zlib.crc32(whole.numpy().tobytes(), len(shards))
-    totals = world.all_gather(torch.tensor([total], dtype=torch.int64)).view(-1)
+    totals = world.all_gather(torch.tensor([total], dtype=torch.int64, device="cpu")).view(-1)
     if bool((totals == totals[0]).all()):
         return None
-    padded = torch.zeros(len(plan.entries), dtype=torch.int64)
+    padded = torch.zeros(len(plan.entries), dtype=torch.int64, device="cpu")
     padded[: len(shards)] = whole
     rows = world.all_gather(padded)
     first = int((rows != rows[0]).any(0).nonzero()[0, 0])
@@ -166,7 +166,7 @@ def _check_replicas(
 ) -> None:
     """Ranks of one group that hold the same box of an entry have the same mask of it."""
     places = [zlib.crc32(repr(box).encode()) for box in boxes]
-    rows = comm.all_gather(torch.tensor([places, digests], dtype=torch.int64))
+    rows = comm.all_gather(torch.tensor([places, digests], dtype=torch.int64, device="cpu"))
 
     def compare() -> None:
         for name, at, masks in zip(names, *rows.permute(1, 2, 0).tolist(), strict=True):

@@ -28,7 +28,7 @@ def apply(run: Run, module: nn.Module) -> None:
     comm = run.backend.comm
     found, cut = raise_on_all_ranks(run.world, lambda: _held(run, module, pieces))
     # A rank may hold all of a tensor that is sharded, and the others nothing of it.
-    is_cut = dict(zip(found, comm.sum(torch.tensor(cut, dtype=torch.int64)).tolist(), strict=True))
+    is_cut = dict(zip(found, comm.sum(torch.tensor(cut, dtype=torch.int64, device="cpu")).tolist(), strict=True))
     for entry in run.plan.entries:
         bits, shard = run.mask_state.bits.get(entry.name), run.mask_state.shards[entry.name]
         if bits is None:

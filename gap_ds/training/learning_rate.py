@@ -95,5 +95,5 @@ def _from_json(value: Any) -> Any:
     if _TUPLE in value:
         return tuple(_from_json(v) for v in value[_TUPLE])
     if _TENSOR in value:
-        return torch.tensor(value[_TENSOR], dtype=getattr(torch, value["dtype"]))
+        return torch.tensor(value[_TENSOR], dtype=getattr(torch, value["dtype"]), device="cpu")
     return {key: _from_json(v) for key, v in value.items()}

@@ -42,18 +42,19 @@ def mean_second_moments(
         }
         for shard in listed
     ]
-    table = [[row.get(name, torch.zeros(0)) for name in SECOND_MOMENTS] for row in found]
-    own = torch.tensor([[float(values.max()) if values.numel() else 0.0 for values in row] for row in table])
+    table = [[row.get(name, torch.zeros(0, device="cpu")) for name in SECOND_MOMENTS] for row in found]
+    largest = [[float(values.max()) if values.numel() else 0.0 for values in row] for row in table]
+    own = torch.tensor(largest, dtype=torch.float64, device="cpu")
     # The largest value's exponent: its fraction lies in [1/2, 1).
-    exponents = torch.frexp(comm.all_gather(own.double()).amax(0)).exponent.to(torch.int64)
+    exponents = torch.frexp(comm.all_gather(own).amax(0)).exponent.to(torch.int64)
     rows = [
         [
-            [int(torch.ldexp(values, torch.tensor(_BITS) - e).to(torch.int64).sum()), values.numel()]
+            [int(torch.ldexp(values, torch.tensor(_BITS, device="cpu") - e).to(torch.int64).sum()), values.numel()]
             for values, e in zip(row, of_entry, strict=True)
         ]
         for row, of_entry in zip(table, exponents, strict=True)
     ]
-    sums = comm.sum(torch.tensor(rows, dtype=torch.int64))
+    sums = comm.sum(torch.tensor(rows, dtype=torch.int64, device="cpu"))
     means = {}
     for shard, row, of_entry in zip(listed, sums.tolist(), exponents.tolist(), strict=True):
         for name, (total, count), e in zip(SECOND_MOMENTS, row, of_entry, strict=True):

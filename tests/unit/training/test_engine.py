@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -439,3 +440,48 @@ def test_a_scheduler_too_many_or_too_few_is_told(tmp_path: Path) -> None:
         engine.save_checkpoint(tmp_path, "t")
         with pytest.warns(UserWarning, match=said):
             build(lr=other).load_checkpoint(tmp_path, "t")
+
+
+DEFAULTS = {"device": lambda: torch.set_default_device("meta"), "dtype": lambda: torch.set_default_dtype(torch.float64)}
+
+
+@pytest.mark.parametrize("changed", DEFAULTS)
+def test_defaults_of_torch_change_nothing(tmp_path: Path, changed: str) -> None:
+    """A script may set a default device or dtype for its own tensors: those of the library have theirs."""
+    growth = {"target": "rising", "dense_steps": 2, "grow": "gradient", "grow_share": 0.3, "update_steps": 1}
+    configs: list[dict[str, Any]] = [
+        {**CYCLIC, **growth, "regrow_moments": "mean_second", "regrow_warmup_steps": 2},
+        {"method": "rigl", "sparsity": 0.5, "pattern": "1:2", "update_steps": 2, "phase_steps": 8, "finetune_steps": 2},
+        {**CYCLIC, "distribution": "global"},
+    ]
+    batches = [torch.randn(8, 6, generator=torch.Generator().manual_seed(i)) for i in range(10)]
+
+    def run(folder: Path, models: list[Model]) -> list[dict[str, torch.Tensor]]:
+        found = []
+        for n, config in enumerate(configs):
+            engines = [
+                GaPEngine(model, config, optimizer=torch.optim.Adam(model.parameters(), lr=0.01))
+                for model in models[2 * n : 2 * n + 2]
+            ]
+            for engine, some in zip(engines, (batches[:5], batches[5:]), strict=True):
+                for x in some:
+                    engine.backward(engine(x).square().mean())
+                    engine.step()
+                if engine is engines[0]:
+                    engine.save_checkpoint(folder / str(n), tag="a", portable=True)
+                    engines[1].load_checkpoint(folder / str(n), "a")
+            engines[1].export(folder / f"model{n}")
+            found.append(load_file(folder / f"model{n}" / "model.safetensors"))
+        return found
+
+    torch.manual_seed(0)
+    models = [Model() for _ in range(2 * len(configs))]
+    expected = run(tmp_path / "usual", copy.deepcopy(models))
+    try:
+        DEFAULTS[changed]()
+        found = run(tmp_path / "changed", models)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(expected, found, strict=True):
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
