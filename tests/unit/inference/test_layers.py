@@ -17,7 +17,8 @@ from torch.autograd import forward_ad
 
 from gap_ds import sparsify_for_inference
 from gap_ds.inference import layers as linears
-from gap_ds.inference.layers import CSRLinear
+from gap_ds.inference.layers import CSRLinear, csr_linear, joined_linear
+from gap_ds.inference.layers.semi_structured_linear import SemiStructuredLinear
 
 # ------------------------------------------------------------------------------------------------------------------ csr
 
@@ -124,8 +125,9 @@ def test_joined_layers_equal_separate_ones(shape: tuple[int, ...], bias: bool, d
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_layers_with_the_same_input_share_one_product(monkeypatch: pytest.MonkeyPatch, mode: Any) -> None:
     sizes: list[int] = []
-    real = linears._product
-    monkeypatch.setattr(linears, "_product", lambda w, *rest: (sizes.append(w.shape[0]), real(w, *rest))[1])
+    real = csr_linear.product
+    for module in (csr_linear, joined_linear):
+        monkeypatch.setattr(module, "product", lambda w, *rest: (sizes.append(w.shape[0]), real(w, *rest))[1])
     _, model = joined()
     with mode():
         x = torch.randn(3, 16)
@@ -308,7 +310,7 @@ def inputs(x: Tensor) -> list[Tensor]:
 
 def test_two_of_four_gets_rows_that_follow_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's product of semi-structured weights takes others for such."""
-    made, product = linears.SemiStructuredLinear(6, 4), nn.functional.linear
+    made, product = SemiStructuredLinear(6, 4), nn.functional.linear
 
     def of_neighbours(x: Tensor, *rest: Tensor) -> Tensor:
         assert x.is_contiguous() and x.numel()
