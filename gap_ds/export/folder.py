@@ -6,6 +6,8 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,11 +17,12 @@ from torch import Tensor, nn
 from gap_ds.export.card import CARD, write_card
 from gap_ds.export.info import INFO, ExportInfo, is_export, renew_digests
 from gap_ds.export.weights import Counted, counts_in, is_weights, read_back
-from gap_ds.export.writing import Stream, complete_config, write_model
+from gap_ds.export.writing import Stream, Written, complete, complete_config, write_stream
 from gap_ds.masks import bitmask
 from gap_ds.method.names import by_parameter
 from gap_ds.method.plan import clean_name
 from gap_ds.sharding.comm import Comm, boxes_of, raise_on_all_ranks
+from gap_ds.sharding.rank_zero import on_rank_zero
 from gap_ds.sharding.shard import Shard
 from gap_ds.storage.atomic import replacing_folder
 from gap_ds.storage.errors import printable, summarize_error
@@ -27,6 +30,7 @@ from gap_ds.storage.json import write_json
 from gap_ds.storage.safetensors import name_of
 
 T = TypeVar("T")
+U = TypeVar("U")
 #: Files in a Trainer's checkpoint that describe the training and not the model.
 _OF_TRAINING = ("trainer_state.json", "latest", "zero_to_fp32.py")
 #: Where transformers puts a tokenizer's chat templates but for the first: its only files in a folder below.
@@ -122,21 +126,39 @@ def save(
                 tokenizer.save_pretrained(aside)
             return aside
 
-        def on_rank_zero(work: Callable[[], T]) -> T | None:
-            return raise_on_all_ranks(world, lambda: _writing(folder, work) if world.rank == 0 else None)
+        def alone(work: Callable[[], T]) -> T:
+            return on_rank_zero(world, partial(_writing, folder, work))
 
-        aside = on_rank_zero(begin)
+        aside = alone(begin)
         stream = gather()
+        stream = replace(stream, tensors=_together(stream.tensors, world))
 
-        def write() -> None:
+        def write() -> Written | None:
             try:
                 if world.rank == 0:
-                    _writing(folder, lambda: _write(aside or folder, folder, module, stream, about, dtype))
+                    return _writing(folder, lambda: write_stream(aside, module, stream, dtype))
+                return None
             finally:  # the other ranks send all of their pieces, whatever happened here
                 deque(stream.tensors, maxlen=0)
 
-        raise_on_all_ranks(world, write)
-        on_rank_zero(stack.close)
+        written = raise_on_all_ranks(world, write)
+
+        def end() -> None:
+            assert written is not None
+            complete(aside, module, written.files, dtype)
+            describe(aside, about(written.counts))
+            read_back(aside, folder, written.files)
+            stack.close()
+
+        alone(end)
+
+
+def _together(tensors: Iterator[U], world: Comm) -> Iterator[U]:
+    """The tensors, with a meeting of the ranks after each: none waits in one collective until all are written."""
+    for each in tensors:
+        yield each
+        del each  # before the next one comes
+        world.barrier()
 
 
 def _writing(folder: Path, work: Callable[[], T]) -> T:
@@ -147,19 +169,6 @@ def _writing(folder: Path, work: Callable[[], T]) -> T:
         raise
     except Exception as error:  # of the disk, of transformers, of a tokenizer
         raise ValueError(f"{folder}: cannot be written ({summarize_error(error)}).") from error
-
-
-def _write(
-    folder: Path,
-    target: Path,
-    module: nn.Module,
-    stream: Stream,
-    about: Callable[[Mapping[str, Counted]], ExportInfo],
-    dtype: torch.dtype,
-) -> None:
-    counts, written = write_model(folder, module, stream, dtype)
-    describe(folder, about(counts))
-    read_back(folder, target, written)
 
 
 def describe(folder: Path, info: ExportInfo) -> None:

@@ -25,10 +25,10 @@ from gap_ds.storage.safetensors import Layout, open_tensors
 class Stream:
     """The tensors of a model, of which only one is there at a time.
 
+    layout: dtype and shape of each by name.
+    tensors: names and tensors; on ranks other than 0, None for a tensor. All ranks go through them together, to the
+        end.
     entries: names of the entries of each parameter that has some.
-
-    layout: dtype and shape of each by name. tensors: names and tensors; on ranks other than 0, None for a tensor. All
-        ranks go through them together, to the end.
     """
 
     layout: Layout
@@ -36,22 +36,24 @@ class Stream:
     entries: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
-def write_model(
-    folder: Path, module: nn.Module, stream: Stream, dtype: torch.dtype
-) -> tuple[dict[str, Counted], dict[str, Counted]]:
-    """Writes the weights of a model, and all else that its `save_pretrained` writes. On rank 0.
+@dataclass(frozen=True)
+class Written:
+    """Figures of the tensors of a stream and of their entries (`counts`), and of the tensors in the files (`files`)."""
 
-    The weights become model.safetensors, or several files with their index, as they come out of the stream. A tied
-    weight has all its names, unless the model is of transformers and declares it. Files of weights that the model's
-    `save_pretrained` adds stay if they hold these weights.
+    counts: Mapping[str, Counted]
+    files: Mapping[str, Counted]
 
-    Returns:
-        The figures of the tensors of the stream and of their entries, and those of the tensors in the files.
+
+def write_stream(folder: Path, module: nn.Module, stream: Stream, dtype: torch.dtype) -> Written:
+    """Writes the weights of a model, as they come out of the stream. On rank 0.
+
+    They become model.safetensors, or several files with their index. A tied weight has all its names, unless the model
+    is of transformers and declares it.
+
     Raises:
         ValueError: `dtype` is float16, and a weight is too large for it.
     """
-    own = getattr(module, "save_pretrained", None)
-    model = getattr(own, "__self__", module)  # the one inside a wrapper
+    model = _inside(module)
     is_transformers = _is_transformers(model)
     declared = getattr(model, "all_tied_weights_keys", {}) if is_transformers else {}
     known = {*declared, *declared.values()}
@@ -72,13 +74,28 @@ def write_model(
             for name in names.get(one, ()):
                 files.write(name, weight)
             del weight  # before the next one comes
-    written = {name: counts[source[name]] for name in layout}
-    if callable(own):
+    return Written(counts, {name: counts[source[name]] for name in layout})
+
+
+def complete(folder: Path, module: nn.Module, written: Mapping[str, Counted], dtype: torch.dtype) -> None:
+    """Adds all else that the model's `save_pretrained` writes. On rank 0.
+
+    Files of weights that it adds stay if they hold these weights.
+
+    Args:
+        written: figures of the tensors in the files.
+    """
+    model = _inside(module)
+    if callable(getattr(module, "save_pretrained", None)):
         _add_own_files(folder, model, written)
-    if is_transformers:
+    if _is_transformers(model):
         with suppress(ValueError):  # an adapter's folder has no such config
             complete_config(folder / "config.json", dtype)
-    return counts, written
+
+
+def _inside(module: nn.Module) -> Any:
+    """The model inside a wrapper that passes its `save_pretrained` on."""
+    return getattr(getattr(module, "save_pretrained", None), "__self__", module)
 
 
 def _add_own_files(folder: Path, model: Any, written: Mapping[str, Counted]) -> None:

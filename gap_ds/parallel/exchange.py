@@ -1,6 +1,7 @@
 """One worker's side of the exchange: it publishes its file of a round, waits for the others, and reads all files.
 
-All ranks of the job call the public methods of `Exchange`. A round's collectives are in this file and in `ranks`.
+All ranks of the job call the public methods of `Exchange`. A round's collectives are in this file and those it calls
+in `gap_ds.sharding`.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from gap_ds.masks import bitmask
 from gap_ds.masks.box import Box
 from gap_ds.parallel import identity
 from gap_ds.parallel.items import FORMAT, VERSION, Item, Received, check_items, check_kept, layout, selected
-from gap_ds.parallel.ranks import on_rank_zero
 from gap_ds.parallel.reading import Reader
 from gap_ds.parallel.records import Manifest, Records
 from gap_ds.parallel.transport import Folder, Writing, open_folder
 from gap_ds.parallel.worker import ParallelWorker, file_stem
 from gap_ds.sharding.comm import Comm, Place, boxes_of, raise_on_all_ranks
+from gap_ds.sharding.rank_zero import on_rank_zero
 from gap_ds.storage import safetensors
+from gap_ds.storage.errors import summarize_error
 
 log = logging.getLogger("gap_ds")
 T = TypeVar("T")
@@ -85,7 +87,7 @@ class Exchange:
             run=worker.run,
         )
         self._records = Records(worker, self._folder, run)
-        on_rank_zero(world, self._records.enter)
+        _on_rank_zero(world, self._records.enter)
 
     def begin(self, weights: str) -> None:
         """Check, in a job that begins at step 0, that it belongs to the run of the folder. Call it before any round.
@@ -98,7 +100,7 @@ class Exchange:
         Raises:
             ValueError: the run began with other weights, or this worker has published already and may not resume.
         """
-        on_rank_zero(self._world, partial(self._records.begin, weights))
+        _on_rank_zero(self._world, partial(self._records.begin, weights))
 
     def rejoin(self) -> None:
         """Accept rounds that this worker has published before: this job continues from a checkpoint of the run."""
@@ -143,7 +145,7 @@ class Exchange:
         """
         check_items(items, self.workers)
         self.bytes_written = 0
-        if on_rank_zero(self._world, partial(self._records.published_before, round)):
+        if _on_rank_zero(self._world, partial(self._records.published_before, round)):
             return
         own = selected(items, self.worker.index, self.unpartitioned)
         spreads = spread_over_ranks(own, bits, self._comm)
@@ -154,15 +156,15 @@ class Exchange:
         owners = {name: item for item in own for name in item.parts}
         file = _File(self._folder, f"{file_stem(round, self.worker.index)}.safetensors")
         try:
-            on_rank_zero(self._world, partial(file.write, first))
+            _on_rank_zero(self._world, partial(file.write, first))
             for name in tensors:
                 item = owners[name]
                 # A rank without memory for its piece must report that before the others wait for it.
                 piece = self._together(partial(self._piece, item, item.parts[name], bits))
                 whole = self._assemble(item, item.parts[name], piece, spreads[item.name], bits)
-                on_rank_zero(self._world, partial(file.write_tensor, item.parts[name], whole))
+                _on_rank_zero(self._world, partial(file.write_tensor, item.parts[name], whole))
                 del piece, whole  # before the next one comes
-            self.bytes_written = on_rank_zero(self._world, partial(self._complete, round, file))
+            self.bytes_written = _on_rank_zero(self._world, partial(self._complete, round, file))
         except BaseException:
             file.discard()
             raise
@@ -216,7 +218,7 @@ class Exchange:
             TimeoutError: a worker has not published within the worker's timeout.
             ValueError: a manifest is damaged, or belongs to another run.
         """
-        return on_rank_zero(self._world, partial(self._records.wait, round, self.workers))
+        return _on_rank_zero(self._world, partial(self._records.wait, round, self.workers))
 
     # -- read ------------------------------------------------------------------------------------------------------
 
@@ -236,7 +238,7 @@ class Exchange:
         for worker, manifest in enumerate(manifests):
             own, path = selected(items, worker, self.unpartitioned), f"{file_stem(round, worker)}.safetensors"
             verify = partial(reader.verify, path, own, self._metadata(round, worker), manifest)
-            sources.append(on_rank_zero(self._world, verify))
+            sources.append(_on_rank_zero(self._world, verify))
         for worker, source in enumerate(sources):
             entries = [item for item in items if item.partition == worker and item.keep is not None]
             bits = self._together(partial(reader.masks, source, entries))
@@ -324,6 +326,20 @@ def spread_over_ranks(items: Sequence[Item], bits: Mapping[str, Tensor], comm: C
         before = dict(zip(order, sums, strict=False))
         spreads[item.name] = Spread(places, counts, [before[rank] for rank in range(comm.size)])
     return spreads
+
+
+def _on_rank_zero(world: Comm, work: Callable[[], T]) -> T:
+    """`on_rank_zero`, with errors of the folder as a ValueError that says so."""
+
+    def named() -> T:
+        try:
+            return work()
+        except TimeoutError:
+            raise
+        except OSError as error:
+            raise ValueError(f"the exchange folder cannot be used ({summarize_error(error)})") from error
+
+    return on_rank_zero(world, named)
 
 
 class _File:

@@ -156,9 +156,9 @@ def export(run: Run, folder: Path, place: Place, tokenizer: Any, dtype: torch.dt
 
     def gather() -> exports.Stream:
         bits = {**run.mask_state.bits, **run.mask_state.select(run.to_prune(phase), step)}
-        if not run.backend.comm.writes:
-            return exports.Stream({}, iter(()))
         stream = exports.full_weights(run.backend.module, run.backend.shards(), bits, run.backend.comm, dtype)
+        if not run.backend.comm.writes:  # another group has the same weights
+            return replace(stream, tensors=((name, None) for name in stream.layout))
         return replace(stream, entries=by_parameter(entry.name for entry in run.plan.entries))
 
     def about(counts: Mapping[str, exports.Counted]) -> exports.ExportInfo:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fake_ranks import Ranks
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -17,6 +19,7 @@ from gap_ds import GaPConfig, GaPEngine
 from gap_ds.export import compact, expand, from_checkpoint, load_compact, weights
 from gap_ds.export import folder as folders
 from gap_ds.export.weights import Counted, write_weights
+from gap_ds.export.writing import Stream
 from gap_ds.sharding.comm import Comm
 
 STEPS = {"phase_steps": 3, "rounds": 2, "finetune_steps": 2}
@@ -239,7 +242,7 @@ def test_a_large_model_has_several_files(tmp_path: Path, monkeypatch: pytest.Mon
 )
 def test_a_difference_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any, said: str) -> None:
     engine = train(Net(), 4)
-    write = folders.write_model
+    write = folders.write_stream
 
     def changed(aside: Path, *rest: Any) -> Any:
         counted = write(aside, *rest)
@@ -248,7 +251,7 @@ def test_a_difference_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         save_file(weights, aside / "model.safetensors")
         return counted
 
-    monkeypatch.setattr(folders, "write_model", changed)
+    monkeypatch.setattr(folders, "write_stream", changed)
     with pytest.raises(ValueError, match=r"out: was not written: read back, the files differ from gap\.json") as error:
         engine.export(tmp_path / "out")
     assert said in str(error.value) and not list(tmp_path.iterdir())
@@ -350,3 +353,32 @@ def test_a_byte_order_mark(tmp_path: Path, encoding: str) -> None:
     else:
         with pytest.raises(ValueError, match="is not UTF-8 text"):
             GaPConfig.load(tmp_path / "config.json")
+
+
+# -- several ranks -----------------------------------------------------------------------------------------------------
+
+
+def test_no_rank_waits_in_one_collective_until_all_weights_are_written(tmp_path: Path) -> None:
+    """The process group would end a rank that does, after 10 minutes with NCCL."""
+    model, overtaken, found = nn.Linear(2, 2), threading.Event(), list[bool]()
+    layout = {name: (p.dtype, tuple(p.shape)) for name, p in model.named_parameters()}
+
+    def stop(counts: Any) -> Any:
+        raise ValueError(f"after {sorted(counts)}")
+
+    def run(rank: Any) -> None:
+        def tensors() -> Any:
+            for name, p in model.named_parameters():
+                if rank.rank == 1 and name == "bias":
+                    overtaken.set()
+                if rank.rank == 0 and name == "weight":
+                    found.append(overtaken.wait(0.3))
+                yield name, p.detach() if rank.rank == 0 else None
+
+        def gather() -> Stream:
+            return Stream(layout, tensors())
+
+        folders.save(tmp_path / "out", model, gather, stop, rank, tokenizer=None, dtype=torch.float32, overwrite=False)
+
+    assert [str(error) for error in Ranks(2).run(run)] == ["after ['bias', 'weight']"] * 2
+    assert found == [False] and not list(tmp_path.iterdir())

@@ -14,8 +14,8 @@ from fake_ranks import Rank, Ranks, item_of
 
 from gap_ds.masks import bitmask
 from gap_ds.parallel import Exchange, ParallelWorker
-from gap_ds.parallel.ranks import on_rank_zero
 from gap_ds.parallel.transport import open_folder
+from gap_ds.sharding.rank_zero import on_rank_zero
 
 
 class Slow:
@@ -45,7 +45,7 @@ class Meeting(Rank):
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gap_ds.parallel.ranks._MEET", 0.001)
+    monkeypatch.setattr("gap_ds.sharding.rank_zero._MEET", 0.001)
 
 
 def test_all_ranks_get_the_result_and_meet_while_rank_zero_works() -> None:
@@ -62,7 +62,7 @@ def test_all_ranks_get_the_result_and_meet_while_rank_zero_works() -> None:
     [
         (ValueError("a"), ValueError, "a"),
         (TimeoutError("b"), TimeoutError, "b"),
-        (OSError(28, "full"), ValueError, "the exchange folder cannot be used (OSError: [Errno 28] full)"),
+        (OSError(28, "full"), ValueError, "OSError: [Errno 28] full"),
         (ZeroDivisionError("c"), RuntimeError, "ZeroDivisionError: c"),
     ],
 )

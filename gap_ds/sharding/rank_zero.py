@@ -70,6 +70,6 @@ def _outcome(running: Future[Any]) -> tuple[str, Any]:
         case ValueError() as error:
             return "ValueError", str(error)
         case OSError() as error:
-            return "ValueError", f"the exchange folder cannot be used ({summarize_error(error)})"
+            return "ValueError", summarize_error(error)
         case error:
             return "error", summarize_error(error)
