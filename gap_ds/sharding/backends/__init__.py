@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,22 @@ class Training:
     optimizer_state: Mapping[str, Meaning] | None = None
     #: All ranks that train the model.
     world: Comm = field(default_factory=Comm)
+
+    def check(self) -> None:
+        """Raises ValueError for a setting whose value can be seen to be wrong without a model."""
+        steps: Any = self.gradient_accumulation_steps
+        clipping: Any = self.gradient_clipping
+        meanings: Any = self.optimizer_state or {}
+        if not isinstance(steps, Integral) or steps < 1:
+            raise ValueError(f"gradient_accumulation_steps={steps!r}: must be a whole number of at least 1.")
+        if not isinstance(clipping, Real) or not float(clipping) >= 0:
+            raise ValueError(f"gradient_clipping={clipping!r}: must be a norm of at least 0; 0 turns clipping off.")
+        if wrong := [s for s in self.schedulers() if not hasattr(s, "step") or not hasattr(s, "load_state_dict")]:
+            raise ValueError(f"lr_scheduler={wrong[0]!r}: must be a learning-rate scheduler, or a list of them.")
+        if self.grad_scaler is not None and not hasattr(self.grad_scaler, "unscale_"):
+            raise ValueError(f"grad_scaler={self.grad_scaler!r}: must be a torch.amp.GradScaler.")
+        if not isinstance(meanings, Mapping):
+            raise ValueError(f"optimizer_state={meanings!r}: must be a dict, state name to meaning.")
 
     def optimizers(self) -> Optimizers:
         """The user's optimizers; ValueError if one cannot be used."""
