@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -393,6 +394,44 @@ class Packed(Own):
         return {"moment": torch.zeros(parameter.numel() // 2 + parameter.numel() % 2, dtype=torch.uint8)}
 
 
+class Stacked(Own):
+    """Two momenta side by side in one tensor."""
+
+    def first(self, parameter: nn.Parameter) -> dict[str, Any]:
+        return {"exp_avg": torch.zeros(2, *parameter.shape)}
+
+
+class Queued(Own):
+    """Gradients of the last steps."""
+
+    def first(self, parameter: nn.Parameter) -> dict[str, Any]:
+        return {"last": deque([torch.zeros_like(parameter)])}
+
+
+class Counting(Own):
+    """Counts its steps in a state of no parameter."""
+
+    def change(self, parameter: nn.Parameter, state: dict[str, Any], group: dict[str, Any]) -> None:
+        super().change(parameter, state, group)
+        self.state["total"] = group["k"]  # type: ignore[index]
+
+
+class Optimizer2State(Own):
+    """Two momenta under the names that bitsandbytes gives them."""
+
+    def first(self, parameter: nn.Parameter) -> dict[str, Any]:
+        return {"step": 0, "state1": torch.zeros_like(parameter), "state2": torch.zeros_like(parameter)}
+
+    def change(self, parameter: nn.Parameter, state: dict[str, Any], group: dict[str, Any]) -> None:
+        for name in ("state1", "state2"):
+            state[name].lerp_(parameter.grad, 0.5)
+        parameter.add_(state["state1"], alpha=-group["lr"])
+
+
+class AdamW(Optimizer2State):
+    """Bitsandbytes' own, by the name of torch's."""
+
+
 class Preconditioned(Own):
     """A square statistic as large as the square weights, with a list of others."""
 
@@ -414,6 +453,9 @@ def own(kind: type[Own], **options: Any) -> GaPEngine:
             r"optimizer=Lagging: its state 'slow' of layers.0.fc.weight .* meaning is not known. Pass optimizer_s",
         ),
         (Preconditioned, r"optimizer=Preconditioned: its state 'statistic' of layers.0.fc.weight"),
+        (Stacked, r"its state 'exp_avg' .* is quantized or of a special kind \(Tensor, torch.float32, \(2, 6, 6\)\)"),
+        (Queued, r"its state 'last' .* of a special kind \(deque\).* pass optimizer_state={\"last\": \"other\"}"),
+        (Counting, r"optimizer=Counting: its state 'total' belongs to no parameter"),
         (Packed, r"optimizer=Packed: its state 'moment' .* is quantized .*torch.uint8"),
         (
             Rounded,
@@ -442,6 +484,17 @@ def test_state_that_the_user_explains(tmp_path: Path, kind: type[Own], meaning: 
     for name, found in state(engine).items():
         if kind is Lagging and (mask := engine.mask(name) if name in engine.mask_state.shards else None) is not None:
             assert not found["slow"].flatten()[~mask].count_nonzero() and found["slow"].flatten()[mask].any()
+
+
+def test_state_is_known_by_the_bases_of_a_class_as_well() -> None:
+    engine = own(AdamW)
+    train(engine, 2)
+    mask = engine.mask("layers.2.fc.weight")
+    assert mask is not None
+    train(engine, 1)
+    grown = state(engine)["layers.2.fc.weight"]
+    for name in ("state1", "state2"):
+        assert grown[name].flatten()[mask].any() and not grown[name].flatten()[~mask].any()
 
 
 def test_the_users_word_is_above_the_table() -> None:
