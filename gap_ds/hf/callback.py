@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -89,13 +89,10 @@ class GaPCallback(TrainerCallback):  # type: ignore[misc]
                 f"save_strategy={_text(args.save_strategy)}: checkpoints of a hyperparameter search lie in folders "
                 'that a callback does not learn. Set save_strategy to "no".'
             )
-        wrapped = trainer.model_wrapped
-        # DataParallel replicates its module at every forward pass: what is trained is the module.
-        model = wrapped.module if isinstance(wrapped, nn.DataParallel) else wrapped
         self.engine = GaPEngine(
-            model,
+            trainer.model_wrapped,
             self.config,
-            optimizer=innermost(model, trainer.optimizer),
+            optimizer=innermost(trainer.model_wrapped, trainer.optimizer),
             steps_per_epoch=_steps_per_epoch(self.config, args, trainer.callback_handler.train_dataloader),
             masks_from=None if checkpoint is None else Path(checkpoint, FOLDER),
             history=Path(args.output_dir, history.NAME) if self.history else None,

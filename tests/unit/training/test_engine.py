@@ -239,6 +239,15 @@ def test_attributes_reach_the_wrapped_model_and_close_takes_the_hook_off() -> No
     assert int(weight.count_nonzero()) > 9
 
 
+def test_data_parallel_adds_nothing_to_the_names(tmp_path: Path) -> None:
+    model = Model()
+    engine = GaPEngine(nn.DataParallel(model), CYCLIC, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    assert engine.module is model and engine.plan == build().plan
+    train(engine, 14)
+    engine.export(tmp_path)
+    assert load_file(tmp_path / "model.safetensors").keys() == model.state_dict().keys()
+
+
 EPOCHS = {"sparsity": 0.75, "partitions": 2, "phase_epochs": 1, "rounds": 1, "finetune_epochs": 1}
 COUNTS = ("steps_per_epoch", "batches_per_epoch")
 
