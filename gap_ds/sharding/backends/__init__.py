@@ -118,7 +118,7 @@ def detect(model: nn.Module, training: Training) -> Backend:
     from gap_ds.sharding.backends import fairscale, fsdp, plain, zero
 
     outer, model = model, held_by(model)
-    inside = uncompiled(model)
+    inside = outermost(model)
     if meta := [name for name, parameter in inside.named_parameters() if parameter.is_meta]:
         raise ValueError(
             f"{meta[0]}: is on the meta device and has no weights to select from. Give the parameters a device and "
@@ -139,7 +139,7 @@ def brings_optimizer(model: nn.Module) -> bool:
     """True for an engine that brings its optimizer and learning-rate scheduler (DeepSpeed's)."""
     from gap_ds.sharding.backends import zero
 
-    return zero.recognises(uncompiled(held_by(model)))
+    return zero.recognises(outermost(held_by(model)))
 
 
 def held_by(model: nn.Module) -> nn.Module:
@@ -161,10 +161,21 @@ def held_by(model: nn.Module) -> nn.Module:
 
 def is_sharded(model: nn.Module) -> bool:
     """True for the outermost module of a model that a library replicates or shards, compiled or not."""
+    return _is_wrapper(outermost(model))
+
+
+def outermost(model: nn.Module) -> nn.Module:
+    """The module that a library has wrapped: the one inside a compiled model, or the compiled one itself.
+
+    The latter is what `fully_shard` after torch.compile makes, as Accelerate does.
+    """
+    return model if _is_wrapper(model) else uncompiled(model)
+
+
+def _is_wrapper(module: nn.Module) -> bool:
     from gap_ds.sharding.backends import fairscale, fsdp, plain, zero
 
-    inside = uncompiled(model)
-    return any(backend.wraps(inside) for backend in (zero, fairscale, fsdp, plain))
+    return any(backend.wraps(module) for backend in (zero, fairscale, fsdp, plain))
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
