@@ -317,7 +317,9 @@ def of_user(given: Any, meanings: Mapping[str, Meaning] | None = None) -> Optimi
                 f"optimizer={optimizer!r}: must be the torch.optim.Optimizer of the model's parameters or a list of "
                 "them, unless the model is a DeepSpeed engine, which brings its own."
             )
-        if isinstance(getattr(optimizer, "optim", None), torch.optim.Optimizer):
+        if isinstance(getattr(optimizer, "optim", None), torch.optim.Optimizer) and hasattr(
+            optimizer, "consolidate_state_dict"
+        ):
             raise ValueError(
                 f"optimizer={name}: shards the optimizer of an unsharded model, so that its state would be out of "
                 "reach. Wrap the model by fairscale's ShardedDataParallel (with OSS), or by fully_shard and use a "
@@ -332,7 +334,7 @@ def of_user(given: Any, meanings: Mapping[str, Meaning] | None = None) -> Optimi
             )
         inner = next((v for v in vars(optimizer).values() if isinstance(v, torch.optim.Optimizer)), None)
         if inner is not None:
-            names = ("optimizer", "base_optimizer", "inner_optimizer")
+            names = ("optimizer", "optim", "base_optimizer", "inner_optimizer")
             where = next((f", its attribute {name}" for name in names if getattr(optimizer, name, None) is inner), "")
             raise ValueError(
                 f"optimizer={name}: wraps another optimizer and may change the weights after its step, where masks "

@@ -512,18 +512,18 @@ def test_the_users_word_is_above_the_table() -> None:
 class Wrapper(torch.optim.Optimizer):
     def __init__(self, base: torch.optim.Optimizer) -> None:
         super().__init__(base.param_groups, {})
-        self.base_optimizer = base
+        self.optim = base  # as torch's PostLocalSGDOptimizer calls it, and optimizers that shard another
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        self.base_optimizer.step()
+        self.optim.step()
 
 
 def test_a_wrapping_optimizer_is_refused_and_the_one_inside_can_be_used() -> None:
     model = Model()
     wrapper = Wrapper(torch.optim.SGD(model.parameters(), lr=0.1))
-    with pytest.raises(ValueError, match=r"optimizer=Wrapper: wraps another optimizer .* Pass the SGD inside"):
+    with pytest.raises(ValueError, match=r"optimizer=Wrapper: wraps another .* the SGD inside, its attribute optim;"):
         GaPEngine(model, CYCLIC, optimizer=wrapper)
-    engine = GaPEngine(model, CYCLIC, optimizer=wrapper.base_optimizer)
+    engine = GaPEngine(model, CYCLIC, optimizer=wrapper.optim)
     for step in range(14):  # as SAM: the gradient is taken at other weights, which are restored before the update
         held = {p: p.detach().clone() for p in model.parameters()}
         with torch.no_grad():
@@ -533,7 +533,7 @@ def test_a_wrapping_optimizer_is_refused_and_the_one_inside_can_be_used() -> Non
         for p, before in held.items():
             p.data = before
         wrapper.step()
-        wrapper.base_optimizer.zero_grad()
+        wrapper.optim.zero_grad()
         assert engine.after_step()
     assert engine.finished and engine.stats()["kept"] == 36
 
