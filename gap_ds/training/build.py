@@ -31,6 +31,7 @@ from gap_ds.training.mask_state import MaskState
 from gap_ds.training.observer import Observer
 from gap_ds.training.regrowth import SECOND_MOMENTS
 from gap_ds.training.run import Run
+from gap_ds.training.structure import Structure
 
 #: Dtypes of weights whose magnitudes are ordered, and whose words are masked.
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -102,6 +103,7 @@ def build(
         rule=rules.rule(config),
         schedule=phases,
         plan=of_model,
+        structure=Structure(of_model, backend.module),
         worker=worker,
         backend=backend,
         world=world,
