@@ -15,6 +15,7 @@ Shapes: leading dimensions of positions, (B,) for pictures or (B, T) for tokens;
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,15 +64,15 @@ def logit_distance(
             averaged; default: the kept positions of this call (at least 1).
 
     Raises:
-        ValueError: shapes differ, or the temperature is not above 0.
+        ValueError: shapes differ, or the temperature is not above 0 and finite.
 
     >>> student = torch.zeros(1, 2, 4)
     >>> teacher = torch.tensor([[[0.0, 0.0, -100.0, -100.0], [9.0, 0.0, 0.0, 0.0]]])
     >>> logit_distance(student, teacher, torch.tensor([[True, False]])).item() == torch.tensor(2.0).log().item()
     True
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature}: must be above 0. Set another temperature.")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature={temperature}: must be above 0 and finite. Set another temperature.")
     _check("logits", logits, wanted, kept, 1)
     places = _places(kept)
     chosen = (_chosen(x, places, 1).float() for x in (logits, wanted.detach()))
@@ -109,6 +110,9 @@ def hidden_distance(
     >>> hidden_distance([states], [teacher], torch.tensor([[True, False]])).item()
     0.25
     """
+    given: tuple[object, object] = (states, wanted)
+    if any(isinstance(layers, Tensor) for layers in given):
+        raise ValueError("hidden states are given as one tensor: must be a list or tuple with a tensor for each layer.")
     if not states or len(states) != len(wanted):
         raise ValueError(
             f"hidden states of {len(states)} layers, of the teacher {len(wanted)}: must be equal and at least 1. Set "
@@ -146,8 +150,10 @@ def _check(what: str, found: Tensor, wanted: Tensor, kept: Tensor | None, traili
     if found.shape != wanted.shape:
         raise ValueError(
             f"{what} of shape {tuple(found.shape)}, of the teacher {tuple(wanted.shape)}: must be equal. Set a teacher "
-            "with the sizes of the student."
+            "with the sizes of the student. Where one vocabulary is padded, pass logits[..., :size] of both."
         )
+    if found.dim() <= trailing:
+        raise ValueError(f"{what} of shape {tuple(found.shape)}: must have positions before the last dimension.")
     if kept is not None and (kept.dtype != torch.bool or kept.shape != found.shape[: found.dim() - trailing]):
         raise ValueError(
             f"kept of shape {tuple(kept.shape)} and {kept.dtype}: must be bool of the positions of the {what}, "

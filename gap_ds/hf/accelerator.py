@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import nn
 from gap_ds.hf.wrapped import FOLDER, innermost, refuse
 from gap_ds.method.config import GaPConfig
 from gap_ds.sharding.backends import brings_optimizer
+from gap_ds.sharding.meanings import Meaning
 from gap_ds.training.engine import GaPEngine
 
 #: The engines that `prepare` has built for each Accelerator.
@@ -32,6 +33,7 @@ def prepare(
     steps_per_epoch: int | None = None,
     batches_per_epoch: int | None = None,
     fresh: bool = False,
+    optimizer_state: Mapping[str, Meaning] | None = None,
 ) -> GaPEngine:
     """A GaPEngine around what `accelerator.prepare` has returned, for your own loop.
 
@@ -43,6 +45,7 @@ def prepare(
         steps_per_epoch, batches_per_epoch: updates in an epoch, or batches, len(loader); one of them is required if the
             config counts in epochs.
         fresh: begin a new schedule although the optimizer has stepped.
+        optimizer_state: what state of the optimizer means that gap_ds does not know, as in GaPEngine.
     Raises:
         ValueError: as GaPEngine.
     """
@@ -61,6 +64,7 @@ def prepare(
         steps_per_epoch=steps_per_epoch,
         fresh=fresh,
         grad_scaler=accelerator.scaler,
+        optimizer_state=optimizer_state,
     )
     others = _PREPARED.setdefault(accelerator, [])
     masks = _MasksOfState(engine, f"{FOLDER}_{len(others)}" if others else FOLDER)

@@ -14,17 +14,18 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from gap_ds.hf.wrapped import FOLDER, innermost, refuse
 from gap_ds.method.config import GaPConfig
+from gap_ds.sharding.meanings import Meaning
 from gap_ds.training import history, saving
 from gap_ds.training.engine import GaPEngine
 
@@ -53,6 +54,7 @@ class GaPCallback(TrainerCallback):  # type: ignore[misc]
             `gap-ds report`; costs up to a bit for each weight of the entries.
         fresh: begin the schedule anew in a second `train()`, which goes on with the optimizer of the first; without
             it that is refused.
+        optimizer_state: what state of the Trainer's optimizer means that gap_ds does not know, as in GaPEngine.
     Raises:
         ValueError: a mistake in the config; when training begins: a combination that is not supported, a schedule
             longer than the training, or a checkpoint without masks; at a boundary or a checkpoint: a loss before it
@@ -66,11 +68,13 @@ class GaPCallback(TrainerCallback):  # type: ignore[misc]
         prune_at_end: bool = True,
         history: bool = True,
         fresh: bool = False,
+        optimizer_state: Mapping[str, Meaning] | None = None,
     ) -> None:
         self.config = GaPConfig.load(config)
         self.prune_at_end = prune_at_end
         self.history = history
         self.fresh = fresh
+        self.optimizer_state = optimizer_state
         self.engine: GaPEngine | None = None
         #: Steps of the Trainer in a row in which no optimizer step was seen.
         self._idle = 0
@@ -82,22 +86,20 @@ class GaPCallback(TrainerCallback):  # type: ignore[misc]
         self._release()  # of a training before, or of an attempt with another batch size
         if state.is_hyper_param_search and _text(args.save_strategy) != "no":
             raise ValueError(
-                f"save_strategy={args.save_strategy}: checkpoints of a hyperparameter search lie in folders that a "
-                'callback does not learn. Set save_strategy to "no".'
+                f"save_strategy={_text(args.save_strategy)}: checkpoints of a hyperparameter search lie in folders "
+                'that a callback does not learn. Set save_strategy to "no".'
             )
-        wrapped = trainer.model_wrapped
-        # DataParallel replicates its module at every forward pass: what is trained is the module.
-        model = wrapped.module if isinstance(wrapped, nn.DataParallel) else wrapped
         self.engine = GaPEngine(
-            model,
+            trainer.model_wrapped,
             self.config,
-            optimizer=innermost(model, trainer.optimizer),
+            optimizer=innermost(trainer.model_wrapped, trainer.optimizer),
             steps_per_epoch=_steps_per_epoch(self.config, args, trainer.callback_handler.train_dataloader),
             masks_from=None if checkpoint is None else Path(checkpoint, FOLDER),
             history=Path(args.output_dir, history.NAME) if self.history else None,
             fresh=self.fresh,
             # Its steps are the Trainer's. The engine learns that some of them are left out.
             grad_scaler=getattr(trainer.accelerator, "scaler", None),
+            optimizer_state=self.optimizer_state,
         )
         if self.history or _text(args.save_strategy) != "no":
             saving.require_shared(self.engine.run, Path(args.output_dir))
@@ -114,7 +116,7 @@ class GaPCallback(TrainerCallback):  # type: ignore[misc]
         self._idle = 0 if self.engine.after_step() or self.engine.run.backend.skips_overflow else self._idle + 1
         if self._idle >= _MOST_IDLE:
             raise ValueError(
-                f"the Trainer has made {self._idle} steps, but no step of optimizer={args.optim} was seen, so masks "
+                f"the Trainer has made {self._idle} steps, but no step of optim={_text(args.optim)} was seen, so masks "
                 "are not applied: it updates the weights without its step(), as optimizers do that step inside the "
                 "backward pass. Use another one."
             )

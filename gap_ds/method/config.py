@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -260,7 +262,12 @@ class GaPConfig(Fields):
         """
         if isinstance(source, GaPConfig):
             return source
-        data, origin = (source, "gap_config") if isinstance(source, dict) else (read(source), str(source))
+        if not isinstance(source, Mapping | str | os.PathLike) or not str(source):
+            raise ValueError(
+                f"config={source!r}: must be a GaPConfig, a dict, the path of a JSON or YAML file, or the name of a "
+                "shipped config."
+            )
+        data, origin = (dict(source), "gap_config") if isinstance(source, Mapping) else (read(source), str(source))
         try:
             return cls.model_validate(data)
         except ValidationError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -36,22 +37,47 @@ def _find(source: str | Path) -> Path:
 def read(source: str | Path) -> Any:
     """Return the content of a JSON or YAML file, or of the shipped config of that name."""
     path = _find(source)
-    is_yaml = path.suffix in (".yaml", ".yml")
+    is_yaml = path.suffix.lower() in (".yaml", ".yml")
     try:
         text = path.read_text(encoding="utf-8-sig")  # some editors add a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise ValueError(f"{path}: cannot be read as a GaP config: {reason}") from None
     try:
-        if is_yaml:
-            import yaml  # optional: only YAML configs need it
-
-            return yaml.safe_load(text)
-        return json.loads(text)
+        return _parse_yaml(text) if is_yaml else json.loads(text, object_pairs_hook=_once)
     except ImportError:
         raise ValueError(f"{path}: YAML configs need PyYAML (pip install pyyaml); JSON needs nothing") from None
     except Exception as error:  # the parsers raise many kinds; all mean the same to the user
         raise ValueError(f"{path}: not valid {'YAML' if is_yaml else 'JSON'}: {error}") from None
+
+
+def _once(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+    """Return the pairs as a dict; ValueError if a key comes twice, where both readers would take the last one."""
+    found: dict[Any, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f'"{key}" is set twice. Remove one of the two.')
+        found[key] = value
+    return found
+
+
+def _parse_yaml(text: str) -> Any:
+    import yaml  # optional: only YAML configs need it
+
+    class Loader(yaml.SafeLoader):
+        """Reads no key twice, and `2:4` as the text that it is in YAML 1.2: in 1.1 it is 2 times 60 and 4."""
+
+        def construct_yaml_int(self, node: Any) -> Any:
+            value: str = self.construct_scalar(node)
+            return value if ":" in value else super().construct_yaml_int(node)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            _once((self.construct_object(key, deep=True), None) for key, _ in node.value)
+            found: dict[Any, Any] = super().construct_mapping(node, deep=deep)
+            return found
+
+    Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
+    return yaml.load(text, Loader)
 
 
 def explain(error: ValidationError, origin: str, known: list[str]) -> str:

@@ -138,7 +138,7 @@ def _check_entries(
                 f"{weight} is computed from {name} before each use (weight_norm, spectral_norm, orthogonal, "
                 "torch.nn.utils.prune), so that a mask on one is no mask on the other. Remove that first "
                 "(torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm, remove_spectral_norm, "
-                'prune.remove), or list it in "exclude".'
+                f'prune.remove), or list {name} in "exclude".'
             )
     if not config.include and (adapters := _adapters(names, inner, matrices, shapes)):
         raise ValueError(f"only {_like_adapters(adapters, inner, shapes)}")

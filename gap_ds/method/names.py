@@ -67,9 +67,11 @@ def by_parameter(names: Iterable[str]) -> dict[str, list[str]]:
 def matching(pattern: str, names: Iterable[str]) -> list[str]:
     """Names in which the pattern matches whole components: `layers.1` is in `layers.1.fc1` but not in `layers.10`."""
     try:
+        re.compile(pattern)  # for a message with places in the pattern itself
         regex = re.compile(rf"(?:.*\.)?(?:{pattern})(?:\..*)?")
     except re.error as error:
-        raise ValueError(f'pattern "{pattern}" is not a regular expression: {error}.') from None
+        hint = ' Any text is ".*", and a name is matched with all below it.' if "*" in pattern else ""
+        raise ValueError(f'pattern "{pattern}" is not a regular expression: {error}.{hint}') from None
     return [name for name in names if regex.fullmatch(name)]
 
 

@@ -1,7 +1,7 @@
 """Meanings of optimizer state: which tensors of it have a value for each weight, and what those start with.
 
 What a state tensor means cannot be seen from its shape: a preconditioner may be as large as the weight, and zero is not
-every state's first value. So the meaning comes from a table, by the optimizer's class and its name for the tensor:
+every state's first value. So the meaning comes from a table, by the optimizer's classes and its name for the tensor:
 
     moment     one value per weight, such as Adam's exp_avg; a regrown weight starts with the moment's first value
     sequence   other values of the weights themselves, such as schedule-free's z; pruned like the weights
@@ -35,6 +35,12 @@ class Kinds:
         if name in self.sequences:
             return "sequence"
         return "other" if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.other) else None
+
+    def over(self, base: Kinds) -> Kinds:
+        """These meanings, and those that a base has for names which these do not know."""
+        moments = {name: first for name, first in base.moments.items() if self.of(name) is None}
+        sequences = tuple(name for name in base.sequences if self.of(name) is None)
+        return Kinds({**moments, **self.moments}, self.sequences + sequences, self.other + base.other)
 
 
 _ADAM = Kinds({"exp_avg": 0.0, "exp_avg_sq": 0.0, "max_exp_avg_sq": 0.0})
@@ -71,6 +77,9 @@ KNOWN: Mapping[str, Kinds] = {
     **{f"ScheduleFree{name}": replace(_FREE) for name in ("AdamW", "RAdam", "SGD")},
     "Shampoo": _SHAMPOO,
     "SOAP": _SOAP,
+    # The bases of all optimizers of bitsandbytes, whose own names are those of torch (AdamW, Lion).
+    "Optimizer1State": Kinds({"state1": 0.0}),
+    "Optimizer2State": Kinds({"state1": 0.0, "state2": 0.0}),
 }
 #: Of a class that the table does not have: names that optimizers give to moments which start at zero.
 USUAL = Kinds({"exp_avg": 0.0, "exp_avg_sq": 0.0, "max_exp_avg_sq": 0.0, "momentum_buffer": 0.0})

@@ -6,7 +6,7 @@ import copy
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -176,17 +176,9 @@ class Optimizers(Sequence[torch.optim.Optimizer]):
                 yield name, shard.of(value), kinds
 
     def _kinds(self, optimizer: torch.optim.Optimizer) -> Kinds:
-        """Meaning of the state of a member: by the user's word, else by the first of its classes in the table."""
-        names = [cls.__name__ for cls in type(optimizer).__mro__]
-        table = next((KNOWN[name] for name in names if name in KNOWN), USUAL)
-        given = self._given
-        if not (given.moments or given.sequences or given.other):
-            return table
-        return Kinds(
-            {**{name: first for name, first in table.moments.items() if given.of(name) is None}, **given.moments},
-            tuple(name for name in table.sequences if given.of(name) is None) + given.sequences,
-            table.other + given.other,
-        )
+        """Meaning of the state of a member: by the user's word, else by the table, a class before its bases."""
+        tables = [KNOWN[cls.__name__] for cls in type(optimizer).__mro__ if cls.__name__ in KNOWN]
+        return functools.reduce(Kinds.over, [self._given, *(tables or [USUAL])])
 
     def _group(self, owner: Tensor) -> Mapping[str, Any]:
         groups = self.holder(owner).param_groups
@@ -202,17 +194,18 @@ class Optimizers(Sequence[torch.optim.Optimizer]):
         optimizer = self.holder(owner)
         if isinstance(optimizer, SparseState):
             return
+        _check_keys(optimizer)
         kinds = self._kinds(optimizer)
         unknown = []
         for name, value in self.state(owner).items():
-            parts = value if isinstance(value, list | tuple) else value.values() if isinstance(value, dict) else [value]
-            if kinds.of(name) == "other" or not any(_as_large(p, owner) or _packed(p, owner) for p in parts):
+            if kinds.of(name) == "other" or not any(_per_weight(part, owner) for part in _tensors(value)):
                 continue
-            if not isinstance(value, Tensor) or not _plain(value):
+            if not isinstance(value, Tensor) or not _plain(value) or not _as_large(value, owner):
                 raise ValueError(
                     f"optimizer={type(optimizer).__name__}: its state {name!r} of {shard.name} is quantized or of a "
                     f"special kind ({_describe(value)}), where the value of one weight cannot be cleared. Use an "
-                    "optimizer with 16- or 32-bit state."
+                    "optimizer with 16- or 32-bit state; if nothing in it is the value of one weight, pass "
+                    f'optimizer_state={{"{name}": "other"}}.'
                 )
             if kinds.of(name) is None:
                 unknown.append(name)
@@ -324,7 +317,9 @@ def of_user(given: Any, meanings: Mapping[str, Meaning] | None = None) -> Optimi
                 f"optimizer={optimizer!r}: must be the torch.optim.Optimizer of the model's parameters or a list of "
                 "them, unless the model is a DeepSpeed engine, which brings its own."
             )
-        if isinstance(getattr(optimizer, "optim", None), torch.optim.Optimizer):
+        if isinstance(getattr(optimizer, "optim", None), torch.optim.Optimizer) and hasattr(
+            optimizer, "consolidate_state_dict"
+        ):
             raise ValueError(
                 f"optimizer={name}: shards the optimizer of an unsharded model, so that its state would be out of "
                 "reach. Wrap the model by fairscale's ShardedDataParallel (with OSS), or by fully_shard and use a "
@@ -339,7 +334,7 @@ def of_user(given: Any, meanings: Mapping[str, Meaning] | None = None) -> Optimi
             )
         inner = next((v for v in vars(optimizer).values() if isinstance(v, torch.optim.Optimizer)), None)
         if inner is not None:
-            names = ("optimizer", "base_optimizer", "inner_optimizer")
+            names = ("optimizer", "optim", "base_optimizer", "inner_optimizer")
             where = next((f", its attribute {name}" for name in names if getattr(optimizer, name, None) is inner), "")
             raise ValueError(
                 f"optimizer={name}: wraps another optimizer and may change the weights after its step, where masks "
@@ -351,6 +346,7 @@ def of_user(given: Any, meanings: Mapping[str, Meaning] | None = None) -> Optimi
                 f"optimizer={name}: its step() runs no hooks, because its class does not call "
                 "torch.optim.Optimizer.__init__, so masks cannot be applied. Use an optimizer that does."
             )
+        _check_keys(optimizer)
     if len({id(optimizer) for optimizer in members}) < len(members) or not members:
         raise ValueError("optimizer: the list is empty, or holds an optimizer twice. Pass each optimizer once.")
     listed = [{id(p): p for group in o.param_groups for p in group["params"]} for o in members]
@@ -403,9 +399,31 @@ def _as_large(value: Any, owner: Tensor) -> bool:
     return local(value).numel() == local(owner).numel()
 
 
-def _packed(value: Any, owner: Tensor) -> bool:
-    """True for bytes that hold two values each, as 4-bit state does."""
-    return isinstance(value, Tensor) and value.element_size() == 1 and value.numel() == -(-local(owner).numel() // 2)
+def _per_weight(value: Tensor, owner: Tensor) -> bool:
+    """True if a tensor may hold something of each weight: one value, several side by side, or half a byte."""
+    if _as_large(value, owner):
+        return True
+    shape, own = local(value).shape, local(owner).shape
+    several = len(shape) > len(own) and own in (shape[: len(own)], shape[-len(own) :])
+    return several or (value.element_size() == 1 and value.numel() == -(-own.numel() // 2))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in a value of a state, which may be a container of them (list, dict, deque)."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Iterable) and not isinstance(value, str | bytes):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(part)
+
+
+def _check_keys(optimizer: torch.optim.Optimizer) -> None:
+    """Checks that all state is that of a parameter; ValueError if not."""
+    if others := [key for key in optimizer.state if not isinstance(key, Tensor)]:
+        raise ValueError(
+            f"optimizer={type(optimizer).__name__}: its state {others[0]!r} belongs to no parameter, so it could be "
+            "neither reset nor restored with the masks. Use another optimizer."
+        )
 
 
 def _plain(value: Tensor) -> bool:
@@ -415,4 +433,5 @@ def _plain(value: Tensor) -> bool:
 
 
 def _describe(value: Any) -> str:
-    return f"{type(value).__name__}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+    shown = isinstance(value, Tensor)
+    return f"{type(value).__name__}, {value.dtype}, {tuple(value.shape)}" if shown else type(value).__name__

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -30,6 +31,7 @@ from gap_ds.training.mask_state import MaskState
 from gap_ds.training.observer import Observer
 from gap_ds.training.regrowth import SECOND_MOMENTS
 from gap_ds.training.run import Run
+from gap_ds.training.structure import Structure
 
 #: Dtypes of weights whose magnitudes are ordered, and whose words are masked.
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -54,6 +56,15 @@ class Options:
     fresh: bool = False
     whole: nn.Module | None = None
 
+    def per_epoch(self) -> int | None:
+        """Updates or batches in an epoch, whichever was given; ValueError for what is no number of them."""
+        counts: dict[str, Any] = {"steps_per_epoch": self.steps_per_epoch, "batches_per_epoch": self.batches_per_epoch}
+        given = {name: count for name, count in counts.items() if count is not None}
+        for name, count in given.items():
+            if not isinstance(count, Integral):
+                raise ValueError(f"{name}={count!r}: must be a whole number.")
+        return next(iter(given.values()), None)
+
 
 def build(
     model: nn.Module, source: GaPConfig | dict[str, Any] | str | Path, training: Training, options: Options
@@ -67,7 +78,8 @@ def build(
     schedulers = training.schedulers() or [s for s in [getattr(model, "lr_scheduler", None)] if s is not None]
 
     def begin() -> tuple[GaPConfig, Backend, int | None, schedule.Schedule]:
-        given = options.steps_per_epoch or options.batches_per_epoch
+        training.check()
+        given = options.per_epoch()
         config, phases = check(source, given, worker)
         _check_lr_restart(config, schedulers, options.masks_from)
         backend = detect(model, training)
@@ -91,6 +103,7 @@ def build(
         rule=rules.rule(config),
         schedule=phases,
         plan=of_model,
+        structure=Structure(of_model, backend.module),
         worker=worker,
         backend=backend,
         world=world,
@@ -190,6 +203,8 @@ def _check_worker(config: GaPConfig, worker: ParallelWorker | None) -> None:
             'method="parallel": every worker is a separate job and must know its number and where to meet the others. '
             "Start them with gap-ds parallel, or pass worker=ParallelWorker(index, exchange)."
         )
+    if worker is not None and not isinstance(worker, ParallelWorker):
+        raise ValueError(f"worker={worker!r}: must be a ParallelWorker(index, exchange).")
     if not config.record.has_workers and worker is not None:
         raise ValueError(f'worker {worker.index}: has no effect with method="{config.method}". Set "method".')
     started = os.environ.get("GAP_DS_WORKERS")  # set by gap-ds parallel
@@ -278,6 +293,8 @@ def _plan(config: GaPConfig, backend: Backend, options: Options, world: Comm) ->
     frozen = {shard.name for shard in shards if not shard.trainable}
     shapes = {shard.name: shard.shape for shard in shards}
     if (whole := options.whole) is not None:
+        if not isinstance(whole, nn.Module):
+            raise ValueError(f"whole={whole!r}: must be the whole model, of which this one is a stage.")
         if config.reuses_masks:
             raise ValueError(
                 f'whole: has no effect with mask_init="{config.mask_init}", where budgets are those of masks. Leave it '

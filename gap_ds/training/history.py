@@ -155,5 +155,6 @@ class History(Observer):
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
         if not kept:
-            warnings.warn(f"{self._path}: is not of this run or damaged: a history begins at step {step}", stacklevel=2)
+            why = "is not of this run or damaged" if self._path.exists() else "there is no such file to go on with"
+            warnings.warn(f"{self._path}: {why}: a history begins at step {step}", stacklevel=2)
         return kept

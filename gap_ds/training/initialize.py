@@ -25,7 +25,8 @@ def initialize(cls: type[T], /, *, model: nn.Module, config: Any, gap_config: An
 
     options = {field.name for field in dataclasses.fields(Options)} | {"optimizer_state"}
     own = {name: arguments.pop(name) for name in options & arguments.keys()}
-    gap, _ = check(gap_config, own.get("steps_per_epoch") or own.get("batches_per_epoch"), own.get("worker"))
+    counts = {name: own[name] for name in ("steps_per_epoch", "batches_per_epoch") if name in own}
+    gap, _ = check(gap_config, Options(**counts).per_epoch(), own.get("worker"))
     if not {"optimizer", "model_parameters"} & arguments.keys():
         arguments["model_parameters"] = [p for p in model.parameters() if p.requires_grad]
     config = str(config) if isinstance(config, Path) else config

@@ -23,6 +23,7 @@ from gap_ds.training import consistency
 from gap_ds.training.learning_rate import LearningRate
 from gap_ds.training.mask_state import MaskState
 from gap_ds.training.observer import Observer
+from gap_ds.training.structure import Structure
 
 log = logging.getLogger("gap_ds")
 
@@ -62,7 +63,7 @@ class Run:
     """The parts of a run: config, rule, schedule and plan; the backend; and the state that training changes.
 
     steps_per_epoch: updates in an epoch, of a config in epochs. world: all ranks that train the model. guard: this
-    rank's losses. observers: optional parts, in the order they are called.
+    rank's losses. observers: optional parts, in the order they are called. structure: the modules at build.
     doubts: what this rank has seen to be wrong and all ranks will raise at the next place where they meet.
     warned: what the user was warned of: parameters that became frozen or trainable, and copies that drifted apart.
     """
@@ -72,6 +73,7 @@ class Run:
     rule: rules.Rule
     schedule: Schedule
     plan: Plan
+    structure: Structure
     worker: ParallelWorker | None
     backend: Backend
     world: Comm
@@ -108,6 +110,8 @@ class Run:
         self.agree_on_masks()
         for name, warning in consistency.changed_flags(self.plan, self.backend.module):
             self.warn_once(name, warning)
+        if added := self.structure.added(self.backend.module):
+            self.warn_once(*added)
         shards, comm = self.mask_state.shards, self.backend.comm
         if drifted := consistency.drifted_weights(self.plan, shards, comm, self.world):
             self.warn_once("drifted", drifted)
@@ -122,6 +126,8 @@ class Run:
         """Checks on all ranks together that every pruned weight is exactly 0, and that nothing was in doubt before."""
 
         def look() -> None:
+            if lost := self.structure.lost(self.backend.module):
+                self.doubt(lost, wait=True)
             self.doubt_weights(place, wait=True)
             if unheld := self.mask_state.unheld():
                 self.doubt(

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from table_rows import marked, needed
 
 LIGHTNING = ("fabric", "lightning")
-OWN = ("once_ddp", "twice_ddp", "nested_ddp", "compiled_ddp", "once_fsdp2", "once_fsdp1")
-NAMES = marked([*OWN, *LIGHTNING], ["twice_ddp", "once_fsdp2"])
+OWN = ("once_ddp", "twice_ddp", "nested_ddp", "compiled_ddp", "once_fsdp2", "compiled_fsdp2", "once_fsdp1")
+NAMES = marked([*OWN, *LIGHTNING], ["twice_ddp", "once_fsdp2", "compiled_fsdp2"])
 
 
 @pytest.fixture(scope="module")

@@ -70,10 +70,10 @@ def adam(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-2)
 
 
-def fsdp2(model: nn.Module) -> nn.Module:
+def fsdp2(model: nn.Module, compiled: bool = False) -> nn.Module:
     for block in model:
         fully_shard(block)
-    return fully_shard(model)
+    return fully_shard(torch.compile(model, backend="eager") if compiled else model)
 
 
 def fsdp1(model: nn.Module) -> nn.Module:
@@ -91,6 +91,7 @@ def wrapped(name: str) -> nn.Module:
         "nested_ddp": lambda: Once(Once(DistributedDataParallel(model))),
         "compiled_ddp": lambda: Once(torch.compile(DistributedDataParallel(model), backend="eager")),
         "once_fsdp2": lambda: Once(fsdp2(model)),
+        "compiled_fsdp2": lambda: fsdp2(model, compiled=True),
         "once_fsdp1": lambda: Once(fsdp1(model)),
     }
     return how[name]()

@@ -175,7 +175,13 @@ def test_a_teacher_has_no_gradients_and_no_dropout() -> None:
 A, B = torch.zeros(2, 3, 4), torch.zeros(2, 3, 5)
 MISTAKES: dict[str, tuple[Any, str]] = {
     "temperature": (lambda: distill.logit_distance(A, A, temperature=0), r"temperature=0: must be above 0"),
-    "vocabulary": (lambda: distill.logit_distance(A, B), r"logits of shape \(2, 3, 4\), of the teacher \(2, 3, 5\)"),
+    "infinite": (lambda: distill.logit_distance(A, A, temperature=math.inf), r"temperature=inf: .* finite"),
+    "one row": (lambda: distill.logit_distance(A[0, 0], A[0, 0]), r"logits of shape \(4,\): must have positions"),
+    "vocabulary": (
+        lambda: distill.logit_distance(A, B),
+        r"logits of shape \(2, 3, 4\), of the teacher \(2, 3, 5\): .* padded, pass logits\[..., :size\] of both",
+    ),
+    "one tensor": (lambda: distill.hidden_distance(A, [A]), r"given as one tensor: must be a list"),
     "labels": (lambda: distill.logit_distance(A, A, KEPT.long()), r"torch.int64: must be bool of the positions"),
     "kept": (lambda: distill.hidden_distance([A], [A], KEPT[:1]), r"kept of shape \(1, 3\)"),
     "deeper": (lambda: distill.hidden_distance([A], [A], KEPT[None, None, None]), r"kept of shape \(1, 1, 1, 2, 3\)"),

@@ -369,8 +369,25 @@ def test_a_hyperparameter_search_must_not_save(tmp_path: Path, monkeypatch: pyte
     callback = GaPCallback(GAP)
     trainer = Trainer(model(), arguments(tmp_path, save_strategy="steps"), train_dataset=data(), callbacks=[callback])
     monkeypatch.setattr("transformers.integrations.hp_params", dict)
-    with pytest.raises(ValueError, match=r'hyperparameter search .* Set save_strategy to "no"'):
+    with pytest.raises(ValueError, match=r'^save_strategy=steps: .*hyperparameter search .* Set save_strategy to "no"'):
         trainer._inner_training_loop(2, trainer.args, trial={"learning_rate": 1e-3})
+
+
+class Noted(torch.optim.SGD):
+    """Keeps the last gradients."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["last"] = parameter.grad.clone()
+        super().step(closure)
+
+
+def test_state_of_an_optimizer_can_be_explained(tmp_path: Path) -> None:
+    options = {"optimizers": lambda trained: (Noted(trained.parameters(), lr=0.1), None)}
+    with pytest.raises(ValueError, match=r'Pass optimizer_state=\{"last": "moment"\}'):
+        train(tmp_path / "refused", **options)
+    trainer, callback, _ = train(tmp_path / "trained", callback={"optimizer_state": {"last": "other"}}, **options)
+    assert callback.engine.finished and sparse(trainer.model, callback.engine)
 
 
 def test_it_must_be_called_by_a_trainer(tmp_path: Path) -> None:

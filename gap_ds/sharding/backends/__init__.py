@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,22 @@ class Training:
     #: All ranks that train the model.
     world: Comm = field(default_factory=Comm)
 
+    def check(self) -> None:
+        """Raises ValueError for a setting whose value can be seen to be wrong without a model."""
+        steps: Any = self.gradient_accumulation_steps
+        clipping: Any = self.gradient_clipping
+        meanings: Any = self.optimizer_state or {}
+        if not isinstance(steps, Integral) or steps < 1:
+            raise ValueError(f"gradient_accumulation_steps={steps!r}: must be a whole number of at least 1.")
+        if not isinstance(clipping, Real) or not float(clipping) >= 0:
+            raise ValueError(f"gradient_clipping={clipping!r}: must be a norm of at least 0; 0 turns clipping off.")
+        if wrong := [s for s in self.schedulers() if not hasattr(s, "step") or not hasattr(s, "load_state_dict")]:
+            raise ValueError(f"lr_scheduler={wrong[0]!r}: must be a learning-rate scheduler, or a list of them.")
+        if self.grad_scaler is not None and not hasattr(self.grad_scaler, "unscale_"):
+            raise ValueError(f"grad_scaler={self.grad_scaler!r}: must be a torch.amp.GradScaler.")
+        if not isinstance(meanings, Mapping):
+            raise ValueError(f"optimizer_state={meanings!r}: must be a dict, state name to meaning.")
+
     def optimizers(self) -> Optimizers:
         """The user's optimizers; ValueError if one cannot be used."""
         return of_user(self.optimizer, self.optimizer_state)
@@ -106,7 +123,7 @@ def detect(model: nn.Module, training: Training) -> Backend:
     from gap_ds.sharding.backends import fairscale, fsdp, plain, zero
 
     outer, model = model, held_by(model)
-    inside = uncompiled(model)
+    inside = outermost(model)
     if meta := [name for name, parameter in inside.named_parameters() if parameter.is_meta]:
         raise ValueError(
             f"{meta[0]}: is on the meta device and has no weights to select from. Give the parameters a device and "
@@ -127,7 +144,7 @@ def brings_optimizer(model: nn.Module) -> bool:
     """True for an engine that brings its optimizer and learning-rate scheduler (DeepSpeed's)."""
     from gap_ds.sharding.backends import zero
 
-    return zero.recognises(uncompiled(held_by(model)))
+    return zero.recognises(outermost(held_by(model)))
 
 
 def held_by(model: nn.Module) -> nn.Module:
@@ -149,10 +166,21 @@ def held_by(model: nn.Module) -> nn.Module:
 
 def is_sharded(model: nn.Module) -> bool:
     """True for the outermost module of a model that a library replicates or shards, compiled or not."""
+    return _is_wrapper(outermost(model))
+
+
+def outermost(model: nn.Module) -> nn.Module:
+    """The module that a library has wrapped: the one inside a compiled model, or the compiled one itself.
+
+    The latter is what `fully_shard` after torch.compile makes, as Accelerate does.
+    """
+    return model if _is_wrapper(model) else uncompiled(model)
+
+
+def _is_wrapper(module: nn.Module) -> bool:
     from gap_ds.sharding.backends import fairscale, fsdp, plain, zero
 
-    inside = uncompiled(model)
-    return any(backend.wraps(inside) for backend in (zero, fairscale, fsdp, plain))
+    return any(backend.wraps(module) for backend in (zero, fairscale, fsdp, plain))
 
 
 def uncompiled(model: nn.Module) -> nn.Module:

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from gap_ds.method.plan import clean_name
-from gap_ds.sharding.backends import Backend, Training, uncompiled
+from gap_ds.sharding.backends import Backend, Training, outermost, uncompiled
 from gap_ds.sharding.backends.plain import Loop, NoSync, require_world
 from gap_ds.sharding.backends.torch_state import DISTRIBUTED, load_state, save_state
 from gap_ds.sharding.comm import Comm
@@ -43,7 +43,7 @@ def build(model: nn.Module, training: Training) -> Backend:
     Raises:
         ValueError: a parameter lies in no one contiguous piece per rank, or is trained without being sharded.
     """
-    root = uncompiled(model)
+    root = outermost(model)
     if isinstance(root, FullyShardedDataParallel):
         return _fsdp1(model, root, training)
     if isinstance(root, FSDPModule):
@@ -135,7 +135,7 @@ def _fsdp2(model: nn.Module, root: FSDPModule, training: Training) -> Backend:
         root,
         training,
         loop,
-        module=root,
+        module=uncompiled(root),
         comm=layout.comm,
         shards=layout.shards,
         replicated=layout.replicated,

@@ -43,7 +43,8 @@ def build(model: nn.Module, training: Training) -> Backend:
     """
     outer = uncompiled(model)
     ddp = outer if isinstance(outer, DistributedDataParallel) else None
-    module = outer if ddp is None else uncompiled(ddp.module)
+    # DataParallel replicates its module in every forward pass: what is trained is the module.
+    module = uncompiled(outer.module) if isinstance(outer, DistributedDataParallel | nn.DataParallel) else outer
     if inner := next((name for name, child in module.named_modules() if name and wraps(child)), None):
         raise ValueError(
             f"the model holds DistributedDataParallel in its attribute {inner}, and parameters beside it. Wrap the "

@@ -7,6 +7,7 @@ import contextlib
 import json
 import re
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -492,6 +493,15 @@ def test_json_yaml_dict_and_itself(tmp_path: Path) -> None:
     pytest.importorskip("yaml")
     assert GaPConfig.load(as_json) == GaPConfig.load(str(as_json)) == GaPConfig.load(as_yaml) == expected
     assert GaPConfig.load(expected) is expected
+    assert GaPConfig.load(MappingProxyType(data())) == config()
+    as_yaml.write_text("sparsity: 0.5\npattern: 2:4\nmethod: dsd\nphase_epochs: 1\nfinetune_epochs: 2\nrounds: 2\n")
+    assert GaPConfig.load(as_yaml).pattern == "2:4"  # a number in YAML 1.1
+
+
+@pytest.mark.parametrize("source", [None, 3, [], b"cyclic_90", "", dict])
+def test_what_is_no_config_is_named(source: Any) -> None:
+    with pytest.raises(ValueError, match=rf"^config={re.escape(repr(source))}: must be a GaPConfig, a dict, the path"):
+        GaPConfig.load(source)
 
 
 def test_a_mistake_names_its_file(tmp_path: Path) -> None:
@@ -512,6 +522,8 @@ def test_a_mistake_names_its_file(tmp_path: Path) -> None:
         ("gap.yaml", b"sparsity: [", "not valid YAML"),
         ("gap.json", b"[1]", "input should be a valid dictionary"),
         ("gap.yaml", b"", "input should be a valid dictionary"),
+        ("gap.json", b'{"sparsity": 0.8, "sparsity": 0.9}', '"sparsity" is set twice. Remove one of the two.'),
+        ("gap.YAML", b"distribution: {stem: 0.5, stem: 0.9}", '"stem" is set twice. Remove one of the two.'),
     ],
 )
 def test_broken_files(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:

@@ -357,7 +357,8 @@ def test_written_partitions() -> None:
         ({"include": ["stm"]}, r'include: pattern "stm" matches none of \d+ weights\. Near matches: stem'),
         ({"exclude": ["layer.0"]}, r'exclude: pattern "layer\.0" matches none of 8 weights\. Near matches: layers\.0'),
         ({"exclude": ["stem"]}, r'exclude: pattern "stem" matches none of 8 weights'),
-        ({"exclude": ["("]}, r'pattern "\(" is not a regular expression: '),
+        ({"exclude": ["("]}, r'pattern "\(" is not a regular expression: .* at position 0\.$'),
+        ({"exclude": ["*"]}, r'pattern "\*" is not a regular expression: .* at position 0\. Any text is "\.\*", '),
         ({"exclude": ["layers"]}, "no entry found"),
         (
             {"partitions": [[r"layers\.[01]"], ["layers.2", "layer.3"]]},

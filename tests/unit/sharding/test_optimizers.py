@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -393,6 +394,44 @@ class Packed(Own):
         return {"moment": torch.zeros(parameter.numel() // 2 + parameter.numel() % 2, dtype=torch.uint8)}
 
 
+class Stacked(Own):
+    """Two momenta side by side in one tensor."""
+
+    def first(self, parameter: nn.Parameter) -> dict[str, Any]:
+        return {"exp_avg": torch.zeros(2, *parameter.shape)}
+
+
+class Queued(Own):
+    """Gradients of the last steps."""
+
+    def first(self, parameter: nn.Parameter) -> dict[str, Any]:
+        return {"last": deque([torch.zeros_like(parameter)])}
+
+
+class Counting(Own):
+    """Counts its steps in a state of no parameter."""
+
+    def change(self, parameter: nn.Parameter, state: dict[str, Any], group: dict[str, Any]) -> None:
+        super().change(parameter, state, group)
+        self.state["total"] = group["k"]  # type: ignore[index]
+
+
+class Optimizer2State(Own):
+    """Two momenta under the names that bitsandbytes gives them."""
+
+    def first(self, parameter: nn.Parameter) -> dict[str, Any]:
+        return {"step": 0, "state1": torch.zeros_like(parameter), "state2": torch.zeros_like(parameter)}
+
+    def change(self, parameter: nn.Parameter, state: dict[str, Any], group: dict[str, Any]) -> None:
+        for name in ("state1", "state2"):
+            state[name].lerp_(parameter.grad, 0.5)
+        parameter.add_(state["state1"], alpha=-group["lr"])
+
+
+class AdamW(Optimizer2State):
+    """Bitsandbytes' own, by the name of torch's."""
+
+
 class Preconditioned(Own):
     """A square statistic as large as the square weights, with a list of others."""
 
@@ -414,6 +453,9 @@ def own(kind: type[Own], **options: Any) -> GaPEngine:
             r"optimizer=Lagging: its state 'slow' of layers.0.fc.weight .* meaning is not known. Pass optimizer_s",
         ),
         (Preconditioned, r"optimizer=Preconditioned: its state 'statistic' of layers.0.fc.weight"),
+        (Stacked, r"its state 'exp_avg' .* is quantized or of a special kind \(Tensor, torch.float32, \(2, 6, 6\)\)"),
+        (Queued, r"its state 'last' .* of a special kind \(deque\).* pass optimizer_state={\"last\": \"other\"}"),
+        (Counting, r"optimizer=Counting: its state 'total' belongs to no parameter"),
         (Packed, r"optimizer=Packed: its state 'moment' .* is quantized .*torch.uint8"),
         (
             Rounded,
@@ -444,6 +486,17 @@ def test_state_that_the_user_explains(tmp_path: Path, kind: type[Own], meaning: 
             assert not found["slow"].flatten()[~mask].count_nonzero() and found["slow"].flatten()[mask].any()
 
 
+def test_state_is_known_by_the_bases_of_a_class_as_well() -> None:
+    engine = own(AdamW)
+    train(engine, 2)
+    mask = engine.mask("layers.2.fc.weight")
+    assert mask is not None
+    train(engine, 1)
+    grown = state(engine)["layers.2.fc.weight"]
+    for name in ("state1", "state2"):
+        assert grown[name].flatten()[mask].any() and not grown[name].flatten()[~mask].any()
+
+
 def test_the_users_word_is_above_the_table() -> None:
     engine = build("Adam", optimizer_state={"exp_avg": "other"})
     train(engine, 2)
@@ -459,18 +512,18 @@ def test_the_users_word_is_above_the_table() -> None:
 class Wrapper(torch.optim.Optimizer):
     def __init__(self, base: torch.optim.Optimizer) -> None:
         super().__init__(base.param_groups, {})
-        self.base_optimizer = base
+        self.optim = base  # as torch's PostLocalSGDOptimizer calls it, and optimizers that shard another
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        self.base_optimizer.step()
+        self.optim.step()
 
 
 def test_a_wrapping_optimizer_is_refused_and_the_one_inside_can_be_used() -> None:
     model = Model()
     wrapper = Wrapper(torch.optim.SGD(model.parameters(), lr=0.1))
-    with pytest.raises(ValueError, match=r"optimizer=Wrapper: wraps another optimizer .* Pass the SGD inside"):
+    with pytest.raises(ValueError, match=r"optimizer=Wrapper: wraps another .* the SGD inside, its attribute optim;"):
         GaPEngine(model, CYCLIC, optimizer=wrapper)
-    engine = GaPEngine(model, CYCLIC, optimizer=wrapper.base_optimizer)
+    engine = GaPEngine(model, CYCLIC, optimizer=wrapper.optim)
     for step in range(14):  # as SAM: the gradient is taken at other weights, which are restored before the update
         held = {p: p.detach().clone() for p in model.parameters()}
         with torch.no_grad():
@@ -480,7 +533,7 @@ def test_a_wrapping_optimizer_is_refused_and_the_one_inside_can_be_used() -> Non
         for p, before in held.items():
             p.data = before
         wrapper.step()
-        wrapper.base_optimizer.zero_grad()
+        wrapper.optim.zero_grad()
         assert engine.after_step()
     assert engine.finished and engine.stats()["kept"] == 36
 

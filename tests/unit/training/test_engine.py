@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,19 @@ def test_attributes_reach_the_wrapped_model_and_close_takes_the_hook_off() -> No
     assert int(weight.count_nonzero()) > 9
 
 
+def test_data_parallel_adds_nothing_to_the_names(tmp_path: Path) -> None:
+    model = Model()
+    engine = GaPEngine(nn.DataParallel(model), CYCLIC, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    assert engine.module is model and engine.plan == build().plan
+    train(engine, 14)
+    engine.export(tmp_path)
+    assert load_file(tmp_path / "model.safetensors").keys() == model.state_dict().keys()
+
+
+EPOCHS = {"sparsity": 0.75, "partitions": 2, "phase_epochs": 1, "rounds": 1, "finetune_epochs": 1}
+COUNTS = ("steps_per_epoch", "batches_per_epoch")
+
+
 @pytest.mark.parametrize(
     ("config", "options", "said"),
     [
@@ -247,6 +261,21 @@ def test_attributes_reach_the_wrapped_model_and_close_takes_the_hook_off() -> No
         ({**CYCLIC, "lr_restart": True}, {}, '"lr_restart" has no effect without a learning-rate scheduler'),
         ({**CYCLIC, "exclude": ["no.such"]}, {}, 'exclude: pattern "no.such" matches none of 4 weights'),
         ({**CYCLIC, "sparsity": 1.2}, {}, "sparsity=1.2"),
+        *(
+            (CYCLIC, {"gradient_accumulation_steps": n}, f"gradient_accumulation_steps={n!r}: must be a whole number")
+            for n in (0, -1, 1.5, "2")
+        ),
+        *(
+            (CYCLIC, {"gradient_clipping": n}, f"gradient_clipping={n!r}: must be a norm of at least 0")
+            for n in (-1, math.nan, None, "1")
+        ),
+        *((EPOCHS, {name: 2.5}, f"{name}=2.5: must be a whole number.") for name in COUNTS),
+        *((EPOCHS, {name: 0}, "steps_per_epoch=0: must be the number of applied steps") for name in COUNTS),
+        (CYCLIC, {"lr_scheduler": 3}, "lr_scheduler=3: must be a learning-rate scheduler"),
+        (CYCLIC, {"grad_scaler": 3}, "grad_scaler=3: must be a torch.amp.GradScaler"),
+        (CYCLIC, {"optimizer_state": "moment"}, "optimizer_state='moment': must be a dict"),
+        (CYCLIC, {"whole": 3}, "whole=3: must be the whole model"),
+        (CYCLIC, {"worker": 3}, "worker=3: must be a ParallelWorker"),
     ],
 )
 def test_mistakes_are_named(config: dict[str, Any], options: dict[str, Any], said: str) -> None:

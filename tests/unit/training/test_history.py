@@ -114,6 +114,8 @@ def test_a_line_that_a_kill_has_cut_short_costs_no_other(tmp_path: Path) -> None
     train(second, 7)
     second.close()
     assert [row["step"] for row in lines(path)[1:]] == [0, 3, 6, 9, 12]
+    with pytest.warns(UserWarning, match=r"moved.jsonl: there is no such file to go on with: a history begins at step"):
+        build(CYCLIC, tmp_path / "moved.jsonl").load_checkpoint(tmp_path / "run")
 
 
 def test_a_history_begins_where_none_was_recorded(tmp_path: Path) -> None:
