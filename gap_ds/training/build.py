@@ -16,6 +16,7 @@ from torch import nn
 from gap_ds import checkpoint
 from gap_ds.method import plan, rules, schedule
 from gap_ds.method.config import GaPConfig
+from gap_ds.method.pattern import Block
 from gap_ds.parallel import ParallelWorker
 from gap_ds.sharding import moments
 from gap_ds.sharding.backends import Backend, Training, detect
@@ -33,6 +34,8 @@ from gap_ds.training.regrowth import SECOND_MOMENTS
 from gap_ds.training.run import Run
 from gap_ds.training.structure import Structure
 
+#: Part of the wanted density by which the entries' may be off without a warning.
+_FAR = 0.1
 #: Dtypes of weights whose magnitudes are ordered, and whose words are masked.
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 #: Share of the weights of an entry that are not 0 unless a sparse run or a special initialization made them so.
@@ -114,7 +117,9 @@ def build(
         observers=[],
     )
     raise_on_all_ranks(world, lambda: _check_held(state, backend))
-    _warn_of_rounding(config, state, world)
+    if world.rank == 0:
+        _warn_of_rounding(config, state)
+        _warn_of_blocks(config, of_model)
     run.observers.extend(_observers(run, options.history))
     return run
 
@@ -156,15 +161,29 @@ def _check_moments(config: GaPConfig, backend: Backend) -> None:
         )
 
 
-def _warn_of_rounding(config: GaPConfig, state: MaskState, world: Comm) -> None:
+def _warn_of_rounding(config: GaPConfig, state: MaskState) -> None:
     """Warns where steps are rounded to 16 bits, many of them to none, before they are made longer."""
     trained = (shard for shard in state.shards.values() if shard.trainable and shard.numel)
     rounded = next((s for s in trained if s.owner().element_size() < 4), None) if config.lr_density_power else None
-    if rounded is not None and world.rank == 0:
+    if rounded is not None:
         log.warning(
             f"lr_density_power={config.lr_density_power}: {rounded.name} is updated in {rounded.owner().dtype}, where "
             "a step is rounded before it is made longer: small ones are lost, as they are not with a larger learning "
             "rate. Keep the weights in fp32 (autocast), or set it to 0."
+        )
+
+
+def _warn_of_blocks(config: GaPConfig, of_model: plan.Plan) -> None:
+    """Warns where whole blocks are far from the sparsity that was asked for."""
+    if config.reuses_masks or not isinstance(of_model.pattern, Block) or not isinstance(config.distribution, str):
+        return
+    wanted = 1 - config.sparsity
+    found = sum(entry.keep for entry in of_model.entries) / sum(entry.numel for entry in of_model.entries)
+    if abs(found - wanted) > _FAR * wanted:
+        log.warning(
+            f'pattern="{config.pattern}": the entries keep {found:.1%} of their weights, where '
+            f"sparsity={config.sparsity} would be {wanted:.1%}: each keeps whole blocks, at least one. Set smaller "
+            'blocks, or list small matrices in "exclude".'
         )
 
 

@@ -511,3 +511,11 @@ def test_defaults_of_torch_change_nothing(tmp_path: Path) -> None:
         torch.set_default_dtype(torch.float32)
     for one, other in zip(expected, found, strict=True):
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_blocks_that_are_far_from_the_sparsity_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    blocks = {**CYCLIC, "pattern": "block:3x3"}
+    build({**blocks, "sparsity": 0.75})
+    assert "blocks" not in caplog.text
+    build({**blocks, "sparsity": 0.9})
+    assert "the entries keep 25.0% of their weights, where sparsity=0.9 would be 10.0%" in caplog.text
