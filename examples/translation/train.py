@@ -145,29 +145,38 @@ def main(args: Arguments) -> int:
         for split in (args.test_split, *args.also_score)
     }
     if runtime.rank() == 0:
-        scores = {split: evaluate.score(found, list(rows[split]["target"])) for split, found in hypotheses.items()}
-        of_test = scores[args.test_split]
-        results = {
-            **of_test.to_dict(),
-            **json.loads((folder / "model" / "gap.json").read_text(encoding="utf-8")),
-            **figures,
-            "also_scored": {split: scores[split].to_dict() for split in args.also_score},
+        figures |= {
             "score_seconds": round(time.perf_counter() - scored, 1),
             "steps_per_epoch": sampler.steps_per_epoch,
             "device": str(device.type),
         }
-        test, translations = rows[args.test_split], hypotheses[args.test_split]
-        for i in range(min(args.samples, len(translations))):
-            print(f"source      {test[i]['source']}\nreference   {test[i]['target']}\ntranslation {translations[i]}\n")
-        print(results["signature"])
-        for split, found in scores.items():
-            print(f"{split}\n{found}")
-        print(folder / "results.json")
-        run.write_results(folder, results)
-        how, where = of_test.signatures["bleu"], f"{args.dataset or 'generated sentences'} {args.test_split}"
-        export.add_scores(folder / "model", {"bleu": of_test.bleu}, where, how)
+        write_scores(args, folder, rows, hypotheses, figures)
     runtime.end_processes()
     return 0
+
+
+def write_scores(
+    args: Arguments, folder: Path, rows: dict[str, Any], hypotheses: dict[str, list[str]], figures: dict[str, Any]
+) -> None:
+    """Score the translations of every split; print and write all results."""
+    scores = {split: evaluate.score(found, list(rows[split]["target"])) for split, found in hypotheses.items()}
+    of_test = scores[args.test_split]
+    results = {
+        **of_test.to_dict(),
+        **json.loads((folder / "model" / "gap.json").read_text(encoding="utf-8")),
+        **figures,
+        "also_scored": {split: scores[split].to_dict() for split in args.also_score},
+    }
+    test, translations = rows[args.test_split], hypotheses[args.test_split]
+    for i in range(min(args.samples, len(translations))):
+        print(f"source      {test[i]['source']}\nreference   {test[i]['target']}\ntranslation {translations[i]}\n")
+    print(results["signature"])
+    for split, found in scores.items():
+        print(f"{split}\n{found}")
+    print(folder / "results.json")
+    run.write_results(folder, results)
+    how, where = of_test.signatures["bleu"], f"{args.dataset or 'generated sentences'} {args.test_split}"
+    export.add_scores(folder / "model", {"bleu": of_test.bleu}, where, how)
 
 
 class Translation:
