@@ -63,7 +63,7 @@ def select_groups(pattern: NofM | Block, entries: Sequence[Grouped], reduce: sel
     Raises:
         ValueError: on all ranks, if a weight is NaN.
     """
-    invalid = reduce.sum(torch.tensor([_invalid(entry.piece) for entry in entries], dtype=torch.int64, device="cpu"))
+    invalid = reduce.sum(bitmask.on_host([_invalid(entry.piece) for entry in entries]))
     if bool(invalid.any()):
         first = int(invalid.nonzero()[0, 0])
         raise selection.no_order(entries[first].piece.name, int(invalid[first]))
@@ -98,9 +98,12 @@ class _Stretch:
     counted: bool
 
 
-def _invalid(piece: selection.Piece) -> int:
-    parts = _steps(piece.numel, 8, piece.device) if piece.counted else []
-    return sum(int((piece.keys(lo, hi) < 0).count_nonzero()) for lo, hi in parts)
+def _invalid(piece: selection.Piece) -> Tensor:
+    """How many of the counted weights of a piece are NaN: a number () on its device."""
+    found = torch.zeros((), dtype=torch.int64, device=piece.device)
+    for lo, hi in _steps(piece.numel, 8, piece.device) if piece.counted else ():
+        found += (piece.keys(lo, hi) < 0).count_nonzero()
+    return found
 
 
 def _stretches(pattern: NofM | Block, entry: Grouped, reduce: selection.Reduce) -> list[_Stretch]:

@@ -29,6 +29,8 @@ import gap_ds.optim
 from gap_ds import GaPEngine
 from gap_ds.masks import selection
 from gap_ds.masks.box import Box
+from gap_ds.masks.groups import Grouped, select_groups
+from gap_ds.method import pattern as patterns
 from gap_ds.sharding.comm import Comm
 from gap_ds.training.consistency import drifted_weights
 
@@ -186,6 +188,12 @@ def passes(place: torch.device) -> None:
         assert all(torch.equal(a.cpu(), b) for a, b in zip(found, on_host, strict=True))
         # Three passes over the keys, one for the ties, and one over their indices of 9 bits.
         assert sum(transfers.reads.values()) == 5, transfers.reads
+        # One for weights that are NaN; with blocks six passes over sums of 8 bytes, and one for the ties.
+        for pattern, reads in ((patterns.NofM(2, 4), 1), (patterns.Block(2, 2), 8)):
+            with Transfers() as transfers:
+                found = by_groups(pattern, [weight.to(place) for weight in weights])
+            assert all(map(torch.equal, (bits.cpu() for bits in found), by_groups(pattern, weights)))
+            assert sum(transfers.reads.values()) == reads, (pattern, transfers.reads)
 
 
 def select(weights: list[Tensor]) -> list[Tensor]:
@@ -194,6 +202,15 @@ def select(weights: list[Tensor]) -> list[Tensor]:
         for e, w in enumerate(weights)
     ]
     return selection.select_largest(pieces, [60] * len(weights), selection.Single())
+
+
+def by_groups(pattern: patterns.NofM | patterns.Block, weights: list[Tensor]) -> list[Tensor]:
+    shape, keep = ((10, 30), 60) if isinstance(pattern, patterns.Block) else ((15, 20), 150)
+    pieces = [
+        selection.Piece(str(e), Box.span(0, 300, 300), selection.magnitude_keys(w), 0) for e, w in enumerate(weights)
+    ]
+    entries = [Grouped(piece, shape, (0, 1), keep, [piece.box], True) for piece in pieces]
+    return select_groups(pattern, entries, selection.Single())
 
 
 #: Runs by name: config, and the optimizer.
