@@ -204,7 +204,8 @@ class Loop:
 
     def _update(self) -> None:
         training, scaler = self.training, self.training.grad_scaler
-        before = scaler.get_scale() if scaler else None
+        # For a scale the host waits for the device.
+        before = scaler.get_scale() if scaler and self.schedulers else None
         together = scaler is not None and len(self.optimizers) > 1
         if training.gradient_clipping > 0 or together:
             for optimizer in self.optimizers if scaler else ():
@@ -217,7 +218,7 @@ class Loop:
             scaler.step(optimizer) if scaler else optimizer.step()
         if scaler:
             scaler.update()
-        if scaler is None or scaler.get_scale() >= before:  # else the update was left out
+        if before is None or scaler.get_scale() >= before:  # else the update was left out
             for scheduler in self.schedulers:
                 if not isinstance(scheduler, ReduceLROnPlateau):  # its step takes a metric, which the user has
                     scheduler.step()
