@@ -36,7 +36,7 @@ FAULTS = {
         "    return temperature**2 * total", "    return total", ("tests/unit/test_distill.py::test_logits",)
     ),
     "padding_counts": Fault(
-        "    return rows if kept is None else rows[kept.flatten()]\n",
+        "    return rows if places is None else rows[places.to(rows.device)]\n",
         "    return rows\n",
         ("tests/unit/test_distill.py::test_padding_is_ignored",),
     ),
@@ -61,7 +61,7 @@ FAULTS = {
         (CONSISTENCY + "test_copies_on_groups_of_ranks_are_compared",),
     ),
     "learning_rate_of_a_skipped_step": Fault(
-        "if scaler is None or scaler.get_scale() >= before:",
+        "if before is None or scaler.get_scale() >= before:",
         "if True:",
         (UPDATES + "test_a_step_that_the_gradient_scaler_skips_is_none_for_the_learning_rate",),
     ),
