@@ -184,17 +184,24 @@ class Optimizers(Sequence[torch.optim.Optimizer]):
         groups = self.holder(owner).param_groups
         return next((group for group in groups if any(p is owner for p in group["params"])), groups[0])
 
-    def check_state(self, shard: Shard) -> None:
-        """Checks that the meaning of all state of a tensor is known; call it once there is state.
+    def check_state(self, shards: Iterable[Shard]) -> None:
+        """Checks that the meaning of all state of some pieces is known; call it once there is state.
 
         Raises:
-            ValueError: a state tensor that may be per weight is not in the table, or is quantized.
+            ValueError: a state tensor that may be per weight is not in the table, or is quantized; or state belongs to
+                no parameter.
         """
+        for optimizer in self:
+            _check_keys(optimizer)
+        for shard in shards:
+            if shard.numel:
+                self._check_state_of(shard)
+
+    def _check_state_of(self, shard: Shard) -> None:
         owner = shard.owner()
         optimizer = self.holder(owner)
         if isinstance(optimizer, SparseState):
             return
-        _check_keys(optimizer)
         kinds = self._kinds(optimizer)
         unknown = []
         for name, value in self.state(owner).items():

@@ -194,9 +194,7 @@ class Updates:
 
     def _check_state(self) -> None:
         self._run.raise_doubts()
-        for shard in self._run.mask_state.shards.values():
-            if shard.numel:
-                self._run.backend.optimizers.check_state(shard)
+        self._run.backend.optimizers.check_state(self._run.mask_state.shards.values())
 
     def _hook_again(self) -> None:
         """Notes that hooks were taken off, and counts the update that they have missed, so that all ranks meet."""
