@@ -1,4 +1,4 @@
-"""What a config, a model and its optimizer cannot do together, found before anything is changed."""
+"""Checks that a config, a model and its optimizer go together, before anything is changed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all layouts ask of a linear layer and of its input."""
+"""A linear layer and its input, as all layouts see them."""
 
 from __future__ import annotations
 

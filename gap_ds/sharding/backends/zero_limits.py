@@ -1,4 +1,4 @@
-"""What a DeepSpeed config may not ask for, because it would train with wrong masks or save what cannot be loaded."""
+"""Settings of DeepSpeed that are refused: they would train with wrong masks, or save what cannot be loaded."""
 
 from __future__ import annotations
 
