@@ -101,8 +101,8 @@ FAULTS = {
         (UPDATES + "test_every_change_of_weights_is_published_after_it",),
     ),
     "update_too_late": Fault(
-        "self.step + 1 in phase.updates",
-        "self.step in phase.updates",
+        "phase.is_update(self.step + 1)",
+        "phase.is_update(self.step)",
         (UPDATES + "test_a_moving_mask_changes_at_its_updates_alone_and_what_comes_is_new",),
     ),
     "change_in_place_overlooked": Fault(

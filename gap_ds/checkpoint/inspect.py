@@ -166,7 +166,6 @@ def _against_schedule(state: State, phase: Phase, plan: Plan, found: Mapping[str
     """Entries with a mask too many or too few, and masks that do not meet their budget."""
     config, problems = state.config, list[str]()
     step = state.applied_steps if state.ended_at is None else max(state.applied_steps, phase.end_step)
-    done = [update for update in phase.updates if update <= step]
     wanted: Counter[int] = Counter()
     kept: Counter[int] = Counter()
     for entry in plan.entries:
@@ -175,7 +174,7 @@ def _against_schedule(state: State, phase: Phase, plan: Plan, found: Mapping[str
             problems.append(f"{printable(entry.name)}: {'has a' if has else 'lacks its'} mask in {phase}")
         if not (has and should):
             continue
-        budget = phase.budget(entry, done[-1] if done else phase.first_step)
+        budget = phase.budget(entry, phase.changed(step))
         budget = plan.pattern.nearest(entry.shape, budget, entry.dims)
         n = found[entry.name]["kept"]
         wanted[entry.partition] += budget

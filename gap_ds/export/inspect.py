@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -135,7 +136,7 @@ class _Figures:
 
     def __init__(self, shape: Sequence[int], dtype: str, entry: EntryInfo | None, the_pattern: Pattern) -> None:
         self._shape, self._dtype, self._entry = list(shape), dtype, entry
-        self.weights, self.nonzero, self.bytes, self._is_finite = 0, 0, 0, True
+        self.weights, self.nonzero, self.bytes, self._is_finite, self._hidden = 0, 0, 0, True, 0
         self._legality: Legality | None = None
         if entry is not None and not isinstance(the_pattern, Unstructured):
             dims = entry.known_dims(len(shape))
@@ -146,7 +147,9 @@ class _Figures:
         values = part.float() if part.is_floating_point() and part.element_size() < 2 else part
         self.weights += part.numel()
         self.bytes += part.numel() * part.element_size()
-        self._is_finite &= not values.is_floating_point() or bool(torch.isfinite(values).all())
+        if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+            self._is_finite = False
+            self._hidden += int(torch.count_nonzero(values == -math.inf))
         kept = values != 0
         self.nonzero += int(torch.count_nonzero(kept))
         if self._legality is not None:
@@ -157,7 +160,8 @@ class _Figures:
 
     def problem(self) -> str | None:
         entry = self._entry
-        if not self._is_finite:
+        # Masks of attention, which some models save, are 0 or -inf.
+        if not self._is_finite and (entry is not None or self._hidden < self.nonzero):
             return "holds values that are NaN or infinite"
         if entry is not None and entry.numel != self.weights:
             return f"has {self.weights:,} weights, {INFO} has {entry.numel:,}"

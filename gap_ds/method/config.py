@@ -132,6 +132,10 @@ class GaPConfig(Fields):
                 raise ValueError(
                     f'"{key}" has no effect with mask_init="{self.mask_init}", whose masks are the budget: remove it'
                 )
+        if self.mask_init != "auto" and not self.begins_sparse:
+            dense = "dense_epochs" if self.in_epochs else "dense_steps"
+            what = 'target="rising"' if self.target == "rising" else f'"{dense}"'
+            raise ValueError(f'"mask_init" has no effect with {what}, which begins dense: remove it')
         if (self.mask_init == "from_file") != (self.mask_file is not None):
             raise ValueError(f'"mask_file" with mask_init="{self.mask_init}": the file and "from_file" go together')
 
@@ -160,8 +164,6 @@ class GaPConfig(Fields):
             )
 
     def _check_growth(self, given: set[str]) -> None:
-        if self.target == "rising" and self.mask_init != "auto":
-            raise ValueError('"mask_init" has no effect with target="rising", which begins dense: remove it')
         if self.grow == "dense" and "grow_share" in given:
             raise ValueError('"grow_share" has no effect with grow="dense": remove it')
         if self.regrow == "zero" and "regrow_storage" in given:
@@ -209,8 +211,9 @@ class GaPConfig(Fields):
 
     @property
     def begins_sparse(self) -> bool:
-        """True if the first masks follow "mask_init": with a rising target they keep every weight."""
-        return self.record.reads_setting("mask_init") and self.target == "constant"
+        """True if the first masks follow "mask_init": with a rising target, or a dense phase first, none are chosen."""
+        dense = self.target == "rising" or self.dense_epochs or self.dense_steps
+        return self.record.reads_setting("mask_init") and not dense
 
     @property
     def kappa(self) -> int:

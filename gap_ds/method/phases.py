@@ -61,6 +61,16 @@ class Phase:
         """First step after this phase."""
         return self.first_step + self.steps
 
+    def is_update(self, step: int) -> bool:
+        """True if masks change before a step inside this phase."""
+        i = bisect.bisect_left(self.updates, step)  # there may be very many, and each step asks
+        return i < len(self.updates) and self.updates[i] == step
+
+    def changed(self, step: int) -> int:
+        """The step of this phase, up to `step`, before which masks were changed last: its first one, or an update's."""
+        i = bisect.bisect_right(self.updates, step)
+        return self.updates[i - 1] if i else self.first_step
+
     def progress(self, step: int) -> Fraction:
         """Progress of the updates before a step: 0 at `update_from`, 1 at the end of the phase."""
         return Fraction(step - self.update_from, self.end_step - self.update_from)
@@ -164,8 +174,7 @@ class Schedule:
     def density_at(self, step: int, keep: Sequence[int], numel: Sequence[int]) -> float:
         """Density of all entries together in a step."""
         phase = self.phase_at(step)
-        done = [update for update in phase.updates if update <= step]
-        return phase.density(done[-1] if done else phase.first_step, keep, numel)
+        return phase.density(phase.changed(step), keep, numel)
 
     def density(self, keep: Sequence[int], numel: Sequence[int]) -> list[float]:
         """Density of all entries together in each phase, averaged over its steps."""

@@ -187,8 +187,10 @@ def grown_before(config: Settings, schedule: Schedule, entry: Budget, step: int)
 
 def needs_gradient(config: Settings, phase: Phase, step: int) -> bool:
     """True if the update or boundary before a step uses the gradients of the step before it."""
-    grows = config.grow == "gradient" and phase.kind == "explore" and step == phase.end_step
-    return grows or (config.record.needs_gradient and step in phase.updates)
+    # Asked in every step: the step first, and the config where it may matter.
+    if step == phase.end_step and phase.kind == "explore" and config.grow == "gradient":
+        return True
+    return phase.is_update(step) and config.record.needs_gradient
 
 
 # -- rules that methods share ------------------------------------------------------------------------------------------

@@ -243,7 +243,11 @@ class GaPEngine:
 
     @property
     def density(self) -> float:
-        """Density of all entries together in the next step, by their budgets (which every mask meets exactly)."""
+        """Density of all entries together in the next step, by their budgets, which every mask meets exactly.
+
+        Where they change step by step, it is without the rounding of each to whole weights, groups or blocks; `stats`
+        counts what is kept.
+        """
         return self.schedule.density_at(self._place.schedule_step(self.schedule), *self.plan.per_partition())
 
     def stats(self) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class Place:
     def changes_masks(self, schedule: Schedule) -> bool:
         """True if a boundary, or an update of moving masks, follows the next update."""
         phase = self.phase(schedule)
-        return self.after_update().phase(schedule) is not phase or self.step + 1 in phase.updates
+        return self.after_update().phase(schedule) is not phase or phase.is_update(self.step + 1)
 
     def schedule_step(self, schedule: Schedule) -> int:
         """The step of the schedule whose masks hold in the next step."""

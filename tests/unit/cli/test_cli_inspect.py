@@ -281,6 +281,17 @@ def test_what_is_wrong_is_found(
     assert message in out and "wrong" in out, out
 
 
+@pytest.mark.parametrize(("hidden", "problems"), [(-torch.inf, 0), (torch.inf, 1), (torch.nan, 1)])
+def test_a_saved_mask_of_attention_is_no_damage(run: Run, hidden: float, problems: int) -> None:
+    module = model()
+    module.register_buffer("causal", torch.full((4, 4), hidden).triu(1))
+    engine = GaPEngine(module, CYCLIC, optimizer=torch.optim.Adam(module.parameters()))
+    engine.export("model")
+    code, out, _ = run("inspect", "model", "--json")
+    assert code == problems
+    assert json.loads(out)["problems"] == ["causal: holds values that are NaN or infinite"] * problems
+
+
 def test_a_library_file_that_is_missing_or_cut_short_is_found(run: Run, make: Make) -> None:
     make()
     state = next(Path("checkpoints/step_7/state").glob("*.distcp"))

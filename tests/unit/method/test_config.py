@@ -185,6 +185,10 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         '"mask_init" has no effect with target="rising", which begins dense: remove it (in gap_config).',
     ),
     (
+        {"dense_epochs": 0.5, "mask_init": "random"},
+        '"mask_init" has no effect with "dense_epochs", which begins dense: remove it (in gap_config).',
+    ),
+    (
         {"regrow_moments": "keep_second", "optimizer_state": "reset"},
         'regrow_moments="keep_second" with optimizer_state="reset": has no effect, because all moments are cleared: '
         "remove it (in gap_config).",
@@ -583,7 +587,7 @@ SIGNATURES: list[tuple[dict[str, Any], str]] = [
     ),
     (
         data(method="parallel", dense_epochs=0.5, prune_ramp=0.25, update_epochs=0.125, unpartitioned="first"),
-        "gap|method:parallel|k:3|D:0.5ep|T:1ep|rounds:2|ft:2ep|s:0.8|dist:uniform|pat:unstructured|init:random"
+        "gap|method:parallel|k:3|D:0.5ep|T:1ep|rounds:2|ft:2ep|s:0.8|dist:uniform|pat:unstructured"
         "|lr:continuous|every:0.125ep|ramp:0.25|shared:first|seed:0|v:1",
     ),
     (
@@ -750,7 +754,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
             found[key] = draw(st.sampled_from(values))
     if not isinstance(found["partitions"], int):
         found.pop("partition_assignment", None)
-    if "target" in found and "target" not in UNREAD[method]:
+    if ("target" in found and "target" not in UNREAD[method]) or found.get(f"dense_{unit}"):
         found.pop("mask_init", None)
     if "grow" in found:
         found.pop("regrow", None)
