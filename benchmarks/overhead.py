@@ -11,10 +11,11 @@ copies of it would differ without any engine. The learning rate is 0: the steps 
 time. On a CPU, `own_ms` is the time inside the engine's calls of a step (looks at weights, masks, loss guard,
 counting). It scatters far less than whole steps, but excludes the effect of these calls on the caches. These steps have
 no boundary. Six boundaries are timed separately, from the end of a step until the next one can begin (`boundary_ms`),
-also in steps with the engine (`boundary_steps`). fairscale uses CUDA streams; without a GPU the tests' stand-in
-replaces them. `--quick` is a size for tests.
+also in steps with the engine (`boundary_steps`). The processes keep the memory that they free (`KEPT_MEMORY`): page
+faults took a tenth of a step of preset tiny, and made two thirds of its scatter. fairscale uses CUDA streams; without a
+GPU the tests' stand-in replaces them. `--quick` is a size for tests.
 
-With `--decide` steps are timed until the CPU time of rank 0 decides if the ratio is at most 1.01: until its interval
+With `--decide` steps are timed until the CPU time of all ranks decides if the ratio is at most 1.01: until its interval
 lies on one side, or --seconds have passed. Where the masks lie in memory may change it, for as long as they lie there:
 so the model is built anew after every few pairs, and the interval is that of the builds' means, by Student's t. It is
 looked at three times at most, after ever twice as many builds, and holds at 99 % each time, so that a wrong decision is
@@ -60,7 +61,12 @@ ROWS = {"small": BACKENDS, "base": ("plain", "fsdp2", "zero2", "zero3")}
 #: The aim for the ratio, and how often and at which level `--decide` looks at it.
 AIM, LOOKS, LEVEL = 1.01, 3, 0.99
 #: Pairs of a build, and the fewest builds, with `--decide`.
-PAIRS, LEAST = 16, 6
+PAIRS, LEAST = 48, 6
+#: Steps through the engine before those that are timed: it looks at a part of the weights in each, and lists the part
+#: when it is looked at first.
+ROUND = 32
+#: glibc's settings by which a process keeps the memory that it frees, and takes no block by mmap.
+KEPT_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**28)}
 KEY = ("preset", "backend", "ranks", "tokens", "dtype")
 NOTE = "ratio: of neighbouring steps through the engine and past it, median; interval: of that median, at 95 %"
 VOCABULARY = 6000
@@ -105,7 +111,7 @@ def launch(args: argparse.Namespace) -> dict[str, Any]:
         words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.ranks)]
         words = [] if args.backend == "plain" else words
         row = json.dumps({**vars(args), "out": str(out)})
-        subprocess.run([sys.executable, *words, __file__, "--row", row], check=True)
+        subprocess.run([sys.executable, *words, __file__, "--row", row], check=True, env=os.environ | KEPT_MEMORY)
         found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
         return found
 
@@ -145,7 +151,7 @@ class Times:
     bare: list[tuple[float, float]] = field(default_factory=list)
     engine: list[tuple[float, float]] = field(default_factory=list)
     own: list[float] = field(default_factory=list)
-    #: Trimmed mean of the logarithms of the ratios of CPU times, for each build of the model.
+    #: Trimmed mean of the logarithms of the ratios of CPU times, over the ranks, for each build of the model.
     builds: list[float] = field(default_factory=list)
 
     def ratios(self, clock: int) -> list[float]:
@@ -175,18 +181,30 @@ def timed(
         engine._updates._watched.mark()  # a step past the engine is no change that it has missed
         barrier()
 
+    for _ in range(min(ROUND, args.pairs[0])):
+        step(batch)
     warm = measure.in_turns(works, min(4, args.pairs[0]), before)
     pairs = pairs or agreed_pairs(args, sum(map(statistics.median, warm.values())), device)
     times = Times(**measure.in_turns(works, pairs, before, measure.both_seconds), own=own[-pairs - 1 : -1])
     logarithms, cut = sorted(map(math.log, times.ratios(1))), pairs // 5
-    times.builds.append(statistics.mean(logarithms[cut : pairs - cut]))  # without a fifth at either end: other load
+    middle = statistics.mean(logarithms[cut : pairs - cut])  # without a fifth at either end: other load
+    times.builds.append(over_ranks(middle, device))
     return times
+
+
+def over_ranks(value: float, device: torch.device) -> float:
+    """Return the mean over the ranks."""
+    if not dist.is_initialized():
+        return value
+    total = torch.tensor(value, dtype=torch.float32, device=device)
+    dist.all_reduce(total)
+    return float(total) / dist.get_world_size()
 
 
 def until_decided(
     args: argparse.Namespace, device: torch.device, batch: dict[str, Any], barrier: Callable[[], Any]
 ) -> Times:
-    """Build and time pairs until the CPU time of rank 0 decides, or the time is over. Rank 0 decides."""
+    """Build and time pairs until CPU time decides, or the time is over by the clock of rank 0."""
     times, most = Times(), LEAST
     started = time.perf_counter()
     while True:

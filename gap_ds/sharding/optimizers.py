@@ -62,7 +62,7 @@ class Optimizers(Sequence[torch.optim.Optimizer]):
     @property
     def used(self) -> bool:
         """True once a step was seen, by this or an earlier engine, or state of a run that had stepped was loaded."""
-        return any(optimizer in _USED for optimizer in self)
+        return any(optimizer in _USED for optimizer in self._members)
 
     @used.setter
     def used(self, used: bool) -> None:

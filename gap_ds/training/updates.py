@@ -118,7 +118,7 @@ class Updates:
         self._watched.mark()
         masked, first = self._masked, not self._checked
         self._stepped, self._masked, self._checked = Counter(), set(), True
-        self._idle, self._unseen, self._version = 0, 0, self._read_version()
+        self._idle, self._unseen, self._version = 0, 0, self._watched.first_version
         if missing := self._run.mask_state.unmasked(masked):
             self._run.doubt(
                 f"{missing[0]}: was not masked in an update ({len(missing)} entries were not). The optimizer no longer "

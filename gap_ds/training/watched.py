@@ -30,6 +30,11 @@ class Watched:
         """Remembers the tensors as they are now; the addresses are those that `changed` saw last."""
         self._versions = list(map(_VERSION, self._locals()))
 
+    @property
+    def first_version(self) -> int:
+        """The count of the first tensor, as `mark` has seen it; 0 if there are none."""
+        return self._versions[0] if self._versions else 0
+
     def changed(self) -> bool:
         """True if some tensor may have changed since `mark`, or was moved since the last call."""
         tensors = self._locals()
