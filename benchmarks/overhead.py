@@ -208,7 +208,7 @@ def until_decided(
     times, most = Times(), LEAST
     started = time.perf_counter()
     while True:
-        times.add(timed(args, device, batch, barrier, PAIRS))
+        times.add(timed(args, device, batch, barrier, min(PAIRS, args.pairs[1])))
         gc.collect()
         done = len(times.builds)
         if done == 2:
