@@ -362,6 +362,12 @@ ROWS: tuple[Row, ...] = (
         workers=3,
     ),
     Row("gradual_erk", "gradual magnitude pruning, ERK", _gradual(**_ERK)),
+    Row(
+        "gradual_scaled_erk",
+        "gradual magnitude pruning, steps / density, ERK",
+        _gradual(**_SCALED, **_ERK),
+        equal_flops=True,
+    ),
     Row("granet_erk", "gradual pruning with regrowth (GraNet), ERK", _granet(**_ERK), equal_flops=True),
     Row(
         "cyclic_2_rising_scaled_erk",
